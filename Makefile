@@ -1,0 +1,78 @@
+# Everything starts from here: `make run` and `make test` create the environment they need.
+# `make help` lists the targets.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.complete
+
+# The interpreter that the environment is made from: Python 3.11 if there is one, else a newer one.
+PYTHON ?= $(shell for name in python3.11 python3 python; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$name"; break; }; done)
+
+# What to run, and with how many simulated SuperNodes.
+APP        ?= apps/quickstart
+SUPERNODES ?= 10
+# More options for apps/run.py, for instance ARGS="--run-config 'num-server-rounds=3'"
+ARGS       ?=
+
+.PHONY: help
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+.PHONY: env
+env: $(STAMP) ## Create the environment, or bring it up to date
+
+# The variables hold for the isolated build of flsplit itself, in older and in newer pips.
+PIP_INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
+
+# The stamp is written last: an interrupted installation is taken up again by the next make.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: flsplit needs Python 3.11 or newer (make PYTHON=/path/to/python3.11)" >&2; exit 1; }
+	@echo "Installing into $(VENV); the first time this takes a few minutes."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: run
+run: $(STAMP) ## Run an app in a simulation (APP=apps/quickstart SUPERNODES=10 ARGS=...)
+	@$(BIN)/python apps/run.py $(APP) --num-supernodes $(SUPERNODES) $(ARGS)
+
+.PHONY: test
+test: $(STAMP) ## Run all tests: the quick ones two at a time, then those that start Flower
+	@$(BIN)/python -m pytest -m 'not e2e' --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -m e2e $(ARGS)
+
+# mypy doesn't know that strategies/ is imported as flsplit.strategies, so it gets a copy laid out so.
+.PHONY: lint
+lint: $(STAMP) ## Check style, format and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	rm -rf build/typed && mkdir -p build/typed && cp -R flsplit build/typed && cp -R strategies build/typed/flsplit
+	cd build/typed && ../../$(BIN)/python -m mypy --strict --config-file ../../pyproject.toml -p flsplit
+
+.PHONY: format
+format: $(STAMP) ## Mend style and format where ruff can
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+# torch and torchvision stay as they are: a newer one may be there as a CUDA build only, and brings
+# gigabytes with it. Suffixes like "+cpu" are left out: any build of the pinned version will do.
+.PHONY: constraints
+constraints: ## Pin the newest versions of everything but torch
+	rm -rf build/fresh
+	$(PYTHON) -m venv build/fresh
+	grep -E '^(#|torch==|torchvision==)' constraints.txt > build/kept.txt
+	build/fresh/bin/python -m pip install --quiet --constraint build/kept.txt '.[dev]'
+	{ grep '^#' constraints.txt; build/fresh/bin/python -m pip freeze --all --exclude pip --exclude flsplit \
+		| sed -E 's/\+[a-z0-9.]+$$//'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+	rm -rf build/fresh
+
+.PHONY: clean
+clean: ## Remove the environment, caches and what runs left behind
+	rm -rf $(VENV) .flwr-home .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
