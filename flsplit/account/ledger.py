@@ -1,0 +1,177 @@
+"""The ledger: what every round sent, computed and reached."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from flwr.app import MetricRecord
+
+CATEGORIES = (
+    "activations-up",
+    "labels-up",
+    "gradients-down-unicast",
+    "gradients-down-broadcast",
+    "client-segments-up",
+    "client-segments-down",
+    "optimizer-up",
+    "optimizer-down",
+    "auxiliary-up",
+    "auxiliary-down",
+    "evaluation-up",
+)
+"""What is counted. Up is from a client to the server. ``evaluation-up`` (smashed data and labels
+of test batches) is kept apart because papers don't count it."""
+
+
+class Traffic:
+    """Bytes by category in two columns.
+
+    Attributes
+    ----------
+    logical : dict of str to int
+        Bytes of the tensors' elements; a gradient shared by several clients counts once, as on
+        a broadcast channel. The same on every carrier.
+    wire : dict of str to int
+        Bytes that the carrier sent for them, as serialised; nothing for a carrier within one
+        process.
+    """
+
+    def __init__(self) -> None:
+        self.logical = dict.fromkeys(CATEGORIES, 0)
+        self.wire = dict.fromkeys(CATEGORIES, 0)
+
+    def add(self, category: str, logical: int, wire: int) -> None:
+        """Count a tensor."""
+        self.logical[category] += logical
+        self.wire[category] += wire
+
+    @property
+    def training_bytes(self) -> int:
+        """Logical bytes without evaluation: what the papers' tables count."""
+        return sum(n for name, n in self.logical.items() if not name.startswith("evaluation"))
+
+
+@dataclass
+class LeftOut:
+    """A client that was left out from some step of a round on, and why."""
+
+    client: str
+    step: int
+    reason: str
+
+
+@dataclass
+class RoundEntry:
+    """One round of the ledger.
+
+    Attributes
+    ----------
+    round : int
+        The round, from 1.
+    participants : list of str
+        The clients that were asked to train.
+    steps : int
+        Server steps.
+    rows : int
+        Rows back-propagated through the server segment.
+    loss, accuracy : float or None
+        Mean over the round's training rows, in training mode; accuracy where labels are classes.
+    evaluation : dict of str to float
+        Federated evaluation: loss and metrics over all test samples.
+    traffic : Traffic
+        Bytes by category.
+    seconds, server_seconds, client_seconds, waiting_seconds : float
+        Wall time of the round; compute time of the server; compute time of the clients, summed;
+        time the server waited for clients.
+    left_out : list of LeftOut
+        Who was left out, from which step on, and why.
+    restarted : list of str
+        Who had lost its state and started from the server's segment.
+    metrics : dict of str to float
+        What gradient rules report, mean over the round's steps.
+    """
+
+    round: int
+    participants: list[str] = field(default_factory=list)
+    steps: int = 0
+    rows: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
+    seconds: float = 0.0
+    server_seconds: float = 0.0
+    client_seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    left_out: list[LeftOut] = field(default_factory=list)
+    restarted: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, Any]:
+        """Return all that must be the same on every carrier: everything but time and wire."""
+        return {
+            "round": self.round,
+            "participants": self.participants,
+            "steps": self.steps,
+            "rows": self.rows,
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "evaluation": self.evaluation,
+            "logical-bytes": self.traffic.logical,
+            "left-out": [asdict(one) for one in self.left_out],
+            "restarted": self.restarted,
+            "metrics": self.metrics,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry for the history file."""
+        return self.numbers() | {
+            "wire-bytes": self.traffic.wire,
+            "seconds": self.seconds,
+            "server-seconds": self.server_seconds,
+            "client-seconds": self.client_seconds,
+            "waiting-seconds": self.waiting_seconds,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "RoundEntry":
+        """Return the entry in a line of a history file."""
+        traffic = Traffic()
+        traffic.logical |= data["logical-bytes"]
+        traffic.wire |= data["wire-bytes"]
+        plain = (
+            "round",
+            "participants",
+            "steps",
+            "rows",
+            "loss",
+            "accuracy",
+            "evaluation",
+            "metrics",
+            "restarted",
+        )
+        times = ("seconds", "server-seconds", "client-seconds", "waiting-seconds")
+        return cls(
+            **{name: data[name] for name in plain},
+            **{name.replace("-", "_"): data[name] for name in times},
+            traffic=traffic,
+            left_out=[LeftOut(**one) for one in data["left-out"]],
+        )
+
+    def train_metrics(self) -> MetricRecord:
+        """Return the round as the MetricRecord of Flower's ``Result.train_metrics_clientapp``."""
+        record = MetricRecord()
+        if self.loss is not None:
+            record["train-loss"] = self.loss
+        if self.accuracy is not None:
+            record["train-accuracy"] = self.accuracy
+        record["steps"], record["rows"] = self.steps, self.rows
+        record["num-left-out"] = len(self.left_out)
+        for name, logical in self.traffic.logical.items():
+            if logical or self.traffic.wire[name]:
+                record[f"logical-bytes-{name}"] = logical
+                record[f"wire-bytes-{name}"] = self.traffic.wire[name]
+        for name in ("seconds", "server-seconds", "client-seconds", "waiting-seconds"):
+            record[name] = float(getattr(self, name.replace("-", "_")))
+        for name, number in self.metrics.items():
+            record[name] = number
+        return record

@@ -1,0 +1,90 @@
+"""``client_app``: a ClientApp that does a client's part of split learning."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+from torch import nn
+
+from flsplit.auxiliary import BuildAuxiliary
+from flsplit.carry.session.host import serve_session
+from flsplit.client.handlers import add_handlers, answering_errors
+from flsplit.client.spec import ClientSpec, OptimizerFactory, Unpack
+
+
+def client_app(
+    *,
+    model: Callable[..., nn.Module],
+    cut: str,
+    data: Callable[[Context], Any],
+    optimizer: OptimizerFactory = torch.optim.SGD,
+    device: str = "auto",
+    autocast: torch.dtype | None = None,
+    max_grad_norm: float | None = None,
+    unpack: Unpack | None = None,
+    auxiliary: BuildAuxiliary | None = None,
+    mods: list[Mod] | None = None,
+) -> ClientApp:
+    """Return a ClientApp that trains the client segment of ``model``.
+
+    Parameters
+    ----------
+    model : callable
+        Returns a new unsplit model. Called without arguments, or with ``context=`` if it has
+        a parameter of that name.
+    cut : str
+        Name of the submodule after which the model is cut, as in ``model.named_modules()``.
+    data : callable
+        Takes the ``Context`` (``node_config`` holds ``partition-id`` and ``num-partitions`` in
+        a simulation) and returns the client's data: a map-style ``Dataset`` or a ``DataLoader``
+        for training, or a pair of them for training and test. Of a DataLoader the data set and
+        the collate function are used; order and batch size come from the server.
+    optimizer : callable, optional
+        Called as ``optimizer(parameters, lr=…)``; the learning rate comes from the server every
+        round. Default: ``torch.optim.SGD``.
+    device : str, optional
+        A torch device, or ``auto``: the GPU if there is one.
+    autocast : torch.dtype, optional
+        Run the client segment under ``torch.autocast`` with this dtype.
+    max_grad_norm : float, optional
+        Clip the client segment's gradients to this total norm.
+    unpack : callable, optional
+        Turns a batch of the DataLoader into ``(inputs, labels)``, e.g.
+        ``lambda batch: (batch["img"], batch["label"])``. Not needed where it is such a pair.
+    auxiliary : callable, optional
+        Builds the auxiliary model of FSL-SAGE and CSE-FSL from the shape of one row of smashed
+        data and the number of classes; the strategy gets the same function. Not needed for those
+        that flsplit builds.
+    mods : list of Mod, optional
+        Flower mods around every handler.
+
+    Returns
+    -------
+    flwr.clientapp.ClientApp
+        It answers ``query.describe``, ``query.shape``, ``train.step``, ``train.finish``,
+        ``train.local``, ``evaluate.step`` and ``train.session``; other handlers can be added as
+        to any ClientApp. A run-config key ``torch-threads`` above 0 sets torch's number of threads.
+    """
+    spec = ClientSpec(
+        model=model,
+        cut=cut,
+        data=data,
+        optimizer=optimizer,
+        device=device,
+        autocast=autocast,
+        max_grad_norm=max_grad_norm,
+        unpack=unpack,
+        auxiliary=auxiliary,
+    )
+    app = ClientApp(mods=mods)
+    add_handlers(app, spec)
+
+    @app.train("session")
+    @answering_errors
+    def session(message: Message, context: Context) -> Message:
+        return serve_session(app, message, context)
+
+    return app

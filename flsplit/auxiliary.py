@@ -1,0 +1,208 @@
+"""Auxiliary models: small classifiers of smashed data that stand in for the server segment.
+
+Both sides build the same module from a kind, the shape of one row of smashed data and the number
+of classes; the weights come from the server. What is used of an auxiliary model is the gradient
+of its own cross-entropy by its input, so its output always has the shape of a cut-layer gradient.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flsplit.cut import Split
+from flsplit.errors import ConfigError, DataError, SegmentMismatchError
+from flsplit.server.segment import check_labels
+
+LINEAR, FIRST_STAGE, GIVEN = "linear", "first-stage", "given"
+KINDS = (LINEAR, FIRST_STAGE, GIVEN)
+
+BuildAuxiliary = Callable[[tuple[int, ...], int], nn.Module]
+"""Takes the shape of one row of smashed data and the number of classes, returns a module that
+turns smashed data ``(b, *shape)`` into logits ``(b, num_classes)``."""
+
+_TORCH_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+
+
+class MeanOverRest(nn.Module):
+    """Pooling: the mean over all dimensions behind the first two, ``(b, C, ...)`` to ``(b, C)``."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return ``(b, C)``."""
+        return inputs.flatten(2).mean(2) if inputs.ndim > 2 else inputs
+
+
+def linear(shape: Sequence[int], num_classes: int) -> nn.Module:
+    """Return a linear classifier of the flattened smashed data."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), num_classes))
+
+
+def first_stage(parts: Split, shape: Sequence[int], num_classes: int) -> nn.Module:
+    """Return the server segment's first stage, pooling and a linear head.
+
+    The first stage is the first module with parameters after the cut layer, among its siblings or
+    else those of the module around it. Its weights are drawn anew.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, or it can't take smashed data on its own.
+    """
+    name, stage = _first_stage_of(parts)
+    for module in stage.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    stage.eval()
+    try:
+        with torch.no_grad():
+            features = MeanOverRest()(stage(_rows(shape, stage)))
+        width = int(features.shape[1])
+    except _TORCH_ERRORS as error:
+        raise ConfigError(
+            f"auxiliary='first-stage': {name!r} alone can't take smashed data of shape "
+            f"{(1, *shape)}: {error}; use 'linear', or give a function of your own"
+        ) from error
+    return nn.Sequential(stage, MeanOverRest(), nn.Linear(width, num_classes))
+
+
+def _first_stage_of(parts: Split) -> tuple[str, nn.Module]:
+    modules = dict(parts.server.named_modules())
+    parent, _, _ = parts.cut.rpartition(".")
+    while True:
+        around = modules.get(parent)
+        for name, child in around.named_children() if around else ():
+            if any(True for _ in child.parameters()):
+                return f"{parent}.{name}".lstrip("."), child
+        if not parent:
+            raise ConfigError(
+                f"auxiliary='first-stage': there is no module with parameters after {parts.cut!r}; "
+                "use 'linear', or give a function of your own"
+            )
+        parent, _, _ = parent.rpartition(".")
+
+
+def build_auxiliary(
+    kind: str,
+    shape: Sequence[int],
+    num_classes: int,
+    *,
+    given: BuildAuxiliary | None,
+    parts: Callable[[], Split],
+) -> nn.Module:
+    """Return an auxiliary model, with weights as torch's random state says.
+
+    Parameters
+    ----------
+    kind : {'linear', 'first-stage', 'given'}
+        How it is made.
+    shape : sequence of int
+        Shape of one row of smashed data.
+    num_classes : int
+        Classes.
+    given : callable or None
+        The user's function.
+    parts : callable
+        Returns the model, cut in two; called for ``first-stage`` only.
+
+    Raises
+    ------
+    ConfigError
+        If it can't be made.
+    SegmentMismatchError
+        If it doesn't turn such smashed data into logits of these classes.
+    """
+    if kind == GIVEN:
+        if given is None:
+            raise ConfigError(
+                "the server's auxiliary model is a function of the user's, but the ClientApp has "
+                "none; pass the same function as client_app(auxiliary=…)"
+            )
+        module = given(tuple(shape), num_classes)
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"auxiliary returned a {type(module).__name__}, expected a module")
+    elif kind == FIRST_STAGE:
+        module = first_stage(parts(), shape, num_classes)
+    else:
+        module = linear(shape, num_classes)
+    _check_fits(module, shape, num_classes)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError("the auxiliary model has no parameters that can be trained")
+    return module.train()
+
+
+def _check_fits(module: nn.Module, shape: Sequence[int], num_classes: int) -> None:
+    rows = _rows(shape, module)
+    try:
+        with torch.no_grad():
+            logits = module.eval()(rows)
+    except _TORCH_ERRORS as error:
+        raise SegmentMismatchError(
+            f"the auxiliary model can't take smashed data of shape {tuple(rows.shape)}: {error}"
+        ) from error
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != (len(rows), num_classes):
+        raise SegmentMismatchError(
+            f"the auxiliary model turns smashed data of shape {tuple(rows.shape)} into {found}, "
+            f"expected logits of shape {(len(rows), num_classes)} as the server segment's"
+        )
+
+
+def _rows(shape: Sequence[int], like: nn.Module) -> Tensor:
+    parameter = next(like.parameters(), torch.empty(0))
+    return torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+
+
+def auxiliary_loss(module: nn.Module, smashed: Tensor, labels: Tensor) -> Tensor:
+    """Return an auxiliary model's mean cross-entropy; errors say which shape didn't fit."""
+    try:
+        logits = module(smashed.clone())  # an in-place first operation fails on a leaf
+    except _TORCH_ERRORS as error:
+        if "more than 1 value per channel" in str(error):
+            raise DataError(
+                "BatchNorm in the auxiliary model can't train on a batch of one (smashed data "
+                f"{tuple(smashed.shape)}); use another batch-size, or drop-last"
+            ) from error
+        raise SegmentMismatchError(
+            f"the auxiliary model can't take smashed data of shape {tuple(smashed.shape)}: {error}"
+        ) from error
+    check_labels(logits, labels)
+    try:
+        return functional.cross_entropy(logits, labels)
+    except _TORCH_ERRORS as error:
+        raise DataError(
+            f"the auxiliary model's cross-entropy can't take logits of shape "
+            f"{tuple(logits.shape)} with labels of shape {tuple(labels.shape)} and dtype "
+            f"{labels.dtype}: {error}"
+        ) from error
+
+
+def emulated_gradient(
+    module: nn.Module, smashed: Tensor, labels: Tensor, *, create_graph: bool = False
+) -> Tensor:
+    """Return ĝ: the gradient of the auxiliary model's mean loss by the smashed data."""
+    leaf = smashed.detach().requires_grad_(True)
+    loss = auxiliary_loss(module, leaf, labels)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=create_graph)
+    return gradient
+
+
+@contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """Put the buffers (BatchNorm's) back to what they were at the end of the block."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in zip(module.buffers(), before, strict=True):
+                buffer.copy_(old)
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    """Return the cosine of the angle between two tensors, in float64; 0 if one of them is 0."""
+    a, b = first.double().flatten(), second.double().flatten()
+    norms = float(a.norm()) * float(b.norm())
+    return float(a @ b) / norms if norms else 0.0

@@ -1,0 +1,1 @@
+"""The client side: one client step over an explicit state, and the ClientApp around it."""

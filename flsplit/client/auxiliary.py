@@ -1,0 +1,111 @@
+"""A client's auxiliary model."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from flsplit.auxiliary import auxiliary_loss, build_auxiliary, keeping_buffers
+from flsplit.client.spec import ClientSpec
+from flsplit.client.state import AuxiliaryState
+from flsplit.cut import Split
+from flsplit.errors import NonFiniteError, SegmentMismatchError
+from flsplit.message.arrays import check_like
+from flsplit.message.local import AuxiliaryPlan
+from flsplit.message.optimizer import get_state, set_state
+from flsplit.seeds import seeded
+
+
+class Auxiliary:
+    """A client's live auxiliary model, and its optimizer where the client trains it."""
+
+    def __init__(
+        self,
+        plan: AuxiliaryPlan,
+        spec: ClientSpec,
+        device: torch.device,
+        parts: Callable[[], Split],
+    ) -> None:
+        self.plan = plan
+        self.device = device
+        with seeded(0, device):  # the weights come from the server or from a stored state
+            self.module = build_auxiliary(
+                plan.kind, plan.shape, plan.num_classes, given=spec.auxiliary, parts=parts
+            ).to(device)
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer = spec.optimizer(self.parameters, lr=plan.lr) if plan.train else None
+        self.version = -1
+
+    def fits(self, plan: AuxiliaryPlan) -> bool:
+        """Tell whether this is the module that ``plan`` describes."""
+        own = self.plan
+        return (own.kind, own.shape, own.num_classes, own.train) == (
+            plan.kind, plan.shape, plan.num_classes, plan.train,
+        )  # fmt: skip
+
+    def begin(self, plan: AuxiliaryPlan) -> None:
+        """Begin a round."""
+        self.plan = plan
+        for group in self.optimizer.param_groups if self.optimizer else ():
+            group["lr"] = plan.lr
+
+    def replace(self, tensors: dict[str, Tensor], version: int) -> None:
+        """Take the server's weights; the optimizer's state stays."""
+        like = self.module.state_dict()
+        given = check_like(tensors, like, what="the auxiliary model from the server")
+        self.module.load_state_dict(given)
+        self.version = version
+
+    def gradient(self, smashed: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """Return ĝ of a batch; where the client trains the model, it then takes a step itself.
+
+        Raises
+        ------
+        NonFiniteError
+            If its loss or a gradient is NaN or infinite; its weights stay as they were.
+        """
+        if tuple(smashed.shape[1:]) != self.plan.shape:
+            raise SegmentMismatchError(
+                f"the auxiliary model was built for smashed data of shape (b, "
+                f"{', '.join(map(str, self.plan.shape))}), this client's is {tuple(smashed.shape)}"
+            )
+        train = self.optimizer is not None
+        leaf = smashed.detach().to(self.parameters[0]).requires_grad_(True)
+        with nullcontext() if train else keeping_buffers(self.module):
+            with seeded(seed, self.device):
+                loss = auxiliary_loss(self.module, leaf, labels.to(self.device))
+            wanted = [leaf, *self.parameters] if train else [leaf]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        gradient = found[0]
+        norms = torch.nn.utils.get_total_norm([g for g in found if g is not None])
+        if gradient is None or not bool(torch.isfinite(loss) & torch.isfinite(norms)):
+            raise NonFiniteError("the auxiliary model's loss or gradient is NaN or infinite")
+        if self.optimizer:
+            for parameter, own in zip(self.parameters, found[1:], strict=True):
+                parameter.grad = own
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return gradient
+
+    # --- state ---------------------------------------------------------------------------
+
+    def state(self) -> AuxiliaryState:
+        """Return what must be remembered between two messages."""
+        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return AuxiliaryState(
+            plan=self.plan,
+            tensors={name: tensor.detach() for name, tensor in tensors.items()},
+            optimizer=get_state(self.optimizer),
+            version=self.version,
+        )
+
+    @torch.no_grad()
+    def load(self, state: AuxiliaryState) -> None:
+        """Go on from a state."""
+        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        stored = check_like(state.tensors, own, what="the stored auxiliary model")
+        for name, tensor in stored.items():
+            own[name].copy_(tensor)
+        set_state(self.optimizer, state.optimizer)
+        self.version = state.version

@@ -1,0 +1,348 @@
+"""One client at work: its segment, its optimizer, and the forward pass awaiting a gradient."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Context
+from torch import Tensor
+
+from flsplit.client.auxiliary import Auxiliary
+from flsplit.client.data import ClientData, batch_indices, steps_per_round
+from flsplit.client.spec import ClientSpec, client_name, pick_device
+from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
+from flsplit.cut import Split, split
+from flsplit.errors import (
+    DataError,
+    NonFiniteError,
+    ProtocolError,
+    SegmentMismatchError,
+    StateLostError,
+)
+from flsplit.finite import all_finite
+from flsplit.message.arrays import check_like
+from flsplit.message.optimizer import OptimizerState, get_state, set_state
+from flsplit.message.parts import Backward, SegmentArrays
+from flsplit.message.plan import RoundPlan
+from flsplit.seeds import derive_seed, seeded
+
+
+@dataclass
+class _Pending:
+    """A forward pass whose gradient is awaited."""
+
+    step: int
+    smashed: Tensor
+    labels: Tensor
+    buffers: dict[str, Tensor]  # as they were before the forward pass
+
+
+class Client:
+    """The live objects of one client.
+
+    Built anew from a :class:`ClientState` for every message over Flower's own carrier, kept
+    in a cache by carriers that keep the process; both give the same numbers.
+    """
+
+    def __init__(self, spec: ClientSpec, context: Context) -> None:
+        self.spec = spec
+        self.context = context
+        self.name = client_name(context)
+        self.device = pick_device(spec.device)
+        # Seeded: a client that is built anew for a message must get the same data again, also
+        # from a data function that splits at random.
+        with seeded(derive_seed(0, "build", self.name), self.device):
+            self.segment = self.split_anew().client.to(self.device)
+            self.data = ClientData.load(spec, context)
+        parameters = [p for p in self.segment.parameters() if p.requires_grad]
+        self.optimizer = spec.optimizer(parameters, lr=0.0) if parameters else None
+        self.auxiliary: Auxiliary | None = None
+        """The auxiliary model, where the method has one."""
+        self._state = ClientState({})
+        self._pending: _Pending | None = None
+
+    def split_anew(self) -> Split:
+        """Return a new model, cut in two."""
+        return split(self.spec.build_model(self.context), self.spec.cut)
+
+    # --- state ---------------------------------------------------------------------------
+
+    def state(self) -> ClientState:
+        """Return a copy-free view of the client between two messages."""
+        buffers = self._pending.buffers if self._pending else {}
+        self._state.segment = {k: v.detach() for k, v in self._tensors()} | buffers
+        self._state.optimizer = get_state(self.optimizer)
+        self._state.auxiliary = self.auxiliary.state() if self.auxiliary else None
+        return self._state
+
+    def load(self, state: ClientState) -> None:
+        """Go on from ``state``."""
+        self._load_tensors(state.segment, what="the stored client segment")
+        set_state(self.optimizer, state.optimizer)
+        self._state, self._pending = state, None
+        if state.plan:
+            self._set_lr(state.plan.lr)
+        if state.auxiliary:
+            self.auxiliary = Auxiliary(
+                state.auxiliary.plan, self.spec, self.device, self.split_anew
+            )
+            self.auxiliary.load(state.auxiliary)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.segment.named_parameters()
+        yield from self.segment.named_buffers()
+
+    @torch.no_grad()
+    def _load_tensors(self, tensors: dict[str, Tensor], what: str) -> None:
+        own = dict(self._tensors())
+        for name, tensor in check_like(tensors, own, what=what).items():
+            own[name].copy_(tensor)
+
+    # --- a round -------------------------------------------------------------------------
+
+    def begin(
+        self, plan: RoundPlan, segment: SegmentArrays | None, optimizer: OptimizerState | None
+    ) -> None:
+        """Begin a round; a step still pending from an earlier one never happened."""
+        self._check_cut(plan.cut)
+        self._discard_pending()
+        if self._state.plan and self._state.plan.experiment != plan.experiment:
+            self._forget_run()
+        if segment:
+            self.replace_segment(segment)
+        self.check_version(plan.segment_version)
+        if optimizer is not None:
+            set_state(self.optimizer, optimizer)
+        self._set_lr(plan.lr)
+        self._state.plan, self._state.steps_done = plan, 0
+
+    def _forget_run(self) -> None:
+        """Begin anew: another run on the same carrier must not go on with this one's state."""
+        set_state(self.optimizer, {})
+        self._state.version, self._state.position = NO_SEGMENT, 0
+
+    def _check_cut(self, cut: str) -> None:
+        if cut != self.spec.cut:
+            raise SegmentMismatchError(
+                f"the server cuts the model at {cut!r}, client {self.name!r} at {self.spec.cut!r}"
+            )
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups if self.optimizer else ():
+            group["lr"] = lr
+
+    def replace_segment(self, segment: SegmentArrays) -> None:
+        """Take the server's segment instead of the own one; the optimizer's state stays."""
+        self._discard_pending()
+        names = self.segment.state_dict()
+        given = check_like(segment.tensors, names, what="the client segment from the server")
+        self.segment.load_state_dict(given)
+        self._state.version = segment.version
+
+    def check_version(self, expected: int) -> None:
+        """Raise StateLostError if another of the server's segments is expected than is here."""
+        if self._state.version != expected:
+            held = "none" if self._state.version == NO_SEGMENT else self._state.version
+            raise StateLostError(
+                f"client {self.name!r} holds segment {held}, the server expects {expected}: it is "
+                "new, or its state was lost"
+            )
+
+    @property
+    def num_examples(self) -> int:
+        """Size of the training data."""
+        return len(self.data.train)
+
+    @property
+    def plan(self) -> RoundPlan:
+        """The plan of the round the client is in."""
+        if self._state.plan is None:
+            raise StateLostError(
+                f"client {self.name!r} is in no round: it is new, or lost its state"
+            )
+        return self._state.plan
+
+    def check_round(self, server_round: int) -> None:
+        """Raise ProtocolError if a request is of another round than the client is in.
+
+        Raises
+        ------
+        StateLostError
+            If the client is in no round.
+        """
+        if server_round != self.plan.server_round:
+            raise ProtocolError(
+                f"server-round is {server_round}, client {self.name!r} is in round "
+                f"{self.plan.server_round}"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of this round."""
+        return steps_per_round(self.num_examples, self.plan, self.name)
+
+    def forward(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the smashed data ``(b, ...)`` and labels ``(b, ...)`` of ``step``.
+
+        Raises
+        ------
+        ProtocolError
+            If ``step`` is not the next one.
+        DataError, SegmentMismatchError, NonFiniteError
+            If the batch can't be computed.
+        """
+        if not step == self._state.steps_done < self.num_steps:
+            raise ProtocolError(
+                f"step is {step}, expected {self._state.steps_done} of {self.num_steps} "
+                f"(client {self.name!r}, round {self.plan.server_round})"
+            )
+        self._discard_pending()  # asked twice for a step: the buffers move once
+        self._pending = self._compute(step)
+        self._state.pending = step
+        return self._pending.smashed.detach(), self._pending.labels
+
+    def backward(self, request: Backward) -> None:
+        """Back-propagate the cut-layer gradient of the pending step and let the optimizer step.
+
+        Raises
+        ------
+        ProtocolError
+            If the gradient is of another step or another shape.
+        NonFiniteError
+            If it is NaN or infinite; the weights stay as they were.
+        """
+        if request.step != self._state.pending:
+            raise ProtocolError(
+                f"gradient of step {request.step} came, client {self.name!r} awaits "
+                f"{'none' if self._state.pending == NO_STEP else self._state.pending}"
+            )
+        # Without a cache the forward pass is gone: compute it again, with the same batch, the
+        # same random numbers and the buffers of before.
+        if self._pending is None:
+            self._pending = self._compute(request.step)
+        if request.gradient is not None:
+            self._update(self._pending, request.gradient)
+        self._pending, self._state.pending = None, NO_STEP
+        self._state.position += 1
+        self._state.steps_done += 1
+
+    def _compute(self, step: int) -> _Pending:
+        seed = derive_seed(self.plan.seed, "client", self.name, self.plan.server_round, step)
+        indices = batch_indices(self.num_examples, self.plan, self.name, self._state.position)
+        buffers = {name: buffer.clone() for name, buffer in self.segment.named_buffers()}
+        self.segment.train()
+        try:
+            with seeded(seed, self.device):
+                inputs, labels = self.data.train.batch(indices)
+                smashed = self._run_segment(inputs)
+            self._check_finite(smashed, f"smashed data of step {step}")
+        except Exception:
+            self._put_back(buffers)
+            raise
+        return _Pending(step, smashed, labels, buffers)
+
+    def _update(self, pending: _Pending, gradient: Tensor) -> None:
+        if gradient.shape != pending.smashed.shape:
+            raise ProtocolError(
+                f"cut-gradient has shape {tuple(gradient.shape)}, the smashed data of step "
+                f"{pending.step} {tuple(pending.smashed.shape)} (client {self.name!r})"
+            )
+        self._check_finite(gradient, f"cut-layer gradient of step {pending.step}")
+        if self.optimizer is None:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        pending.smashed.backward(gradient.to(pending.smashed))  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in self.segment.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._check_finite(norm, f"gradient of the client segment in step {pending.step}")
+        if self.spec.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.segment.parameters(), self.spec.max_grad_norm)
+        self.optimizer.step()
+
+    def _discard_pending(self) -> None:
+        self._undo_forward()
+        self._state.pending = NO_STEP
+
+    def _undo_forward(self) -> None:
+        """Be as before the pending forward pass, which is computed again if its gradient comes."""
+        if self._pending:
+            self._put_back(self._pending.buffers)
+        self._pending = None
+
+    def _put_back(self, buffers: dict[str, Tensor]) -> None:
+        own = dict(self.segment.named_buffers())
+        for name, buffer in buffers.items():
+            own[name].copy_(buffer)
+
+    # --- evaluation ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, batch: int, batch_size: int) -> tuple[Tensor, Tensor, int]:
+        """Return smashed data and labels of a test batch, and how many batches there are.
+
+        Without test data there are 0 batches, and both tensors are empty.
+        """
+        examples = self.data.test
+        if examples is None or len(examples) == 0:
+            return torch.empty(0), torch.empty(0, dtype=torch.int64), 0
+        num_batches = -(-len(examples) // batch_size)
+        if batch >= num_batches:
+            raise ProtocolError(
+                f"test batch {batch} asked for, client {self.name!r} has {num_batches}"
+            )
+        self._undo_forward()
+        rows = range(batch * batch_size, min((batch + 1) * batch_size, len(examples)))
+        inputs, labels = examples.batch(rows)
+        self.segment.eval()
+        return self._run_segment(inputs), labels, num_batches
+
+    @torch.no_grad()
+    def row_shape(self, cut: str) -> tuple[int, ...]:
+        """Return the shape of one row of smashed data, if the model is cut at ``cut``."""
+        self._check_cut(cut)
+        if self.num_examples == 0:
+            raise DataError(f"client {self.name!r} has no training examples")
+        self._undo_forward()
+        with seeded(derive_seed(0, "shape", self.name), self.device):
+            inputs, _ = self.data.train.batch([0])
+        self.segment.eval()
+        return tuple(self._run_segment(inputs).shape[1:])
+
+    # --- computing -----------------------------------------------------------------------
+
+    def _run_segment(self, inputs: Tensor) -> Tensor:
+        try:
+            with self._autocast():
+                smashed: Tensor = self.segment(inputs.to(self.device))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise self._explain(error, inputs) from error
+        if not smashed.is_floating_point():
+            raise SegmentMismatchError(
+                f"the smashed data at {self.spec.cut!r} is {smashed.dtype}, expected floating point"
+            )
+        return smashed
+
+    def _explain(self, error: Exception, inputs: Tensor) -> Exception:
+        shape = tuple(inputs.shape)
+        if "more than 1 value per channel" in str(error):
+            return DataError(
+                f"client {self.name!r}: BatchNorm can't train on a batch of one (inputs {shape}); "
+                "use another batch-size, or drop-last to leave the ragged last batch out"
+            )
+        return SegmentMismatchError(
+            f"client {self.name!r}: the client segment can't take inputs of shape {shape} and "
+            f"dtype {inputs.dtype}: {error}"
+        )
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        dtype = self.spec.autocast
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+
+    def _check_finite(self, tensor: Tensor, what: str) -> None:
+        if not all_finite(tensor):
+            raise NonFiniteError(
+                f"{what} is NaN or infinite (client {self.name!r}, round {self.plan.server_round})"
+            )

@@ -1,0 +1,147 @@
+"""The handlers of a split ClientApp: describe, shape, step, finish, local, evaluate."""
+
+import time
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from flsplit.client.cache import borrow_client
+from flsplit.client.client import Client
+from flsplit.client.local import smashed_shape, train_locally
+from flsplit.client.spec import ClientSpec, client_name
+from flsplit.errors import FlsplitError
+from flsplit.flower_internals import CLIENT_RAISED
+from flsplit.log import logger
+from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
+from flsplit.message.finish import FinishReply, FinishRequest
+from flsplit.message.local import LocalRequest, ShapeRequest
+from flsplit.message.step import StepReply, StepRequest
+
+Handler = Callable[[Message, Context], Message]
+
+
+def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
+    """Register split learning's handlers with an existing ClientApp."""
+
+    @app.query("describe")
+    @answering_errors
+    def describe(message: Message, context: Context) -> Message:
+        return _reply(
+            message, RecordDict({"reply": ConfigRecord({"client": client_name(context)})})
+        )
+
+    @app.train("step")
+    @answering_errors
+    def step(message: Message, context: Context) -> Message:
+        request = StepRequest.from_content(message.content)
+        with borrow_client(spec, context) as client:
+            return _reply(message, take_step(client, request).to_content())
+
+    @app.train("finish")
+    @answering_errors
+    def finish(message: Message, context: Context) -> Message:
+        request = FinishRequest.from_content(message.content)
+        with borrow_client(spec, context) as client:
+            return _reply(message, finish_round(client, request).to_content())
+
+    @app.train("local")
+    @answering_errors
+    def local(message: Message, context: Context) -> Message:
+        request = LocalRequest.from_content(message.content)
+        with borrow_client(spec, context) as client:
+            return _reply(message, train_locally(client, request).to_content())
+
+    @app.query("shape")
+    @answering_errors
+    def shape(message: Message, context: Context) -> Message:
+        request = ShapeRequest.from_content(message.content)
+        with borrow_client(spec, context) as client:
+            return _reply(message, smashed_shape(client, request).to_content())
+
+    @app.evaluate("step")
+    @answering_errors
+    def evaluate(message: Message, context: Context) -> Message:
+        request = EvaluateRequest.from_content(message.content)
+        with borrow_client(spec, context) as client:
+            return _reply(message, evaluate_batch(client, request).to_content())
+
+
+def take_step(client: Client, request: StepRequest) -> StepReply:
+    """Do one client step: the last one's backward pass, then the next one's forward pass."""
+    started = time.perf_counter()
+    if request.plan:
+        client.begin(request.plan, request.segment, request.optimizer)
+    client.check_round(request.server_round)
+    if request.backward:
+        client.backward(request.backward)
+    smashed, labels = client.forward(request.step)
+    return StepReply(
+        client=client.name,
+        server_round=request.server_round,
+        step=request.step,
+        smashed=smashed,
+        labels=labels,
+        num_examples=client.num_examples,
+        num_steps=client.num_steps,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def finish_round(client: Client, request: FinishRequest) -> FinishReply:
+    """Do a round's last backward pass and hand over what the server asks for."""
+    started = time.perf_counter()
+    client.check_round(request.server_round)
+    if request.backward:
+        client.backward(request.backward)
+    return FinishReply(
+        client=client.name,
+        server_round=request.server_round,
+        num_examples=client.num_examples,
+        seconds=time.perf_counter() - started,
+        segment=client.segment.state_dict() if request.upload_segment else None,
+        optimizer=client.state().optimizer if request.upload_optimizer else None,
+    )
+
+
+def evaluate_batch(client: Client, request: EvaluateRequest) -> EvaluateReply:
+    """Run one test batch through the client segment."""
+    started = time.perf_counter()
+    if request.segment:
+        client.replace_segment(request.segment)
+    client.check_version(request.segment_version)
+    smashed, labels, num_batches = client.evaluate(request.batch, request.batch_size)
+    return EvaluateReply(
+        client=client.name,
+        server_round=request.server_round,
+        batch=request.batch,
+        num_batches=num_batches,
+        smashed=smashed,
+        labels=labels,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _reply(message: Message, content: RecordDict) -> Message:
+    return Message(content, reply_to=message)
+
+
+def answering_errors(handler: Handler) -> Handler:
+    """Answer an exception with an Error in one line, so that the state is kept on any carrier."""
+
+    @wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        threads = context.run_config.get("torch-threads", 0)
+        if isinstance(threads, int) and threads > 0:
+            torch.set_num_threads(threads)
+        try:
+            return handler(message, context)
+        except Exception as error:
+            expected = isinstance(error, FlsplitError)
+            reason = f"{type(error).__name__}: {error}"
+            logger.error("client %r: %s", client_name(context), reason, exc_info=not expected)
+            return Message(Error(CLIENT_RAISED, reason), reply_to=message)
+
+    return answer

@@ -1,0 +1,90 @@
+"""A client's local steps: its auxiliary model in the place of the server."""
+
+import time
+
+from torch import Tensor
+
+from flsplit.account.memory import Activations, measuring_activations, state_bytes
+from flsplit.client.auxiliary import Auxiliary
+from flsplit.client.client import Client
+from flsplit.errors import ProtocolError, StateLostError
+from flsplit.message.local import LocalReply, LocalRequest, ShapeReply, ShapeRequest
+from flsplit.message.parts import Backward
+from flsplit.seeds import derive_seed
+
+
+def train_locally(client: Client, request: LocalRequest) -> LocalReply:
+    """Take a client's local steps and return what goes up."""
+    started = time.perf_counter()
+    if request.plan:
+        client.begin(request.plan, request.segment, None)
+        _begin_auxiliary(client, request)
+    client.check_round(request.server_round)
+    auxiliary = _auxiliary_of(client)
+    end = request.end(client.num_steps)
+    wanted = set(request.uploads(end))
+    uploads: dict[int, tuple[Tensor, Tensor]] = {}
+    own, emulating = Activations(), Activations()
+    if request.peek:
+        uploads[request.step] = client.forward(request.step)
+    for step in range(request.step, end):
+        with measuring_activations(own, client.segment, active=step == 0):
+            smashed, labels = client.forward(step)
+        with measuring_activations(emulating, auxiliary.module, active=step == 0):
+            gradient = auxiliary.gradient(smashed, labels, _seed(client, step))
+        client.backward(Backward(step, gradient))
+        if step in wanted:
+            uploads[step] = smashed, labels
+    ended = end == client.num_steps and not request.peek
+    return LocalReply(
+        client=client.name,
+        server_round=request.server_round,
+        step=request.step,
+        uploads=uploads,
+        num_examples=client.num_examples,
+        num_steps=client.num_steps,
+        steps_done=end,
+        seconds=time.perf_counter() - started,
+        memory={
+            "segment": state_bytes(client.segment, client.optimizer),
+            "activations": own.nbytes,
+            "auxiliary": state_bytes(auxiliary.module, auxiliary.optimizer),
+            "auxiliary-activations": emulating.nbytes,
+        },
+        segment=client.segment.state_dict() if ended and request.upload_segment else None,
+        auxiliary=auxiliary.module.state_dict() if ended and request.upload_auxiliary else None,
+    )
+
+
+def smashed_shape(client: Client, request: ShapeRequest) -> ShapeReply:
+    """Return the shape of one row of the client's smashed data."""
+    started = time.perf_counter()
+    shape = client.row_shape(request.cut)
+    seconds = time.perf_counter() - started
+    return ShapeReply(client.name, request.server_round, shape, seconds)
+
+
+def _begin_auxiliary(client: Client, request: LocalRequest) -> None:
+    plan = request.auxiliary_plan
+    if plan is None:
+        raise ProtocolError("record 'auxiliary-config' is missing, it comes with 'config'")
+    if client.auxiliary is None or not client.auxiliary.fits(plan):
+        client.auxiliary = Auxiliary(plan, client.spec, client.device, client.split_anew)
+    client.auxiliary.begin(plan)
+    if request.auxiliary is not None:
+        client.auxiliary.replace(request.auxiliary, plan.version)
+    if client.auxiliary.version != plan.version:
+        raise StateLostError(
+            f"client {client.name!r} holds auxiliary model {client.auxiliary.version}, the server "
+            f"expects {plan.version}: it is new, or its state was lost"
+        )
+
+
+def _auxiliary_of(client: Client) -> Auxiliary:
+    if client.auxiliary is None:
+        raise StateLostError(f"client {client.name!r} has no auxiliary model: its state was lost")
+    return client.auxiliary
+
+
+def _seed(client: Client, step: int) -> int:
+    return derive_seed(client.plan.seed, "auxiliary", client.name, client.plan.server_round, step)

@@ -1,0 +1,79 @@
+"""What a user says about a client: model, cut, data, optimizer and where to compute."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Context
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flsplit.auxiliary import BuildAuxiliary
+from flsplit.errors import ConfigError
+
+OptimizerFactory = Callable[..., Optimizer]
+"""Called as ``factory(parameters, lr=…)``: a torch optimizer class or a ``functools.partial``."""
+
+Unpack = Callable[[Any], tuple[Tensor, Tensor]]
+"""Turns what a data set's collate function returns into ``(inputs, labels)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSpec:
+    """The arguments of :func:`flsplit.client_app`, which documents them."""
+
+    model: Callable[..., nn.Module]
+    cut: str
+    data: Callable[[Context], Any]
+    optimizer: OptimizerFactory = torch.optim.SGD
+    device: str = "auto"
+    autocast: torch.dtype | None = None
+    max_grad_norm: float | None = None
+    unpack: Unpack | None = None
+    auxiliary: BuildAuxiliary | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be used."""
+        if isinstance(self.model, nn.Module):
+            raise ConfigError(
+                f"model is a {type(self.model).__name__} itself, expected a function that returns "
+                "a new one"
+            )
+        for name in ("model", "data", "optimizer"):
+            if not callable(found := getattr(self, name)):
+                raise ConfigError(f"{name} is {found!r}, expected a function")
+        if self.auxiliary is not None and not callable(self.auxiliary):
+            raise ConfigError(f"auxiliary is {self.auxiliary!r}, expected a function")
+        if not isinstance(self.cut, str):
+            raise ConfigError(f"cut is {self.cut!r}, expected the name of a submodule")
+
+    def build_model(self, context: Context) -> nn.Module:
+        """Return a new unsplit model; ``model`` gets the context if it has a parameter for it."""
+        takes_context = "context" in inspect.signature(self.model).parameters
+        model = self.model(context=context) if takes_context else self.model()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model returned a {type(model).__name__}, expected an nn.Module")
+        return model
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the torch device called ``device``; ``auto`` is the GPU if there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device is {device!r}, which can't be used here: {error}") from error
+
+
+def client_name(context: Context) -> str:
+    """Return who this client is: ``client-name`` or ``partition-id`` of its node config.
+
+    Node ids are random, so they only serve where the node config names nothing better.
+    """
+    for key in ("client-name", "partition-id"):
+        if key in context.node_config:
+            return str(context.node_config[key])
+    return f"node-{context.node_id}"

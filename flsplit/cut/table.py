@@ -1,0 +1,58 @@
+"""Prints cut points."""
+
+from collections.abc import Sequence
+
+from flsplit.cut.points import CutPoint
+
+_HEADER = (
+    "cut",
+    "client params",
+    "server params",
+    "client MFLOP",
+    "server MFLOP",
+    "smashed data",
+    "elements",
+    "KiB",
+)
+
+
+def format_cuts(points: Sequence[CutPoint]) -> str:
+    """Return cut points as a table in plain text, one line each under a header.
+
+    Parameters
+    ----------
+    points : sequence of CutPoint
+        As `cuts` returns them.
+
+    Returns
+    -------
+    str
+        MFLOP (10**6) and KiB (1024 bytes) are of one sample's forward pass and smashed data.
+    """
+    rows = [_HEADER, *(_row(point) for point in points)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    return "\n".join(_line(row, widths) for row in rows)
+
+
+def _row(point: CutPoint) -> tuple[str, ...]:
+    return (
+        point.cut,
+        f"{point.client_params:,}",
+        f"{point.server_params:,}",
+        f"{point.client_flops / 1e6:,.3f}",
+        f"{point.server_flops / 1e6:,.3f}",
+        f"{'x'.join(map(str, point.smashed_shape))} {_short(point)}",
+        f"{point.smashed_elements:,}",
+        f"{point.smashed_elements * point.smashed_dtype.itemsize / 1024:,.1f}",
+    )
+
+
+def _short(point: CutPoint) -> str:
+    return str(point.smashed_dtype).removeprefix("torch.")
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    """Align the name to the left and everything else to the right."""
+    first = row[0].ljust(widths[0])
+    rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    return "  ".join([first, *rest])

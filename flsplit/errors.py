@@ -1,0 +1,46 @@
+"""What flsplit raises for things that a user, a client or a network can get wrong."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class FlsplitError(Exception):
+    """Base class of every error that flsplit raises on purpose."""
+
+
+class ConfigError(FlsplitError, ValueError):
+    """An option has a value that can't be used, or two options contradict each other."""
+
+
+class DataError(FlsplitError, ValueError):
+    """A client's data can't be trained on: empty, of an unexpected kind, labels out of range."""
+
+
+class ProtocolError(FlsplitError, ValueError):
+    """A message lacks a field, or a field holds something else than the protocol says."""
+
+
+class SegmentMismatchError(FlsplitError, ValueError):
+    """Client segment, server segment and arrays don't fit together."""
+
+
+class NonFiniteError(FlsplitError, ArithmeticError):
+    """A loss, an activation or a gradient is NaN or infinite; no weight was changed by it."""
+
+
+class StateLostError(FlsplitError):
+    """A client was asked to go on but has no segment: it is new or lost its state."""
+
+
+class NotEnoughClientsError(FlsplitError, RuntimeError):
+    """Fewer clients are left than ``min_available_nodes``."""
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put ``where`` in front of what any flsplit error raised inside the block says."""
+    try:
+        yield
+    except FlsplitError as error:
+        error.args = (f"{where}: {error}",)
+        raise

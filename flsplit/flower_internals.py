@@ -1,0 +1,32 @@
+"""The few places where flsplit needs more of Flower than its public API. Nothing else imports them.
+
+* Strategies build messages with ``Message(content, dst_node_id, …)``, which asks a
+  process-wide identity that only Flower's own runtime sets. Outside it (LocalGrid in a
+  notebook, a test) any Flower strategy would fail, so flsplit sets it there.
+* ``Grid.run`` must return a ``Run``, whose class is not public.
+* A message's id is given by the carrier, and ``Metadata`` has no setter for it.
+* The code of an ``Error`` that says "the ClientApp raised" is not public either.
+"""
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+CLIENT_RAISED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+SERVER_NODE_ID = 1  # what Flower gives the ServerApp's node, too
+
+__all__ = ["CLIENT_RAISED", "SERVER_NODE_ID", "Run", "ensure_task_identity", "set_message_id"]
+
+
+def ensure_task_identity(run_id: int) -> None:
+    """Give this process an identity, unless Flower's runtime has done so."""
+    try:
+        _ = TaskIdentity.run_id
+    except RuntimeError:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SERVER_NODE_ID, 0
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Give a message its id, which its reply then refers to."""
+    message.metadata.__dict__["_message_id"] = message_id

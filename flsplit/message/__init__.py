@@ -1,0 +1,1 @@
+"""The messages that flsplit sends: their schema, and how tensors travel in them."""

@@ -1,0 +1,137 @@
+"""Tensors in Flower's ``Array`` and ``ArrayRecord``, and back.
+
+Weights travel in Flower's own serialisation, so that any Flower strategy or mod can read
+them. Smashed data, labels and gradients travel raw: they are sent once per mini-batch, and
+NumPy's NPY header and copies would cost as much as the transfer; NumPy has no bfloat16 either.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor
+
+from flsplit.errors import ProtocolError, SegmentMismatchError
+
+RAW = "flsplit.raw"
+"""``Array.stype`` of raw tensors: ``data`` holds the elements in C order, little-endian."""
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+
+
+_MAX_SIZE = 2**40
+
+
+def to_array(tensor: Tensor) -> Array:
+    """Return a raw array with the tensor's elements, of any device and any dtype listed above."""
+    plain = tensor.detach().cpu().contiguous()
+    dtype = str(plain.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ProtocolError(f"a tensor of {plain.dtype} can't be sent; known: {sorted(_DTYPES)}")
+    flat = plain.reshape(-1)
+    if flat.stride() != (1,):  # torch calls a tensor of no or one element contiguous at any stride
+        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
+    data = flat.view(torch.uint8).numpy().tobytes()
+    return Array(dtype=dtype, shape=tuple(plain.shape), stype=RAW, data=data)
+
+
+def to_tensor(array: Array, *, field: str) -> Tensor:
+    """Return the tensor (CPU, a copy) in a raw or a NumPy array.
+
+    Raises
+    ------
+    ProtocolError
+        If dtype, shape and data don't fit together; ``field`` names the array.
+    """
+    if array.stype != RAW:
+        return _from_npy(array, field)
+    if array.dtype not in _DTYPES:
+        raise ProtocolError(f"{field}: dtype is {array.dtype!r}, expected one of {sorted(_DTYPES)}")
+    dtype = _DTYPES[array.dtype]
+    if any(not 0 <= size <= _MAX_SIZE for size in array.shape):
+        raise ProtocolError(f"{field}: shape is {array.shape}, expected sizes of 0 or more")
+    expected = int(np.prod(array.shape, dtype=object)) * dtype.itemsize
+    if len(array.data) != expected:
+        raise ProtocolError(
+            f"{field}: {len(array.data)} bytes came, but {array.dtype} of shape "
+            f"{tuple(array.shape)} takes {expected}"
+        )
+    if expected == 0:
+        return torch.empty(tuple(array.shape), dtype=dtype)
+    return torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(tuple(array.shape))
+
+
+def _from_npy(array: Array, field: str) -> Tensor:
+    try:
+        found = array.numpy()
+        tensor = torch.from_numpy(np.array(found))
+    except Exception as error:  # NumPy's parser raises many kinds on bytes that it can't read
+        raise ProtocolError(f"{field}: not a readable array ({error})") from error
+    if (str(found.dtype), found.shape) != (array.dtype, tuple(array.shape)):
+        raise ProtocolError(
+            f"{field}: the data is {found.dtype} of shape {found.shape}, but the array says "
+            f"{array.dtype} of shape {tuple(array.shape)}"
+        )
+    return tensor
+
+
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return an ``ArrayRecord`` (Flower's serialisation) of a state dict's tensors."""
+    return ArrayRecord(
+        {name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()}
+    )
+
+
+def from_record(record: ArrayRecord, *, field: str) -> dict[str, Tensor]:
+    """Return the tensors (CPU, copies) of an ``ArrayRecord`` by name."""
+    return {name: to_tensor(array, field=f"{field}[{name!r}]") for name, array in record.items()}
+
+
+def check_like(
+    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], *, what: str
+) -> dict[str, Tensor]:
+    """Return ``tensors`` in ``like``'s order, dtypes and devices, or say what doesn't fit.
+
+    Raises
+    ------
+    SegmentMismatchError
+        If names or shapes differ.
+    """
+    missing = [name for name in like if name not in tensors]
+    unexpected = [name for name in tensors if name not in like]
+    if missing or unexpected:
+        raise SegmentMismatchError(
+            f"{what}: {_some('missing', missing)}{_some('unexpected', unexpected)}"
+            "are both sides cut at the same place of the same model?"
+        )
+    for name, tensor in like.items():
+        if tensors[name].shape != tensor.shape:
+            raise SegmentMismatchError(
+                f"{what}: {name!r} came with shape {tuple(tensors[name].shape)}, "
+                f"expected {tuple(tensor.shape)}"
+            )
+    return {name: tensors[name].to(tensor) for name, tensor in like.items()}
+
+
+def _some(word: str, names: list[str], most: int = 4) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{word} {', '.join(names[:most])}{more}; "
+
+
+def nbytes(array: Array) -> int:
+    """Return the size in bytes of an array's elements, without any header."""
+    dtype = _DTYPES.get(array.dtype)
+    try:
+        itemsize = dtype.itemsize if dtype else np.dtype(array.dtype).itemsize
+    except TypeError as error:
+        raise ProtocolError(f"an array says that its dtype is {array.dtype!r}") from error
+    return int(np.prod(array.shape, dtype=object)) * itemsize

@@ -1,0 +1,66 @@
+"""A torch optimizer's state as Flower records: what must travel, be stored or be resumed.
+
+Only the state per parameter travels (momentum, Adam's moments, step counts). Hyper-parameters
+are set on either side: the learning rate every round, the rest by the optimizer's factory.
+"""
+
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord
+from torch.optim import Optimizer
+
+from flsplit.errors import ProtocolError
+from flsplit.message.arrays import to_array, to_tensor
+
+OptimizerState = dict[int, dict[str, Any]]
+"""``Optimizer.state_dict()["state"]``: values by name for the index of each parameter."""
+
+
+_MAX_DIGITS = 10  # of a parameter's index
+
+
+def get_state(optimizer: Optimizer | None) -> OptimizerState:
+    """Return the state of ``optimizer``; a segment without parameters has none."""
+    state: OptimizerState = optimizer.state_dict()["state"] if optimizer else {}
+    return state
+
+
+def set_state(optimizer: Optimizer | None, state: OptimizerState) -> None:
+    """Give ``optimizer`` the state; its hyper-parameters stay as they are."""
+    if optimizer is None:
+        return
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def state_to_records(state: OptimizerState) -> tuple[ArrayRecord, ConfigRecord]:
+    """Return the tensors and the plain numbers of a state, under keys ``"<index>/<name>"``."""
+    arrays, numbers = ArrayRecord(), ConfigRecord()
+    for index, values in state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                arrays[f"{index}/{name}"] = to_array(value)
+            elif value is not None:
+                numbers[f"{index}/{name}"] = value
+    return arrays, numbers
+
+
+def state_from_records(arrays: ArrayRecord, numbers: ConfigRecord) -> OptimizerState:
+    """Return the state in records of :func:`state_to_records`.
+
+    Raises
+    ------
+    ProtocolError
+        If a key is not ``"<index>/<name>"`` or an array can't be read.
+    """
+    state: OptimizerState = {}
+    for key in (*arrays, *numbers):
+        index, slash, name = key.partition("/")
+        if not (slash and index.isdecimal() and len(index) < _MAX_DIGITS):
+            raise ProtocolError(f"optimizer state: key is {key!r}, expected '<index>/<name>'")
+        value = (
+            to_tensor(arrays[key], field=f"optimizer[{key!r}]") if key in arrays else numbers[key]
+        )
+        state.setdefault(int(index), {})[name] = value
+    return state

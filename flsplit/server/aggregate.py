@@ -1,0 +1,173 @@
+"""Aggregating segments with any Flower strategy: parameters through it, buffers beside it."""
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from flsplit.errors import ConfigError, NotEnoughClientsError
+from flsplit.flower_internals import Run
+from flsplit.log import logger
+from flsplit.message.arrays import check_like, from_record, to_record
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What one client brings to an aggregation: a state dict and its weight."""
+
+    tensors: dict[str, Tensor]
+    num_examples: int
+
+
+class _ClientView(Grid):
+    """Shows a Flower strategy the clients as nodes 0, 1, 2, … in their fixed order.
+
+    Real node ids are random: a strategy that samples among them would choose other clients in
+    every run, and others again on another carrier.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(len(self._names))
+
+    @property
+    def run(self) -> Run:
+        raise ConfigError(_ONLY_CONFIGURES)
+
+    def set_run(self, run: Run) -> None:
+        raise ConfigError(_ONLY_CONFIGURES)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
+        ttl: float | None = None,
+    ) -> Message:  # fmt: skip
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise ConfigError(_ONLY_CONFIGURES)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise ConfigError(_ONLY_CONFIGURES)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        raise ConfigError(_ONLY_CONFIGURES)
+
+
+_ONLY_CONFIGURES = (
+    "a client_strategy that sends messages of its own can't aggregate segments; flsplit calls its "
+    "configure_train and aggregate_train only"
+)
+
+
+class SegmentAggregator:
+    """Lets a Flower strategy choose a round's clients and aggregate what they upload.
+
+    Parameters
+    ----------
+    strategy : flwr.serverapp.strategy.Strategy
+        FedAvg, FedAdam, Krum, …; only ``configure_train`` and ``aggregate_train`` are called.
+    buffers : set of str
+        Names of the state dict's buffers. They don't go through the strategy: floating-point
+        buffers are averaged by ``num_examples``, integer ones (BatchNorm's counter) take the
+        maximum.
+    """
+
+    def __init__(self, strategy: Strategy, buffers: set[str]) -> None:
+        self.strategy = strategy
+        self.buffers = buffers
+        self._messages: dict[str, Message] = {}
+
+    @property
+    def least_clients(self) -> int:
+        """With fewer clients a Flower strategy waits for more, without an end."""
+        if getattr(self.strategy, "fraction_train", 1.0) == 0.0:
+            return 0
+        names = ("min_available_nodes", "min_train_nodes")
+        return max(getattr(self.strategy, name, 0) for name in names)
+
+    def configure(
+        self,
+        server_round: int,
+        tensors: Mapping[str, Tensor],
+        names: Callable[[], list[str]],
+        seed: int,
+    ) -> list[str]:
+        """Return the clients that the strategy chooses; its random choice follows ``seed``."""
+        names_now = names()
+        if len(names_now) < self.least_clients:
+            raise NotEnoughClientsError(
+                f"{type(self.strategy).__name__} needs {self.least_clients} clients or more (its "
+                f"min_available_nodes, min_train_nodes), but there are {len(names_now)}"
+            )
+        view, arrays = _ClientView(names_now), to_record(self._parameters(tensors))
+        state = random.getstate()
+        random.seed(seed)
+        try:
+            messages = list(
+                self.strategy.configure_train(server_round, arrays, ConfigRecord(), view)
+            )
+        finally:
+            random.setstate(state)
+        by_index = dict(enumerate(names_now))
+        self._messages = {by_index[m.metadata.dst_node_id]: m for m in messages}
+        return [name for name in by_index.values() if name in self._messages]
+
+    def aggregate(
+        self, server_round: int, uploads: Mapping[str, Upload], before: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the aggregated state dict; ``before`` where the strategy returns nothing."""
+        if not uploads:
+            return dict(before)
+        replies = [self._reply(name, upload) for name, upload in uploads.items()]
+        arrays, _ = self.strategy.aggregate_train(server_round, replies)
+        if arrays is None:
+            logger.warning(
+                "%s aggregated nothing in round %d: the segment stays as it was",
+                type(self.strategy).__name__, server_round,
+            )  # fmt: skip
+            return dict(before)
+        aggregated = from_record(arrays, field="aggregated arrays")
+        aggregated |= average_buffers(
+            [{k: u.tensors[k] for k in before if k in self.buffers} for u in uploads.values()],
+            [upload.num_examples for upload in uploads.values()],
+        )
+        return check_like(aggregated, before, what="the aggregated segment")
+
+    def _reply(self, name: str, upload: Upload) -> Message:
+        key = getattr(self.strategy, "weighted_by_key", "num-examples")
+        content = RecordDict(
+            {
+                getattr(self.strategy, "arrayrecord_key", "arrays"): to_record(
+                    self._parameters(upload.tensors)
+                ),
+                "metrics": MetricRecord({key: upload.num_examples}),
+            }
+        )
+        return Message(content, reply_to=self._messages[name])
+
+    def _parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if name not in self.buffers}
+
+
+def average_buffers(buffers: list[dict[str, Tensor]], num_examples: list[int]) -> dict[str, Tensor]:
+    """Return floating-point buffers averaged by ``num_examples``, and the maximum of others."""
+    total = sum(num_examples)
+    shares = [n / total for n in num_examples]
+    averaged = {}
+    for name, first in buffers[0].items():
+        stacked = torch.stack([one[name] for one in buffers])
+        if first.is_floating_point():
+            weights = torch.tensor(shares, dtype=torch.float64).view(-1, *[1] * first.ndim)
+            averaged[name] = (stacked.double() * weights.to(stacked.device)).sum(0).to(first.dtype)
+        else:
+            averaged[name] = stacked.amax(0)
+    return averaged

@@ -1,0 +1,269 @@
+"""Talking to clients: by name, all at once, and never fooled by the order of arrival."""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from flsplit.account.ledger import LeftOut, RoundEntry
+from flsplit.carry.choose import OpenCarrier
+from flsplit.errors import (
+    ConfigError,
+    FlsplitError,
+    NotEnoughClientsError,
+    ProtocolError,
+    StateLostError,
+)
+from flsplit.log import logger
+from flsplit.message.arrays import nbytes
+from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
+from flsplit.message.fields import record, value
+from flsplit.message.finish import FinishReply, FinishRequest
+from flsplit.message.local import LocalReply, LocalRequest, ShapeReply, ShapeRequest
+from flsplit.message.parts import Backward
+from flsplit.message.step import StepReply, StepRequest
+from flsplit.message.types import DESCRIBE, EVALUATE, FINISH, LOCAL, SHAPE, STEP
+from flsplit.server.checks import Reply, Request, check_reply
+
+STATE_LOST = StateLostError.__name__  # how a client's Error says so
+
+_POLL_SECONDS = 0.5  # Flower's grid has no event for a node that joins
+
+
+@dataclass(frozen=True)
+class _Kind:
+    message_type: str
+    parse: Callable[[RecordDict], Reply]
+    category: dict[str, str]  # ledger category by record name
+
+
+_SEGMENTS = {"arrays": "client-segments-{}", "optimizer": "optimizer-{}"}
+_TRAINING = {"smashed-data": "activations-up", "labels": "labels-up"} | _SEGMENTS
+_KINDS: dict[type[Request], _Kind] = {
+    StepRequest: _Kind(STEP, StepReply.from_content, _TRAINING),
+    FinishRequest: _Kind(FINISH, FinishReply.from_content, _TRAINING),
+    LocalRequest: _Kind(LOCAL, LocalReply.from_content, _TRAINING | {"auxiliary": "auxiliary-{}"}),
+    ShapeRequest: _Kind(SHAPE, ShapeReply.from_content, {}),
+    EvaluateRequest: _Kind(
+        EVALUATE,
+        EvaluateReply.from_content,
+        {"smashed-data": "evaluation-up", "labels": "evaluation-up"} | _SEGMENTS,
+    ),
+}
+
+
+class Clients:
+    """The clients of a run behind a Grid, known by name.
+
+    Parameters
+    ----------
+    carrier : OpenCarrier
+        With a Grid to send messages over.
+    timeout : float
+        Seconds to wait for the answers of one exchange, and for nodes to connect.
+    """
+
+    def __init__(self, carrier: OpenCarrier, timeout: float) -> None:
+        self.carrier = carrier
+        self._grid = carrier.grid
+        self._timeout = timeout
+        self._node_of: dict[str, int] = {}
+        self.holds: dict[str, int] = {}
+        """Which version of the server's client segment each client holds."""
+        self._unusable: dict[int, str] = {}
+        self._sends = not getattr(self._grid, "in_process", False)
+
+    # --- who is there --------------------------------------------------------------------
+
+    def discover(self) -> list[str]:
+        """Return the names of the connected clients, in their fixed order."""
+        nodes = set(self._grid.get_node_ids())
+        self._node_of = {name: node for name, node in self._node_of.items() if node in nodes}
+        if unknown := nodes - set(self._node_of.values()):
+            self._describe(sorted(unknown))
+        return sorted(self._node_of, key=_natural)
+
+    def wait_for(self, minimum: int) -> list[str]:
+        """Return the connected clients once there are at least ``minimum``.
+
+        Raises
+        ------
+        NotEnoughClientsError
+            If there are fewer after ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + self._timeout
+        while len(names := self.discover()) < minimum:
+            if time.monotonic() > deadline:
+                refused = [f"node {node}: {why}" for node, why in self._unusable.items()]
+                raise NotEnoughClientsError(
+                    f"{len(names)} clients are connected after {self._timeout:g} s, expected at "
+                    f"least {minimum} (min_available_nodes, min_train_nodes)"
+                    + "".join(f"; {one}" for one in refused)
+                )
+            time.sleep(_POLL_SECONDS)
+        return names
+
+    def _describe(self, nodes: list[int]) -> None:
+        messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]
+        for message in self._grid.send_and_receive(messages, timeout=self._timeout):
+            node = message.metadata.src_node_id
+            try:
+                name = _described(message)
+            except ProtocolError as error:
+                if self._unusable.get(node) != str(error):
+                    logger.warning("node %d can't be used: %s", node, error)
+                self._unusable[node] = str(error)
+                continue
+            self._unusable.pop(node, None)
+            if self._node_of.get(name, node) != node:
+                raise ConfigError(
+                    f"two nodes call themselves client {name!r}; give each its own partition-id or "
+                    "client-name in its node config"
+                )
+            self._node_of[name] = node
+
+    @property
+    def connected(self) -> int:
+        """How many clients were connected when last looked."""
+        return len(self._node_of)
+
+    # --- an exchange ---------------------------------------------------------------------
+
+    def exchange(self, requests: Mapping[str, Request], entry: RoundEntry) -> dict[str, Reply]:
+        """Send each client its request and return the replies, in the clients' fixed order.
+
+        A segment is left out of the request of a client that holds it; a client that turns out
+        not to is asked again, with the segment.
+
+        A client that answers with an error, with something else than it was asked for, or not
+        within the timeout, is missing from the replies and in the ledger.
+        """
+        replies, lost = self._ask(requests, entry)
+        if lost:
+            for name in lost:
+                logger.info("client %r starts from the server's segment: its state was lost", name)
+                self.holds.pop(name, None)
+                entry.restarted.append(name)
+            again, _ = self._ask({name: requests[name] for name in lost}, entry)
+            replies |= again
+        return {name: replies[name] for name in sorted(replies, key=_natural)}
+
+    def _ask(
+        self, requests: Mapping[str, Request], entry: RoundEntry
+    ) -> tuple[dict[str, Reply], list[str]]:
+        """Return the replies, and which clients don't hold the segment they should hold."""
+        if not requests:
+            return {}, []
+        sent = {name: self._without_what_is_held(name, one) for name, one in requests.items()}
+        messages = [self._message(name, request, entry) for name, request in sent.items()]
+        entry.traffic.add("gradients-down-broadcast", _broadcast_bytes(sent), 0)
+        started = time.perf_counter()
+        answers = self._grid.send_and_receive(messages, timeout=self._timeout)
+        entry.waiting_seconds += time.perf_counter() - started
+        by_node = {message.metadata.src_node_id: message for message in answers}
+        replies: dict[str, Reply] = {}
+        lost = []
+        for name, request in sent.items():
+            try:
+                replies[name] = self._take(name, request, by_node, entry)
+            except StateLostError as error:
+                if request is requests[name]:
+                    self._leave_out(name, request, str(error), entry)
+                else:
+                    lost.append(name)
+            except FlsplitError as error:
+                self._leave_out(name, request, str(error), entry)
+        return replies, lost
+
+    def _without_what_is_held(self, name: str, request: Request) -> Request:
+        if isinstance(request, LocalRequest) and request.auxiliary_held and name in self.holds:
+            request = replace(request, auxiliary=None)
+        segment = getattr(request, "segment", None)
+        if segment and self.holds.get(name) == segment.version:
+            return replace(request, segment=None)  # type: ignore[arg-type]
+        return request
+
+    def _message(self, name: str, request: Request, entry: RoundEntry) -> Message:
+        kind = _KINDS[type(request)]
+        content = request.to_content()
+        self._account_down(content, request, kind, entry)
+        group = str(request.server_round)
+        return Message(content, self._node_of[name], kind.message_type, group_id=group)
+
+    def _take(
+        self, name: str, request: Request, by_node: Mapping[int, Message], entry: RoundEntry
+    ) -> Reply:
+        message = by_node.get(self._node_of[name])
+        if message is None:
+            raise ProtocolError(f"no answer within {self._timeout:g} s")
+        if message.has_error():
+            reason = message.error.reason or "an error without a reason"
+            raise StateLostError(reason) if STATE_LOST in reason else ProtocolError(reason)
+        kind = _KINDS[type(request)]
+        reply = kind.parse(message.content)
+        check_reply(name, request, reply)
+        if segment := getattr(request, "segment", None):
+            self.holds[name] = segment.version
+        for key, category in kind.category.items():
+            for array in message.content.array_records.get(key, {}).values():
+                self._account(category.format("up"), array, entry)
+        entry.client_seconds += reply.seconds
+        return reply
+
+    def _leave_out(self, name: str, request: Request, reason: str, entry: RoundEntry) -> None:
+        step = getattr(request, "step", entry.steps)
+        entry.left_out.append(LeftOut(name, step, reason))
+        logger.warning(
+            "client %r is left out of round %d from step %d on: %s", name, entry.round, step, reason
+        )
+
+    # --- accounting ----------------------------------------------------------------------
+
+    def _account(self, category: str, array: Array, entry: RoundEntry) -> None:
+        entry.traffic.add(category, nbytes(array), len(array.data) if self._sends else 0)
+
+    def _account_down(
+        self, content: RecordDict, request: Request, kind: _Kind, entry: RoundEntry
+    ) -> None:
+        for key, category in kind.category.items():
+            for array in content.array_records.get(key, {}).values():
+                self._account(category.format("down"), array, entry)
+        for array in content.array_records.get("cut-gradient", ArrayRecord()).values():
+            own = nbytes(array) - _shared_bytes(getattr(request, "backward", None))
+            wire = len(array.data) if self._sends else 0
+            entry.traffic.add("gradients-down-unicast", own, wire)
+
+
+def _described(message: Message) -> str:
+    """Return the client's name in a reply to ``query.describe``."""
+    if message.has_error():
+        raise ProtocolError(message.error.reason)
+    return value(record(message.content, "reply", ConfigRecord), "client", str)
+
+
+def _broadcast_bytes(requests: Mapping[str, Request]) -> int:
+    """Return the bytes of the gradient rows that all clients of the step share."""
+    sizes = [_payload_bytes(getattr(request, "backward", None)) for request in requests.values()]
+    return max(sizes, default=0)
+
+
+def _shared_bytes(backward: Backward | None) -> int:
+    if backward is None or backward.gradient is None:
+        return 0
+    return backward.gradient[: backward.shared_rows].nbytes
+
+
+def _payload_bytes(backward: Backward | None) -> int:
+    """Return what the shared rows take on a broadcast channel; a repeated row is sent once."""
+    shared = _shared_bytes(backward)
+    if backward is None or not backward.repeated or not shared:
+        return shared
+    return shared // backward.shared_rows
+
+
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Sort ``"2"`` before ``"10"``, and ``"01"`` always before ``"1"``."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name

@@ -1,0 +1,200 @@
+"""The server segment with its optimizer, which lives as long as the run."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from flsplit.errors import ConfigError, DataError, SegmentMismatchError
+from flsplit.message.arrays import check_like
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Mean loss of ``(logits, labels)``, a scalar tensor."""
+
+Gradients = list[Tensor | None]
+"""One gradient per trainable parameter of the server segment, None where there is none."""
+
+
+_TORCH_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What torch raises for shapes and dtypes that it can't take."""
+
+
+class ServerSegment:
+    """The server's part of the model, on its device, with optimizer, scheduler and loss.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The server segment.
+    loss : callable
+        Mean loss of ``(logits, labels)``.
+    optimizer : callable
+        Called as ``optimizer(parameters, lr=…)``.
+    lr : float
+        The first learning rate.
+    scheduler : callable, optional
+        Takes the optimizer and returns a torch scheduler, which steps once per round.
+    device : torch.device
+        Where to compute.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        loss: Loss,
+        optimizer: Callable[..., Optimizer],
+        lr: float,
+        device: torch.device,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> None:
+        self.module = module.to(device)
+        self.device = device
+        self.loss = loss
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ConfigError(
+                "all parameters of the server segment are frozen (requires_grad=False): there is "
+                "nothing to train on the server"
+            )
+        self.optimizer = optimizer(self.parameters, lr=lr)
+        self.scheduler = scheduler(self.optimizer) if scheduler else None
+
+    def forward(self, smashed: Tensor) -> Tensor:
+        """Return the logits of ``smashed`` ``(b, ...)``; errors name the shape that didn't fit."""
+        try:
+            logits: Tensor = self.module(smashed)
+        except _TORCH_ERRORS as error:
+            if "more than 1 value per channel" in str(error):
+                raise DataError(
+                    f"BatchNorm in the server segment can't train on a batch of one (smashed data "
+                    f"{tuple(smashed.shape)}); use another batch-size, or drop-last"
+                ) from error
+            raise SegmentMismatchError(
+                f"the server segment can't take smashed data of shape {tuple(smashed.shape)} and "
+                f"dtype {smashed.dtype}: {error}"
+            ) from error
+        return logits
+
+    def mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss; errors say which label or shape is out of range.
+
+        Raises
+        ------
+        DataError
+            If labels don't fit the logits.
+        ConfigError
+            If the loss isn't a scalar tensor that can be differentiated.
+        """
+        check_labels(logits, labels)
+        try:
+            loss = self.loss(logits, labels)
+        except _TORCH_ERRORS as error:
+            raise DataError(
+                f"the loss can't take logits of shape {tuple(logits.shape)} with labels of shape "
+                f"{tuple(labels.shape)} and dtype {labels.dtype}: {error}"
+            ) from error
+        if not (isinstance(loss, Tensor) and loss.ndim == 0):
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise ConfigError(f"the loss returned {what}, expected a scalar tensor (a mean)")
+        if logits.requires_grad and not loss.requires_grad:
+            raise ConfigError("the loss returned a tensor that is detached from the logits")
+        return loss
+
+    @contextmanager
+    def undoing_buffers(self) -> Iterator[None]:
+        """Put the buffers (BatchNorm's) back to what they were if the block raises."""
+        before = [buffer.clone() for buffer in self.module.buffers()]
+        try:
+            yield
+        except Exception:
+            for buffer, old in zip(self.module.buffers(), before, strict=True):
+                buffer.copy_(old)
+            raise
+
+    @contextmanager
+    def keeping_buffers(self) -> Iterator[None]:
+        """Put the buffers (BatchNorm's) back to what they were at the end of the block."""
+        before = [buffer.clone() for buffer in self.module.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, old in zip(self.module.buffers(), before, strict=True):
+                buffer.copy_(old)
+
+    def receive(self, tensor: Tensor) -> Tensor:
+        """Move smashed data to the segment's device and floating-point dtype."""
+        return tensor.to(self.device, self.parameters[0].dtype)
+
+    def step(self, gradients: Gradients, lr_factor: float = 1.0) -> None:
+        """Let the optimizer step with ``gradients``, at ``lr_factor`` times its learning rate."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr * lr_factor
+        self.optimizer.step()
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of all parameter groups."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def end_round(self) -> None:
+        """Let the scheduler, if there is one, step."""
+        if self.scheduler:
+            self.scheduler.step()
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Return the segment's state dict."""
+        state: dict[str, Tensor] = self.module.state_dict()
+        return state
+
+    def load_arrays(self, arrays: dict[str, Tensor]) -> None:
+        """Take parameters and buffers; the optimizer's state stays."""
+        self.module.load_state_dict(check_like(arrays, self.arrays(), what="the server segment"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a checkpoint needs."""
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise DataError if class labels (integers, beside logits ``(b, C, ...)``) are out of range.
+
+    On a GPU torch would end the process instead of raising. ``-100``, torch's index for labels
+    to ignore, passes.
+    """
+    is_class_index = not labels.is_floating_point() and logits.ndim == labels.ndim + 1
+    if not is_class_index or labels.numel() == 0:
+        return
+    num_classes = logits.shape[1]
+    wrong = (labels >= num_classes) | ((labels < 0) & (labels != -100))
+    if bool(wrong.any()):
+        raise DataError(
+            f"label {int(labels[wrong][0])} is out of range: the model has {num_classes} classes, "
+            f"0 to {num_classes - 1}"
+        )
+
+
+def split_rows(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Split a batch ``(sum(sizes), ...)`` into one part per client."""
+    return torch.split(tensor, list(sizes))

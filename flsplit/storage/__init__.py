@@ -1,0 +1,6 @@
+"""State on disk: records in safetensors files, the last rounds of a run in a folder."""
+
+from flsplit.storage.records import StorageError, load_records, save_records
+from flsplit.storage.rounds import ClientStore, RoundFolder
+
+__all__ = ["ClientStore", "RoundFolder", "StorageError", "load_records", "save_records"]

@@ -1,0 +1,103 @@
+"""The history as a file, in Flower's Result, and as a picture."""
+
+import json
+import math
+
+import matplotlib.image
+import pytest
+from reference import MOMENTUM, WrappedGrid, make_parts, plain_net, run_split
+
+from flsplit import History, draw_histories
+from flsplit.account import LeftOut, RoundEntry
+from flsplit.strategies import PSL, SplitFedV1
+
+
+@pytest.fixture(scope="module")
+def result():
+    parts = make_parts((6, 9))
+    return run_split(PSL, plain_net, parts, tests=parts, optimizer=MOMENTUM, rounds=3)
+
+
+def test_a_history_reads_back_as_it_was_written(result, tmp_path):
+    history = result.history
+    history[1].left_out.append(LeftOut("1", 2, "client '1': \"gone\"\nfar away"))
+    history[1].metrics["angle"] = 0.1 + 0.2
+    read = History.load(history.save(tmp_path / "history.jsonl"))
+    assert read.numbers() == history.numbers()
+    assert [entry.to_json() for entry in read] == [entry.to_json() for entry in history]
+    assert [entry.traffic.wire for entry in read] == [entry.traffic.wire for entry in history]
+    history[1].left_out.clear()
+    history[1].metrics.clear()
+
+
+def test_a_history_file_has_one_json_object_a_line(result, tmp_path):
+    lines = result.history.save(tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3]
+
+
+def test_a_round_without_training_or_evaluation_can_be_written(tmp_path):
+    read = History.load(History([RoundEntry(1)]).save(tmp_path / "history.jsonl"))
+    assert (read[0].loss, read[0].accuracy, read[0].evaluation) == (None, None, {})
+
+
+def test_numbers_leave_out_times_and_wire_bytes(result):
+    for numbers in result.history.numbers():
+        assert not [name for name in numbers if "seconds" in name or "wire" in name]
+        assert {"loss", "accuracy", "evaluation", "logical-bytes", "left-out"} <= numbers.keys()
+
+
+def test_series_totals_and_best(result):
+    history = result.history
+    rounds, values = history.series("accuracy")
+    assert rounds == [1, 2, 3]
+    assert values == [entry.evaluation["accuracy"] for entry in history]
+    assert history.best("accuracy") == max(values)
+    assert math.isnan(history.best("no such metric"))
+    # Per round 15 rows of 6 floats up and down and a label; segments of 54 floats at first.
+    per_round = 15 * (6 * 4 * 2 + 8)
+    segments = 2 * 54 * 4
+    assert history.bytes_so_far() == [segments + per_round * n for n in (1, 2, 3)]
+
+
+def test_flowers_result_holds_the_ledger_as_metric_records(result):
+    assert list(result.train_metrics_clientapp) == [1, 2, 3]
+    for server_round, entry in enumerate(result.history, start=1):
+        record = result.train_metrics_clientapp[server_round]
+        assert record["train-loss"] == entry.loss
+        assert record["train-accuracy"] == entry.accuracy
+        assert (record["steps"], record["rows"], record["num-left-out"]) == (3, 15, 0)
+        assert record["logical-bytes-activations-up"] == 15 * 6 * 4
+        assert record["seconds"] == entry.seconds
+        evaluation = result.evaluate_metrics_clientapp[server_round]
+        assert dict(evaluation) == entry.evaluation
+        assert evaluation["num-examples"] == 15
+
+
+def test_who_was_left_out_is_counted_in_flowers_result():
+    class Losing(WrappedGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            return [r for r in replies if "labels" not in r.content or r.metadata.src_node_id != 2]
+
+    parts = make_parts((4, 4))
+    result = run_split(PSL, plain_net, parts, rounds=1, wrap=Losing, fraction_evaluate=0.0)
+    assert result.train_metrics_clientapp[1]["num-left-out"] == 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_histories_are_drawn(result, tmp_path, suffix):
+    other = run_split(SplitFedV1, plain_net, make_parts((6, 9)), rounds=1).history
+    histories = {"PSL": result.history, "SplitFed V1": other, "nothing yet": History()}
+    path = draw_histories(histories, tmp_path / f"accuracy.{suffix}")
+    signature = {"png": b"\x89PNG\r\n\x1a\n", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+    assert path.read_bytes().startswith(signature)
+    if suffix == "png":
+        image = matplotlib.image.imread(path)
+        assert image.shape[:2] == (480, 1200)
+        assert image[..., :3].std() > 0.05, "the picture is blank"
+
+
+def test_a_metric_is_drawn_against_rounds_and_bytes(result, tmp_path):
+    svg = draw_histories({"PSL": result.history}, tmp_path / "loss.svg", metric="loss").read_text()
+    for text in ("round", "test loss", "kB sent for training (logical)", "PSL"):
+        assert f"<!-- {text} -->" in svg

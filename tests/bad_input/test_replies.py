@@ -1,0 +1,386 @@
+"""Replies that are not what was asked for: the client is left out, and nothing else changes.
+
+Every reply below must leave behind what no reply at all leaves behind.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from reference import assert_bit_equal, make_parts, plain_net, weights_of
+from tampering import answer_error, lose, of_client, set_up, train
+
+from flsplit.errors import NotEnoughClientsError
+from flsplit.message.arrays import RAW, to_array, to_record
+from flsplit.message.types import EVALUATE, FINISH, STEP
+from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
+
+PARTS = make_parts([8, 12, 8])
+TESTS = make_parts([6, 4, 5])
+
+
+# --- edits -----------------------------------------------------------------------------------
+
+
+def field(record: str, key: str, value):
+    """Set a field of the reply."""
+
+    def edit(request, reply):
+        reply.content[record][key] = value
+        return reply
+
+    return edit
+
+
+def without_field(record: str, key: str):
+    def edit(request, reply):
+        del reply.content[record][key]
+        return reply
+
+    return edit
+
+
+def with_record(key: str, record):
+    def edit(request, reply):
+        if key in reply.content:
+            del reply.content[key]
+        reply.content[key] = record
+        return reply
+
+    return edit
+
+
+def without_record(key: str):
+    def edit(request, reply):
+        del reply.content[key]
+        return reply
+
+    return edit
+
+
+def tensor(key: str, change):
+    """Replace a tensor of the reply by what ``change`` makes of it."""
+
+    def edit(request, reply):
+        array = reply.content[key]["0"]
+        found = torch.frombuffer(bytearray(array.data), dtype=getattr(torch, array.dtype))
+        reply.content[key]["0"] = to_array(change(found.reshape(array.shape)))
+        return reply
+
+    return edit
+
+
+def array(key: str, **changed):
+    """Replace parts of an array of the reply: dtype, shape, stype or data."""
+
+    def edit(request, reply):
+        old = reply.content[key]["0"]
+        fields = {"dtype": old.dtype, "shape": old.shape, "stype": old.stype, "data": old.data}
+        reply.content[key]["0"] = Array(**(fields | changed))
+        return reply
+
+    return edit
+
+
+def extra_array(key: str):
+    def edit(request, reply):
+        reply.content[key]["1"] = to_array(torch.zeros(2))
+        return reply
+
+    return edit
+
+
+def with_nan(values):
+    values = values.clone()
+    values[-1, -1] = torch.nan
+    return values
+
+
+def with_infinity(values):
+    return with_nan(values).nan_to_num(nan=-torch.inf)
+
+
+def empty_content(request, reply):
+    reply.content = RecordDict()
+    return reply
+
+
+NPY = Array(torch.zeros(4, 6).numpy())
+
+ANY_REPLY = {
+    "no answer": (lose, "no answer within"),
+    "error": (answer_error, "the dog ate it"),
+    "nothing in it": (empty_content, "record 'reply' is missing"),
+    "another client": (field("reply", "client", "0"), "client is '0', expected '1'"),
+    "nobody's": (without_field("reply", "client"), "field 'client' is missing"),
+    "another round": (field("reply", "server-round", 2), "server-round is 2, expected 1"),
+    "round as text": (field("reply", "server-round", "1"), "'server-round' is '1' (str), expected"),
+    "reply of another type": (
+        with_record("reply", MetricRecord({"server-round": 1})),
+        "record 'reply' is a MetricRecord, expected a ConfigRecord",
+    ),
+    "no metrics": (without_record("metrics"), "record 'metrics' is missing"),
+    "time before time": (field("metrics", "seconds", -1.0), "'seconds' is -1.0, expected at least"),
+    "no time": (field("metrics", "seconds", float("nan")), "'seconds' is nan"),
+}
+
+TENSORS = {
+    "no smashed data": (without_record("smashed-data"), "record 'smashed-data' is missing"),
+    "no labels": (without_record("labels"), "record 'labels' is missing"),
+    "labels of another type": (
+        with_record("labels", ConfigRecord({"0": 1})),
+        "record 'labels' is a ConfigRecord, expected a ArrayRecord",
+    ),
+    "two arrays": (extra_array("smashed-data"), "'smashed-data' holds 2 arrays, expected one"),
+    "no array": (with_record("labels", ArrayRecord()), "'labels' holds 0 arrays, expected one"),
+    "unknown dtype": (array("smashed-data", dtype="float31"), "smashed-data: dtype is 'float31'"),
+    "another dtype": (array("smashed-data", dtype="float64"), "smashed-data: 96 bytes came"),
+    "another shape": (array("smashed-data", shape=(4, 7)), "float32 of shape (4, 7) takes 112"),
+    "negative shape": (array("smashed-data", shape=(-4, -6)), "shape is (-4, -6), expected sizes"),
+    "huge shape": (array("labels", shape=(0, 2**62)), "labels: shape is (0, "),
+    "bytes missing": (array("labels", data=b"\0" * 31), "labels: 31 bytes came"),
+    "not readable": (array("labels", stype="numpy.ndarray"), "labels: not a readable array"),
+    "unknown serialisation": (array("labels", stype="pickle"), "labels: not a readable array"),
+    "numpy, of another shape than it says": (
+        array("smashed-data", stype=NPY.stype, data=NPY.data, shape=(4, 7)),
+        "the data is float32 of shape (4, 6), but the array says float32 of shape (4, 7)",
+    ),
+    "numpy, of another dtype than it says": (
+        array("smashed-data", stype=NPY.stype, data=NPY.data, dtype="float99"),
+        "but the array says float99",
+    ),
+    "whole numbers": (
+        tensor("smashed-data", lambda t: t.long()),
+        "smashed-data: dtype is torch.int64, expected floating point",
+    ),
+    "no rows": (tensor("smashed-data", lambda t: t[:0]), "smashed-data: shape is (0, 6), expected"),
+    "a scalar": (tensor("smashed-data", lambda t: t.sum()), "smashed-data: shape is ()"),
+    "a label less": (
+        tensor("labels", lambda t: t[1:]),
+        "labels: shape is (3,), expected 4 rows as in the smashed data (4, 6)",
+    ),
+    "one label": (tensor("labels", lambda t: t[0]), "labels: shape is (), expected 4 rows"),
+    "NaN": (tensor("smashed-data", with_nan), "values that are NaN or infinite"),
+    "infinity": (tensor("smashed-data", with_infinity), "values that are NaN or infinite"),
+}
+
+COUNTS = {
+    "another step": (field("reply", "step", 0), "step is 0, expected 1"),
+    "no step": (without_field("reply", "step"), "field 'step' is missing"),
+    "no examples": (
+        field("metrics", "num-examples", 0),
+        "'num-examples' is 0, expected at least 1",
+    ),
+    "half a step": (
+        field("metrics", "num-steps", 2.5),
+        "'num-steps' is 2.5 (float), expected a int",
+    ),
+}
+
+SEGMENTS = {
+    "no segment": (without_record("arrays"), "the client segment was asked for"),
+    "a segment of another type": (with_record("arrays", MetricRecord({"a": 1})), "MetricRecord"),
+    "a tensor less": (without_field("arrays", "front.0.bias"), "missing front.0.bias"),
+    "a tensor more": (
+        field("arrays", "head.bias", Array(torch.zeros(3).numpy())),
+        "unexpected head.bias",
+    ),
+    "a tensor of another shape": (
+        field("arrays", "front.0.bias", Array(torch.zeros(5).numpy())),
+        "'front.0.bias' came with shape (5,), expected (6,)",
+    ),
+    "a segment with NaN": (
+        field("arrays", "front.0.bias", Array(torch.full((6,), torch.nan).numpy())),
+        "'front.0.bias' has values that are NaN or infinite",
+    ),
+}
+
+OPTIMIZERS = {
+    "no optimizer": (without_record("optimizer"), "the optimizer's state was asked for"),
+    "optimizer of nothing": (
+        field("optimizer", "front.bias", to_array(torch.zeros(1))),
+        "key is 'front.bias', expected '<index>/<name>'",
+    ),
+}
+
+
+def cases(*tables, only=None):
+    every = {name: case for table in tables for name, case in table.items()}
+    return [pytest.param(*every[name], id=name) for name in only or every]
+
+
+# What the end of a round and an evaluation have in common with a step is tried with a few.
+HEADS = ["no answer", "error", "nothing in it", "another client", "another round", "no time"]
+VALUES = [
+    "no labels",
+    "two arrays",
+    "bytes missing",
+    "whole numbers",
+    "no rows",
+    "one label",
+    "NaN",
+]
+
+
+# --- a step ----------------------------------------------------------------------------------
+
+
+def run(message_type, edit, strategy=PSL, step=None, **start):
+    edited = of_client("1", message_type, edit, step=step)
+    return train(set_up(PARTS, strategy, client={"tests": TESTS}, edit=edited), **start)
+
+
+def numbers(result):
+    """Return the ledger without the reasons why clients were left out."""
+    found = result.history.numbers()
+    for entry in found:
+        entry["left-out"] = [(one["client"], one["step"]) for one in entry["left-out"]]
+    return found
+
+
+def assert_only_left_out(result, baseline, reason):
+    left = result.history[0].left_out[0]
+    assert left.client == "1"
+    assert reason in left.reason
+    assert_bit_equal(weights_of(result.arrays), weights_of(baseline.arrays))
+    assert numbers(result) == numbers(baseline)
+
+
+@pytest.fixture
+def silent_step():
+    return silent(STEP, step=1)
+
+
+@cache
+def silent(message_type, strategy=PSL, step=None):
+    """Train while one client doesn't answer; once, but in a test, with its number of threads."""
+    return run(message_type, lose, strategy, step)
+
+
+def test_a_client_that_does_not_answer_leaves_the_others_to_go_on(silent_step):
+    (entry,) = silent_step.history
+    (left,) = entry.left_out
+    assert (left.client, left.step) == ("1", 1)
+    assert left.reason == "no answer within 3600 s"
+    assert entry.rows == 4 + 8 + 8
+    assert entry.steps == 2
+    assert entry.evaluation["num-examples"] == 15  # by then it answers again
+
+
+@pytest.mark.parametrize(("edit", "reason"), cases(ANY_REPLY, TENSORS, COUNTS))
+def test_a_reply_to_a_step_that_cannot_be_used(edit, reason, silent_step):
+    assert_only_left_out(run(STEP, edit, step=1), silent_step, reason)
+
+
+def test_a_client_left_out_of_a_round_takes_part_in_the_next():
+    result = run(STEP, lose, step=1, rounds=2)
+    assert [len(entry.left_out) for entry in result.history] == [1, 1]
+    result = run(STEP, lose_once(), step=1, rounds=2)
+    assert [len(entry.left_out) for entry in result.history] == [1, 0]
+    assert result.history[1].rows == 28
+
+
+def lose_once():
+    lost = []
+
+    def edit(request, reply):
+        lost.append(reply)
+        return None if len(lost) == 1 else reply
+
+    return edit
+
+
+def test_the_reason_is_in_the_error_when_nobody_is_left():
+    strategy, grid, arrays = set_up(PARTS[:1], edit=lambda *_: None)
+    grid.edit = lambda request, reply: None if request.metadata.message_type == STEP else reply
+    expected = r"round 1: 0 of 1 clients are left.*client '0': no answer within 9 s"
+    with pytest.raises(NotEnoughClientsError, match=expected):
+        train((strategy, grid, arrays), timeout=9)
+
+
+def test_fewer_clients_than_min_available_nodes_end_the_run():
+    edit = of_client("1", STEP, answer_error, step=1)
+    expected = r"round 1: 2 of 3 clients are left, expected 3 or more .*client '1': the dog ate it"
+    with pytest.raises(NotEnoughClientsError, match=expected):
+        train(set_up(PARTS, edit=edit, min_available_nodes=3))
+
+
+# --- the end of a round ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", [SplitFedV1, SplitFedV2, SequentialSL])
+@pytest.mark.parametrize(("edit", "reason"), cases(SEGMENTS))
+def test_a_segment_that_cannot_be_used(edit, reason, strategy):
+    assert_only_left_out(run(FINISH, edit, strategy), silent(FINISH, strategy), reason)
+
+
+@pytest.mark.parametrize(("edit", "reason"), cases(ANY_REPLY, only=HEADS))
+def test_an_end_of_a_round_that_cannot_be_used(edit, reason):
+    assert_only_left_out(run(FINISH, edit, SplitFedV2), silent(FINISH, SplitFedV2), reason)
+
+
+@pytest.mark.parametrize(("edit", "reason"), cases(OPTIMIZERS))
+def test_an_optimizer_that_cannot_be_handed_on(edit, reason):
+    result, baseline = run(FINISH, edit, SequentialSL), silent(FINISH, SequentialSL)
+    assert_only_left_out(result, baseline, reason)
+
+
+def test_an_infinite_buffer_that_the_client_was_given_may_come_back():
+    """A mask of -inf is no broken weight."""
+
+    class Masked(torch.nn.Tanh):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -torch.inf]))
+
+        def forward(self, x):
+            return super().forward(x) * self.mask.exp()
+
+    def build():
+        net = plain_net()
+        net.front[1] = Masked()
+        return net
+
+    result = train(set_up(PARTS, SplitFedV2, build=build))
+    assert "front.1.mask" in result.arrays
+    assert result.history[0].left_out == []
+
+
+# --- evaluation ------------------------------------------------------------------------------
+
+
+EVALUATIONS = {
+    "another batch": (field("reply", "batch", 1), "batch is 1, expected 0"),
+    "batches below zero": (field("metrics", "num-batches", -1), "'num-batches' is -1, expected"),
+}
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"), cases(EVALUATIONS) + cases(ANY_REPLY, TENSORS, only=HEADS + VALUES)
+)
+def test_a_reply_to_an_evaluation_that_cannot_be_used(edit, reason):
+    result = run(EVALUATE, edit)
+    assert result.history[0].evaluation["num-examples"] == 11
+    assert_only_left_out(result, silent(EVALUATE), reason)
+
+
+# --- who is there ----------------------------------------------------------------------------
+
+
+def test_a_segment_may_travel_in_any_serialisation_of_flower():
+    """Whoever answers in Flower's own format is understood as well."""
+
+    def npy(request, reply):
+        for key in ("smashed-data", "labels"):
+            raw = reply.content[key]["0"]
+            assert raw.stype == RAW
+            values = torch.frombuffer(bytearray(raw.data), dtype=getattr(torch, raw.dtype))
+            record = to_record({"0": values.reshape(raw.shape)})
+            reply.content[key]["0"] = record["0"]
+        return reply
+
+    result, plain = run(STEP, npy), run(STEP, lambda request, reply: reply)
+    assert result.history[0].left_out == []
+    assert_bit_equal(weights_of(result.arrays), weights_of(plain.arrays))
+    assert numbers(result) == numbers(plain)

@@ -1,0 +1,29 @@
+"""`all_finite` says of every tensor what a look at each element says."""
+
+import pytest
+import torch
+
+from flsplit.finite import all_finite
+
+MAX = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], [1.0, -2.0], [MAX, MAX], [-MAX, -MAX, 1.0], [MAX, -MAX]],
+)
+def test_finite_elements_are_finite_also_where_their_sum_is_not(values):
+    assert all_finite(torch.tensor(values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[float("nan")], [1.0, float("inf")], [float("inf"), -float("inf")], [MAX, -float("inf"), MAX]],
+)
+def test_one_element_that_is_not_is_found(values):
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        assert not all_finite(torch.tensor(values).to(dtype))
+
+
+def test_integers_are_finite():
+    assert all_finite(torch.tensor([1, 2]))
