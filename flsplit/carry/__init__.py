@@ -1,0 +1,1 @@
+"""Carriers: Grids that bring messages to clients."""

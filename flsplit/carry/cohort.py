@@ -1,0 +1,94 @@
+"""The clients that one process serves: their contexts, their cache, and their states on disk."""
+
+from contextlib import nullcontext
+
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from flsplit.client.cache import ClientCache
+from flsplit.client.spec import client_name
+from flsplit.flower_internals import CLIENT_RAISED
+from flsplit.log import logger
+from flsplit.message.types import EVALUATE, FINISH, LOCAL, SHAPE, STEP
+from flsplit.storage import ClientStore, RoundFolder
+
+
+class Cohort:
+    """Dispatches messages to a ClientApp on behalf of several clients.
+
+    Parameters
+    ----------
+    app : ClientApp
+        Whose handlers answer.
+    store : ClientStore, optional
+        Where a client's state is looked up when it first appears, and written at the end of each
+        of its rounds.
+    cache : bool
+        Keep live clients between messages.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp,
+        *,
+        store: ClientStore | None = None,
+        cache: bool = True,
+    ) -> None:
+        self._app = app
+        self._store = store
+        self._cache = ClientCache() if cache else None
+        self._contexts: dict[str, Context] = {}
+
+    def answer(self, message: Message, context: Context) -> Message:
+        """Return the ClientApp's reply to a message for the client of ``context``."""
+        name = client_name(context)
+        group = message.metadata.group_id
+        if self._store and name not in self._contexts and group.isdecimal():
+            # Before training in a round, the state is that after an earlier one: a run that was
+            # resumed does again what it did after its checkpoint.
+            begins = message.metadata.message_type in (STEP, LOCAL, SHAPE)
+            trained = int(group) - 1 if begins else int(group)
+            self._restore(self._store.of(name), trained, context)
+        if group:
+            self._contexts[name] = context
+        with self._cache or nullcontext():
+            reply = self._call(message, context)
+        if self._store and not reply.has_error() and _changes_what_is_kept(message, reply):
+            self._keep(self._store, name, int(group), context)
+        return reply
+
+    def flush(self) -> None:
+        """Write live clients back into their contexts, for a carrier that keeps those."""
+        if self._cache:
+            for name, client in self._cache.clients.items():
+                client.state().put(self._contexts[name].state)
+
+    def _call(self, message: Message, context: Context) -> Message:
+        """Call the ClientApp; what it raises is answered as an Error, as Flower's runtime does."""
+        try:
+            return self._app(message, context)
+        except Exception as error:
+            logger.exception("client %r", client_name(context))
+            reason = f"{type(error).__name__}: {error}"
+            return Message(Error(CLIENT_RAISED, reason), reply_to=message)
+
+    def _restore(self, folder: RoundFolder, at_most: int, context: Context) -> None:
+        folder.forget_after(at_most)
+        if stored := folder.load():
+            context.state = stored[1]
+
+    def _keep(self, store: ClientStore, name: str, server_round: int, context: Context) -> None:
+        records = context.state
+        if self._cache:
+            records = RecordDict()
+            self._cache.clients[name].state().put(records)
+        store.of(name).save(server_round, records)
+
+
+def _changes_what_is_kept(message: Message, reply: Message) -> bool:
+    """Tell whether a client's round ends, or its segment is replaced after that."""
+    kind = message.metadata.message_type
+    if kind == LOCAL:
+        metrics = reply.content.metric_records.get("metrics", MetricRecord())
+        return metrics.get("steps-done", -1) == metrics.get("num-steps")
+    return kind == FINISH or (kind == EVALUATE and "arrays" in message.content)

@@ -1,0 +1,148 @@
+"""LocalGrid: a ClientApp's clients in this very process, for notebooks, debuggers and tests."""
+
+import sys
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from rich.progress import Progress, TaskID
+
+from flsplit.carry.cohort import Cohort
+from flsplit.errors import ConfigError
+from flsplit.flower_internals import SERVER_NODE_ID, Run, ensure_task_identity, set_message_id
+from flsplit.storage import ClientStore
+
+
+class LocalGrid(Grid):
+    """A Grid that calls the ClientApp directly: no Ray, no server, no other process.
+
+    Parameters
+    ----------
+    client_app : flwr.clientapp.ClientApp
+        The app of :func:`flsplit.client_app`, or any other.
+    num_clients : int
+        How many clients; client ``i`` has ``partition-id`` i and ``num-partitions`` num_clients
+        in its node config.
+    run_config : dict, optional
+        What the app sees as its run config.
+    cache : bool
+        Keep live clients between messages. Without, each message rebuilds its client from
+        ``Context.state``, as on Flower's own carrier; the numbers are the same.
+    state_dir : str or Path, optional
+        Keep the clients' states in this folder, so that another LocalGrid can go on with them.
+    progress : bool, optional
+        Show a progress bar over the rounds. Default: if stderr is a terminal.
+
+    Raises
+    ------
+    ConfigError
+        If ``num_clients`` is not at least 1.
+    """
+
+    in_process = True
+    """Nothing is sent: the ledger's wire column stays 0."""
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_clients: int,
+        *,
+        run_config: UserConfig | None = None,
+        cache: bool = True,
+        state_dir: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        if num_clients < 1:
+            raise ConfigError(f"num_clients is {num_clients}, expected at least 1")
+        store = ClientStore(Path(state_dir)) if state_dir else None
+        self._cohort = Cohort(client_app, store=store, cache=cache)
+        self._run = Run.create_empty(run_id=1)
+        self._contexts = {
+            SERVER_NODE_ID + 1 + index: Context(
+                run_id=1,
+                node_id=SERVER_NODE_ID + 1 + index,
+                node_config={"partition-id": index, "num-partitions": num_clients},
+                state=RecordDict(),
+                run_config=dict(run_config or {}),
+            )
+            for index in range(num_clients)
+        }
+        self._replies: dict[str, Message] = {}
+        show = sys.stderr.isatty() if progress is None else progress
+        self._bar = _RoundBar() if show else None
+        ensure_task_identity(run_id=1)
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return self._run
+
+    def set_run(self, run: Run) -> None:
+        """Replace the description of the run."""
+        self._run = run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a new message; the same as Flower's ``Message(…)``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the clients' node ids."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Call the ClientApp with each message; return the messages' ids."""
+        return [self._deliver(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to pushed messages, each once."""
+        return [self._replies.pop(one) for one in message_ids if one in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Call the ClientApp with each message and return the replies; there is no timeout."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _deliver(self, message: Message) -> str:
+        node_id = message.metadata.dst_node_id
+        if node_id not in self._contexts:
+            raise ConfigError(f"there is no node {node_id}; there are {list(self._contexts)}")
+        message_id = uuid.uuid4().hex
+        set_message_id(message, message_id)
+        if self._bar:
+            self._bar.watch(message)
+        self._replies[message_id] = self._cohort.answer(message, self._contexts[node_id])
+        return message_id
+
+
+class _RoundBar:
+    """A progress bar that learns of rounds from the messages passing by."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(transient=True)
+        self._task: TaskID | None = None
+
+    def watch(self, message: Message) -> None:
+        config = message.content.get("config")
+        if not (isinstance(config, ConfigRecord) and "num-rounds" in config):
+            return
+        current, total = cast(int, config["server-round"]), cast(int, config["num-rounds"])
+        if self._task is None:
+            self._task = self._progress.add_task("training", total=total)
+            self._progress.start()
+        self._progress.update(
+            self._task, completed=current - 1, description=f"round {current}/{total}"
+        )
+        if current == total:
+            self._progress.stop()

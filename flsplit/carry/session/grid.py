@@ -1,0 +1,394 @@
+"""SessionGrid: a Grid whose messages travel over the streams of a session."""
+
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from flsplit.carry.session.invitation import SESSION, Invitation
+from flsplit.carry.session.roster import Roster, Seat
+from flsplit.carry.session.settings import SessionSettings
+from flsplit.errors import ConfigError, FlsplitError
+from flsplit.flower_internals import CLIENT_RAISED, Run, set_message_id
+from flsplit.log import logger
+from flsplit.wire import (
+    DialError,
+    Envelope,
+    HostJoined,
+    HostLost,
+    MessageArrived,
+    SessionServer,
+    StreamEnded,
+    WireError,
+)
+
+_DIAL_ERROR = DialError.__name__  # how a host's Error says that it can't reach the server
+_LOOK_SECONDS = 0.5  # how often Flower's grid is asked for nodes' refusals: it has no events
+_END_SECONDS = 30.0  # how long nodes have to hand their session message back
+
+
+class NoHostError(FlsplitError):
+    """No node could open a stream back to the ServerApp."""
+
+
+@dataclass
+class _Sent:
+    """A message on its way to a host, or waiting for its answer."""
+
+    message: Message
+    seat: Seat
+    epoch: int
+    reply: Message | None = None
+
+
+class SessionGrid(Grid):
+    """Carries the messages of a run over one stream per host.
+
+    A ``with`` block opens the session: each node gets one Flower message ``train.session``,
+    inside which its ClientApp dials back and serves messages until the block ends.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid, for the session messages themselves.
+    settings : SessionSettings
+        Addresses, limits and timeouts.
+    experiment : str
+        Names the clients' states on disk.
+    state_dir : str
+        Where simulated hosts keep their clients' states; empty for nowhere.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        settings: SessionSettings | None = None,
+        *,
+        experiment: str = "",
+        state_dir: str = "",
+    ) -> None:
+        self._grid = grid
+        self._settings = settings or SessionSettings()
+        self._experiment = experiment or uuid.uuid4().hex
+        self._state_dir = state_dir
+        self._roster = Roster()
+        self._invited: dict[int, str] = {}
+        self._refusals: dict[int, str] = {}
+        self._epochs = 0
+        self._sequence = 0
+        self._sent: dict[int, _Sent] = {}
+        self._sequence_of: dict[str, int] = {}
+        self._server: SessionServer | None = None
+
+    # --- life time -----------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open the session.
+
+        Raises
+        ------
+        NoHostError
+            If no node can dial back; it says which address and port, and what to do.
+        """
+        try:
+            self._open()
+        except BaseException:
+            self.close("the session could not be opened")
+            raise
+
+    def __enter__(self) -> Self:
+        """Open the session, if it isn't open."""
+        if self._server is None:
+            self.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the session; hosts then answer their session messages."""
+        self.close("the session is over" if error is None else "the run has failed")
+
+    def close(self, reason: str = "the session is over") -> None:
+        """End all streams and free the port."""
+        if self._server:
+            self._server.close(reason)
+            self._server = None
+
+    def end_round(self, server_round: int) -> None:
+        """Hand over to a new session where ``session_rounds`` says so."""
+        rounds = self._settings.session_rounds
+        if rounds and server_round % rounds == 0:
+            self.close("the session ends after its rounds")
+            self._wait_for_nodes()
+            self._roster = Roster()
+            self._open()
+
+    def _open(self) -> None:
+        settings = self._settings
+        self._session = uuid.uuid4().hex[:12]
+        self._server = SessionServer(
+            settings.bind_address,
+            advertised_hosts=(settings.address,),
+            tls=settings.tls,
+            max_hosts=max(settings.max_hosts, 1024),
+            max_message_bytes=settings.max_step_bytes,
+        )
+        self._invited, self._refusals = {}, {}
+        self._invite_nodes()
+        self._wait_for_hosts()
+        self._roster.seat_all()
+        logger.info(
+            "session %s: %d hosts serve %d clients over %s",
+            self._session, len(self._roster.epochs), len(self._roster.node_ids()), self._address,
+        )  # fmt: skip
+
+    @property
+    def _address(self) -> str:
+        return self._settings.advertised(self._open_server.port)
+
+    @property
+    def _open_server(self) -> SessionServer:
+        if self._server is None:
+            raise FlsplitError("the session is not open")
+        return self._server
+
+    # --- hosts ---------------------------------------------------------------------------
+
+    def _invite_nodes(self) -> None:
+        """Invite connected nodes that are no hosts and have no invitation pending."""
+        nodes = sorted(self._grid.get_node_ids())
+        limit = self._settings.max_hosts or len(nodes)
+        free = [node for node in nodes if node not in self._invited][: limit - len(self._invited)]
+        if free:
+            messages = [self._invitation(node) for node in free]
+            ids = list(self._grid.push_messages(messages))
+            self._invited |= dict(zip(free, ids, strict=True))
+
+    def _invitation(self, node: int) -> Message:
+        self._epochs += 1
+        settings, server = self._settings, self._open_server
+        invitation = Invitation(
+            session=self._session,
+            experiment=self._experiment,
+            address=self._address,
+            token=server.invite(str(node), self._epochs),
+            certificate=server.certificate_pem or b"",
+            expires=time.time() + settings.lifetime,
+            max_step_bytes=settings.max_step_bytes,
+            state_dir=self._state_dir,
+        )
+        return Message(invitation.to_content(), node, SESSION, ttl=settings.lifetime)
+
+    def _wait_for_hosts(self) -> None:
+        """Wait until all hosts that can come are there, or the grace period is over."""
+        deadline = time.monotonic() + self._settings.join_timeout
+        while self._awaited() > 0 and time.monotonic() < deadline:
+            first = not self._roster.epochs
+            self._take_event(min(_LOOK_SECONDS, deadline - time.monotonic()))
+            if first and self._roster.epochs:
+                deadline = min(deadline, time.monotonic() + self._settings.grace)
+            self._take_refusals()
+        if not self._roster.epochs:
+            raise NoHostError(self._why_no_host())
+
+    def _awaited(self) -> int:
+        able = len(self._invited) - len(self._refusals)
+        return min(able, self._roster.peers or able) - len(self._roster.epochs)
+
+    def _take_refusals(self) -> None:
+        """Note which nodes have answered their session message already: they won't come."""
+        # Errors that the SuperLink itself answers with don't come from the node's id.
+        node_of = {message_id: node for node, message_id in self._invited.items()}
+        for message in self._grid.pull_messages(list(node_of)):
+            node = node_of[message.metadata.reply_to_message_id]
+            host = str(node)
+            reason = message.error.reason if message.has_error() else "its session has ended"
+            if host in self._roster.epochs:
+                continue
+            if message.has_error():
+                logger.warning("node %d is left out: %s", node, reason)
+                self._refusals[node] = reason or "no reason given"
+            else:
+                self._invited.pop(node, None)
+
+    def _forget_passing_refusals(self) -> None:
+        """Let nodes be invited again whose refusal may pass, e.g. one that was away just then.
+
+        A node that can't dial back won't be able to next time either.
+        """
+        for node, reason in list(self._refusals.items()):
+            if _DIAL_ERROR not in reason:
+                del self._refusals[node]
+                self._invited.pop(node, None)
+
+    def _why_no_host(self) -> str:
+        if self._refusals:
+            node, reason = next(iter(self._refusals.items()))
+            return (
+                f"{len(self._refusals)} nodes could not open a session, e.g. node {node}: {reason} "
+                f"(the ServerApp listens on {self._open_server.address} and advertises "
+                f"{self._address}; set session-address and session-port in the run config)"
+            )
+        return (
+            f"none of {len(self._invited)} nodes dialled {self._address} within "
+            f"{self._settings.join_timeout:g} s; are their ClientApps made by flsplit.client_app, "
+            "and can their machines reach this address and port (session-address, session-port)?"
+        )
+
+    def _lose(self, host: str, reason: str) -> None:
+        """Answer what a lost host still owed; its node may come back with a new invitation."""
+        logger.warning("host %s is lost: %s", host, reason)
+        self._roster.leave(host)
+        self._invited.pop(int(host), None)
+        for sent in self._sent.values():
+            if sent.seat.host == host and sent.reply is None:
+                sent.reply = _error(sent.message, f"its host was lost: {reason}")
+
+    # --- Grid ----------------------------------------------------------------------------
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return self._grid.run
+
+    def set_run(self, run: Run) -> None:
+        """Set the run of Flower's grid."""
+        self._grid.set_run(run)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a new message; the same as Flower's ``Message(…)``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the clients that have a host now, after letting hosts join, leave and return."""
+        while self._take_event(timeout=0.0):
+            pass
+        if not self._roster.num_partitions:
+            self._take_refusals()
+            self._forget_passing_refusals()
+            self._invite_nodes()
+        self._roster.seat_all()
+        return self._roster.node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages to their clients' hosts; return the messages' ids."""
+        return [self._send(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come for these messages, each once."""
+        while self._take_event(timeout=0.0):
+            pass
+        return self._collect(list(message_ids))
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages and wait for the replies.
+
+        A host that hasn't answered after ``step_timeout`` (or ``timeout``, if that is less)
+        counts as lost; its clients answer with an Error.
+        """
+        ids = list(self.push_messages(messages))
+        step_timeout = self._settings.step_timeout
+        deadline = time.monotonic() + min(step_timeout, timeout or step_timeout)
+        while self._unanswered(ids) and (left := deadline - time.monotonic()) > 0:
+            self._take_event(left)
+        for host in {sent.seat.host for sent in self._unanswered(ids)}:
+            reason = f"no answer within {step_timeout:g} s (session-step-timeout)"
+            self._open_server.close_host(host, reason)
+            self._lose(host, reason)
+        return self._collect(ids)
+
+    # --- messages ------------------------------------------------------------------------
+
+    def _send(self, message: Message) -> str:
+        self._sequence += 1
+        sequence, message_id = self._sequence, uuid.uuid4().hex
+        set_message_id(message, message_id)
+        seat = self._roster.seat(message.metadata.dst_node_id)
+        if seat is None:
+            sent = _Sent(message, Seat("", ""), 0, _error(message, "the client has no host now"))
+        else:
+            sent = _Sent(message, seat, self._roster.epochs[seat.host])
+            self._post(sequence, sent)
+        self._sent[sequence] = sent
+        self._sequence_of[message_id] = sequence
+        return message_id
+
+    def _post(self, sequence: int, sent: _Sent) -> None:
+        envelope = Envelope(sent.seat.client, sequence, sent.epoch)
+        try:
+            self._open_server.send(
+                sent.seat.host, envelope, sent.message, timeout=self._settings.step_timeout
+            )
+        except WireError as error:
+            raise ConfigError(f"{error} (session-max-step-bytes)") from error
+        except (StreamEnded, TimeoutError) as error:
+            sent.reply = _error(sent.message, f"its host was lost: {error}")
+
+    def _unanswered(self, ids: list[str]) -> list[_Sent]:
+        sent = [self._sent[self._sequence_of[one]] for one in ids]
+        return [one for one in sent if one.reply is None]
+
+    def _collect(self, ids: list[str]) -> list[Message]:
+        replies = []
+        for one in ids:
+            sequence = self._sequence_of.get(one)
+            if sequence is not None and (reply := self._sent[sequence].reply) is not None:
+                replies.append(reply)
+                del self._sent[sequence], self._sequence_of[one]
+        return replies
+
+    def _take_event(self, timeout: float) -> bool:
+        """Handle the next event, if one comes within ``timeout`` seconds."""
+        event = self._open_server.receive(timeout)
+        if isinstance(event, HostJoined):
+            self._roster.join(event.host, event.epoch, event.hello)
+        elif isinstance(event, HostLost):
+            if self._roster.epochs.get(event.host) == event.epoch:
+                self._lose(event.host, event.reason)
+        elif isinstance(event, MessageArrived):
+            self._take_message(event)
+        return event is not None
+
+    def _take_message(self, event: MessageArrived) -> None:
+        sent = self._sent.get(event.envelope.sequence)
+        if sent is None or sent.reply is not None:
+            problem = "answers nothing that is awaited"
+        elif (event.host, event.envelope.client) != (sent.seat.host, sent.seat.client):
+            problem = "answers for a client of another host"
+        elif event.message.metadata.src_node_id != sent.message.metadata.dst_node_id:
+            problem = "answers in another client's name"
+        elif not event.epoch == event.envelope.epoch == sent.epoch:
+            problem = "is of another epoch"
+        else:
+            sent.reply = event.message
+            return
+        logger.warning("a message of host %s is dropped: it %s", event.host, problem)
+
+    def _wait_for_nodes(self) -> None:
+        """Wait until all nodes have handed their session message back."""
+        waiting, deadline = set(self._invited.values()), time.monotonic() + _END_SECONDS
+        while waiting and time.monotonic() < deadline:
+            for message in self._grid.pull_messages(list(waiting)):
+                waiting.discard(message.metadata.reply_to_message_id)
+            time.sleep(_LOOK_SECONDS / 5)
+
+
+def _error(message: Message, reason: str) -> Message:
+    return Message(Error(CLIENT_RAISED, reason), reply_to=message)

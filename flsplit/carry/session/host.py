@@ -1,0 +1,137 @@
+"""A session's host: dials back, and serves its clients until the stream ends."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from flsplit.carry.cohort import Cohort
+from flsplit.carry.session.invitation import Invitation
+from flsplit.errors import ConfigError, ProtocolError
+from flsplit.flower_internals import CLIENT_RAISED
+from flsplit.log import logger
+from flsplit.storage import ClientStore
+from flsplit.wire import DialError, HostStream, StreamEnded
+
+OWN_CLIENT = ""
+"""How an envelope addresses the client of the node itself."""
+
+
+def serve_session(app: ClientApp, message: Message, context: Context) -> Message:
+    """Serve messages over a stream until it ends; the answer to ``train.session``.
+
+    Returns
+    -------
+    Message
+        How many messages were served; an Error if the server can't be reached.
+    """
+    invitation = Invitation.from_content(message.content)
+    if invitation.expired:
+        return _reply(message, served=0)
+    try:
+        stream = HostStream.dial(
+            invitation.address,
+            invitation.token,
+            invitation.certificate or None,
+            describe_host(context),
+            max_message_bytes=invitation.max_step_bytes,
+        )
+    except DialError as error:
+        return Message(Error(CLIENT_RAISED, f"DialError: {error}"), reply_to=message)
+    with stream:
+        served = _serve(stream, Clients.of(app, context, invitation))
+    ending = stream.ending
+    logger.info("session %s: %s", invitation.session, ending.reason if ending else "over")
+    return _reply(message, served=served)
+
+
+def describe_host(context: Context) -> dict[str, Any]:
+    """Return what a host says of itself when it joins."""
+    return {
+        "node-id": str(context.node_id),
+        "num-partitions": int(context.node_config.get("num-partitions", 0)),
+        "peers": count_simulated_hosts(),
+    }
+
+
+def count_simulated_hosts() -> int:
+    """Return how many actors like this one the simulation can run; 0 in a deployment.
+
+    Flower's engine makes as many as the cluster's resources hold, and tells nobody.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return 0
+    assigned = ray.get_runtime_context().get_assigned_resources()
+    total = ray.cluster_resources()
+    counts = [int(total.get(name, 0) / amount) for name, amount in assigned.items() if amount > 0]
+    return max(1, min(counts, default=1))
+
+
+@dataclass
+class Clients:
+    """The clients of a host: its own, or any partition of a simulation.
+
+    Attributes
+    ----------
+    cohort : Cohort
+        Dispatches to the ClientApp.
+    own : Context
+        The context that Flower handed in.
+    others : dict of str to Context
+        Contexts made here for other partitions.
+    """
+
+    cohort: Cohort
+    own: Context
+    others: dict[str, Context]
+
+    @classmethod
+    def of(cls, app: ClientApp, context: Context, invitation: Invitation) -> "Clients":
+        """Return the clients that a host with this context serves."""
+        simulated = count_simulated_hosts() > 0
+        own_folder = str(context.node_config.get("state-dir", ""))
+        folder = invitation.state_dir if simulated else own_folder
+        if folder and not Path(folder).is_absolute():
+            raise ConfigError(f"node config: state-dir is {folder!r}, expected an absolute path")
+        store = ClientStore(Path(folder) / invitation.experiment) if folder else None
+        return cls(Cohort(app, store=store), context, {})
+
+    def answer(self, client: str, message: Message) -> Message:
+        """Return a client's answer."""
+        return self.cohort.answer(message, self._context_of(client))
+
+    def _context_of(self, client: str) -> Context:
+        if client == OWN_CLIENT:
+            return self.own
+        if client not in self.others:
+            if not client.isdecimal():
+                raise ProtocolError(f"envelope: client is {client!r}, expected a partition")
+            self.others[client] = Context(
+                run_id=self.own.run_id,
+                node_id=self.own.node_id,
+                node_config={**self.own.node_config, "partition-id": int(client)},
+                state=RecordDict(),
+                run_config=self.own.run_config,
+            )
+        return self.others[client]
+
+
+def _serve(stream: HostStream, clients: Clients) -> int:
+    served = 0
+    for envelope, request in stream:
+        reply = clients.answer(envelope.client, request)
+        try:
+            stream.send(envelope, reply)
+        except StreamEnded:
+            break
+        served += 1
+    clients.cohort.flush()
+    return served
+
+
+def _reply(message: Message, *, served: int) -> Message:
+    return Message(RecordDict({"metrics": MetricRecord({"served": served})}), reply_to=message)

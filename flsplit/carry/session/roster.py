@@ -1,0 +1,102 @@
+"""Who hosts a session's clients: hosts that come and go, and the clients on them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flsplit.carry.session.host import OWN_CLIENT
+from flsplit.flower_internals import SERVER_NODE_ID
+from flsplit.log import logger
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a client is served.
+
+    Attributes
+    ----------
+    host : str
+        The host's name in the session: Flower's id of its node.
+    client : str
+        The client's name in envelopes.
+    """
+
+    host: str
+    client: str
+
+
+@dataclass
+class Roster:
+    """The hosts that are connected and which clients each of them serves.
+
+    In a deployment a host serves the client of its own node, under the node's id. In a
+    simulation any host can serve any partition: the partitions, with ids of their own, are
+    dealt out evenly, and when a host is lost, its partitions move to the others.
+
+    Attributes
+    ----------
+    epochs : dict of str to int
+        The epoch of each connected host.
+    num_partitions : int
+        How many clients the simulation has; 0 in a deployment.
+    peers : int
+        How many hosts a simulation can have at the same time; 0 in a deployment.
+    """
+
+    epochs: dict[str, int] = field(default_factory=dict)
+    num_partitions: int = 0
+    peers: int = 0
+    _hosted: dict[int, str] = field(default_factory=dict)
+
+    def join(self, host: str, epoch: int, hello: dict[str, Any]) -> None:
+        """Count a host in."""
+        self.epochs[host] = epoch
+        self.peers = max(self.peers, _count(hello, "peers"))
+        if self.peers:
+            self.num_partitions = max(self.num_partitions, _count(hello, "num-partitions"))
+
+    def leave(self, host: str) -> None:
+        """Count a host out."""
+        self.epochs.pop(host, None)
+
+    def seat_all(self) -> None:
+        """Give every client that has no host one, the least busy first."""
+        if not self.epochs:
+            self._hosted = {}
+            return
+        if not self.num_partitions:
+            self._hosted = {int(host): host for host in self.epochs}
+            return
+        load = dict.fromkeys(sorted(self.epochs), 0)
+        for host in self._hosted.values():
+            if host in load:
+                load[host] += 1
+        for node_id in self._partition_ids():
+            if self._hosted.get(node_id) not in self.epochs:
+                host = min(load, key=lambda name: load[name])
+                if node_id in self._hosted:
+                    logger.info("client %d moves to another host", node_id - _FIRST_ID)
+                self._hosted[node_id] = host
+                load[host] += 1
+
+    def node_ids(self) -> list[int]:
+        """Return the ids of the clients that have a host."""
+        return sorted(node for node, host in self._hosted.items() if host in self.epochs)
+
+    def seat(self, node_id: int) -> Seat | None:
+        """Return where a client is served, None if nowhere now."""
+        host = self._hosted.get(node_id)
+        if host is None or host not in self.epochs:
+            return None
+        return Seat(host, str(node_id - _FIRST_ID) if self.num_partitions else OWN_CLIENT)
+
+    def _partition_ids(self) -> Iterable[int]:
+        return range(_FIRST_ID, _FIRST_ID + self.num_partitions)
+
+
+_FIRST_ID = SERVER_NODE_ID + 1
+
+
+def _count(hello: dict[str, Any], key: str) -> int:
+    value = hello.get(key, 0)
+    return value if isinstance(value, int) and 0 <= value < 2**31 else 0

@@ -1,0 +1,100 @@
+"""What a user can say about sessions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from flsplit.errors import ConfigError
+
+_PREFIX = "session-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionSettings:
+    """Where and how a session's hosts dial back to the ServerApp.
+
+    The defaults work in a simulation and in a deployment on one machine.
+
+    Attributes
+    ----------
+    address : str
+        Name or IP address under which the clients' machines reach the ServerApp's.
+    port : int
+        Port that the ServerApp listens on; 0 takes a free one.
+    bind : str
+        Address to listen on. Empty: ``address`` if that is a loopback address, else all.
+    tls : bool
+        Encrypt, with a certificate made for the session. Off only where the network is trusted.
+    max_hosts : int
+        At most so many nodes are asked to be hosts; 0 stands for all.
+    join_timeout : float
+        Seconds to wait for the first host.
+    grace : float
+        Seconds to wait for further hosts once one is there.
+    step_timeout : float
+        Seconds a host has to answer one step. After that it counts as lost.
+    max_step_bytes : int
+        The longest message, in bytes.
+    session_rounds : int
+        Rounds per session, after which nodes are free for other runs and a new session begins;
+        0 stands for one session per run.
+    lifetime : float
+        Seconds after which an invitation isn't taken up any more, and that Flower lets a session
+        message live.
+    """
+
+    address: str = "127.0.0.1"
+    port: int = 0
+    bind: str = ""
+    tls: bool = True
+    max_hosts: int = 0
+    join_timeout: float = 120.0
+    grace: float = 15.0
+    step_timeout: float = 300.0
+    max_step_bytes: int = 2 * 2**30
+    session_rounds: int = 0
+    lifetime: float = 30 * 24 * 3600.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that can't be used."""
+        if not self.address:
+            raise ConfigError("session-address is empty, expected a name or an IP address")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"session-port is {self.port}, expected 0 to 65535")
+        for name in ("join_timeout", "step_timeout", "lifetime", "max_step_bytes"):
+            if not getattr(self, name) > 0:
+                key = name.replace("_", "-")
+                raise ConfigError(f"{key} is {getattr(self, name)}, expected more than 0")
+        for name in ("grace", "max_hosts", "session_rounds"):
+            if not getattr(self, name) >= 0:
+                key = name.replace("_", "-")
+                raise ConfigError(f"{key} is {getattr(self, name)}, expected 0 or more")
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Any]) -> "SessionSettings":
+        """Take the settings that an app's run config declares, the rest by default.
+
+        Keys are ``session-`` and a field's name with hyphens, e.g. ``session-address``;
+        ``session-rounds`` is the field ``session_rounds``.
+        """
+        given = {}
+        for one in fields(cls):
+            key = _PREFIX + one.name.removeprefix("session_").replace("_", "-")
+            if key in run_config:
+                given[one.name] = run_config[key]
+        return cls(**given)
+
+    @property
+    def bind_address(self) -> str:
+        """What to listen on, as ``host:port``."""
+        is_local = self.address in ("localhost", "::1") or self.address.startswith("127.")
+        host = self.bind or (self.address if is_local else "0.0.0.0")
+        return f"{_bracketed(host)}:{self.port}"
+
+    def advertised(self, port: int) -> str:
+        """Return what hosts dial, as ``host:port``."""
+        return f"{_bracketed(self.address)}:{port}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -1,0 +1,163 @@
+"""Messages to frames and back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flwr.app import Message
+
+from flsplit.wire.envelope import Envelope
+from flsplit.wire.errors import WireError, told
+from flsplit.wire.frames import (
+    FIRST,
+    FRAME_BYTES,
+    MORE,
+    SHORTEST_UNFINISHED,
+    Assembly,
+    cut,
+    split_first,
+)
+from flsplit.wire.header import Plan, read_header, write_header
+
+MAX_HEADER_BYTES = 4 * 2**20
+"""The longest header. Parsed JSON takes up to some 40 times its length in memory."""
+
+DEFAULT_MAX_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A message made ready to be sent.
+
+    Parameters
+    ----------
+    header : bytes
+        The JSON header.
+    segments : list of bytes
+        The raw bytes that follow it; those of the message itself, not copies.
+    """
+
+    header: bytes
+    segments: list[bytes]
+
+    @property
+    def size(self) -> int:
+        """The bytes of header and segments, which is what `max_bytes` limits."""
+        return len(self.header) + sum(map(len, self.segments))
+
+    def frames(self) -> Iterator[bytes]:
+        """Yield the frames, each made when it is asked for."""
+        return cut(self.header, self.segments)
+
+
+def encode(envelope: Envelope, message: Message, max_bytes: int = DEFAULT_MAX_BYTES) -> Parcel:
+    """Make a message ready to be sent.
+
+    What it holds is taken down at once: later changes to the message are not sent.
+
+    Parameters
+    ----------
+    envelope : Envelope
+        For whom the message is.
+    message : Message
+        The message, with content or an error.
+    max_bytes : int
+        The other side's limit.
+
+    Raises
+    ------
+    WireError
+        If the message holds something that the format cannot carry, or is too long.
+    """
+    parcel = Parcel(*write_header(envelope, message))
+    _check_header_length(len(parcel.header), MAX_HEADER_BYTES)
+    _check_total(parcel.size, max_bytes)
+    return parcel
+
+
+class Decoder:
+    """Takes the frames of a stream one by one and gives back its messages.
+
+    Everything is checked on arrival, and a message costs no more memory than twice what has arrived
+    of it. After an error the stream has lost its place, so the decoder takes nothing more.
+
+    Parameters
+    ----------
+    max_bytes : int
+        The longest message, header and segments together.
+    max_header_bytes : int
+        The longest header.
+    """
+
+    def __init__(
+        self, max_bytes: int = DEFAULT_MAX_BYTES, max_header_bytes: int = MAX_HEADER_BYTES
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._max_header_bytes = max_header_bytes
+        self._plan: Plan | None = None
+        self._assembly: Assembly | None = None
+        self._failed = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether the next frame begins a message."""
+        return self._assembly is None
+
+    def add(self, frame: bytes) -> tuple[Envelope, Message, int] | None:
+        """Take one frame; return envelope, message and its size once it is complete.
+
+        Raises
+        ------
+        WireError
+            If the frame does not fit, naming the field, what was expected and what came.
+        """
+        if self._failed:
+            raise WireError("frame", "none after an error", told("another frame"))
+        try:
+            return self._add(frame)
+        except WireError:
+            self._failed = True
+            self._plan = self._assembly = None
+            raise
+
+    def _add(self, frame: bytes) -> tuple[Envelope, Message, int] | None:
+        _check_frame(frame, FIRST if self.idle else MORE)
+        piece = memoryview(frame)[1:]
+        if self._plan is None or self._assembly is None:
+            header, piece = split_first(frame, self._max_header_bytes)
+            self._plan = read_header(header)
+            self._size = len(header) + sum(self._plan.sizes)
+            _check_total(self._size, self._max_bytes)
+            self._assembly = Assembly(self._plan.sizes)
+        self._assembly.add(piece)
+        if not self._assembly.complete:
+            _check_filled(frame)
+            return None
+        plan, assembly = self._plan, self._assembly
+        self._plan = self._assembly = None
+        return plan.envelope, plan.build(assembly.segments()), self._size
+
+
+def _check_frame(frame: bytes, kind: int) -> None:
+    if type(frame) is not bytes:
+        raise WireError("frame", "bytes", told(type(frame).__name__))
+    if not 0 < len(frame) <= FRAME_BYTES:
+        raise WireError("frame", f"1 to {FRAME_BYTES} bytes", told(f"{len(frame)} bytes"))
+    if frame[0] != kind:
+        name = "the first of a message" if kind == FIRST else "one that goes on with a message"
+        raise WireError("frame.kind", f"{kind} ({name})", frame[0])
+
+
+def _check_filled(frame: bytes) -> None:
+    if len(frame) < SHORTEST_UNFINISHED:
+        expected = f"the rest of the message, or at least {SHORTEST_UNFINISHED} bytes of it"
+        raise WireError("frame", expected, told(f"{len(frame)} bytes"))
+
+
+def _check_header_length(length: int, most: int) -> None:
+    if length > most:
+        raise WireError("header", f"at most {most} bytes", told(f"{length} bytes"))
+
+
+def _check_total(size: int, most: int) -> None:
+    if size > most:
+        raise WireError("message", f"at most {most} bytes", told(f"{size} bytes"))

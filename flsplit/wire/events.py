@@ -1,0 +1,70 @@
+"""What the server tells the thread that runs the session."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message
+
+from flsplit.wire.envelope import Envelope
+
+
+@dataclass(frozen=True, slots=True)
+class HostJoined:
+    """A host has opened its stream and introduced itself.
+
+    Parameters
+    ----------
+    host : str
+        The host that the token was issued for.
+    epoch : int
+        The epoch that the token was issued for.
+    hello : dict
+        What the host says of itself. It comes from outside: check it.
+    """
+
+    host: str
+    epoch: int
+    hello: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MessageArrived:
+    """A host has sent a message.
+
+    Parameters
+    ----------
+    host, epoch
+        As in `HostJoined`.
+    envelope : Envelope
+        For whom and which one it is, as the host says.
+    message : Message
+        The message.
+    size : int
+        Its bytes on the wire.
+    """
+
+    host: str
+    epoch: int
+    envelope: Envelope
+    message: Message
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostLost:
+    """A host's stream has ended, and not because the server closed it.
+
+    Parameters
+    ----------
+    host, epoch
+        As in `HostJoined`.
+    reason : str
+        Why, in words.
+    """
+
+    host: str
+    epoch: int
+    reason: str
+
+
+Event = HostJoined | MessageArrived | HostLost

@@ -1,0 +1,414 @@
+"""Sessions: the same numbers as LocalGrid, whoever hosts the clients, and whatever hosts do."""
+
+import logging
+import socket
+import time
+
+import pytest
+from carry.threaded import ThreadedGrid
+from flwr.app import ArrayRecord, Error, Message, RecordDict
+from reference import CUT, LR, MOMENTUM, SEED, fresh, make_parts, noisy_net, split_app
+
+from flsplit import LocalGrid, SessionSettings
+from flsplit.carry import choose
+from flsplit.carry.choose import TooSlowError
+from flsplit.carry.session import grid as session_grid
+from flsplit.carry.session import host as session_host
+from flsplit.carry.session.grid import NoHostError
+from flsplit.carry.session.host import serve_session
+from flsplit.carry.session.invitation import Invitation
+from flsplit.errors import ConfigError, NotEnoughClientsError
+from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SplitFedV1
+from flsplit.wire import Envelope, HostStream
+
+SIZES = (20, 13, 9, 16)
+
+
+def make_app():
+    parts = make_parts(SIZES, noisy_net)
+    return split_app(noisy_net, parts, parts, optimizer=MOMENTUM)
+
+
+def make_strategy(cls=PSL, **options):
+    settings = options.pop("session", SessionSettings(join_timeout=20.0, grace=2.0))
+    return cls(
+        model=fresh(noisy_net),
+        cut=CUT,
+        server_lr=LR,
+        server_optimizer=MOMENTUM,
+        batch_size=4,
+        seed=SEED,
+        session=settings,
+        **options,
+    )
+
+
+def start(strategy, grid, num_rounds=2, timeout=30.0):
+    initial = ArrayRecord(fresh(noisy_net).state_dict())
+    return strategy.start(grid, initial, num_rounds=num_rounds, timeout=timeout)
+
+
+def outcome(result):
+    return result.history.numbers(), {k: v.numpy().tobytes() for k, v in result.arrays.items()}
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Let hosts believe that they are ``n`` actors of a simulation."""
+
+    def believe(hosts):
+        monkeypatch.setattr(session_host, "count_simulated_hosts", lambda: hosts)
+
+    return believe
+
+
+# --- the same numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [PSL, SplitFedV1, SGLR, EPSL, GAPSL])
+def test_deployed_session_gives_the_numbers_of_localgrid(cls):
+    # The same number of steps for all: GAPSL refuses a step with a single client.
+    options = {"local_steps": 3}
+    grid = ThreadedGrid(make_app(), len(SIZES))
+    result = start(make_strategy(cls, **options), grid)
+    grid.join()
+    local = start(make_strategy(cls, **options), LocalGrid(make_app(), len(SIZES)))
+    assert outcome(result) == outcome(local)
+    assert len(grid.pushed) == len(SIZES)  # one Flower message per host
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_number_of_simulated_hosts_changes_no_number(hosts, simulated):
+    simulated(hosts)
+    settings = SessionSettings(max_hosts=hosts, join_timeout=20.0)
+    grid = ThreadedGrid(make_app(), len(SIZES))
+    result = start(make_strategy(session=settings), grid)
+    grid.join()
+    assert outcome(result) == outcome(start(make_strategy(), LocalGrid(make_app(), len(SIZES))))
+    assert len(grid.pushed) == hosts
+
+
+def test_plain_text_gives_the_same_numbers():
+    settings = SessionSettings(tls=False, join_timeout=20.0)
+    result = start(make_strategy(session=settings), ThreadedGrid(make_app(), len(SIZES)))
+    assert outcome(result) == outcome(start(make_strategy(), LocalGrid(make_app(), len(SIZES))))
+
+
+@pytest.mark.parametrize("hosts", [0, 2])
+def test_handing_over_to_a_new_session_changes_no_number(hosts, simulated):
+    simulated(hosts)
+    settings = SessionSettings(session_rounds=1, join_timeout=20.0, max_hosts=hosts)
+    grid = ThreadedGrid(make_app(), len(SIZES))
+    result = start(make_strategy(session=settings), grid, num_rounds=3)
+    local = start(make_strategy(), LocalGrid(make_app(), len(SIZES)), num_rounds=3)
+    assert outcome(result) == outcome(local)
+    assert len(grid.pushed) == 4 * (hosts or len(SIZES))
+
+
+def test_wire_bytes_are_those_of_the_arrays():
+    result = start(make_strategy(), ThreadedGrid(make_app(), len(SIZES)), num_rounds=1)
+    traffic = result.history[0].traffic
+    assert traffic.wire["activations-up"] == traffic.logical["activations-up"] > 0
+
+
+# --- hosts that fail ---------------------------------------------------------------------------
+
+
+def open_stream(message, context):
+    invitation = Invitation.from_content(message.content)
+    return HostStream.dial(
+        invitation.address,
+        invitation.token,
+        invitation.certificate or None,
+        session_host.describe_host(context),
+    )
+
+
+def done(message):
+    return Message(RecordDict(), reply_to=message)
+
+
+def serve_some(number):
+    """Return a host that leaves after some messages."""
+
+    def serve(app, message, context):
+        clients = session_host.Clients.of(app, context, Invitation.from_content(message.content))
+        with open_stream(message, context) as stream:
+            for count, (envelope, request) in enumerate(stream):
+                if count == number:
+                    break
+                stream.send(envelope, clients.answer(envelope.client, request))
+        return done(message)
+
+    return serve
+
+
+def test_clients_of_a_lost_simulated_host_move_to_the_others(simulated):
+    simulated(2)
+    grid = ThreadedGrid(make_app(), len(SIZES), serve={0: serve_some(20)})
+    settings = SessionSettings(max_hosts=2, join_timeout=20.0)
+    result = start(make_strategy(session=settings), grid, num_rounds=4)
+    missed = [sorted({one.client for one in entry.left_out}) for entry in result.history]
+    assert sorted(missed, key=len)[-1] in (["0", "2"], ["1", "3"])
+    assert sum(map(bool, missed)) == 1
+    # From their stored states: nobody had to start from the server's segment.
+    assert all(entry.restarted == [] for entry in result.history)
+    assert result.history[-1].participants == ["0", "1", "2", "3"]
+
+
+def test_a_deployed_node_that_was_lost_is_invited_again_and_comes_back():
+    calls = []
+
+    def serve(app, message, context):
+        calls.append(time.monotonic())
+        chosen = serve_some(3) if len(calls) == 1 else serve_session
+        return chosen(app, message, context)
+
+    grid = ThreadedGrid(make_app(), len(SIZES), serve={1: serve})
+    result = start(make_strategy(min_available_nodes=4), grid, num_rounds=3)
+    missed = [[one.client for one in entry.left_out] for entry in result.history]
+    assert missed == [["1"], [], []]
+    assert len(calls) == 2
+
+
+def test_a_host_that_never_answers_costs_the_step_timeout_once():
+    def never(app, message, context):
+        with open_stream(message, context) as stream:
+            for _ in stream:
+                pass
+        return done(message)
+
+    grid = ThreadedGrid(make_app(), len(SIZES), serve={2: never})
+    settings = SessionSettings(step_timeout=1.0, join_timeout=20.0, grace=2.0)
+    result = start(make_strategy(session=settings, min_available_nodes=3), grid, num_rounds=2)
+    assert [entry.participants for entry in result.history] == [["0", "1", "3"]] * 2
+
+
+def test_all_hosts_lost_and_none_back_within_timeout_is_a_clear_error():
+    def leave(app, message, context):
+        if leave.left:
+            return Message(Error(2, "out of order"), reply_to=message)
+        leave.left = True
+        return serve_some(5)(app, message, context)
+
+    leave.left = False
+    grid = ThreadedGrid(make_app(), 1, serve={0: leave})
+    with pytest.raises(NotEnoughClientsError, match="min_available_nodes"):
+        start(make_strategy(), grid, timeout=2.0)
+
+
+# --- hosts that misbehave ----------------------------------------------------------------------
+
+
+def tampering(change):
+    """Return a host that sends a changed envelope or message before each right answer."""
+
+    def serve(app, message, context):
+        clients = session_host.Clients.of(app, context, Invitation.from_content(message.content))
+        with open_stream(message, context) as stream:
+            for envelope, request in stream:
+                reply = clients.answer(envelope.client, request)
+                if bad := change(envelope, reply):
+                    stream.send(*bad)
+                else:
+                    stream.send(envelope, reply)
+        return done(message)
+
+    return serve
+
+
+def for_another_client(envelope, reply):
+    return Envelope("1", envelope.sequence, envelope.epoch), reply
+
+
+def of_an_old_epoch(envelope, reply):
+    return Envelope(envelope.client, envelope.sequence, envelope.epoch - 1), reply
+
+
+def of_another_step(envelope, reply):
+    return Envelope(envelope.client, envelope.sequence - 1, envelope.epoch), reply
+
+
+def in_anothers_name(envelope, reply):
+    reply.metadata.__dict__["_src_node_id"] = 102
+    return envelope, reply
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (for_another_client, "another host"),
+        (of_an_old_epoch, "another epoch"),
+        (of_another_step, "nothing that is awaited"),
+        (in_anothers_name, "another client's name"),
+    ],
+)
+def test_misbehaving_host_is_refused_with_a_reason_and_the_others_go_on(change, problem, caplog):
+    caplog.set_level(logging.WARNING, logger="flwr")
+    grid = ThreadedGrid(make_app(), len(SIZES), serve={0: tampering(change)})
+    settings = SessionSettings(step_timeout=1.0, join_timeout=20.0, grace=2.0)
+    result = start(make_strategy(session=settings, min_available_nodes=3), grid, num_rounds=1)
+    assert problem in caplog.text
+    assert result.history[0].participants == ["1", "2", "3"]
+
+
+def test_an_answer_that_is_repeated_is_dropped(caplog):
+    def serve(app, message, context):
+        clients = session_host.Clients.of(app, context, Invitation.from_content(message.content))
+        with open_stream(message, context) as stream:
+            for envelope, request in stream:
+                reply = clients.answer(envelope.client, request)
+                stream.send(envelope, reply)
+                stream.send(envelope, reply)
+        return done(message)
+
+    # One message more than was asked for already breaks the rules of the wire.
+    grid = ThreadedGrid(make_app(), len(SIZES), serve={0: serve})
+    settings = SessionSettings(step_timeout=2.0, join_timeout=20.0, grace=2.0)
+    result = start(make_strategy(session=settings, min_available_nodes=3), grid, num_rounds=1)
+    assert "0" not in result.history[0].participants or result.history[0].left_out
+
+
+# --- opening -----------------------------------------------------------------------------------
+
+
+def refuse(app, message, context):
+    return Message(Error(2, "DialError: connection refused"), reply_to=message)
+
+
+def test_a_single_node_that_cannot_dial_back_is_named_and_left_out(caplog):
+    grid = ThreadedGrid(make_app(), len(SIZES), serve={3: refuse})
+    result = start(make_strategy(), grid, num_rounds=1)
+    assert result.history[0].participants == ["0", "1", "2"]
+    assert "node 104 is left out: DialError" in caplog.text
+
+
+def test_session_without_hosts_names_address_port_and_remedy():
+    grid = ThreadedGrid(make_app(), 2, serve={0: refuse, 1: refuse})
+    with pytest.raises(NoHostError, match=r"127\.0\.0\.1:\d+.*session-address"):
+        start(make_strategy(carrier="session"), grid)
+
+
+def test_auto_falls_back_on_flowers_messages_with_the_same_numbers(caplog):
+    serve = dict.fromkeys(range(len(SIZES)), refuse)
+    result = start(make_strategy(), ThreadedGrid(make_app(), len(SIZES), serve=serve))
+    assert "no session, going on over Flower's own messages" in caplog.text
+    assert outcome(result) == outcome(start(make_strategy(), LocalGrid(make_app(), len(SIZES))))
+
+
+def test_a_fallback_that_would_take_too_long_stops_and_says_why(monkeypatch):
+    monkeypatch.setattr(choose, "MAX_FALLBACK_SECONDS", 1e-6)
+    serve = dict.fromkeys(range(2), refuse)
+    with pytest.raises(TooSlowError, match="no session could be opened"):
+        start(make_strategy(), ThreadedGrid(make_app(), 2, serve=serve))
+
+
+def test_nodes_that_never_dial_are_waited_for_no_longer_than_join_timeout():
+    def silent(app, message, context):
+        time.sleep(3)
+        return done(message)
+
+    grid = ThreadedGrid(make_app(), 2, serve={0: silent, 1: silent})
+    settings = SessionSettings(join_timeout=0.5)
+    with pytest.raises(NoHostError, match=r"none of 2 nodes dialled .* within 0\.5 s"):
+        start(make_strategy(carrier="session", session=settings), grid)
+
+
+def test_a_late_host_finds_the_session_over_at_once(monkeypatch):
+    messages = []
+
+    def wait_in_the_queue(app, message, context):
+        messages.append(message)
+        time.sleep(1)
+        return done(message)
+
+    grid = ThreadedGrid(make_app(), 2, serve={1: wait_in_the_queue})
+    start(make_strategy(session=SessionSettings(grace=0.2)), grid, num_rounds=1)
+    reply = serve_session(grid.app, messages[0], grid.contexts[102])
+    assert reply.has_error()
+    assert "DialError" in reply.error.reason
+
+
+def test_an_expired_invitation_is_not_taken_up():
+    invitation = Invitation("s", "e", "192.0.2.1:1", "token", b"", time.time() - 1, 1, "")
+    grid = ThreadedGrid(make_app(), 1)
+    message = Message(invitation.to_content(), 101, "train.session")
+    reply = serve_session(grid.app, message, grid.contexts[101])
+    assert reply.content["metrics"]["served"] == 0
+
+
+def test_everything_is_closed_after_a_run_and_after_an_error():
+    ports = []
+    original = session_grid.SessionServer
+
+    class Watched(original):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            ports.append(self.port)
+
+    for fail in (False, True):
+        session_grid.SessionServer = Watched
+        try:
+            grid = ThreadedGrid(make_app(), 2)
+            strategy = make_strategy()
+            if fail:
+                strategy.train_round = lambda round_: 1 / 0
+                with pytest.raises(ZeroDivisionError):
+                    start(strategy, grid)
+            else:
+                start(strategy, grid)
+        finally:
+            session_grid.SessionServer = original
+        grid.join()
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", ports[-1])) != 0
+
+
+def test_a_step_over_the_limit_says_which_setting_to_raise():
+    settings = SessionSettings(max_step_bytes=2000, join_timeout=20.0)
+    with pytest.raises(ConfigError, match="session-max-step-bytes"):
+        start(make_strategy(session=settings), ThreadedGrid(make_app(), 2))
+
+
+# --- settings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("address", ""),
+        ("port", 70000),
+        ("step_timeout", 0.0),
+        ("grace", -1.0),
+        ("max_step_bytes", 0),
+        ("max_hosts", -1),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(field, value):
+    with pytest.raises(ConfigError, match=field.replace("_", "-")):
+        SessionSettings(**{field: value})
+
+
+def test_settings_come_from_the_run_config():
+    config = {"session-address": "10.0.0.5", "session-port": 9095, "session-rounds": 7, "lr": 1.0}
+    settings = SessionSettings.from_run_config(config)
+    assert (settings.address, settings.port, settings.session_rounds) == ("10.0.0.5", 9095, 7)
+    assert settings.bind_address == "0.0.0.0:9095"
+    assert settings.advertised(9095) == "10.0.0.5:9095"
+
+
+def test_a_node_that_was_away_when_invited_again_is_invited_until_it_comes():
+    calls = []
+
+    def serve(app, message, context):
+        calls.append(message)
+        if len(calls) == 1:
+            return serve_some(3)(app, message, context)
+        if len(calls) == 2:
+            return Message(Error(5, "node unavailable"), reply_to=message)
+        return serve_session(app, message, context)
+
+    grid = ThreadedGrid(make_app(), len(SIZES), serve={1: serve})
+    result = start(make_strategy(min_available_nodes=4), grid, num_rounds=3)
+    assert [[one.client for one in entry.left_out] for entry in result.history] == [["1"], [], []]
+    assert len(calls) == 3
