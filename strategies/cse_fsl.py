@@ -1,0 +1,115 @@
+"""CSE-FSL."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from flsplit.auxiliary import emulated_gradient, keeping_buffers
+from flsplit.message.arrays import from_record, to_array
+from flsplit.message.finish import FinishReply
+from flsplit.server.aggregate import average_buffers
+from flsplit.server.arguments import number
+from flsplit.strategies.decoupled import DecoupledStrategy, Sent
+from flsplit.strategies.options import LearningRate, at_round, of_kind
+from flsplit.strategies.round import Round
+
+_AVERAGED, _VERSION = "auxiliary-averaged", "auxiliary-version"
+
+
+class CSEFSL(DecoupledStrategy):
+    """CSE-FSL: clients train their auxiliary models on their own loss; the server averages them.
+
+    A client's auxiliary model gives it the gradient of a batch, and then takes a step on that
+    batch's loss itself. Client segments and auxiliary models are averaged every round.
+
+    Parameters
+    ----------
+    auxiliary_lr : float or callable, optional
+        Learning rate of the auxiliary models, or a function of the round. They are trained with
+        the client's kind of optimizer. Default: the clients' learning rate.
+    average_auxiliary : bool
+        Average the auxiliary models, weighted by the clients' numbers of examples; otherwise each
+        stays with its client.
+    upload_every, auxiliary, overlap
+        See :class:`~flsplit.strategies.decoupled.DecoupledStrategy`.
+    **options
+        See :class:`~flsplit.strategies.options.SplitOptions`.
+
+    References
+    ----------
+    .. [1] Mu and Shen, Communication and Storage Efficient Federated Split Learning,
+       https://arxiv.org/abs/2302.05599
+    """
+
+    trains_auxiliary = True
+
+    def __init__(
+        self,
+        *,
+        auxiliary_lr: LearningRate | None = None,
+        average_auxiliary: bool = True,
+        **options: Any,
+    ) -> None:
+        of_kind("average_auxiliary", average_auxiliary, bool)
+        if auxiliary_lr is not None and not callable(auxiliary_lr):
+            auxiliary_lr = number("auxiliary_lr", auxiliary_lr, 0.0)
+        self.uploads_auxiliary = average_auxiliary
+        self._auxiliary_lr = auxiliary_lr
+        super().__init__(**options)
+
+    def begin_run(self) -> None:
+        """Begin with the initial auxiliary model."""
+        super().begin_run()
+        self._version = 0
+        self._averaged: dict[str, Tensor] = {}
+
+    def before_local_steps(self, round_: Round, names: list[str]) -> None:
+        """Set the server's copy to what the clients begin with."""
+        self._copy = self.new_auxiliary()
+        self._copy.load_state_dict(self._averaged or self.initial)
+
+    def auxiliary_lr(self, round_: Round) -> float:
+        """Return the round's learning rate."""
+        given = self._auxiliary_lr
+        return round_.plan.lr if given is None else at_round(given, round_.plan.server_round)
+
+    def auxiliary_of(self, client: str) -> Sent:
+        """Return the averaged auxiliary model, the same for all."""
+        return Sent(self._version, self._averaged or self.initial)
+
+    def emulated(self, client: str, smashed: Tensor, labels: Tensor) -> Tensor | None:
+        """Return ĝ with the model that the clients began the round with."""
+        if not self.uploads_auxiliary:
+            return None
+        with keeping_buffers(self._copy):
+            return emulated_gradient(self._copy, smashed, labels)
+
+    def end_round(self, round_: Round, finished: Mapping[str, FinishReply]) -> None:
+        """Average the auxiliary models beside the client segments."""
+        super().end_round(round_, finished)
+        if self.uploads_auxiliary and self._row:
+            self._average()
+
+    def _average(self) -> None:
+        replies = list(self.ended.values())
+        if replies:
+            self._averaged = average_buffers(
+                [reply.auxiliary for reply in replies if reply.auxiliary is not None],
+                [reply.num_examples for reply in replies],
+            )
+        self._version += 1
+
+    def state_records(self) -> RecordDict:
+        """Return all that a checkpoint needs, with the averaged auxiliary model."""
+        records = super().state_records()
+        records[_AVERAGED] = ArrayRecord({k: to_array(v) for k, v in self._averaged.items()})
+        records[_VERSION] = ConfigRecord({"version": self._version})
+        return records
+
+    def load_state_records(self, records: RecordDict, segment_version: int) -> None:
+        """Go on from a checkpoint's records."""
+        super().load_state_records(records, segment_version)
+        self._averaged = from_record(records.array_records[_AVERAGED], field=_AVERAGED)
+        self._version = int(records.config_records[_VERSION]["version"])  # type: ignore[arg-type]

@@ -1,0 +1,365 @@
+"""The decoupled schedule: clients train with auxiliary models and upload only now and then."""
+
+import copy
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor, nn
+
+from flsplit.account.memory import Activations, measuring_activations, state_bytes
+from flsplit.auxiliary import (
+    FIRST_STAGE,
+    GIVEN,
+    LINEAR,
+    BuildAuxiliary,
+    build_auxiliary,
+    cosine,
+)
+from flsplit.carry.session.grid import SessionGrid
+from flsplit.cut import split
+from flsplit.errors import ConfigError, located
+from flsplit.log import logger
+from flsplit.message.arrays import from_record, to_array
+from flsplit.message.finish import FinishReply
+from flsplit.message.local import AuxiliaryPlan, LocalReply, LocalRequest, ShapeReply, ShapeRequest
+from flsplit.seeds import derive_seed, seeded
+from flsplit.server.arguments import one_of, whole
+from flsplit.server.step import ClientBatch
+from flsplit.strategies.base import SplitStrategy
+from flsplit.strategies.options import of_kind
+from flsplit.strategies.round import Round
+
+_AUXILIARY, _INITIAL = "auxiliary", "auxiliary-initial"
+
+
+class Sent(NamedTuple):
+    """The auxiliary model that a client is to work with: its version and weights."""
+
+    version: int
+    tensors: dict[str, Tensor]
+
+
+class DecoupledStrategy(SplitStrategy):
+    """Base class of methods whose clients don't wait for the server.
+
+    In a round a client takes all its local steps by itself, with the gradient that its auxiliary
+    model emulates, and uploads smashed data and labels of every q-th batch. The server steps once
+    per upload: batch by batch, and by client within a batch, whatever came first. No cut-layer
+    gradient goes down. Client segments are aggregated every round.
+
+    Parameters
+    ----------
+    upload_every : int
+        q: smashed data of every q-th batch of a client's round goes up, that of the first always.
+    auxiliary : {'linear', 'first-stage'} or callable
+        The auxiliary model: a linear classifier of the flattened smashed data; a copy of the
+        server segment's first stage with new weights, pooling and a linear head; or a function of
+        (shape of one row, number of classes), which ``client_app`` must be given, too.
+    overlap : bool
+        Over a session, let uploads come up while clients go on with their local steps, and work
+        on them meanwhile. The numbers are the same.
+    **options
+        See :class:`~flsplit.strategies.options.SplitOptions`.
+    """
+
+    aggregates = True
+    one_by_one = True
+
+    trains_auxiliary = False
+    """Whether clients train their auxiliary models."""
+    uploads_auxiliary = False
+    """Whether clients hand them over at the end of a round."""
+
+    def __init__(
+        self,
+        *,
+        upload_every: int = 5,
+        auxiliary: str | BuildAuxiliary = LINEAR,
+        overlap: bool = True,
+        **options: Any,
+    ) -> None:
+        self.upload_every = whole("upload_every", upload_every, 1)
+        of_kind("overlap", overlap, bool)
+        self.overlap = overlap
+        self._given = None if isinstance(auxiliary, str) else auxiliary
+        if self._given is None:
+            self._kind = one_of("auxiliary", auxiliary, (LINEAR, FIRST_STAGE))
+        elif callable(self._given):
+            self._kind = GIVEN
+        else:
+            raise ConfigError(
+                f"auxiliary is {auxiliary!r}, expected 'linear', 'first-stage' or a function of "
+                "the shape of a row and the number of classes"
+            )
+        super().__init__(**options)
+
+    # --- what a subclass says ------------------------------------------------------------
+
+    @abstractmethod
+    def auxiliary_of(self, client: str) -> Sent:
+        """Return the auxiliary model that a client is to work with now."""
+
+    def auxiliary_lr(self, round_: Round) -> float:
+        """Return the learning rate with which clients train their auxiliary models."""
+        return 0.0
+
+    def before_local_steps(self, round_: Round, names: list[str]) -> None:
+        """Do what comes before the clients' local steps."""
+
+    def wants_peek(self, round_: Round) -> bool:
+        """Tell whether the server needs the first upload before the clients take a step."""
+        return False
+
+    def after_peek(self, round_: Round, names: list[str]) -> None:
+        """Do what comes after the first uploads of such a round."""
+
+    def emulated(self, client: str, smashed: Tensor, labels: Tensor) -> Tensor | None:
+        """Return ĝ of an upload, None where the server doesn't know the client's model."""
+        return None
+
+    def uploaded(self, client: str, smashed: Tensor, labels: Tensor) -> None:
+        """Take note of an upload, after the server's step."""
+
+    # --- a run ---------------------------------------------------------------------------
+
+    def begin_run(self) -> None:
+        """Forget an earlier run's auxiliary models."""
+        self._row: tuple[int, ...] = ()
+        self._classes = 0
+        self._held: dict[str, int] = {}
+        self.ended: dict[str, LocalReply] = {}
+        self._memory: dict[str, dict[str, int]] = {}
+        self._server_memory = Activations()
+        self.initial: dict[str, Tensor] = {}
+
+    def new_auxiliary(self) -> nn.Module:
+        """Return an auxiliary model on the server's device, with the initial weights."""
+        with seeded(derive_seed(self.options.seed, "auxiliary"), self.device):
+            module = build_auxiliary(
+                self._kind,
+                self._row,
+                self._classes,
+                given=self._given,
+                parts=lambda: split(copy.deepcopy(self.options.model), self.options.cut),
+            )
+        return module.to(self.device)
+
+    def _make_auxiliary(self, round_: Round) -> None:
+        """Ask a client what its smashed data looks like, once in a run, and build the model."""
+        if self._row:
+            return
+        for name in round_.participants:
+            request = ShapeRequest(round_.plan.server_round, round_.plan.cut)
+            reply = round_.clients.exchange({name: request}, round_.entry).get(name)
+            if isinstance(reply, ShapeReply):
+                self._classes = self._num_classes(reply.shape)
+                self._row = reply.shape
+                state = self.new_auxiliary().state_dict()
+                self.initial = {key: tensor.cpu().clone() for key, tensor in state.items()}
+                return
+
+    @torch.no_grad()
+    def _num_classes(self, row: tuple[int, ...]) -> int:
+        segment = self.server
+        segment.module.eval()
+        logits = segment.forward(segment.receive(torch.zeros(1, *row)))
+        if logits.ndim != 2:
+            raise ConfigError(
+                f"{type(self).__name__} needs a model that gives logits (b, classes), but the "
+                f"server segment turns smashed data of shape {(1, *row)} into "
+                f"{tuple(logits.shape)}"
+            )
+        return int(logits.shape[1])
+
+    # --- a round -------------------------------------------------------------------------
+
+    def train_round(self, round_: Round) -> dict[str, FinishReply]:
+        """Let the clients take their local steps, and step on what they upload."""
+        self.ended, self._memory, self._server_memory = {}, {}, Activations()
+        self._make_auxiliary(round_)
+        lost = {one.client for one in round_.entry.left_out}
+        names = [name for name in round_.participants if name not in lost]
+        if not self._row:
+            round_.exchange_local({})  # says that too few clients are left
+            return {}
+        self.before_local_steps(round_, names)
+        upload_from = 0
+        if self.wants_peek(round_):
+            requests = {name: self._first_request(round_, name, peek=True) for name in names}
+            replies = self._exchange(round_, requests)
+            self._step_on(round_, replies)
+            names, upload_from = list(replies), 1
+            self.after_peek(round_, names)
+        self._train_locally(round_, names, upload_from)
+        return {name: _finished(reply) for name, reply in self.ended.items()}
+
+    def _train_locally(self, round_: Round, names: list[str], upload_from: int) -> None:
+        """Take the uploads as they come; the server works while clients go on."""
+        requests = {
+            name: self._first_request(round_, name, upload_from=upload_from) for name in names
+        }
+        with ThreadPoolExecutor(1) as beside:
+            replies = self._exchange(round_, requests)
+            if round_.plan.server_round == 1:
+                self._warn_if_it_never_fires(replies)
+            while replies:
+                requests = {
+                    name: self._next_request(round_, reply, upload_from)
+                    for name, reply in replies.items()
+                    if reply.steps_done < reply.num_steps
+                }
+                self.ended |= {n: r for n, r in replies.items() if n not in requests}
+                coming = beside.submit(self._exchange, round_, requests) if requests else None
+                self._step_on(round_, replies)
+                replies = coming.result() if coming else {}
+        # Who ended first depends on the carrier; the order of a sum must not.
+        self.ended = {n: self.ended[n] for n in round_.participants if n in self.ended}
+        self._measure_memory(round_)
+
+    def _exchange(
+        self, round_: Round, requests: Mapping[str, LocalRequest]
+    ) -> dict[str, LocalReply]:
+        replies = round_.exchange_local(requests)
+        for name in replies:
+            if plan := requests[name].auxiliary_plan:
+                self._held[name] = plan.version
+        return replies
+
+    def _first_request(
+        self, round_: Round, name: str, *, peek: bool = False, upload_from: int = 0
+    ) -> LocalRequest:
+        sent = self.auxiliary_of(name)
+        return LocalRequest(
+            **self._common(round_, 0, upload_from),
+            peek=peek,
+            plan=round_.plan,
+            segment=round_.segment,
+            auxiliary=sent.tensors,
+            auxiliary_held=self._held.get(name) == sent.version,
+            auxiliary_plan=AuxiliaryPlan(
+                kind=self._kind,
+                shape=self._row,
+                num_classes=self._classes,
+                version=sent.version,
+                train=self.trains_auxiliary,
+                lr=self.auxiliary_lr(round_),
+            ),
+        )
+
+    def _next_request(self, round_: Round, reply: LocalReply, upload_from: int) -> LocalRequest:
+        return LocalRequest(**self._common(round_, reply.steps_done, upload_from))
+
+    def _common(self, round_: Round, step: int, upload_from: int) -> dict[str, Any]:
+        overlaps = self.overlap and isinstance(round_.clients.carrier.grid, SessionGrid)
+        return {
+            "server_round": round_.plan.server_round,
+            "step": step,
+            "stop": step + self.upload_every if overlaps else 0,
+            "upload_every": self.upload_every,
+            "upload_from": upload_from,
+            "upload_segment": round_.upload_segment,
+            "upload_auxiliary": self.uploads_auxiliary,
+            "like": round_.segment.tensors,
+            "auxiliary_like": self.initial,
+        }
+
+    def _step_on(self, round_: Round, replies: Mapping[str, LocalReply]) -> None:
+        """Do a server step for every upload: batch by batch, then by client."""
+        order = [
+            (step, index, name)
+            for index, (name, reply) in enumerate(replies.items())
+            for step in reply.uploads
+        ]
+        for name, reply in replies.items():
+            known = self._memory.setdefault(name, dict(reply.memory))
+            known |= {what: n for what, n in reply.memory.items() if n}
+        for step, _, name in sorted(order):
+            reply = replies[name]
+            batch = ClientBatch(name, *reply.uploads[step], reply.num_examples)
+            self._step_on_one(round_, step, reply.num_steps, batch.to(self.server))
+
+    def _step_on_one(self, round_: Round, step: int, steps: int, batch: ClientBatch) -> None:
+        first = self._server_memory.nbytes == 0
+        with measuring_activations(self._server_memory, self.server.module, active=first):
+            result = self.segment_step(self.server, round_, step, steps, [batch])
+        if first:
+            self._smashed_bytes = batch.smashed.nbytes
+        round_.entry.steps += 1
+        where = f"round {round_.plan.server_round}, step {step}, client {batch.client!r}"
+        with located(where), seeded(self._emulation_seed(round_, step, batch), self.device):
+            emulated = self.emulated(batch.client, batch.smashed, batch.labels)
+        if emulated is not None:
+            angle = cosine(emulated, result.cut_gradients[batch.client])
+            round_.record_metrics({"auxiliary-cosine": angle})
+        self.uploaded(batch.client, batch.smashed, batch.labels)
+
+    def _emulation_seed(self, round_: Round, step: int, batch: ClientBatch) -> int:
+        """Return the seed with which the client computed ĝ of this batch."""
+        server_round = round_.plan.server_round
+        return derive_seed(round_.plan.seed, "auxiliary", batch.client, server_round, step)
+
+    def _warn_if_it_never_fires(self, replies: Mapping[str, LocalReply]) -> None:
+        rarely = [name for name, one in replies.items() if 1 < one.num_steps <= self.upload_every]
+        if rarely:
+            logger.warning(
+                "upload_every is %d, but %d clients take no more steps in a round (client %r takes "
+                "%d): of their smashed data only the first batch's goes up",
+                self.upload_every, len(rarely), rarely[0], replies[rarely[0]].num_steps,
+            )  # fmt: skip
+
+    # --- memory --------------------------------------------------------------------------
+
+    def _measure_memory(self, round_: Round) -> None:
+        """Report what the client that needs most holds, and what the whole model would take.
+
+        The smashed data, which both sides may keep, is counted once for the whole model.
+        """
+        if not (self.ended and self._server_memory.nbytes):
+            return
+        client = max((self._memory[name] for name in self.ended), key=lambda m: sum(m.values()))
+        server = state_bytes(self.server.module, self.server.optimizer)
+        activations = client["activations"] + self._server_memory.nbytes - self._smashed_bytes
+        round_.record_metrics(
+            {
+                "client-memory-bytes": sum(client.values()),
+                "whole-model-memory-bytes": client["segment"] + server + activations,
+            }
+        )
+
+    # --- checkpoints ---------------------------------------------------------------------
+
+    def state_records(self) -> RecordDict:
+        """Return all that a checkpoint needs, with how auxiliary models are built."""
+        records = super().state_records()
+        records[_AUXILIARY] = ConfigRecord(
+            {
+                "shape": list(self._row),
+                "num-classes": self._classes,
+                "held": json.dumps(self._held),
+            }
+        )
+        records[_INITIAL] = ArrayRecord({k: to_array(v) for k, v in self.initial.items()})
+        return records
+
+    def load_state_records(self, records: RecordDict, segment_version: int) -> None:
+        """Go on from a checkpoint's records."""
+        super().load_state_records(records, segment_version)
+        config: Mapping[str, Any] = records.config_records[_AUXILIARY]
+        self._row, self._classes = tuple(config["shape"]), int(config["num-classes"])
+        self._held = json.loads(config["held"])
+        self.initial = from_record(records.array_records[_INITIAL], field=_INITIAL)
+
+
+def _finished(reply: LocalReply) -> FinishReply:
+    return FinishReply(
+        client=reply.client,
+        server_round=reply.server_round,
+        num_examples=reply.num_examples,
+        seconds=reply.seconds,
+        segment=reply.segment,
+    )

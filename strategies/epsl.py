@@ -1,0 +1,50 @@
+"""EPSL."""
+
+from typing import Any, Literal, get_args
+
+from flsplit.errors import ConfigError
+from flsplit.server.arguments import one_of
+from flsplit.server.passes import Replay, SharedDelta
+from flsplit.strategies.psl import PSL
+
+Aggregation = Literal["replay", "shared_delta"]
+_PASSES = {"replay": Replay, "shared_delta": SharedDelta}
+
+
+class EPSL(PSL):
+    r"""EPSL: PSL with the last layer's gradients aggregated over clients.
+
+    Of the b positions of a mini-batch, m = ⌈φ·b⌉ are aggregated: their gradients at the logits,
+    summed over the clients with the shares λ, are back-propagated once, and the cut-layer
+    gradient is broadcast to all clients. The other b − m rows of each client are treated as in
+    PSL. So m + C(b − m) rows go back through the server segment instead of C·b; φ=0 is PSL [1]_.
+
+    The paper's abstract tells this much. How an aggregated gradient is back-propagated is our
+    reading: :class:`~flsplit.server.passes.Replay` (E1) or
+    :class:`~flsplit.server.passes.SharedDelta` (E2).
+
+    Parameters
+    ----------
+    phi : float
+        Aggregation ratio φ, 0 to 1.
+    aggregation : {'replay', 'shared_delta'}
+        The reading: E1, or E2, which computes all rows.
+    **options
+        See :class:`~flsplit.strategies.options.SplitOptions`. A ``server_pass`` is refused: EPSL
+        is one.
+
+    References
+    ----------
+    .. [1] Lin et al., Efficient Parallel Split Learning over Resource-constrained Wireless Edge
+       Networks, https://arxiv.org/abs/2303.15991
+    """
+
+    def __init__(
+        self, *, phi: float = 0.5, aggregation: Aggregation = "replay", **options: Any
+    ) -> None:
+        if options.get("server_pass") is not None:
+            raise ConfigError(
+                "EPSL is a server pass itself and takes no server_pass; PSL takes one"
+            )
+        kind = _PASSES[one_of("aggregation", aggregation, get_args(Aggregation))]
+        super().__init__(**options | {"server_pass": kind(phi)})

@@ -1,0 +1,113 @@
+"""Federated evaluation: test data through each client's own segment and the server's."""
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from flsplit.account.ledger import RoundEntry
+from flsplit.errors import FlsplitError, located
+from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
+from flsplit.message.parts import SegmentArrays
+from flsplit.server.clients import Clients
+from flsplit.server.segment import ServerSegment
+from flsplit.server.step import count_correct
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+
+class _Scores:
+    """Loss and metrics over all samples, however they come in batches."""
+
+    def __init__(self, metrics: "Mapping[str, Metric]") -> None:
+        self._metrics = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
+        self._loss, self._samples = 0.0, 0
+        self._correct, self._classified = 0, 0
+
+    @torch.no_grad()
+    def update(self, segment: ServerSegment, reply: EvaluateReply) -> None:
+        """Run a test batch through the server segment and count it."""
+        labels = reply.labels.to(segment.device)
+        logits = segment.forward(segment.receive(reply.smashed))
+        self._loss += float(segment.mean_loss(logits, labels)) * len(labels)
+        self._samples += len(labels)
+        correct, classified = count_correct(logits, labels)
+        self._correct += correct
+        self._classified += classified
+        for metric in self._metrics.values():
+            metric.to(segment.device).update(logits, labels)
+
+    def compute(self) -> dict[str, float]:
+        """Return loss and metrics, nothing if no sample came."""
+        if not self._samples:
+            return {}
+        scores = {"loss": self._loss / self._samples, "num-examples": self._samples}
+        if self._classified:
+            scores["accuracy"] = self._correct / self._classified
+        return scores | {name: float(metric.compute()) for name, metric in self._metrics.items()}
+
+
+def evaluate_clients(
+    segment: ServerSegment,
+    clients: Clients,
+    names: list[str],
+    client_segment: SegmentArrays,
+    entry: RoundEntry,
+    *,
+    batch_size: int,
+    metrics: "Mapping[str, Metric]",
+) -> dict[str, float]:
+    """Return loss and metrics over all test samples of the clients ``names``.
+
+    Parameters
+    ----------
+    segment : ServerSegment
+        The server segment; it is used in evaluation mode.
+    clients : Clients
+        Talks to the clients.
+    names : list of str
+        Who evaluates.
+    client_segment : SegmentArrays
+        Sent to clients that don't hold this version.
+    entry : RoundEntry
+        Where bytes are counted and clients that fail are named.
+    batch_size : int
+        Test examples per exchange.
+    metrics : mapping of str to torchmetrics.Metric
+        Further metrics by name, updated with ``(logits, labels)``.
+
+    Returns
+    -------
+    dict of str to float
+        ``loss``, ``num-examples``, ``accuracy`` where labels are classes, and the metrics; empty
+        if no client has test data.
+    """
+    scores, remaining, batch = _Scores(metrics), list(names), 0
+    segment.module.eval()
+    while remaining:
+        requests = {
+            name: EvaluateRequest(
+                entry.round,
+                batch,
+                batch_size,
+                client_segment.version,
+                client_segment if batch == 0 else None,
+            )
+            for name in remaining
+        }
+        replies = clients.exchange(requests, entry)
+        batch += 1
+        remaining = []
+        for name, reply in replies.items():
+            if not isinstance(reply, EvaluateReply):
+                raise FlsplitError(
+                    f"client {name!r} answered an evaluation with {type(reply).__name__}"
+                )
+            if reply.num_batches:
+                with located(f"evaluation of round {entry.round}, client {name!r}"):
+                    scores.update(segment, reply)
+            if batch < reply.num_batches:
+                remaining.append(name)
+    return scores.compute()

@@ -1,0 +1,260 @@
+"""What all strategies have in common to choose."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeGuard, get_args
+
+import torch
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from flsplit.carry.choose import Carrier
+from flsplit.carry.session import SessionSettings
+from flsplit.errors import ConfigError
+from flsplit.server.passes import ServerPass
+from flsplit.server.rules import GradientRule
+from flsplit.server.segment import Loss
+from flsplit.server.step import Reduction, Shares
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+LearningRate = float | Callable[[int], float]
+"""A learning rate, or a function of the round (from 1) that returns one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """The options of every split strategy.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The unsplit model.
+    cut : str
+        Name of the submodule after which it is cut; the ClientApp's must be the same.
+    server_lr : float or callable
+        Learning rate of the server segment, or a function of the round.
+    client_lr : float or callable, optional
+        Learning rate of the client segments, sent with every round. Default: ``server_lr`` (a
+        ``server_scheduler`` doesn't change it).
+    server_optimizer : callable
+        Called as ``server_optimizer(parameters, lr=…)``; lives as long as the run.
+    server_scheduler : callable, optional
+        Takes the server's optimizer, returns a torch scheduler that steps once per round.
+    loss : callable
+        Mean loss of ``(logits, labels)``.
+    metrics : mapping of str to torchmetrics.Metric
+        Metrics of federated evaluation, updated with ``(logits, labels)``, beside the loss and
+        (where logits are ``(b, C)`` and labels class indices) the accuracy.
+    batch_size : int
+        Examples per client and step.
+    local_epochs : int
+        Epochs per round.
+    local_steps : int
+        Steps per round; 0 stands for ``local_epochs`` whole epochs.
+    drop_last : bool
+        Leave out an epoch's ragged last batch.
+    evaluate_batch_size : int
+        Test examples per exchange.
+    shares : {'examples', 'batch', 'equal'}
+        What a client's share λ of the server's loss follows: the size of its data, its rows in
+        the step, or nothing.
+    reduction : {'mean', 'sum'}
+        Σ λ_i L_i, or S times that for S clients.
+    server_batchnorm : {'pooled', 'per_client'}
+        Whether the server segment normalises over all clients' rows or one client's at a time.
+    server_pass : ServerPass, optional
+        How the server computes a step, instead of what ``server_batchnorm`` says.
+    rules : sequence of GradientRule
+        Edits of a step's gradients, in order.
+    device : str
+        Where the server computes: a torch device, or ``auto``.
+    client_strategy : flwr.serverapp.strategy.Strategy, optional
+        Aggregates the client segments every round and chooses the clients.
+    share_client_segments : bool
+        Let clients hand over their segments at the end of the run, where the method itself
+        keeps them at home; they are in ``Result.client_segments``.
+    fraction_train, fraction_evaluate : float
+        Fraction of the connected clients that train, or evaluate, in a round.
+    min_train_nodes, min_evaluate_nodes, min_available_nodes : int
+        As in Flower's FedAvg; but 1 by default, since split learning works with one client.
+    weighted_by_key : str
+        Under which key client strategies find a client's weight.
+    carrier : {'auto', 'session', 'flower'}
+        How messages travel on Flower's grids: over a session, over Flower's own messages, or
+        over a session where one can be opened.
+    session : SessionSettings
+        Addresses, limits and timeouts of sessions.
+    checkpoint_dir : str
+        Write a checkpoint after every round to this folder (an absolute path); empty for none.
+    resume : bool
+        Go on from the last checkpoint in ``checkpoint_dir``.
+    seed : int
+        All random choices of the run follow from it.
+    """
+
+    model: nn.Module
+    cut: str
+    server_lr: LearningRate = 0.01
+    client_lr: LearningRate | None = None
+    server_optimizer: Callable[..., Optimizer] = torch.optim.SGD
+    server_scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    loss: Loss = functional.cross_entropy
+    metrics: "Mapping[str, Metric]" = field(default_factory=dict)
+    batch_size: int = 32
+    local_epochs: int = 1
+    local_steps: int = 0
+    drop_last: bool = False
+    evaluate_batch_size: int = 512
+    shares: Shares = "examples"
+    reduction: Reduction = "mean"
+    server_batchnorm: str = "pooled"
+    server_pass: ServerPass | None = None
+    rules: Sequence[GradientRule] = field(default_factory=tuple)
+    device: str = "auto"
+    client_strategy: Strategy | None = None
+    share_client_segments: bool = False
+    fraction_train: float = 1.0
+    fraction_evaluate: float = 1.0
+    min_train_nodes: int = 1
+    min_evaluate_nodes: int = 1
+    min_available_nodes: int = 1
+    weighted_by_key: str = "num-examples"
+    carrier: Carrier = "auto"
+    session: SessionSettings = field(default_factory=SessionSettings)
+    checkpoint_dir: str = ""
+    resume: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that can't be used."""
+        for name, kind in _KINDS.items():
+            of_kind(name, getattr(self, name), kind)
+        for name in ("server_optimizer", "loss"):
+            _callable(name, getattr(self, name))
+        if self.server_scheduler is not None:
+            _callable("server_scheduler", self.server_scheduler)
+        for rule in self.rules:
+            of_kind("rules: one of them", rule, GradientRule)
+        _rate("server_lr", self.server_lr)
+        if self.client_lr is not None:
+            _rate("client_lr", self.client_lr)
+        _one_of("shares", self.shares, get_args(Shares))
+        _one_of("carrier", self.carrier, get_args(Carrier))
+        _one_of("reduction", self.reduction, get_args(Reduction))
+        _one_of("server_batchnorm", self.server_batchnorm, ("pooled", "per_client"))
+        for name in ("batch_size", "evaluate_batch_size"):
+            _at_least(name, getattr(self, name), 1)
+        for name in (
+            "local_epochs",
+            "local_steps",
+            "min_train_nodes",
+            "min_evaluate_nodes",
+            "seed",
+        ):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("min_available_nodes", self.min_available_nodes, 1)
+        if self.checkpoint_dir and not Path(self.checkpoint_dir).is_absolute():
+            raise ConfigError(
+                f"checkpoint_dir is {self.checkpoint_dir!r}, expected an absolute path"
+            )
+        if self.resume and not self.checkpoint_dir:
+            raise ConfigError("resume is True, but checkpoint_dir is empty: resume from where?")
+        for name in ("fraction_train", "fraction_evaluate"):
+            if not (_is_number(value := getattr(self, name)) and 0.0 <= value <= 1.0):
+                raise ConfigError(f"{name} is {value!r}, expected a number from 0 to 1")
+        if not (self.local_epochs or self.local_steps):
+            raise ConfigError("local_epochs and local_steps are both 0: nothing would be trained")
+        if self.server_scheduler and callable(self.server_lr):
+            raise ConfigError(
+                "server_lr is a function and server_scheduler is given: use one of them"
+            )
+        if self.server_pass and self.server_batchnorm != "pooled":
+            raise ConfigError("server_batchnorm is part of server_pass: give one of them")
+        if self.client_strategy and self.fraction_train != 1.0:
+            raise ConfigError(
+                "client_strategy chooses the clients: set fraction_train there, not here"
+            )
+
+
+_KINDS: dict[str, type | UnionType] = {
+    "model": nn.Module,
+    "cut": str,
+    "metrics": Mapping,
+    "drop_last": bool,
+    "server_pass": ServerPass | None,
+    "rules": Sequence,
+    "device": str,
+    "client_strategy": Strategy | None,
+    "share_client_segments": bool,
+    "weighted_by_key": str,
+    "session": SessionSettings,
+    "checkpoint_dir": str,
+    "resume": bool,
+}
+
+
+def option_names() -> list[str]:
+    """Return the names of all common options."""
+    return [one.name for one in fields(SplitOptions)]
+
+
+def at_round(rate: LearningRate, server_round: int) -> float:
+    """Return the learning rate of a round."""
+    if not callable(rate):
+        return float(rate)
+    _rate(f"the learning rate of round {server_round}", found := rate(server_round))
+    return float(found)
+
+
+def refuse_unknown(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise ConfigError for an argument that ``what`` doesn't have, naming the nearest it has."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{what} has no argument {name!r}{hint} (it has {', '.join(known)})")
+
+
+def of_kind(name: str, value: object, kind: type | UnionType) -> None:
+    """Raise ConfigError if the argument ``name`` is not an instance of ``kind``."""
+    if not isinstance(value, kind):
+        expected = kind.__name__ if isinstance(kind, type) else str(get_args(kind)[0].__name__)
+        plain = value is None or isinstance(value, (str, int, float))
+        found = repr(value) if plain else f"of type {type(value).__name__}"
+        if isinstance(value, type):
+            found = f"the class {value.__name__} itself"
+        raise ConfigError(f"{name} is {found}, expected an object of type {expected}")
+
+
+def _callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise ConfigError(f"{name} is {value!r}, expected something to call")
+
+
+def _rate(name: str, value: object) -> None:
+    usable = callable(value) or (_is_number(value) and 0.0 <= value < math.inf)
+    if not usable:
+        raise ConfigError(f"{name} is {value!r}, expected a finite number of at least 0")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name} is {value!r}, expected a whole number of at least {minimum}")

@@ -1,0 +1,39 @@
+"""The parallel schedule: all clients of a round do the same step at the same time."""
+
+from abc import abstractmethod
+
+from flsplit.message.finish import FinishReply
+from flsplit.message.parts import Backward
+from flsplit.server.step import ClientBatch
+from flsplit.strategies.base import SplitStrategy
+from flsplit.strategies.round import Round
+
+
+class ParallelStrategy(SplitStrategy):
+    """Base class of methods whose clients work in parallel.
+
+    A client that has finished its epoch drops out of the round's later steps.
+    """
+
+    @abstractmethod
+    def server_step(
+        self, round_: Round, step: int, steps: int, batches: list[ClientBatch]
+    ) -> dict[str, Backward]:
+        """Turn one step's smashed data into what each client is told for its backward pass."""
+
+    def train_round(self, round_: Round) -> dict[str, FinishReply]:
+        """Let all participants step together until each has done its steps."""
+        replies, finished = round_.exchange(
+            {name: round_.first_request() for name in round_.participants}
+        )
+        steps = max((reply.num_steps for reply in replies.values()), default=0)
+        for step in range(steps):
+            gradients = self.server_step(round_, step, steps, round_.batches(replies))
+            round_.entry.steps += 1
+            replies, ended = round_.exchange(
+                {name: round_.next_request(replies[name], gradients[name]) for name in replies}
+            )
+            finished |= ended
+            if not replies:
+                break
+        return finished

@@ -1,0 +1,66 @@
+"""A round's plan from the strategy's options and Flower's train and evaluate configs."""
+
+from flwr.app import ConfigRecord, ConfigRecordValues
+
+from flsplit.errors import ConfigError, ProtocolError
+from flsplit.message.plan import RoundPlan
+from flsplit.strategies.options import SplitOptions, at_round, refuse_unknown
+
+_TRAIN_KEYS = ("lr", "batch-size", "local-epochs", "local-steps", "drop-last")
+_SET_BY_FLOWER = ("server-round",)
+
+
+def make_plan(
+    options: SplitOptions,
+    server_round: int,
+    num_rounds: int,
+    config: ConfigRecord,
+    segment_version: int,
+    experiment: str,
+) -> RoundPlan:
+    """Return a round's plan; ``config`` goes before ``options``.
+
+    Raises
+    ------
+    ConfigError
+        If ``config`` has an unknown key or a value that can't be used.
+    """
+    given = {key: value for key, value in config.items() if key not in _SET_BY_FLOWER}
+    refuse_unknown("train_config", given, _TRAIN_KEYS)
+    client_lr = options.server_lr if options.client_lr is None else options.client_lr
+    fields: dict[str, ConfigRecordValues] = {
+        "lr": at_round(client_lr, server_round),
+        "batch-size": options.batch_size,
+        "local-epochs": options.local_epochs,
+        "local-steps": options.local_steps,
+        "drop-last": options.drop_last,
+    }
+    fixed: dict[str, ConfigRecordValues] = {
+        "server-round": server_round,
+        "num-rounds": num_rounds,
+        "cut": options.cut,
+        "segment-version": segment_version,
+        "experiment": experiment,
+        "seed": options.seed,
+    }
+    try:
+        plan = RoundPlan.from_config(ConfigRecord({**fields, **given, **fixed}))
+    except ProtocolError as error:
+        raise ConfigError(f"train_config: {error}") from error
+    if not (plan.local_epochs or plan.local_steps):
+        raise ConfigError(
+            "train_config: local-epochs and local-steps are both 0: nothing would be trained"
+        )
+    return plan
+
+
+def evaluate_batch_size(options: SplitOptions, config: ConfigRecord | None) -> int:
+    """Return how many test examples go into one exchange."""
+    given = dict(config or {})
+    refuse_unknown("evaluate_config", given, ("batch-size",))
+    size = given.get("batch-size", options.evaluate_batch_size)
+    if type(size) is not int or size < 1:
+        raise ConfigError(
+            f"evaluate_config: batch-size is {size!r}, expected a whole number of at least 1"
+        )
+    return size

@@ -1,0 +1,38 @@
+"""Parallel split learning."""
+
+from flsplit.message.parts import Backward
+from flsplit.server.step import ClientBatch
+from flsplit.strategies.base import backward_requests
+from flsplit.strategies.parallel import ParallelStrategy
+from flsplit.strategies.round import Round
+
+
+class PSL(ParallelStrategy):
+    r"""Parallel split learning: one server segment, trained on all clients' smashed data at once.
+
+    Each client keeps a segment of its own and steps with its own cut-layer gradient; client
+    segments are never averaged, unless a ``client_strategy`` is passed (with FedAvg that is what
+    GAPSL's and SGLR's papers call SFL).
+
+    In each step, with shares :math:`\delta_i = |D_i| / |D|` (equations 4 to 6 of [1]_):
+
+    .. math:: w_s \leftarrow w_s - \eta_s \sum_i \delta_i g_{s,i}, \qquad
+              w_{c,i} \leftarrow w_{c,i} - \eta_c g_{c,i}
+
+    Parameters
+    ----------
+    **options
+        See :class:`~flsplit.strategies.options.SplitOptions`.
+
+    References
+    ----------
+    .. [1] Pal et al., Server-Side Local Gradient Averaging and Learning Rate Acceleration for
+       Scalable Split Learning, https://arxiv.org/abs/2112.05929
+    """
+
+    def server_step(
+        self, round_: Round, step: int, steps: int, batches: list[ClientBatch]
+    ) -> dict[str, Backward]:
+        """Do one pass over all clients' smashed data and one optimizer step."""
+        result = self.segment_step(self.server, round_, step, steps, batches)
+        return backward_requests(result, step, batches)

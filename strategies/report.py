@@ -1,0 +1,85 @@
+"""What a run logs: the strategy's options at the start, one line per round."""
+
+import datetime
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord
+from torch import nn
+
+from flsplit.account.ledger import RoundEntry
+from flsplit.log import logger
+
+if TYPE_CHECKING:
+    from flsplit.strategies.base import SplitStrategy
+    from flsplit.strategies.options import SplitOptions
+
+
+def log_start(strategy: "SplitStrategy", num_rounds: int, arrays: ArrayRecord) -> None:
+    """Log what is about to run."""
+    size = sum(len(array.data) for array in arrays.values()) / 2**20
+    logger.info("Starting %s strategy:", type(strategy).__name__)
+    logger.info("\t├── Number of rounds: %d", num_rounds)
+    logger.info("\t├── ArrayRecord (%.2f MB)", size)
+    strategy.summary()
+
+
+def log_summary(strategy: "SplitStrategy") -> None:
+    """Log the options as a tree, as Flower's strategies do."""
+    options = strategy.options
+    logger.info("\t├──> Cut after %r:", options.cut)
+    logger.info("\t│\t├── client segment: %s parameters", _count(strategy.parts.client))
+    logger.info("\t│\t└── server segment: %s parameters", _count(strategy.parts.server))
+    logger.info("\t└──> Options that are not at their default:")
+    for name, value in _chosen(options).items():
+        logger.info("\t\t├── %s: %s", name, _show(value))
+    logger.info("\t\t└── seed: %d", options.seed)
+
+
+def _chosen(options: "SplitOptions") -> dict[str, object]:
+    """Return the options that the user has set."""
+    chosen = {}
+    for one in fields(options):
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        value = getattr(options, one.name)
+        if one.name not in ("model", "cut", "seed") and value != default:
+            chosen[one.name] = value
+    return chosen
+
+
+def log_round(entry: RoundEntry, num_rounds: int, seconds_left: float) -> None:
+    """Log one line about a round that has ended."""
+    left = datetime.timedelta(seconds=round(seconds_left))
+    scores = {name: value for name, value in entry.evaluation.items() if name != "num-examples"}
+    if not scores and entry.loss is not None:
+        scores = {"train loss": entry.loss}
+    text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    logger.info(
+        "round %d/%d  %s  %s  %.1f s  (%s left)",
+        entry.round,
+        num_rounds,
+        text,
+        _bytes(entry.traffic.training_bytes),
+        entry.seconds,
+        left,
+    )
+
+
+def _count(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()):,}"
+
+
+def _show(value: object) -> str:
+    if isinstance(value, (str, int, float, type(None))):
+        return repr(value)
+    name = getattr(value, "__name__", None)
+    return (
+        str(name) if name else type(value).__name__ if not isinstance(value, tuple) else repr(value)
+    )
+
+
+def _bytes(count: int) -> str:
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} bytes"

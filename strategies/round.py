@@ -1,0 +1,216 @@
+"""One round under way: the clients in it, its plan and its ledger entry."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from flsplit.account.ledger import RoundEntry
+from flsplit.errors import NotEnoughClientsError
+from flsplit.log import logger
+from flsplit.message.finish import FinishReply, FinishRequest
+from flsplit.message.local import LocalReply, LocalRequest
+from flsplit.message.optimizer import OptimizerState
+from flsplit.message.parts import Backward, SegmentArrays
+from flsplit.message.plan import RoundPlan
+from flsplit.message.step import StepReply, StepRequest
+from flsplit.seeds import derive_seed
+from flsplit.server.checks import Request
+from flsplit.server.clients import Clients
+from flsplit.server.step import (
+    ClientBatch,
+    Shares,
+    StepContext,
+    StepResult,
+    client_shares,
+    count_correct,
+)
+
+
+@dataclass
+class Round:
+    """What a strategy needs to train one round.
+
+    Attributes
+    ----------
+    clients : Clients
+        Talks to the clients.
+    plan : RoundPlan
+        What they are told at the beginning.
+    segment : SegmentArrays
+        The server's version of the client segment, for clients that don't hold it.
+    participants : list of str
+        Who takes part, in their fixed order.
+    upload_segment : bool
+        Whether clients hand over their segment at the end.
+    min_clients : int
+        With fewer clients left, the round ends with an error.
+    """
+
+    clients: Clients
+    plan: RoundPlan
+    segment: SegmentArrays
+    participants: list[str]
+    upload_segment: bool
+    min_clients: int
+    entry: RoundEntry = field(init=False)
+    _rows: int = 0
+    _loss: float = 0.0
+    _classified: int = 0
+    _correct: int = 0
+    _metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Open the ledger's entry."""
+        self.entry = RoundEntry(self.plan.server_round, participants=list(self.participants))
+        self._started = time.perf_counter()
+
+    def begin_with(self, segment: SegmentArrays) -> None:
+        """Let the next clients begin with another segment than the round's first."""
+        self.segment = segment
+        self.plan = replace(self.plan, segment_version=segment.version)
+
+    # --- requests ------------------------------------------------------------------------
+
+    def first_request(self, optimizer: OptimizerState | None = None) -> StepRequest:
+        """Return the request that begins a client's round."""
+        return StepRequest(
+            self.plan.server_round,
+            step=0,
+            plan=self.plan,
+            segment=self.segment,
+            optimizer=optimizer,
+        )
+
+    def next_request(
+        self, reply: StepReply, backward: Backward, *, upload_optimizer: bool = False
+    ) -> StepRequest | FinishRequest:
+        """Return the request after ``reply``: the next step, or the end of the client's round."""
+        if backward.step + 1 < reply.num_steps:
+            return StepRequest(self.plan.server_round, backward.step + 1, backward)
+        return FinishRequest(
+            self.plan.server_round,
+            backward,
+            self.upload_segment,
+            upload_optimizer,
+            like=self.segment.tensors,
+        )
+
+    def exchange(
+        self, requests: Mapping[str, Request]
+    ) -> tuple[dict[str, StepReply], dict[str, FinishReply]]:
+        """Send requests; return the replies to steps and to ends of a round.
+
+        Raises
+        ------
+        NotEnoughClientsError
+            If fewer than ``min_clients`` are left afterwards, though they are connected. Where
+            clients have disconnected, the round ends early instead: no steps are returned.
+        """
+        replies = self.clients.exchange(requests, self.entry)
+        if not self._enough_are_left():
+            replies = {n: r for n, r in replies.items() if isinstance(r, FinishReply)}
+        steps = {n: r for n, r in replies.items() if isinstance(r, StepReply)}
+        ends = {n: r for n, r in replies.items() if isinstance(r, FinishReply)}
+        self._check_speed(steps)
+        return steps, ends
+
+    def exchange_local(self, requests: Mapping[str, LocalRequest]) -> dict[str, LocalReply]:
+        """Send requests for local steps and return the replies; fewer clients as in `exchange`."""
+        replies = self.clients.exchange(requests, self.entry)
+        if not self._enough_are_left():
+            return {}
+        return {name: one for name, one in replies.items() if isinstance(one, LocalReply)}
+
+    def _check_speed(self, steps: Mapping[str, StepReply]) -> None:
+        """At the run's first step, let the carrier say if it is too slow for the rest."""
+        first = self.plan.server_round == 1 and self.entry.steps == 0
+        if first and steps:
+            per_round = max(reply.num_steps for reply in steps.values()) + 2
+            exchanges = per_round * self.plan.num_rounds
+            self.clients.carrier.check_speed(self.entry.waiting_seconds, exchanges)
+
+    def _enough_are_left(self) -> bool:
+        """Tell whether the round can go on.
+
+        Where clients have disconnected, it ends here, and the next one waits for them to return;
+        clients that are there and can't take part won't be able to next time either.
+        """
+        lost = {one.client: one.reason for one in self.entry.left_out}
+        num_connected = self.clients.connected
+        num_left = num_connected - len(lost)
+        trains = bool(set(self.participants) - lost.keys())
+        if not lost or (num_left >= self.min_clients and trains):
+            return True
+        reasons = "; ".join(f"client {name!r}: {reason}" for name, reason in lost.items())
+        problem = (
+            f"round {self.plan.server_round}: {num_left} of {num_connected} clients are left, "
+            f"expected {self.min_clients} or more (min_available_nodes) and one that trains. "
+            f"{reasons}"
+        )
+        if lost.keys() <= set(self.clients.discover()):
+            raise NotEnoughClientsError(problem)
+        logger.warning("the round ends early: %s", problem)
+        return False
+
+    # --- a server step -------------------------------------------------------------------
+
+    def batches(self, replies: Mapping[str, StepReply]) -> list[ClientBatch]:
+        """Return the clients' mini-batches as they came, in the clients' fixed order."""
+        return [
+            ClientBatch(name, reply.smashed, reply.labels, reply.num_examples)
+            for name, reply in replies.items()
+        ]
+
+    def context(
+        self, step: int, batches: list[ClientBatch], shares: Shares, steps: int
+    ) -> StepContext:
+        """Return where in the run a step is."""
+        plan = self.plan
+        names = tuple(batch.client for batch in batches)
+        done = plan.server_round - 1 + step / max(steps, step + 1)
+        return StepContext(
+            client_ids=names,
+            shares=client_shares(batches, shares),
+            round=plan.server_round,
+            num_rounds=plan.num_rounds,
+            step=step,
+            progress=done / plan.num_rounds,
+            rng=np.random.default_rng(
+                derive_seed(plan.seed, "rules", plan.server_round, step, *names)
+            ),
+        )
+
+    def server_seed(self, context: StepContext) -> int:
+        """Return the seed of the server's dropout in a step."""
+        return derive_seed(
+            self.plan.seed, "server", context.round, context.step, *context.client_ids
+        )
+
+    # --- keeping account -----------------------------------------------------------------
+
+    def record_step(self, batches: list[ClientBatch], result: StepResult) -> None:
+        """Count a server step's rows, losses, correct answers and rules' metrics."""
+        self.entry.rows += result.rows
+        for batch in batches:
+            self._rows += len(batch)
+            self._loss += result.losses[batch.client] * len(batch)
+            logits = result.logits[batch.client]
+            correct, classified = count_correct(logits, batch.labels)
+            self._correct += correct
+            self._classified += classified
+        self.record_metrics(result.metrics)
+
+    def record_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Add to what the entry will hold the mean of."""
+        for name, number in metrics.items():
+            self._metrics.setdefault(name, []).append(number)
+
+    def close(self) -> RoundEntry:
+        """Fill in the entry's means and wall time, and return it."""
+        self.entry.loss = self._loss / self._rows if self._rows else None
+        self.entry.accuracy = self._correct / self._classified if self._classified else None
+        self.entry.metrics = {name: float(np.mean(all_)) for name, all_ in self._metrics.items()}
+        self.entry.seconds = time.perf_counter() - self._started
+        return self.entry

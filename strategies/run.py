@@ -1,0 +1,179 @@
+"""One run of a strategy: rounds of training and evaluation over a carrier, and what is kept."""
+
+import random
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+
+from flsplit.account import RoundEntry
+from flsplit.carry.choose import Experiment, OpenCarrier, open_carrier
+from flsplit.log import logger
+from flsplit.message.arrays import to_record
+from flsplit.message.finish import FinishReply
+from flsplit.seeds import derive_seed
+from flsplit.server.clients import Clients
+from flsplit.strategies.checkpoint import Checkpoints
+from flsplit.strategies.evaluation import evaluate_clients
+from flsplit.strategies.options import at_round
+from flsplit.strategies.plan import evaluate_batch_size, make_plan
+from flsplit.strategies.report import log_round
+from flsplit.strategies.result import SplitResult
+from flsplit.strategies.round import Round
+
+if TYPE_CHECKING:
+    from flsplit.strategies.base import SplitStrategy
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+@dataclass
+class Run:
+    """A strategy at work for some rounds.
+
+    The arguments are those of :meth:`~flsplit.strategies.base.SplitStrategy.start`.
+    """
+
+    strategy: "SplitStrategy"
+    num_rounds: int
+    timeout: float
+    train_config: ConfigRecord | None
+    evaluate_config: ConfigRecord | None
+    evaluate_fn: EvaluateFn | None
+    result: SplitResult = field(default_factory=SplitResult)
+    _experiment: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def execute(self, grid: Grid) -> SplitResult:
+        """Do all rounds, from the last checkpoint on if the options say so."""
+        options = self.strategy.options
+        checkpoints = Checkpoints(Path(options.checkpoint_dir)) if options.checkpoint_dir else None
+        holds: dict[str, int] = {}
+        if checkpoints and options.resume:
+            holds, history, self._experiment = checkpoints.load(self.strategy)
+            for entry in history:
+                self._keep(entry)
+            logger.info("resuming after round %d", self._rounds_done)
+        with tempfile.TemporaryDirectory(prefix="flsplit-") as temporary:
+            folder = Path(options.checkpoint_dir or temporary).absolute() / "clients"
+            states = Experiment(self._experiment, str(folder))
+            with open_carrier(grid, options.carrier, options.session, states) as carrier:
+                clients = Clients(carrier, self.timeout)
+                clients.holds |= holds
+                self._do_rounds(carrier, clients, checkpoints)
+        return self.result
+
+    @property
+    def _rounds_done(self) -> int:
+        return self.result.history[-1].round if self.result.history else 0
+
+    def _do_rounds(
+        self,
+        carrier: OpenCarrier,
+        clients: Clients,
+        checkpoints: Checkpoints | None,
+    ) -> None:
+        started, first = time.perf_counter(), self._rounds_done + 1
+        self.result.arrays = self.strategy.arrays()
+        if first == 1:
+            self._evaluate_centrally(0)
+        for server_round in range(first, self.num_rounds + 1):
+            round_ = self._open(server_round, clients)
+            finished = self.strategy.train_round(round_)
+            self.strategy.end_round(round_, finished)
+            for segment in self.strategy.server_segments():
+                segment.end_round()
+            self._evaluate(round_)
+            self.result.arrays = self.strategy.arrays()
+            self._keep_shared(finished)
+            self._evaluate_centrally(server_round)
+            self._keep(round_.close())
+            if checkpoints:
+                checkpoints.save(
+                    self.strategy, clients.holds, self.result.history, self._experiment
+                )
+            spent = (time.perf_counter() - started) / (server_round - first + 1)
+            log_round(round_.entry, self.num_rounds, spent * (self.num_rounds - server_round))
+            carrier.end_round(server_round)
+
+    # --- a round -------------------------------------------------------------------------
+
+    def _open(self, server_round: int, clients: Clients) -> Round:
+        strategy, options = self.strategy, self.strategy.options
+        clients.wait_for(strategy.least_clients())
+        if not options.server_scheduler:
+            for segment in strategy.server_segments():
+                segment.set_lr(at_round(options.server_lr, server_round))
+        config = ConfigRecord({**(self.train_config or {})})
+        version = strategy.client_segment.version
+        return Round(
+            clients=clients,
+            plan=make_plan(
+                options, server_round, self.num_rounds, config, version, self._experiment
+            ),
+            segment=strategy.client_segment,
+            participants=self._choose(server_round, clients),
+            upload_segment=strategy.gives_whole_model
+            or (options.share_client_segments and server_round == self.num_rounds),
+            min_clients=options.min_available_nodes,
+        )
+
+    def _choose(self, server_round: int, clients: Clients) -> list[str]:
+        options, strategy = self.strategy.options, self.strategy
+        seed = derive_seed(options.seed, "clients", server_round)
+        if strategy.aggregator:
+            arrays = strategy.aggregated_tensors()
+            return strategy.aggregator.configure(server_round, arrays, clients.discover, seed)
+        if options.fraction_train == 0.0:
+            return []
+        names = clients.discover()
+        count = max(int(len(names) * options.fraction_train), options.min_train_nodes)
+        return sample(names, count, seed)
+
+    def _evaluate(self, round_: Round) -> None:
+        options = self.strategy.options
+        if options.fraction_evaluate == 0.0:
+            return
+        names = round_.clients.discover()
+        count = max(int(len(names) * options.fraction_evaluate), options.min_evaluate_nodes)
+        seed = derive_seed(options.seed, "evaluate", round_.plan.server_round)
+        round_.entry.evaluation = evaluate_clients(
+            self.strategy.server,
+            round_.clients,
+            sample(names, count, seed),
+            self.strategy.client_segment,
+            round_.entry,
+            batch_size=evaluate_batch_size(options, self.evaluate_config),
+            metrics=options.metrics,
+        )
+
+    def _evaluate_centrally(self, server_round: int) -> None:
+        if self.evaluate_fn and (metrics := self.evaluate_fn(server_round, self.result.arrays)):
+            logger.info("\tcentral evaluation: %s", metrics)
+            self.result.evaluate_metrics_serverapp[server_round] = metrics
+
+    # --- results -------------------------------------------------------------------------
+
+    def _keep(self, entry: RoundEntry) -> None:
+        self.result.history.append(entry)
+        self.result.train_metrics_clientapp[entry.round] = entry.train_metrics()
+        if entry.evaluation:
+            metrics = MetricRecord({**entry.evaluation})
+            self.result.evaluate_metrics_clientapp[entry.round] = metrics
+
+    def _keep_shared(self, finished: Mapping[str, FinishReply]) -> None:
+        if self.strategy.options.share_client_segments and not self.strategy.gives_whole_model:
+            for name, reply in finished.items():
+                if reply.segment is not None:
+                    self.result.client_segments[name] = to_record(reply.segment)
+
+
+def sample(names: list[str], count: int, seed: int) -> list[str]:
+    """Return ``count`` of the names, chosen by ``seed``, in their order."""
+    chosen = set(random.Random(seed).sample(names, min(count, len(names))))
+    return [name for name in names if name in chosen]

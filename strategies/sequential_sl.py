@@ -1,0 +1,84 @@
+"""Vanilla split learning: clients in turn."""
+
+from typing import Any
+
+from flwr.app import RecordDict
+
+from flsplit.errors import ConfigError
+from flsplit.message.finish import FinishReply
+from flsplit.message.optimizer import OptimizerState
+from flsplit.strategies.base import SplitStrategy, backward_requests
+from flsplit.strategies.checkpoint import get_optimizer_state, put_optimizer_state
+from flsplit.strategies.round import Round
+
+_HANDED_ON = "handed-on-optimizer"
+
+
+class SequentialSL(SplitStrategy):
+    """Sequential (vanilla) split learning: one client after the other trains with the server.
+
+    In its turn a client does all its steps of the round; then its segment goes on to the next
+    client, and the state of its optimizer with it. Clients take turns in their fixed order.
+
+    Parameters
+    ----------
+    **options
+        See :class:`~flsplit.strategies.options.SplitOptions`. A ``client_strategy`` is refused:
+        there is only one client segment.
+
+    References
+    ----------
+    .. [1] Gupta and Raskar, Distributed learning of deep neural network over multiple agents,
+       https://arxiv.org/abs/1810.06060
+    """
+
+    hands_on = True
+    one_by_one = True
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.aggregator:
+            raise ConfigError(
+                "SequentialSL hands one client segment on: there is nothing for client_strategy to "
+                "aggregate"
+            )
+
+    def begin_run(self) -> None:
+        """Start without an optimizer state; nobody has trained yet."""
+        self._optimizer: OptimizerState | None = None
+
+    def train_round(self, round_: Round) -> dict[str, FinishReply]:
+        """Let the participants take turns."""
+        finished: dict[str, FinishReply] = {}
+        for name in round_.participants:
+            finished |= self._take_turn(round_, name)
+        return finished
+
+    def _take_turn(self, round_: Round, name: str) -> dict[str, FinishReply]:
+        round_.begin_with(self.client_segment)
+        replies, finished = round_.exchange({name: round_.first_request(self._optimizer)})
+        while replies:
+            batches = round_.batches(replies)
+            step, steps = replies[name].step, replies[name].num_steps
+            result = self.segment_step(self.server, round_, step, steps, batches)
+            round_.entry.steps += 1
+            backward = backward_requests(result, step, batches)[name]
+            request = round_.next_request(replies[name], backward, upload_optimizer=True)
+            replies, finished = round_.exchange({name: request})
+        if reply := finished.get(name):
+            self.replace_client_segment(self.parts_of(reply))
+            self._optimizer = reply.optimizer
+        else:  # what it trained is lost; it must not go on or be evaluated with that
+            round_.clients.holds.pop(name, None)
+        return finished
+
+    def state_records(self) -> RecordDict:
+        """Return all that a checkpoint needs, with the optimizer state that is handed on."""
+        records = super().state_records()
+        put_optimizer_state(records, _HANDED_ON, self._optimizer or {})
+        return records
+
+    def load_state_records(self, records: RecordDict, segment_version: int) -> None:
+        """Go on from a checkpoint's records."""
+        super().load_state_records(records, segment_version)
+        self._optimizer = get_optimizer_state(records, _HANDED_ON)

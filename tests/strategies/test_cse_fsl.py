@@ -1,0 +1,82 @@
+"""CSE-FSL: what it computes, against a twin; what it sends."""
+
+import pytest
+from reference import (
+    NUM_CLASSES,
+    OPTIMIZERS,
+    assert_close,
+    make_parts,
+    plain_net,
+    run_split,
+    weights_of,
+)
+from twins.fsl_sage import Twin
+
+from flsplit.errors import ConfigError
+from flsplit.strategies import CSEFSL
+
+SIZES = (20, 13, 9)
+FLOAT = 4
+SEGMENT = (8 * 6 + 6) * FLOAT
+AUXILIARY = (6 * NUM_CLASSES + NUM_CLASSES) * FLOAT
+
+
+def cse(rounds=4, sizes=SIZES, **options):
+    return run_split(
+        CSEFSL, plain_net, make_parts(sizes), rounds=rounds, **({"upload_every": 2} | options)
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_it_agrees_with_the_twin_step_by_step(optimizer):
+    optimizer = OPTIMIZERS[optimizer]
+    for rounds in (1, 2, 4):
+        found = cse(rounds, optimizer=optimizer)
+        twin = Twin(plain_net, make_parts(SIZES), (6,), NUM_CLASSES, optimizer, cse=True)
+
+        assert_close(weights_of(found.arrays), twin.train(rounds), 1e-6)
+        for entry, losses in zip(found.history, twin.losses, strict=True):
+            assert entry.steps == len(losses)
+            mean = sum(loss * rows for loss, rows in losses) / entry.rows
+            assert entry.loss == pytest.approx(mean, abs=1e-6)
+
+
+def test_logical_bytes_of_a_round_are_the_formula():
+    """Σ_i 2|x_c| + 2|x_a| + Σ bytes(s_n) of the uploads; labels apart."""
+    rows = 12 + 8 + 5
+    for entry in cse(fraction_evaluate=0.0).history:
+        logical = dict(entry.traffic.logical)
+        assert logical.pop("labels-up") == rows * 8
+        assert sum(logical.values()) == 3 * 2 * (SEGMENT + AUXILIARY) + rows * 6 * FLOAT
+
+
+def test_without_averaging_auxiliary_models_stay_with_the_clients():
+    first, second, *_ = cse(average_auxiliary=False).history
+
+    assert first.traffic.logical["auxiliary-down"] == 3 * AUXILIARY
+    assert second.traffic.logical["auxiliary-down"] == 0
+    assert first.traffic.logical["auxiliary-up"] == 0
+    assert "auxiliary-cosine" not in second.metrics
+
+
+def test_the_auxiliary_learning_rate_can_follow_the_round():
+    fixed = cse(auxiliary_lr=0.05)
+    function = cse(auxiliary_lr=lambda server_round: 0.05)
+    other = cse(auxiliary_lr=lambda server_round: 0.05 / server_round)
+
+    assert fixed.history.numbers() == function.history.numbers()
+    assert fixed.history.numbers() != other.history.numbers()
+
+
+def test_cosines_and_memory_are_in_the_ledger():
+    for entry in cse(sizes=(40, 40)).history:
+        assert -1 <= entry.metrics["auxiliary-cosine"] <= 1
+        assert entry.metrics["client-memory-bytes"] < entry.metrics["whole-model-memory-bytes"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("auxiliary_lr", -1.0), ("average_auxiliary", 1), ("align_every", 2)]
+)
+def test_options_that_cannot_be_used_are_refused(option, value):
+    with pytest.raises(ConfigError, match=option):
+        cse(**{option: value})

@@ -1,0 +1,178 @@
+"""Evaluation sees every test sample once, through the model that would be deployed."""
+
+import pytest
+import torch
+from flwr.app import MetricRecord
+from flwr.serverapp.strategy import FedAvg
+from reference import (
+    MOMENTUM,
+    assert_bit_equal,
+    fresh,
+    make_parts,
+    noisy_net,
+    plain_net,
+    run_split,
+    weights_of,
+    whole_of,
+)
+from torch.nn import functional
+
+from flsplit.errors import ConfigError
+from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
+from flsplit.vision import load_torchvision
+
+SIZES, TEST_SIZES = (8, 12, 5), (3, 9, 6)  # evaluated by 4: ragged last batches
+WHOLE = [SplitFedV1, SplitFedV2, SequentialSL]
+
+
+def run(strategy_class, build=noisy_net, **options):
+    tests = make_parts(TEST_SIZES, build)
+    defaults = {"optimizer": MOMENTUM, "evaluate_batch_size": 4, "tests": tests}
+    result = run_split(strategy_class, build, make_parts(SIZES, build), **(defaults | options))
+    return result, tests
+
+
+def logits_by_hand(models, tests, build=noisy_net):
+    """Return logits and labels of all test samples, one client's model after the other."""
+    logits, labels = [], []
+    for weights, test in zip(models, tests, strict=True):
+        model = fresh(build).eval()
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            logits.append(model(test.tensors[0]))
+        labels.append(test.tensors[1])
+    return torch.cat(logits), torch.cat(labels)
+
+
+def assert_scores(evaluation, logits, labels):
+    assert evaluation["num-examples"] == len(labels)
+    assert evaluation["loss"] == pytest.approx(
+        functional.cross_entropy(logits, labels).item(), rel=1e-5
+    )
+    correct = int((logits.argmax(1) == labels).sum())
+    assert evaluation["accuracy"] == correct / len(labels)
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
+def test_psl_evaluates_each_client_with_its_own_segment(cache):
+    result, tests = run(PSL, share_client_segments=True, cache=cache)
+    models = [whole_of(result, client) for client in ("0", "1", "2")]
+    assert_scores(result.history[-1].evaluation, *logits_by_hand(models, tests))
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
+@pytest.mark.parametrize("strategy_class", WHOLE)
+def test_a_whole_model_is_evaluated_as_it_is_returned(strategy_class, cache):
+    result, tests = run(strategy_class, cache=cache)
+    models = [weights_of(result.arrays)] * 3
+    assert_scores(result.history[-1].evaluation, *logits_by_hand(models, tests))
+
+
+@pytest.mark.parametrize("strategy_class", [PSL, *WHOLE])
+def test_evaluation_changes_nothing_in_training(strategy_class):
+    share = {"share_client_segments": True}
+    evaluated, _ = run(strategy_class, **share)
+    not_evaluated, _ = run(strategy_class, fraction_evaluate=0.0, **share)
+    assert_bit_equal(weights_of(evaluated.arrays), weights_of(not_evaluated.arrays))
+    for client, segment in evaluated.client_segments.items():
+        assert_bit_equal(weights_of(segment), weights_of(not_evaluated.client_segments[client]))
+    assert [e.loss for e in evaluated.history] == [e.loss for e in not_evaluated.history]
+    assert not_evaluated.history[0].evaluation == {}
+    assert not not_evaluated.evaluate_metrics_clientapp
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_the_batch_size_of_evaluation_is_of_no_account(batch_size):
+    whole, _ = run(PSL, evaluate_batch_size=512)
+    batched, _ = run(PSL, start={"evaluate_config": {"batch-size": batch_size}})
+    for one, other in zip(whole.history, batched.history, strict=True):
+        assert one.evaluation == pytest.approx(other.evaluation, rel=1e-5)
+
+
+def test_clients_without_test_data_evaluate_nothing():
+    tests = [*make_parts((3,), plain_net), *make_parts((0,)), *make_parts((6,))]
+    result, _ = run(PSL, plain_net, tests=tests, share_client_segments=True)
+    models = [whole_of(result, client) for client in ("0", "2")]
+    logits, labels = logits_by_hand(models, [tests[0], tests[2]], plain_net)
+    assert_scores(result.history[-1].evaluation, logits, labels)
+    nothing, _ = run(PSL, plain_net, tests=None)
+    assert nothing.history[-1].evaluation == {}
+    assert not nothing.evaluate_metrics_clientapp
+
+
+def test_a_fraction_of_the_clients_evaluates():
+    result, _ = run(PSL, plain_net, fraction_evaluate=0.34, rounds=6)
+    counts = {entry.evaluation["num-examples"] for entry in result.history}
+    assert counts <= set(TEST_SIZES)
+    assert len(counts) > 1
+
+
+def test_a_torchmetrics_metric_sees_all_samples_and_starts_anew_every_round():
+    load_torchvision()  # torchmetrics imports it
+    from torchmetrics.classification import MulticlassRecall
+
+    metric = MulticlassRecall(num_classes=3, average="macro")
+    result, tests = run(SplitFedV1, metrics={"recall": metric}, rounds=3)
+    logits, labels = logits_by_hand([weights_of(result.arrays)] * 3, tests)
+    predicted = logits.argmax(1)
+    recalls = [(predicted[labels == c] == c).float().mean().item() for c in range(3)]
+    evaluation = result.evaluate_metrics_clientapp[3]
+    assert evaluation["recall"] == pytest.approx(sum(recalls) / 3, rel=1e-5)
+    assert metric.update_count == 0, "the user's metric was used"
+
+
+# --- central evaluation ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy_class", "options"),
+    [*((one, {}) for one in WHOLE), (PSL, {"client_strategy": FedAvg()})],
+)
+def test_central_evaluation_gets_the_whole_model_of_every_round(strategy_class, options):
+    seen = {}
+
+    def evaluate(server_round, arrays):
+        seen[server_round] = weights_of(arrays)
+        fresh(noisy_net).load_state_dict(arrays.to_torch_state_dict())
+        return MetricRecord({"rounds": server_round}) if server_round != 1 else None
+
+    result, _ = run(strategy_class, start={"evaluate_fn": evaluate}, **options)
+    assert list(seen) == [0, 1, 2]
+    assert_bit_equal(seen[0], fresh(noisy_net).state_dict())
+    assert_bit_equal(seen[2], weights_of(result.arrays))
+    assert not torch.equal(seen[1]["head.1.weight"], seen[2]["head.1.weight"])
+    assert not torch.equal(seen[1]["front.0.weight"], seen[2]["front.0.weight"])
+    metrics = result.evaluate_metrics_serverapp
+    assert {r: m["rounds"] for r, m in metrics.items()} == {0: 0, 2: 2}
+
+
+def test_central_evaluation_without_a_whole_model_is_refused_at_the_start():
+    calls = []
+    with pytest.raises(ConfigError, match=r"PSL keeps a client segment .*client_strategy"):
+        run(PSL, start={"evaluate_fn": lambda *args: calls.append(args)})
+    assert not calls
+
+
+# --- who gets which segments -----------------------------------------------------------------
+
+
+def test_psl_returns_the_server_segment_alone():
+    result, _ = run(PSL)
+    assert set(result.arrays) == {k for k in fresh(noisy_net).state_dict() if k[:5] != "front"}
+    assert result.client_segments == {}
+
+
+def test_clients_share_their_segments_if_asked_to():
+    result, _ = run(PSL, share_client_segments=True)
+    assert set(result.client_segments) == {"0", "1", "2"}
+    segments = [weights_of(one) for one in result.client_segments.values()]
+    assert not torch.equal(segments[0]["front.0.weight"], segments[1]["front.0.weight"])
+    fresh(noisy_net).load_state_dict(whole_of(result, "1"))
+
+
+@pytest.mark.parametrize("strategy_class", WHOLE)
+def test_what_is_returned_loads_into_the_unsplit_model(strategy_class):
+    result, _ = run(strategy_class, share_client_segments=True)
+    assert list(result.arrays) == list(fresh(noisy_net).state_dict())
+    fresh(noisy_net).load_state_dict(result.arrays.to_torch_state_dict())
+    assert result.client_segments == {}

@@ -1,0 +1,122 @@
+"""A run that was interrupted and resumed ends as the run that was not, bit for bit."""
+
+import shutil
+
+import pytest
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAdam
+from reference import CUT, MOMENTUM, OPTIMIZERS, SEED, fresh, make_parts, noisy_net, split_app
+
+from flsplit import LocalGrid
+from flsplit.errors import ConfigError
+from flsplit.storage import StorageError
+from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
+
+SIZES = (20, 13, 9)
+ROUNDS = 4
+
+
+def run(cls, folder, *, num_rounds, resume=False, optimizer=MOMENTUM, state=None, **options):
+    parts = make_parts(SIZES, noisy_net)
+    app = split_app(noisy_net, parts, parts, optimizer=optimizer)
+    strategy = cls(
+        model=fresh(noisy_net),
+        cut=CUT,
+        server_lr=0.05,
+        server_optimizer=optimizer,
+        batch_size=4,
+        seed=SEED,
+        checkpoint_dir=str(folder / "checkpoint"),
+        resume=resume,
+        **options,
+    )
+    grid = LocalGrid(app, len(SIZES), state_dir=state or folder / "clients")
+    initial = ArrayRecord(fresh(noisy_net).state_dict())
+    return strategy.start(grid, initial, num_rounds=num_rounds)
+
+
+def outcome(result):
+    return result.history.numbers(), {k: v.numpy().tobytes() for k, v in result.arrays.items()}
+
+
+def fed_adam():
+    return FedAdam(min_train_nodes=1, min_available_nodes=1, eta=0.01)
+
+
+CASES = {
+    "psl": (PSL, {}),
+    "psl-sampled": (PSL, {"fraction_train": 0.67}),
+    "splitfed-v1": (SplitFedV1, {}),
+    "splitfed-v2": (SplitFedV2, {}),
+    "splitfed-v2-fedadam": (SplitFedV2, {"client_strategy": fed_adam}),
+    "sequential-sl": (SequentialSL, {}),
+}
+
+
+def options_of(case):
+    cls, options = CASES[case]
+    return cls, {k: v() if k == "client_strategy" else v for k, v in options.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_run_equals_uninterrupted_run(case, optimizer, tmp_path):
+    cls, options = options_of(case)
+    whole = run(cls, tmp_path / "a", num_rounds=ROUNDS, optimizer=OPTIMIZERS[optimizer], **options)
+
+    cls, options = options_of(case)
+    optimizer = OPTIMIZERS[optimizer]
+    run(cls, tmp_path / "b", num_rounds=2, optimizer=optimizer, **options)
+    cls, options = options_of(case)
+    resumed = run(
+        cls, tmp_path / "b", num_rounds=ROUNDS, resume=True, optimizer=optimizer, **options
+    )
+
+    assert outcome(resumed) == outcome(whole)
+
+
+def test_clients_ahead_of_the_checkpoint_are_rolled_back(tmp_path):
+    whole = run(PSL, tmp_path / "a", num_rounds=ROUNDS)
+
+    # The server's file of round 3 is lost, the clients have gone on to round 3.
+    run(PSL, tmp_path / "b", num_rounds=3)
+    (tmp_path / "b" / "checkpoint" / "server" / "round-3.safetensors").unlink()
+    resumed = run(PSL, tmp_path / "b", num_rounds=ROUNDS, resume=True)
+
+    assert outcome(resumed) == outcome(whole)
+
+
+def test_a_client_without_its_state_starts_from_the_servers_segment_and_is_listed(tmp_path):
+    run(PSL, tmp_path, num_rounds=2)
+    shutil.rmtree(tmp_path / "clients" / "1")
+
+    resumed = run(PSL, tmp_path, num_rounds=3, resume=True)
+
+    assert [entry.restarted for entry in resumed.history] == [[], [], ["1"]]
+    assert resumed.history[-1].left_out == []
+
+
+def test_a_new_run_does_not_take_up_the_states_of_an_old_one(tmp_path):
+    first = run(PSL, tmp_path / "a", num_rounds=2)
+    again = run(PSL, tmp_path / "a", num_rounds=2)
+    assert outcome(again) == outcome(first)
+
+
+def test_two_rounds_are_kept_on_both_sides(tmp_path):
+    run(PSL, tmp_path, num_rounds=4)
+    for folder in (tmp_path / "checkpoint" / "server", tmp_path / "clients" / "0"):
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == ["round-3.safetensors", "round-4.safetensors"]
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        run(PSL, tmp_path, num_rounds=1, resume=True)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    run(PSL, tmp_path, num_rounds=1)
+    path = tmp_path / "checkpoint" / "server" / "round-1.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(StorageError, match=r"round-1\.safetensors"):
+        run(PSL, tmp_path, num_rounds=2, resume=True)

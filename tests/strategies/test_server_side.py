@@ -1,0 +1,258 @@
+"""What a strategy does on the server: shares, learning rates, gradient rules."""
+
+import pytest
+import torch
+from reference import (
+    LR,
+    MOMENTUM,
+    OPTIMIZERS,
+    assert_bit_equal,
+    assert_close,
+    epoch_batches,
+    fresh,
+    make_parts,
+    normed_net,
+    plain_net,
+    run_split,
+    train_in_turn,
+    weights_of,
+    whole_of,
+)
+from torch.nn import functional
+from torch.optim.lr_scheduler import StepLR
+
+from flsplit.errors import ConfigError
+from flsplit.server.passes import PER_CLIENT_GRADIENTS, PerClient
+from flsplit.server.rules import GradientRule
+from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
+
+ALL = [PSL, SplitFedV1, SplitFedV2, SequentialSL]
+SHARE = {"share_client_segments": True}
+
+# --- shares and reduction --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shares", ["examples", "batch", "equal"])
+def test_server_steps_by_the_weighted_sum_and_clients_by_their_own_loss(shares, reduction):
+    sizes, rows = (3, 7, 10), (3, 4, 4)
+    parts = make_parts(sizes)
+    result = run_split(
+        PSL, plain_net, parts, rounds=1, local_steps=1, shares=shares, reduction=reduction, **SHARE
+    )
+    counts = {"examples": sizes, "batch": rows, "equal": (1, 1, 1)}[shares]
+    factor = 3 if reduction == "sum" else 1
+    expected = dict(fresh(plain_net).state_dict())
+    for index, part in enumerate(parts):
+        model = fresh(plain_net)
+        inputs, labels = part[next(epoch_batches(sizes[index], str(index), 4))[0]]
+        functional.cross_entropy(model(inputs), labels).backward()
+        segment = weights_of(result.client_segments[str(index)])
+        for name, parameter in model.named_parameters():
+            if name in segment:
+                torch.testing.assert_close(segment[name], parameter.data - LR * parameter.grad)
+            else:
+                share = counts[index] / sum(counts) * factor
+                expected[name] = expected[name] - LR * share * parameter.grad
+    server = weights_of(result.arrays)
+    assert_close(server, {name: expected[name] for name in server}, 1e-6)
+
+
+@pytest.mark.parametrize(("batchnorm", "moves"), [("pooled", 3), ("per_client", 6)])
+def test_server_batchnorm_sees_all_clients_or_one_at_a_time(batchnorm, moves):
+    result = run_split(
+        PSL, normed_net, make_parts((6, 6), normed_net), rounds=1, batch_size=2,
+        server_batchnorm=batchnorm,
+    )  # fmt: skip
+    assert weights_of(result.arrays)["middle.3.num_batches_tracked"] == moves
+
+
+def test_both_ways_to_normalise_agree_without_batchnorm():
+    parts = make_parts((6, 9))
+    pooled, apart = (
+        run_split(PSL, plain_net, parts, optimizer=MOMENTUM, server_batchnorm=one, **SHARE)
+        for one in ("pooled", "per_client")
+    )
+    for client in ("0", "1"):
+        assert_close(whole_of(pooled, client), whole_of(apart, client), 1e-6)
+    assert [e.rows for e in pooled.history] == [e.rows for e in apart.history] == [15, 15]
+
+
+# --- learning rates --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_learning_rate_may_be_a_function_of_the_round(optimizer):
+    def rate(server_round):
+        return LR / server_round**2
+
+    parts = make_parts([8])
+    result = run_split(
+        PSL, plain_net, parts, optimizer=optimizer, rounds=3, server_lr=rate, **SHARE
+    )
+    weights, _ = train_in_turn(plain_net, parts, optimizer=optimizer, rounds=3, lr=rate)
+    assert_bit_equal(whole_of(result), weights)
+
+
+@pytest.mark.parametrize("strategy_class", ALL)
+def test_a_torch_scheduler_does_what_a_function_of_the_round_does(strategy_class):
+    """Also for SplitFed V1's copies, of which some begin in a later round."""
+    parts = make_parts((6, 9, 4, 5))
+
+    def run(**options):
+        return run_split(
+            strategy_class, plain_net, parts, optimizer=MOMENTUM, rounds=4, fraction_train=0.5,
+            client_lr=LR, **options,
+        )  # fmt: skip
+
+    scheduled = run(server_scheduler=lambda optimizer: StepLR(optimizer, 1, gamma=0.5))
+    by_round = run(server_lr=lambda server_round: LR * 0.5 ** (server_round - 1))
+    constant = run()
+    assert_close(weights_of(scheduled.arrays), weights_of(by_round.arrays), 1e-7)
+    assert scheduled.history[0].loss == constant.history[0].loss
+    assert scheduled.history[-1].loss != constant.history[-1].loss
+
+
+def test_flowers_train_config_goes_before_the_options():
+    parts = make_parts([8])
+    from_config = run_split(
+        PSL, plain_net, parts, server_lr=LR, client_lr=99.0, batch_size=1,
+        start={"train_config": {"lr": LR, "batch-size": 4, "local-epochs": 2}}, **SHARE,
+    )  # fmt: skip
+    from_options = run_split(PSL, plain_net, parts, local_epochs=2, **SHARE)
+    assert_bit_equal(whole_of(from_config), whole_of(from_options))
+
+
+# --- gradient rules --------------------------------------------------------------------------
+
+
+class Scale(GradientRule):
+    """Multiplies cut gradients and server gradients."""
+
+    def __init__(self, cut=1.0, server=1.0, plus=0.0):
+        self.cut, self.server, self.plus = cut, server, plus
+
+    def __call__(self, context, result):
+        for client in result.cut_gradients:
+            result.cut_gradients[client] = result.cut_gradients[client] * self.cut + self.plus
+        result.server_gradients = [g * self.server for g in result.server_gradients]
+        return result
+
+
+class ScaleAgain(Scale):
+    """A second one in a chain."""
+
+
+@pytest.mark.parametrize("strategy_class", ALL)
+def test_a_rule_edits_the_gradients(strategy_class):
+    """With plain SGD a factor is as good as another learning rate."""
+    parts = make_parts((6, 9))
+    ruled = run_split(strategy_class, plain_net, parts, rules=[Scale(cut=0.5, server=2.0)], **SHARE)
+    rated = run_split(strategy_class, plain_net, parts, client_lr=LR / 2, server_lr=LR * 2, **SHARE)
+    assert_close(weights_of(ruled.arrays), weights_of(rated.arrays), 1e-6)
+    for client, segment in ruled.client_segments.items():
+        assert_close(weights_of(segment), weights_of(rated.client_segments[client]), 1e-6)
+
+
+def test_rules_are_chained_in_order():
+    parts = make_parts([8])
+    first, second = Scale(cut=0.0, plus=1.0), ScaleAgain(cut=3.0)
+    kept, wiped = (
+        run_split(PSL, plain_net, parts, rules=rules, rounds=1, **SHARE)
+        for rules in ([first, second], [second, first])
+    )
+    before = fresh(plain_net).front.state_dict()
+    moved = {}
+    for name, result in (("kept", kept), ("wiped", wiped)):
+        after = weights_of(result.client_segments["0"])
+        moved[name] = after["front.0.bias"] - before["0.bias"]
+    assert moved["kept"].norm() > 2 * moved["wiped"].norm() > 0
+
+
+class Compare(GradientRule):
+    """Wants to see each client's server gradients."""
+
+    needs = frozenset({PER_CLIENT_GRADIENTS})
+
+    def __call__(self, context, result):
+        combined = [
+            sum(context.shares[c] * g for c, g in zip(context.client_ids, own, strict=True))
+            for own in zip(
+                *(result.client_server_gradients[c] for c in context.client_ids), strict=True
+            )
+        ]
+        gaps = zip(combined, result.server_gradients, strict=True)
+        result.metrics["gap"] = max(float((a - b).abs().max()) for a, b in gaps)
+        result.metrics["clients"] = float(len(context.client_ids))
+        return result
+
+
+def test_a_rule_whose_needs_are_not_met_is_refused():
+    with pytest.raises(ConfigError, match=r"Compare needs per-client server gradients.*Pooled"):
+        PSL(model=fresh(plain_net), cut="front", rules=[Compare()])
+    with pytest.raises(ConfigError, match=r"Compare needs.*PerClient"):
+        PSL(model=fresh(plain_net), cut="front", rules=[Compare()], server_pass=PerClient())
+
+
+def test_a_rule_sees_per_client_gradients_and_reports_to_the_ledger():
+    parts = make_parts((4, 8))  # 2 clients in the first step, 1 in the second
+    result = run_split(
+        PSL, plain_net, parts, rules=[Compare()], server_pass=PerClient(keep_gradients=True)
+    )
+    for entry in result.history:
+        assert entry.metrics["clients"] == 1.5
+        assert entry.metrics["gap"] < 1e-6
+    assert result.train_metrics_clientapp[1]["clients"] == 1.5
+
+
+class Note(GradientRule):
+    """Remembers the contexts it was called with."""
+
+    def __init__(self):
+        self.contexts = []
+        self.draws = []
+
+    def __call__(self, context, result):
+        self.contexts.append(context)
+        self.draws.append(context.rng.random())
+        return result
+
+
+def test_rules_learn_where_in_the_run_they_are():
+    notes = [Note(), Note()]
+    for note in notes:
+        run_split(PSL, plain_net, make_parts((4, 12)), rounds=2, rules=[note])
+    contexts = notes[0].contexts
+    assert [(c.round, c.step) for c in contexts] == [(r, s) for r in (1, 2) for s in (0, 1, 2)]
+    assert [c.client_ids for c in contexts] == [("0", "1"), ("1",), ("1",)] * 2
+    assert [c.shares for c in contexts[:2]] == [{"0": 0.25, "1": 0.75}, {"1": 1.0}]
+    assert [c.progress for c in contexts] == pytest.approx([n / 6 for n in range(6)])
+    assert {c.num_rounds for c in contexts} == {2}
+    assert notes[0].draws == notes[1].draws
+    assert len(set(notes[0].draws)) == 6
+
+
+class Skip(GradientRule):
+    """Lets one client sit out."""
+
+    def __call__(self, context, result):
+        result.skipped.add("1")
+        return result
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
+def test_a_skipped_client_keeps_its_weights_and_gets_no_gradient(cache):
+    parts = make_parts((8, 8))
+    options = {"optimizer": MOMENTUM, "cache": cache} | SHARE
+    skipping = run_split(PSL, plain_net, parts, rules=[Skip()], **options)
+    usual = run_split(PSL, plain_net, parts, **options)
+    before = {f"front.{k}": v for k, v in fresh(plain_net).front.state_dict().items()}
+    assert_bit_equal(weights_of(skipping.client_segments["1"]), before)
+    assert not torch.equal(weights_of(skipping.client_segments["0"])["front.0.bias"],
+                           before["front.0.bias"])  # fmt: skip
+    # The server goes on learning from both, and the skipped one from batch to batch.
+    assert skipping.history[0].loss == pytest.approx(usual.history[0].loss, rel=0.05)
+    assert skipping.history[0].rows == usual.history[0].rows == 16
+    category = "gradients-down-unicast"
+    sent = [run.history[0].traffic.logical[category] for run in (skipping, usual)]
+    assert sent == [8 * 6 * 4, 16 * 6 * 4]

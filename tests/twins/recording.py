@@ -1,0 +1,65 @@
+"""Seeing the steps of a run, and comparing them with a twin's."""
+
+import copy
+
+import torch
+from reference import run_split, whole_of
+
+from flsplit.server.rules import GradientRule
+
+
+class Recorder(GradientRule):
+    """Keeps a copy of every step's result, as the rules before it left it."""
+
+    def __init__(self):
+        self.contexts, self.results = [], []
+
+    def __call__(self, context, result):
+        kept = copy.copy(result)
+        kept.server_gradients = [None if g is None else g.clone() for g in result.server_gradients]
+        kept.cut_gradients = {name: g.clone() for name, g in result.cut_gradients.items()}
+        kept.skipped, kept.metrics = set(result.skipped), dict(result.metrics)
+        kept.products, kept.client_server_gradients = None, {}
+        self.contexts.append(context)
+        self.results.append(kept)
+        return result
+
+
+def recorded(strategy, build, parts, **options):
+    """Run a strategy; return its result and the steps."""
+    recorder = Recorder()
+    options["rules"] = [*options.get("rules", ()), recorder]
+    return run_split(strategy, build, parts, **options), recorder.results
+
+
+def assert_same_steps(found, expected, prefix="", tolerance=1e-6):
+    """Compare gradients to 1e-6, angles and the like (``notes``) to 1e-4."""
+    assert len(found) == len(expected)
+    for result, answer in zip(found, expected, strict=True):
+        for gradient, other in zip(result.server_gradients, answer.server, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-5, atol=tolerance)
+        assert {int(name) for name in result.cut_gradients} == set(answer.cut)
+        for name, gradient in result.cut_gradients.items():
+            other = answer.cut[int(name)]
+            assert (other is None) == (name in result.skipped)
+            if other is not None:
+                torch.testing.assert_close(gradient, other, rtol=1e-5, atol=tolerance)
+        assert result.server_lr_factor == answer.lr_factor
+        for key, value in answer.notes.items():
+            own = result.rows if key == "rows" else result.metrics[prefix + key]
+            assert abs(own - value) < 1e-4, key
+
+
+def assert_same_weights(result, fronts, server, tolerance=1e-5):
+    """Compare the weights at the end of a run whose clients shared their segments."""
+    of_server = {
+        f"{name}.{key}": value
+        for name, part in (("middle", server[1]), ("head", server[2]))
+        for key, value in part.state_dict().items()
+    }
+    for index, front in enumerate(fronts):
+        whole = whole_of(result, str(index))
+        expected = of_server | {f"front.{k}": v for k, v in front.state_dict().items()}
+        assert whole.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(whole[key], value, rtol=tolerance, atol=tolerance)
