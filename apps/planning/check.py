@@ -1,0 +1,85 @@
+"""Checks the optimisation on many drawn fleets: it never goes up, and no ablation beats it.
+
+python apps/planning/check.py --fleets 100
+"""
+
+import argparse
+from itertools import pairwise, product
+
+import numpy as np
+
+from flsplit.vision import load_torchvision
+from flsplit.wireless import (
+    EPSL,
+    PSL,
+    Device,
+    Fleet,
+    Freedom,
+    Problem,
+    Radio,
+    Server,
+    SplitFed,
+    Training,
+    optimise,
+    profile_model,
+)
+
+TOLERANCE = 1e-6
+
+
+def drawn_fleet(seed: int) -> Fleet:
+    """Return 5 to 20 devices with 1 to 4 times as many subchannels."""
+    rng = np.random.default_rng([7, seed])
+    devices = int(rng.integers(5, 21))
+    return Fleet(
+        devices=tuple(
+            Device(
+                name=str(index),
+                compute_flops=rng.uniform(16e9, 25.6e9),
+                distance_m=rng.uniform(20.0, 200.0),
+                power_w=1.5,
+            )
+            for index in range(devices)
+        ),
+        server=Server(compute_flops=float(rng.choice([1.6e11, 2e12]))),
+        radio=Radio(
+            num_subchannels=int(devices * rng.integers(1, 5)),
+            subchannel_hz=10e6,
+            antenna_gain=10.0,
+            total_power_w=5.0 if seed % 2 else 1e9,
+            path_loss="mmwave-28ghz" if seed % 3 else "macro-2ghz",
+        ),
+        seed=seed,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fleets", type=int, default=100)
+    options = parser.parse_args()
+    model = load_torchvision().models.resnet18(num_classes=7)
+    profile = profile_model(model, (3, 64, 64), "resnet18")
+    cuts = [None, *(place.cut for place in profile.places[3::3])]
+    factors: dict[Freedom, list[float]] = {}
+    failures = []
+    for seed in range(options.fleets):
+        method = (EPSL(0.5), PSL(), SplitFed())[seed % 3]
+        problem = Problem(drawn_fleet(seed), profile, method, Training())
+        best = optimise(problem)
+        if any(after > before for before, after in pairwise(best.history)):
+            failures.append(f"fleet {seed} goes up: {best.history}")
+        for subchannels, power, cut in product((True, False), (True, False), cuts):
+            freedom = Freedom(subchannels, power, cut)
+            if freedom == Freedom():
+                continue
+            factor = optimise(problem, freedom, seed).seconds / best.seconds
+            factors.setdefault(freedom, []).append(factor)
+            if factor < 1 - TOLERANCE:
+                failures.append(f"fleet {seed} ({method.name}) is beaten by {freedom}: {factor}")
+    for freedom, found in factors.items():
+        print(f"{freedom}: {np.mean(found):.3f} times as long, at least {min(found):.6f}")
+    print(*failures, f"{len(failures)} failures on {options.fleets} fleets", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

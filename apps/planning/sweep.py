@@ -1,0 +1,164 @@
+"""Draws what a round costs as the network, the fleet, the server and phi change.
+
+python apps/planning/sweep.py --out docs/img
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from flsplit.vision import load_torchvision
+from flsplit.wireless import (
+    EPSL,
+    PSL,
+    Device,
+    Fleet,
+    Freedom,
+    Method,
+    ModelProfile,
+    Problem,
+    Radio,
+    SequentialSL,
+    Server,
+    SplitFed,
+    Training,
+    make_plan,
+    optimise,
+    profile_model,
+)
+from flsplit.wireless.pictures import Sweep, draw_profile, draw_round, draw_sweeps
+
+METHODS: dict[str, Method] = {
+    "EPSL": EPSL(0.5),
+    "PSL": PSL(),
+    "SplitFed": SplitFed(),
+    "SL": SequentialSL(),
+}
+
+
+def fleet(
+    *,
+    devices: int = 5,
+    bandwidth_mhz: float = 200.0,
+    server_gflops: float = 160.0,
+    seed: int = 0,
+) -> Fleet:
+    """Return a fleet of devices within 200 m, 4 subchannels each, at 28 GHz."""
+    rng = np.random.default_rng(seed)
+    subchannels = 4 * devices
+    return Fleet(
+        devices=tuple(
+            Device(
+                name=str(index),
+                compute_flops=rng.uniform(16e9, 25.6e9),
+                distance_m=rng.uniform(20.0, 200.0),
+                power_w=1.5,
+            )
+            for index in range(devices)
+        ),
+        server=Server(compute_flops=server_gflops * 1e9),
+        radio=Radio(
+            num_subchannels=subchannels,
+            subchannel_hz=bandwidth_mhz * 1e6 / subchannels,
+            antenna_gain=10.0,
+            total_power_w=5.0,
+            path_loss="mmwave-28ghz",
+        ),
+        seed=seed,
+    )
+
+
+def plain_seconds(problem: Problem, seed: int) -> float:
+    """Return the mean round (s) over all cuts with random subchannels and even power."""
+    seconds = [
+        optimise(problem, Freedom(subchannels=False, power=False, cut=place.cut), seed).seconds
+        for place in problem.places
+    ]
+    return float(np.mean(seconds))
+
+
+def sweep(
+    title: str,
+    values: Sequence[float],
+    make: Callable[[float, int], Fleet],
+    profile: ModelProfile,
+    seeds: int,
+    methods: Callable[[float], dict[str, Method]] = lambda value: METHODS,
+) -> Sweep:
+    """Return mean rounds (s) over seeds."""
+    optimised: dict[str, list[float]] = {}
+    plain: dict[str, list[float]] = {}
+    for value in values:
+        fleets = [make(value, seed) for seed in range(seeds)]
+        for name, method in methods(value).items():
+            problems = [Problem(one, profile, method, Training()) for one in fleets]
+            best = [optimise(problem).seconds for problem in problems]
+            worst = [plain_seconds(problem, seed) for seed, problem in enumerate(problems)]
+            optimised.setdefault(name, []).append(float(np.mean(best)))
+            plain.setdefault(name, []).append(float(np.mean(worst)))
+    return Sweep(title, values, optimised, plain)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/img"))
+    parser.add_argument("--seeds", type=int, default=3, help="fleets drawn per point")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    model = load_torchvision().models.resnet18(num_classes=7)
+    profile = profile_model(model, (3, 64, 64), "resnet18")
+    draw_profile(profile, options.out / "planning-profile.png")
+    problem = Problem(fleet(), profile, EPSL(0.5), Training())
+    draw_round(make_plan(problem, draws=1), options.out / "planning-round-epsl.png")
+    slow = replace(problem, method=SequentialSL())
+    draw_round(make_plan(slow, draws=1), options.out / "planning-round-sl.png")
+
+    sweeps = [
+        sweep(
+            "bandwidth (MHz)",
+            (25, 50, 100, 200, 400),
+            lambda value, seed: fleet(bandwidth_mhz=value, seed=seed),
+            profile,
+            options.seeds,
+        ),
+        sweep(
+            "devices, sharing 200 MHz",
+            (2, 5, 10, 15, 20),
+            lambda value, seed: fleet(devices=int(value), seed=seed),
+            profile,
+            options.seeds,
+        ),
+        sweep(
+            "server compute (GFLOP/s)",
+            (40, 160, 640, 2560),
+            lambda value, seed: fleet(server_gflops=value, seed=seed),
+            profile,
+            options.seeds,
+        ),
+        sweep(
+            "phi",
+            (0.0, 0.25, 0.5, 0.75, 1.0),
+            lambda value, seed: fleet(seed=seed),
+            profile,
+            options.seeds,
+            lambda phi: {**METHODS, "EPSL": EPSL(phi)},
+        ),
+    ]
+    draw_sweeps(sweeps, options.out / "planning-sweeps.png")
+    for one in sweeps:
+        print(one.title, json.dumps(list(one.values)))
+        for name, seconds in one.optimised.items():
+            factors = [round(b / a, 2) for a, b in zip(seconds, one.plain[name], strict=True)]
+            print(f"  {name:10} {[round(s, 3) for s in seconds]} s, plain {factors} times as long")
+        epsl = one.optimised["EPSL"]
+        for name in ("PSL", "SplitFed", "SL"):
+            gains = [round(b / a, 2) for a, b in zip(epsl, one.optimised[name], strict=True)]
+            print(f"  {name} takes {gains} times as long as EPSL")
+
+
+if __name__ == "__main__":
+    main()

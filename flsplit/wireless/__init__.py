@@ -1,0 +1,58 @@
+"""Planning for a network: the cut, subchannels and powers, and what a round then costs.
+
+Our model, after EPSL (https://arxiv.org/abs/2303.15991).
+"""
+
+from flsplit.wireless.clock import simulated_seconds, simulated_times
+from flsplit.wireless.fleet import Device, Fleet, Radio, Server
+from flsplit.wireless.fleet_file import load_fleet
+from flsplit.wireless.latency import round_seconds, stage_breakdown
+from flsplit.wireless.optimise import Freedom, Solution, optimise
+from flsplit.wireless.plan import Plan, format_plan, make_plan
+from flsplit.wireless.problem import Problem
+from flsplit.wireless.profile import ModelProfile, Place, profile_model
+from flsplit.wireless.rates import Allocation, Rates
+from flsplit.wireless.rounds import (
+    EPSL,
+    FSLSAGE,
+    PSL,
+    FedAvg,
+    Method,
+    SequentialSL,
+    SplitFed,
+    Training,
+    method_of,
+)
+
+__all__ = [
+    "EPSL",
+    "FSLSAGE",
+    "PSL",
+    "Allocation",
+    "Device",
+    "FedAvg",
+    "Fleet",
+    "Freedom",
+    "Method",
+    "ModelProfile",
+    "Place",
+    "Plan",
+    "Problem",
+    "Radio",
+    "Rates",
+    "SequentialSL",
+    "Server",
+    "Solution",
+    "SplitFed",
+    "Training",
+    "format_plan",
+    "load_fleet",
+    "make_plan",
+    "method_of",
+    "optimise",
+    "profile_model",
+    "round_seconds",
+    "simulated_seconds",
+    "simulated_times",
+    "stage_breakdown",
+]

@@ -1,0 +1,219 @@
+"""The devices, the server, and what lies between them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from flsplit.errors import ConfigError
+from flsplit.wireless.channel import PATH_LOSSES, Array, shannon_rate_bps, surroundings_of
+from flsplit.wireless.units import from_decibels, watts_from_dbm
+
+OUT_OF_REACH_BPS = 1.0
+"""A device that can't send a bit per second with its whole power on the whole band is out of
+reach."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A client's machine.
+
+    Attributes
+    ----------
+    name : str
+        What it is called; a run's client of this name is this device.
+    compute_flops : float
+        FLOP/s that training reaches on it.
+    memory_bytes : float
+        Bytes that training may take.
+    distance_m, power_w : float
+        Distance (m) to the base station and greatest transmit power (W); on a radio network.
+    uplink_bps, downlink_bps : float
+        Measured rates (bit/s); where there are links instead of a radio.
+    """
+
+    name: str
+    compute_flops: float
+    memory_bytes: float = float("inf")
+    distance_m: float = 0.0
+    power_w: float = 0.0
+    uplink_bps: float = 0.0
+    downlink_bps: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The edge server.
+
+    Attributes
+    ----------
+    compute_flops : float
+        FLOP/s that training reaches on it.
+    """
+
+    compute_flops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Radio:
+    """An OFDMA cell: subchannels that each belong to one device at a time.
+
+    Attributes
+    ----------
+    num_subchannels : int
+        How many there are.
+    subchannel_hz : float
+        Bandwidth of one, in Hz.
+    noise_w_per_hz : float
+        Noise power density, in W/Hz.
+    antenna_gain : float
+        Gain of both ends' antennas together, without unit.
+    downlink_w_per_hz : float
+        Power density of the base station on every subchannel, in W/Hz.
+    total_power_w : float
+        What all devices together may send, in W.
+    path_loss : str
+        One of `flsplit.wireless.channel.PATH_LOSSES`.
+    shadowing_db : float, optional
+        Standard deviation of shadowing, in dB. Default: that of ``path_loss``.
+    fading : bool
+        Rayleigh fading, independent for each device and subchannel.
+    """
+
+    num_subchannels: int
+    subchannel_hz: float
+    noise_w_per_hz: float = watts_from_dbm(-174.0)
+    antenna_gain: float = 1.0
+    downlink_w_per_hz: float = watts_from_dbm(-50.0)
+    total_power_w: float = float("inf")
+    path_loss: str = "macro-2ghz"
+    shadowing_db: float | None = None
+    fading: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """Devices and a server, with a radio cell or with measured links between them.
+
+    Attributes
+    ----------
+    devices : tuple of Device
+        The devices.
+    server : Server
+        The server.
+    radio : Radio, optional
+        The cell; None for measured links.
+    seed : int
+        Of shadowing, fading and lines of sight.
+    """
+
+    devices: tuple[Device, ...]
+    server: Server
+    radio: Radio | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be planned for."""
+        if not self.devices:
+            raise ConfigError("the fleet has no devices")
+        names = [device.name for device in self.devices]
+        if doubles := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"several devices are called {doubles[0]!r}")
+        _positive("server: compute", self.server.compute_flops)
+        for device in self.devices:
+            self._check_device(device)
+        if self.radio is not None:
+            self._check_radio(self.radio)
+
+    def _check_device(self, device: Device) -> None:
+        _positive(f"device {device.name!r}: compute", device.compute_flops)
+        _positive(f"device {device.name!r}: memory", device.memory_bytes)
+        needed = ("uplink_bps", "downlink_bps") if self.radio is None else ("distance_m", "power_w")
+        for name in needed:
+            _positive(f"device {device.name!r}: {name.split('_')[0]}", getattr(device, name))
+
+    def _check_radio(self, radio: Radio) -> None:
+        for name in (
+            "subchannel_hz",
+            "noise_w_per_hz",
+            "antenna_gain",
+            "downlink_w_per_hz",
+            "total_power_w",
+        ):
+            _positive(f"radio: {name}", getattr(radio, name))
+        if radio.num_subchannels < len(self.devices):
+            raise ConfigError(
+                f"radio: {radio.num_subchannels} subchannels for {len(self.devices)} devices: each "
+                "device needs one of its own"
+            )
+        if radio.path_loss not in PATH_LOSSES:
+            known = ", ".join(PATH_LOSSES)
+            raise ConfigError(
+                f"radio: path loss {radio.path_loss!r} is unknown (there are {known})"
+            )
+        if radio.shadowing_db is not None and radio.shadowing_db < 0:
+            raise ConfigError(f"radio: shadowing is {radio.shadowing_db:g} dB, expected 0 or more")
+        self._check_reach(radio)
+
+    def _check_reach(self, radio: Radio) -> None:
+        for device, gains in zip(self.devices, self.gains, strict=True):
+            best = float(gains.max())
+            band = radio.num_subchannels * radio.subchannel_hz
+            reached = shannon_rate_bps(band, device.power_w, best, radio.noise_w_per_hz)
+            if not reached >= OUT_OF_REACH_BPS:
+                raise ConfigError(
+                    f"device {device.name!r} is out of reach: with all its {device.power_w:g} W at "
+                    f"{device.distance_m:g} m it sends {reached:.3g} bit/s, whatever subchannels "
+                    "it gets"
+                )
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices there are."""
+        return len(self.devices)
+
+    @cached_property
+    def compute_flops(self) -> Array:
+        """The devices' computing speeds, FLOP/s."""
+        return np.array([device.compute_flops for device in self.devices])
+
+    @cached_property
+    def power_w(self) -> Array:
+        """The devices' power budgets, W."""
+        return np.array([device.power_w for device in self.devices])
+
+    @cached_property
+    def gains(self) -> Array:
+        """Channel gains (received by sent power, no unit), shape (devices, subchannels).
+
+        ``antenna gain * 10^(-(path loss + shadowing) / 10) * fading``, with fading of mean 1.
+        """
+        assert self.radio is not None
+        radio, rng = self.radio, np.random.default_rng(self.seed)
+        distance_m = np.array([device.distance_m for device in self.devices])
+        around = surroundings_of(radio.path_loss, distance_m, rng)
+        loss_db = np.array(
+            [
+                float(one.path_loss_db(np.array(distance)))
+                for one, distance in zip(around, distance_m, strict=True)
+            ]
+        )
+        spread_db = [
+            one.shadowing_db if radio.shadowing_db is None else radio.shadowing_db for one in around
+        ]
+        loss_db = loss_db + rng.normal(size=self.num_devices) * np.array(spread_db)
+        shape = (self.num_devices, radio.num_subchannels)
+        fading = rng.exponential(size=shape) if radio.fading else np.ones(shape)
+        gains = np.array([from_decibels(-loss) for loss in loss_db])[:, None] * fading
+        return radio.antenna_gain * gains
+
+    @cached_property
+    def snr_per_watt(self) -> Array:
+        """Signal to noise per watt sent (1/W), shape (devices, subchannels): ``g / (B N0)``."""
+        assert self.radio is not None
+        return self.gains / (self.radio.subchannel_hz * self.radio.noise_w_per_hz)
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{name} is {value:g}, expected more than 0")

@@ -1,0 +1,189 @@
+"""Reads a fleet from a TOML file."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flsplit.errors import ConfigError, located
+from flsplit.wireless import units
+from flsplit.wireless.fleet import Device, Fleet, Radio, Server
+
+Reader = Callable[[Any], Any]
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{value!r} is not a whole number of at least 1")
+    return value
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{value!r} is not a whole number of at least 0")
+    return value
+
+
+def _of(kind: type, expected: str) -> Reader:
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ConfigError(f"{value!r} is not {expected}")
+        return value
+
+    return read
+
+
+_text = _of(str, "a text in quotes")
+_flag = _of(bool, "true or false")
+
+_SERVER: Mapping[str, tuple[str, Reader]] = {
+    "compute": ("compute_flops", units.SPEED.parse),
+}
+_RADIO: Mapping[str, tuple[str, Reader]] = {
+    "subchannels": ("num_subchannels", _count),
+    "subchannel-bandwidth": ("subchannel_hz", units.FREQUENCY.parse),
+    "noise": ("noise_w_per_hz", units.POWER_DENSITY.parse),
+    "antenna-gain": ("antenna_gain", units.GAIN.parse),
+    "downlink": ("downlink_w_per_hz", units.POWER_DENSITY.parse),
+    "total-power": ("total_power_w", units.POWER.parse),
+    "path-loss": ("path_loss", _text),
+    "shadowing": ("shadowing_db", units.SPREAD.parse),
+    "fading": ("fading", _flag),
+}
+_QUANTITIES: Mapping[str, tuple[str, Reader]] = {
+    "compute": ("compute_flops", units.SPEED.parse),
+    "memory": ("memory_bytes", units.SIZE.parse),
+    "distance": ("distance_m", units.DISTANCE.parse),
+    "power": ("power_w", units.POWER.parse),
+    "uplink": ("uplink_bps", units.RATE.parse),
+    "downlink": ("downlink_bps", units.RATE.parse),
+}
+_DEVICE_KEYS = ("name", "count", *_QUANTITIES)
+_ON_RADIO = ("distance", "power")
+_ON_LINKS = ("uplink", "downlink")
+
+
+def load_fleet(path: str | Path) -> Fleet:
+    """Read a fleet.
+
+    Parameters
+    ----------
+    path : str or Path
+        A TOML file; ``docs/planning.md`` describes its keys.
+
+    Returns
+    -------
+    Fleet
+        The fleet; what is given as a range is drawn from the file's seed.
+
+    Raises
+    ------
+    ConfigError
+        If the file can't be read, or holds a key that does not exist (the nearest that does is
+        named), a unit that is unknown, or what `Fleet` refuses.
+    """
+    try:
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"the fleet {path} can't be read: {error}") from error
+    with located(str(path)):
+        return fleet_from(data)
+
+
+def fleet_from(data: Mapping[str, Any]) -> Fleet:
+    """Return the fleet that the tables of a TOML file describe; see `load_fleet`."""
+    _refuse_unknown("the fleet", data, ("seed", "server", "radio", "devices"))
+    seed = _read("seed", data.get("seed", 0), _seed)
+    server = Server(**_table("server", data.get("server"), _SERVER, required=("compute",)))
+    radio = None
+    if "radio" in data:
+        needed = ("subchannels", "subchannel-bandwidth")
+        radio = Radio(**_table("radio", data["radio"], _RADIO, required=needed))
+    groups = data.get("devices")
+    if not isinstance(groups, list) or not groups:
+        raise ConfigError("the fleet has no [[devices]]")
+    rng = np.random.default_rng([seed, len(groups)])
+    devices: list[Device] = []
+    for group in groups:
+        devices += _devices(group, len(devices), radio is not None, rng)
+    return Fleet(devices=tuple(devices), server=server, radio=radio, seed=seed)
+
+
+def _devices(group: Any, first: int, on_radio: bool, rng: np.random.Generator) -> list[Device]:
+    """Return the devices of one ``[[devices]]`` table."""
+    where = f"[[devices]] from device {first}"
+    if not isinstance(group, Mapping):
+        raise ConfigError(f"{where} is {group!r}, not a table")
+    _refuse_unknown(where, group, _DEVICE_KEYS)
+    needed, useless = (_ON_RADIO, _ON_LINKS) if on_radio else (_ON_LINKS, _ON_RADIO)
+    for key in ("compute", *needed):
+        if key not in group:
+            raise ConfigError(f"{where} lacks {key!r}")
+    for key in useless:
+        if key in group:
+            network = "with a [radio]" if on_radio else "without a [radio]"
+            raise ConfigError(f"{where} has {key!r}, which means nothing {network}")
+    count = _read(f"{where}: count", group.get("count", 1), _count)
+    name = _read(f"{where}: name", group.get("name", ""), _text)
+    return [
+        Device(name=_name(name, first, index, count), **_drawn(where, group, rng))
+        for index in range(count)
+    ]
+
+
+def _name(name: str, first: int, index: int, count: int) -> str:
+    """Return a device's name; without one, its number, which is its client's in a simulation."""
+    if not name:
+        return str(first + index)
+    return f"{name}-{index}" if count > 1 else name
+
+
+def _drawn(where: str, group: Mapping[str, Any], rng: np.random.Generator) -> dict[str, float]:
+    values = {}
+    for key, (field, parse) in _QUANTITIES.items():
+        if key in group:
+            values[field] = _draw(f"{where}: {key}", group[key], parse, rng)
+    return values
+
+
+def _draw(where: str, value: Any, parse: Reader, rng: np.random.Generator) -> float:
+    """Return a quantity, or, of a list of two, one drawn evenly from between them."""
+    if not isinstance(value, list):
+        return float(_read(where, value, parse))
+    if len(value) != 2:
+        raise ConfigError(f"{where} is {value!r}, expected one value or [least, greatest]")
+    low, high = (float(_read(where, bound, parse)) for bound in value)
+    if low > high:
+        raise ConfigError(f"{where} is {value!r}: the first is greater than the second")
+    return float(rng.uniform(low, high))
+
+
+def _table(
+    name: str, table: Any, known: Mapping[str, tuple[str, Reader]], required: tuple[str, ...]
+) -> dict[str, Any]:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"the fleet lacks the table [{name}]")
+    _refuse_unknown(f"[{name}]", table, tuple(known))
+    for key in required:
+        if key not in table:
+            raise ConfigError(f"[{name}] lacks {key!r}")
+    return {
+        known[key][0]: _read(f"[{name}] {key}", value, known[key][1])
+        for key, value in table.items()
+    }
+
+
+def _read(where: str, value: Any, reader: Reader) -> Any:
+    with located(where):
+        return reader(value)
+
+
+def _refuse_unknown(where: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in known:
+            near = get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{where} has no key {key!r}{hint} (there are {', '.join(known)})")

@@ -1,0 +1,205 @@
+"""How long a round takes, stage by stage."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flsplit.wireless.channel import Array
+from flsplit.wireless.fleet import Fleet
+from flsplit.wireless.power import Deadline
+from flsplit.wireless.rates import Rates
+from flsplit.wireless.rounds import Phase, Stage, Where
+
+SERVER = "server"
+"""Who does what the server does, in a `Span`."""
+
+
+def stage_seconds(stage: Stage, fleet: Fleet, rates: Rates) -> Array:
+    """Return how long a stage takes each device.
+
+    An amount by a speed: FLOPs by the device's or the server's FLOP/s, bits by the uplink's, the
+    downlink's or the broadcast's bit/s.
+
+    Parameters
+    ----------
+    stage : Stage
+        With its amount, in FLOPs or bits.
+    fleet : Fleet
+        With speeds in FLOP/s.
+    rates : Rates
+        In bit/s.
+
+    Returns
+    -------
+    ndarray
+        Seconds by device.
+    """
+    match stage.where:
+        case Where.DEVICE:
+            return stage.amount / fleet.compute_flops
+        case Where.SERVER:
+            return np.full(fleet.num_devices, stage.amount / fleet.server.compute_flops)
+        case Where.UPLINK:
+            return stage.amount / rates.uplink_bps
+        case Where.DOWNLINK:
+            return stage.amount / rates.downlink_bps
+        case Where.BROADCAST:
+            return np.full(fleet.num_devices, stage.amount / rates.broadcast_bps)
+
+
+def phase_seconds(phase: Phase, fleet: Fleet, rates: Rates) -> float:
+    """Return how long a phase (s) takes, once: ``max_i sum_stages t_i``, in turn ``sum_i``."""
+    seconds = sum(stage_seconds(stage, fleet, rates) for stage in phase.stages)
+    assert isinstance(seconds, np.ndarray)
+    return float(seconds.sum() if phase.in_turn else seconds.max())
+
+
+def round_seconds(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> float:
+    """Return how long a round takes (s): ``sum_phases repeat * phase``.
+
+    For EPSL that is ``steps (max_i(T_i^F + T_i^U) + T_s^F + T_s^B + T^B + max_i(T_i^D + T_i^B))``.
+    """
+    return sum(phase.repeat * phase_seconds(phase, fleet, rates) for phase in phases)
+
+
+def stage_breakdown(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> dict[str, float]:
+    """Return how much of a round (s) each stage takes, by its name; they add up to the round.
+
+    In a phase that devices share, the stages of the device that ends last count; where they take
+    turns, everybody's.
+    """
+    breakdown: dict[str, float] = {}
+    for phase in phases:
+        seconds = [stage_seconds(stage, fleet, rates) for stage in phase.stages]
+        last = int(np.argmax(sum(seconds)))
+        for stage, own in zip(phase.stages, seconds, strict=True):
+            counted = float(own.sum() if phase.in_turn else own[last])
+            breakdown[stage.name] = breakdown.get(stage.name, 0.0) + phase.repeat * counted
+    return breakdown
+
+
+@dataclass(frozen=True)
+class Span:
+    """Who does what from when to when, for a picture.
+
+    Attributes
+    ----------
+    actor : str
+        A device's name, or `SERVER`.
+    stage : str
+        What it does.
+    start_s, end_s : float
+        When, in s from the round's beginning.
+    """
+
+    actor: str
+    stage: str
+    start_s: float
+    end_s: float
+
+
+def spans(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> list[Span]:
+    """Return what happens in a round, in order of the phases."""
+    found: list[Span] = []
+    now = 0.0
+    for phase in phases:
+        for _ in range(phase.repeat):
+            own = list(_phase_spans(phase, fleet, rates, now))
+            now = max((span.end_s for span in own), default=now)
+            found += own
+    return found
+
+
+def _phase_spans(phase: Phase, fleet: Fleet, rates: Rates, now: float) -> Iterator[Span]:
+    seconds = [stage_seconds(stage, fleet, rates) for stage in phase.stages]
+    start = now
+    for index, device in enumerate(fleet.devices):
+        at = start
+        for stage, own in zip(phase.stages, seconds, strict=True):
+            end = at + float(own[index])
+            by_server = stage.where is Where.SERVER
+            if not by_server or phase.in_turn or index == 0:
+                yield Span(SERVER if by_server else device.name, stage.name, at, end)
+            at = end
+        start = at if phase.in_turn else now
+
+
+# ------------------------------------------------------------------------------------------------
+# The same in the form that is quick to optimise
+
+
+@dataclass(frozen=True)
+class RoundTerms:
+    """A round as ``sum_g weight_g max_i(fixed_gi + up_g / U_i + down_g / D_i + wide_g / W)``.
+
+    Attributes
+    ----------
+    weight : ndarray
+        By phase, how often it happens.
+    fixed_s : ndarray
+        Compute time (s), shape (phases, devices).
+    up_bits, down_bits, wide_bits : ndarray
+        By phase, the bits by uplink, downlink and broadcast.
+    """
+
+    weight: Array
+    fixed_s: Array
+    up_bits: Array
+    down_bits: Array
+    wide_bits: Array
+
+    @classmethod
+    def of(cls, phases: Sequence[Phase], fleet: Fleet) -> "RoundTerms":
+        """Return the terms of phases that all devices share."""
+        silent = Rates(np.ones(1), np.ones(1), 1.0)
+
+        def bits(phase: Phase, where: Where) -> float:
+            return sum(stage.amount for stage in phase.stages if stage.where is where)
+
+        def compute(phase: Phase) -> Array:
+            total = np.zeros(fleet.num_devices)
+            for stage in phase.stages:
+                if stage.where in (Where.DEVICE, Where.SERVER):
+                    total = total + stage_seconds(stage, fleet, silent)
+            return total
+
+        return cls(
+            weight=np.array([float(phase.repeat) for phase in phases]),
+            fixed_s=np.array([compute(phase) for phase in phases]),
+            up_bits=np.array([bits(phase, Where.UPLINK) for phase in phases]),
+            down_bits=np.array([bits(phase, Where.DOWNLINK) for phase in phases]),
+            wide_bits=np.array([bits(phase, Where.BROADCAST) for phase in phases]),
+        )
+
+    def by_device(self, rates: Rates) -> Array:
+        """Return how long each phase takes each device (s), shape (phases, devices)."""
+        return (
+            self.fixed_s
+            + self.up_bits[:, None] / rates.uplink_bps
+            + self.down_bits[:, None] / rates.downlink_bps
+            + self.wide_bits[:, None] / rates.broadcast_bps
+        )
+
+    def seconds(self, rates: Rates) -> float:
+        """Return how long the round takes (s)."""
+        return float(self.weight @ self.by_device(rates).max(axis=1))
+
+    def chain_seconds(self, uplink_bps: Array, downlink_bps: Array) -> Array:
+        """Return each device's own time (s) in a round, broadcasts and waiting left out.
+
+        ``sum_g weight_g (fixed_gi + up_g / U_i + down_g / D_i)``, by device.
+        """
+        return np.asarray(
+            self.weight @ self.fixed_s
+            + (self.weight @ self.up_bits) / uplink_bps
+            + (self.weight @ self.down_bits) / downlink_bps
+        )
+
+    def deadlines(self, rates: Rates) -> list[Deadline]:
+        """Return the phases in which devices send, for power control."""
+        fixed = self.by_device(rates) - self.up_bits[:, None] / rates.uplink_bps
+        return [
+            Deadline(float(self.weight[g]), fixed[g], float(self.up_bits[g]))
+            for g in np.flatnonzero(self.up_bits > 0)
+        ]

@@ -1,0 +1,87 @@
+"""Finds the model that a command line names."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flsplit.errors import ConfigError
+from flsplit.vision import load_torchvision
+
+
+def load_model(name: str, classes: int | None = None) -> nn.Module:
+    """Return a new model.
+
+    Parameters
+    ----------
+    name : str
+        A torchvision model (``resnet18``), or ``module:function`` of a function that returns a
+        model; the module is also looked for in the working directory.
+    classes : int, optional
+        Passed on as ``num_classes``. Default: what the model defaults to.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such model, or the function fails or returns something else.
+    """
+    make = _function(name) if ":" in name else _torchvision(name)
+    options = {} if classes is None else {"num_classes": classes}
+    try:
+        model = make(**options)
+    except Exception as error:
+        raise ConfigError(
+            f"{name} could not be made with {options or 'no arguments'}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name} returned {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def input_shape(text: str) -> tuple[int, ...]:
+    """Return the shape of one sample that ``text``, such as ``3x64x64``, says.
+
+    Raises
+    ------
+    ConfigError
+        If it says something else.
+    """
+    sizes = text.split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ConfigError(f"input {text!r} is no shape of a sample, expected such as 3x64x64")
+    return tuple(int(size) for size in sizes)
+
+
+def _torchvision(name: str) -> Callable[..., Any]:
+    try:
+        models = load_torchvision().models
+    except ImportError as error:
+        raise ConfigError(
+            f"the model {name!r} comes from torchvision, which is not installed; for a model of "
+            "your own write module:function"
+        ) from error
+    try:
+        found: Callable[..., Any] = models.get_model_builder(name)
+    except ValueError as error:
+        raise ConfigError(
+            f"torchvision has no model {name!r}; for a model of your own write module:function"
+        ) from error
+    return found
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module_name, _, function = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"the model {name!r} can't be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{name} is not a function")
+    made: Callable[..., Any] = found
+    return made

@@ -1,0 +1,336 @@
+"""Transmit power: water-filling, and the powers that make the slowest device fastest."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+
+from flsplit.wireless.channel import Array
+
+Owned = NDArray[np.bool_]
+Subchannels = NDArray[np.int64]
+
+_GOLDEN = (5**0.5 - 1) / 2
+_NO_FLOOR_W = 1e300
+
+
+# ------------------------------------------------------------------------------------------------
+# Each device's power over its own subchannels. Arrays have a row for each device.
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A way to divide a device's power over its subchannels.
+
+    Both functions take signal to noise per watt (1/W), which of the subchannels a device owns, in
+    the same shape, and the budgets (W) by device.
+
+    Attributes
+    ----------
+    powers : callable
+        Returns powers (W), zero on what isn't owned.
+    bits : callable
+        Returns what they carry, in bit/s per Hz, by device: ``sum_k log2(1 + P_k a_k)``.
+    """
+
+    powers: Callable[[Array, Owned, Array], Array]
+    bits: Callable[[Array, Owned, Array], Array]
+
+
+def carried_bits(snr_per_watt: Array, power_w: Array) -> Array:
+    """Return what powers carry: ``sum_k log2(1 + P_k a_k)``.
+
+    Parameters
+    ----------
+    snr_per_watt : ndarray
+        a, signal to noise per watt, in 1/W.
+    power_w : ndarray
+        P, in W.
+
+    Returns
+    -------
+    ndarray
+        bit/s per Hz of one subchannel's bandwidth, by device.
+    """
+    return np.asarray(np.log2(1.0 + power_w * snr_per_watt).sum(axis=1))
+
+
+def even_powers(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
+    """Return powers (W): a device's budget (W) by the number of its subchannels."""
+    share = budget_w / np.maximum(owned.sum(axis=1), 1)
+    return np.where(owned, share[:, None], 0.0)
+
+
+def even_bits(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
+    """Return what `even_powers` (W) carry, in bit/s per Hz, by device."""
+    return carried_bits(snr_per_watt, even_powers(snr_per_watt, owned, budget_w))
+
+
+class Basin:
+    """The floors 1/a (W) that power is poured over, each device's from the lowest up.
+
+    Parameters
+    ----------
+    snr_per_watt : ndarray
+        a: signal to noise per watt (1/W), shape (devices, subchannels).
+    owned : ndarray of bool
+        Who owns what, in the same shape; each device something.
+    """
+
+    def __init__(self, snr_per_watt: Array, owned: Owned) -> None:
+        with np.errstate(divide="ignore"):
+            floor_w = np.where(owned, np.minimum(1.0 / snr_per_watt, _NO_FLOOR_W), np.inf)
+        self._order = np.argsort(floor_w, axis=1)
+        self._floor_w = np.take_along_axis(floor_w, self._order, axis=1)
+        self._logs = np.cumsum(np.log2(self._floor_w), axis=1)
+        self._counts = np.arange(1, owned.shape[1] + 1)
+
+    def pour(self, budget_w: Array) -> Array:
+        """Return the powers (W) that carry most with ``budget_w`` (W) in all: water-filling.
+
+        ``P_k = max(0, w - 1/a_k)``, with the level w (W) at which they add up to the budget.
+        """
+        levels_w = self._levels_of_budgets(budget_w)
+        return self._powers(np.take_along_axis(levels_w, self._last(levels_w), axis=1))
+
+    def bits(self, budget_w: Array) -> Array:
+        """Return what `pour` carries, in bit/s per Hz: ``sum_k log2(w a_k)`` where under water."""
+        levels_w = self._levels_of_budgets(budget_w)
+        last = self._last(levels_w)
+        level_w = np.take_along_axis(levels_w, last, axis=1)
+        logs = np.take_along_axis(self._logs, last, axis=1)
+        return np.asarray(((last + 1) * np.log2(level_w) - logs)[:, 0])
+
+    def carry(self, bits: Array) -> Array:
+        """Return the least powers (W) that carry ``bits`` (bit/s per Hz, by device).
+
+        The level w (W) is the one at which ``sum_k log2(max(1, w a_k))`` is ``bits``.
+        """
+        with np.errstate(over="ignore"):
+            levels_w = np.exp2((bits[:, None] + self._logs) / self._counts)
+        return self._powers(np.take_along_axis(levels_w, self._last(levels_w), axis=1))
+
+    def _levels_of_budgets(self, budget_w: Array) -> Array:
+        """Return the level (W) if a subchannel were the highest under water."""
+        sums_w = np.cumsum(self._floor_w, axis=1)
+        return np.asarray((budget_w[:, None] + sums_w) / self._counts)
+
+    def _last(self, levels_w: Array) -> Subchannels:
+        """Return the highest subchannel whose floor lies below its level; the lowest if none."""
+        wet = (levels_w > self._floor_w).sum(axis=1)  # they come first
+        return np.asarray(np.maximum(wet - 1, 0)[:, None])
+
+    def _powers(self, level_w: Array) -> Array:
+        powers = np.empty_like(self._floor_w)
+        depth_w = np.maximum(level_w - self._floor_w, 0.0)
+        np.put_along_axis(powers, self._order, depth_w, axis=1)
+        return powers
+
+
+def water_powers(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
+    """Return the powers (W) that carry most within budgets (W); see `Basin.pour`."""
+    return Basin(snr_per_watt, owned).pour(budget_w)
+
+
+def water_bits(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
+    """Return what `water_powers` (W) carry, in bit/s per Hz, by device."""
+    return Basin(snr_per_watt, owned).bits(budget_w)
+
+
+EVEN = Filling(even_powers, even_bits)
+"""The same power on all of a device's subchannels."""
+
+WATER = Filling(water_powers, water_bits)
+"""The powers that carry most."""
+
+
+def packed(owned: Owned) -> tuple[Subchannels, Owned]:
+    """Return each device's own subchannels, in rows as long as the longest, and which are real."""
+    most = int(owned.sum(axis=1).max())
+    own = np.argsort(~owned, axis=1, kind="stable")[:, :most]
+    return own, np.take_along_axis(owned, own, axis=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# All devices together
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A part of a round that ends when the last device has sent something.
+
+    It lasts ``max_i(fixed_i + bits / R_i)``, in s.
+
+    Attributes
+    ----------
+    weight : float
+        How often it happens in a round.
+    fixed_s : ndarray
+        Time (s) by device that power does not change.
+    bits : float
+        What each device sends, in bits.
+    """
+
+    weight: float
+    fixed_s: Array
+    bits: float
+
+    def seconds(self, rate_bps: Array) -> float:
+        """Return how long it lasts (s) at rates (bit/s)."""
+        return float((self.fixed_s + self.bits / rate_bps).max())
+
+    def needed_bps(self, seconds: float) -> Array:
+        """Return the rates (bit/s) at which it lasts no longer than ``seconds`` (s)."""
+        left = seconds - self.fixed_s
+        with np.errstate(divide="ignore"):
+            return np.where(left > 0, self.bits / left, np.inf)
+
+
+def scaled_budgets(budget_w: Array, total_w: float) -> Array:
+    """Return budgets (W), all reduced by one factor if together they exceed ``total_w`` (W)."""
+    return budget_w * min(1.0, total_w / float(budget_w.sum()))
+
+
+def control_power(
+    snr_per_watt: Array,
+    owned: Owned,
+    budget_w: Array,
+    total_w: float,
+    bandwidth_hz: float,
+    deadlines: Sequence[Deadline],
+) -> Array:
+    """Return the powers that make ``sum_g weight_g max_i(fixed_gi + bits_g / R_i)`` smallest.
+
+    A convex problem. Where the devices' own budgets keep to the total, each sends all it may.
+    Otherwise, the rate that a deadline needs, and with it the least power (water-filling), falls
+    as the deadline grows: a root of one variable is the shortest that all can meet. With two
+    deadlines the shortest first one is a convex function of the second, which golden section
+    minimises.
+
+    Parameters
+    ----------
+    snr_per_watt : ndarray
+        Signal to noise per watt (1/W), shape (devices, subchannels).
+    owned : ndarray of bool
+        Who owns what, in the same shape; each device something.
+    budget_w : ndarray
+        What each device may send, in W.
+    total_w : float
+        What all may send together, in W.
+    bandwidth_hz : float
+        Of a subchannel, in Hz.
+    deadlines : sequence of Deadline
+        At most two, with bits to send.
+
+    Returns
+    -------
+    ndarray
+        Powers (W), shape (devices, subchannels).
+    """
+    own, real = packed(owned)
+    basin = Basin(np.take_along_axis(snr_per_watt, own, axis=1), real)
+    powers = np.zeros_like(snr_per_watt)
+    found = _control(basin, budget_w, total_w, bandwidth_hz, deadlines)
+    np.put_along_axis(powers, own, found, axis=1)
+    return powers
+
+
+def _control(
+    basin: Basin,
+    budget_w: Array,
+    total_w: float,
+    bandwidth_hz: float,
+    deadlines: Sequence[Deadline],
+) -> Array:
+    scaled_w = scaled_budgets(budget_w, total_w)
+    if budget_w.sum() <= total_w or not deadlines:
+        return basin.pour(scaled_w)
+    search = _Search(
+        basin,
+        total_w,
+        bandwidth_hz,
+        greatest_bps=bandwidth_hz * basin.bits(budget_w),
+        scaled_bps=bandwidth_hz * basin.bits(scaled_w),
+    )
+    if len(deadlines) == 1:
+        return search.powers(search.needed(deadlines[0]))
+    assert len(deadlines) == 2, "no method of training has more"
+    return search.powers(search.needed_by_two(*deadlines))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Looks for the shortest deadlines that the powers allow.
+
+    ``greatest_bps`` are the rates with every device's whole budget, which the total forbids;
+    ``scaled_bps`` those with budgets scaled down to the total, which are possible.
+    """
+
+    basin: Basin
+    total_w: float
+    bandwidth_hz: float
+    greatest_bps: Array
+    scaled_bps: Array
+
+    def powers(self, rate_bps: Array) -> Array:
+        """Return the least powers (W) for rates (bit/s)."""
+        return self.basin.carry(rate_bps / self.bandwidth_hz)
+
+    def shortest(self, deadline: Deadline, at_least_bps: Array) -> float:
+        """Return the shortest time (s) of a deadline while rates are at least so (bit/s)."""
+
+        def excess(seconds: float) -> float:
+            """Return by how much (ratio, logarithmic) the total power is exceeded."""
+            rates = np.maximum(deadline.needed_bps(seconds), at_least_bps)
+            power = float(self.powers(np.minimum(rates, self.greatest_bps)).sum())
+            return float(np.log(power / self.total_w))
+
+        low = deadline.seconds(self.greatest_bps)
+        if excess(low) <= 0:
+            return low
+        high = deadline.seconds(self.scaled_bps)
+        while excess(high) > 0:  # at_least_bps leaves others less than scaled_bps, or rounding
+            high *= 2.0
+            if not np.isfinite(high):
+                return high
+        found = float(brentq(excess, low, high, xtol=1e-300, rtol=1e-14))
+        return found if excess(found) <= 0 else found * (1 + 1e-13)
+
+    def needed(self, deadline: Deadline) -> Array:
+        """Return the rates (bit/s) of the shortest deadline."""
+        nothing = np.zeros_like(self.greatest_bps)
+        needed = deadline.needed_bps(self.shortest(deadline, nothing))
+        return np.minimum(needed, self.greatest_bps)
+
+    def needed_by_two(self, first: Deadline, second: Deadline) -> Array:
+        """Return the rates (bit/s) that make two weighted deadlines together shortest."""
+
+        def shortest_first(seconds: float) -> float:
+            return self.shortest(first, second.needed_bps(seconds))
+
+        def total(seconds: float) -> float:
+            return first.weight * shortest_first(seconds) + second.weight * seconds
+
+        low = self.shortest(second, np.zeros_like(self.greatest_bps)) * (1 + 1e-12)
+        high = second.seconds(np.maximum(self.needed(first), 1e-300))
+        best = _golden_section(total, low, high) if high > low else low
+        both = np.maximum(first.needed_bps(shortest_first(best)), second.needed_bps(best))
+        return np.minimum(both, self.greatest_bps)
+
+
+def _golden_section(function: Callable[[float], float], low: float, high: float) -> float:
+    """Return where a convex function is least between two bounds."""
+    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+    at_left, at_right = function(left), function(right)
+    while high - low > 1e-6 * high:
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - _GOLDEN * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + _GOLDEN * (high - low)
+            at_right = function(right)
+    return high

@@ -1,0 +1,98 @@
+"""What there is to plan: a fleet, a model, a method, and the cuts that devices have memory for."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from flsplit.cut import CutError
+from flsplit.wireless.fleet import Fleet
+from flsplit.wireless.profile import ModelProfile, Place
+from flsplit.wireless.rounds import Method, Phase, Training, Work
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A place where a model can't be cut, because devices lack memory.
+
+    Attributes
+    ----------
+    place : Place
+        The place.
+    devices : tuple of str
+        Who lacks memory.
+    needed_bytes : int
+        What training would take.
+    """
+
+    place: Place
+    devices: tuple[str, ...]
+    needed_bytes: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A fleet, a model and a method of training.
+
+    Attributes
+    ----------
+    fleet : Fleet
+        Devices, server, network.
+    profile : ModelProfile
+        The model.
+    method : Method
+        What a round consists of.
+    training : Training
+        Batch size and steps.
+    """
+
+    fleet: Fleet
+    profile: ModelProfile
+    method: Method
+    training: Training
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether there are subchannels and powers to choose."""
+        return self.fleet.radio is not None and not self.method.in_turn
+
+    @property
+    def all_places(self) -> tuple[Place, ...]:
+        """Where the method could cut: the model's end if devices train all of it."""
+        return (self.profile.end,) if self.method.whole_model else self.profile.places
+
+    @cached_property
+    def excluded(self) -> tuple[Excluded, ...]:
+        """Places that exceed some device's memory."""
+        found = []
+        for place in self.all_places:
+            needed = place.client_memory_bytes(
+                self.training.batch_size, self.training.optimizer_slots
+            )
+            short = tuple(d.name for d in self.fleet.devices if d.memory_bytes < needed)
+            if short:
+                found.append(Excluded(place, short, needed))
+        return tuple(found)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Places that every device has the memory for.
+
+        Raises
+        ------
+        CutError
+            If there is none.
+        """
+        out = {one.place.cut: one for one in self.excluded}
+        places = tuple(place for place in self.all_places if place.cut not in out)
+        if not places:
+            least = min(out.values(), key=lambda one: one.needed_bytes)
+            raise CutError(
+                f"no cut of {self.profile.model} fits into the devices' memory: even "
+                f"{least.place.cut!r} needs {least.needed_bytes / 1e6:.1f} MB, more than "
+                f"{', '.join(least.devices[:5])} {'has' if len(least.devices) == 1 else 'have'}"
+            )
+        return places
+
+    def phases(self, place: Place) -> tuple[Phase, ...]:
+        """Return what a round consists of if the model is cut at a place."""
+        work = Work(self.profile, place, self.fleet.num_devices, self.training)
+        return self.method.phases(work)

@@ -1,0 +1,111 @@
+"""Rounds of the tiny model on two linked devices, worked out by hand."""
+
+import pytest
+
+from flsplit.errors import ConfigError
+from flsplit.wireless import (
+    EPSL,
+    FSLSAGE,
+    PSL,
+    FedAvg,
+    Problem,
+    SequentialSL,
+    SplitFed,
+    Training,
+    method_of,
+    round_seconds,
+    stage_breakdown,
+)
+from flsplit.wireless.latency import SERVER, RoundTerms, spans
+from flsplit.wireless.rates import link_rates
+from flsplit.wireless.rounds import METHODS, aggregated_rows
+
+# 4 samples, cut after "first": F_c = 100, B_c = 200, F_s = 300, B_s = 600, B_l = 100 FLOPs and
+# 128 bits per sample; client segments of 320 bits, models of 1600 bits.
+UP = 4 + 8  # device 0: 400 FLOPs at 100 FLOP/s, 512 bits at 64 bit/s
+SERVER_FORWARD = 2.4  # 8 rows of 300 FLOPs at 1000 FLOP/s
+BY_HAND = {
+    # backward 8 * 100 + (2 + 2 * 2) * 500 = 3800 FLOPs; 2 rows broadcast at 128 bit/s, 2 unicast
+    "epsl": (EPSL(0.5), 1, UP + SERVER_FORWARD + 3.8 + 2 + (2 + 8)),
+    "psl": (PSL(), 1, UP + SERVER_FORWARD + 4.8 + 0 + (4 + 8)),
+    # phi = 1: backward 8 * 100 + 4 * 500 = 2800 FLOPs, 4 rows broadcast, nothing unicast
+    "epsl, phi 1": (EPSL(1.0), 1, UP + SERVER_FORWARD + 2.8 + 4 + 8),
+    "psl, 3 steps": (PSL(), 3, 3 * 31.2),
+    # and 320 bits up at 64 bit/s, broadcast at 128 bit/s
+    "splitfed": (SplitFed(), 1, 31.2 + 5 + 2.5),
+    "splitfed, 3 steps": (SplitFed(2), 3, 3 * 31.2 + 5 + 2.5),
+    # turns of 4 + 8 + 1.2 + 2.4 + 4 + 8 and of 2 + 4 + 1.2 + 2.4 + 2 + 4, hand-overs
+    "sequential": (SequentialSL(), 1, 27.6 + 15.6 + (5 + 2.5) + (2.5 + 1.25)),
+    # 1600 and 3200 FLOPs at 100 FLOP/s, 1600 bits at 64 bit/s, broadcast at 128 bit/s
+    "fedavg": (FedAvg(), 1, 16 + 32 + 25 + 12.5),
+    # 5 steps of 4 * (100 + 450 + 200) FLOPs, one upload; the server trains on 8 rows; half of
+    # 2 * 10 * (300 + 600 + 2 * 450) FLOPs; half of 8 parameters; 320 bits up and broadcast
+    "fsl-sage": (
+        FSLSAGE(upload_interval=5, align_interval=2, align_epochs=1, buffer_rows=10),
+        5,
+        (150 + 8) + SERVER_FORWARD + 4.8 + 18 + 1 + 5 + 2.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_rounds_by_hand(name, tiny_profile, linked_fleet):
+    method, steps, seconds = BY_HAND[name]
+    problem = Problem(linked_fleet, tiny_profile, method, Training(batch_size=4, steps=steps))
+    phases, rates = problem.phases(tiny_profile.places[0]), link_rates(linked_fleet)
+    assert round_seconds(phases, linked_fleet, rates) == pytest.approx(seconds)
+    breakdown = stage_breakdown(phases, linked_fleet, rates)
+    assert sum(breakdown.values()) == pytest.approx(seconds)
+    found = spans(phases, linked_fleet, rates)
+    assert max(span.end_s for span in found) == pytest.approx(seconds)
+    if not method.in_turn:
+        assert RoundTerms.of(phases, linked_fleet).seconds(rates) == pytest.approx(seconds)
+
+
+def test_stages_by_hand(tiny_profile, linked_fleet):
+    problem = Problem(linked_fleet, tiny_profile, EPSL(0.5), Training(batch_size=4))
+    phases = problem.phases(tiny_profile.places[0])
+    assert stage_breakdown(phases, linked_fleet, link_rates(linked_fleet)) == pytest.approx(
+        {
+            "client forward": 4.0,
+            "uplink": 8.0,
+            "server forward": 2.4,
+            "server backward": 3.8,
+            "broadcast": 2.0,
+            "unicast": 2.0,
+            "client backward": 8.0,
+        }
+    )
+
+
+def test_who_does_what_when(tiny_profile, linked_fleet):
+    problem = Problem(linked_fleet, tiny_profile, PSL(), Training(batch_size=4))
+    phases = problem.phases(tiny_profile.places[0])
+    found = spans(phases, linked_fleet, link_rates(linked_fleet))
+    times = {(span.actor, span.stage): (span.start_s, span.end_s) for span in found}
+    assert times["1", "uplink"] == pytest.approx((2.0, 6.0))
+    assert times[SERVER, "server forward"] == pytest.approx((12.0, 14.4))
+    assert times["1", "client backward"] == pytest.approx((21.2, 25.2))
+
+
+@pytest.mark.parametrize(
+    ("phi", "rows", "expected"), [(0.0, 64, 0), (0.5, 63, 32), (0.1, 30, 3), (1.0, 64, 64)]
+)
+def test_aggregated_rows(phi, rows, expected):
+    assert aggregated_rows(phi, rows) == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_by_name(name):
+    assert method_of(name).name == name
+
+
+def test_what_is_no_method_is_refused():
+    with pytest.raises(ConfigError, match="no latency model for 'gapsl'"):
+        method_of("gapsl")
+    with pytest.raises(ConfigError, match="psl has no phi"):
+        method_of("psl", 0.5)
+    with pytest.raises(ConfigError, match="phi is 2, expected a number from 0 to 1"):
+        method_of("epsl", 2.0)
+    with pytest.raises(ConfigError, match="batch_size is 0, expected at least 1"):
+        Training(batch_size=0)

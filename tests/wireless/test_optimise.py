@@ -1,0 +1,94 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from flsplit.cut import CutError
+from flsplit.wireless import (
+    EPSL,
+    PSL,
+    FedAvg,
+    Freedom,
+    Problem,
+    SequentialSL,
+    SplitFed,
+    Training,
+    optimise,
+    round_seconds,
+)
+
+ABLATIONS = [
+    Freedom(subchannels=False),
+    Freedom(power=False),
+    Freedom(subchannels=False, power=False),
+    Freedom(cut="layer2.0"),
+    Freedom(subchannels=False, power=False, cut="layer1.0"),
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_descent_never_goes_up_and_beats_every_ablation(seed, drawn_fleet, resnet18):
+    """apps/planning/check.py does the same for 100 fleets and every fixed cut."""
+    devices = int(np.random.default_rng(seed).integers(5, 10))
+    fleet = drawn_fleet(devices, seed, total_power_w=5.0 if seed % 2 else 1e9)
+    method = (EPSL(0.5), PSL(), SplitFed())[seed % 3]
+    problem = Problem(fleet, resnet18, method, Training())
+    solution = optimise(problem)
+    assert all(after <= before for before, after in pairwise(solution.history))
+    assert solution.history[-1] == solution.seconds
+    phases = problem.phases(solution.place)
+    assert round_seconds(phases, fleet, solution.rates) == pytest.approx(solution.seconds)
+    for freedom in ABLATIONS:
+        assert solution.seconds <= optimise(problem, freedom, seed).seconds * (1 + 1e-6)
+
+
+def test_a_solution_keeps_to_all_limits(drawn_fleet, resnet18):
+    fleet = drawn_fleet(6, 0)
+    solution = optimise(Problem(fleet, resnet18, EPSL(0.5), Training()))
+    powers = solution.allocation.device_power_w(6)
+    assert (powers <= fleet.power_w * (1 + 1e-9)).all()
+    assert powers.sum() <= fleet.radio.total_power_w * (1 + 1e-9)
+    assert set(solution.allocation.owner) == set(range(6))
+
+
+@pytest.mark.parametrize("method", [PSL(), SequentialSL()])
+def test_the_cut_is_enumerated_where_nothing_else_is_chosen(method, linked_fleet, tiny_profile):
+    problem = Problem(linked_fleet, tiny_profile, method, Training(batch_size=4))
+    solution = optimise(problem)
+    by_cut = {
+        place.cut: round_seconds(problem.phases(place), linked_fleet, solution.rates)
+        for place in tiny_profile.places
+    }
+    assert solution.allocation is None
+    assert solution.seconds == min(by_cut.values()) == by_cut[solution.place.cut]
+
+
+def test_whole_models_are_not_cut(drawn_fleet, resnet18):
+    solution = optimise(Problem(drawn_fleet(5, 0), resnet18, FedAvg(), Training()))
+    assert solution.place is resnet18.end
+
+
+def test_cuts_that_exceed_a_device_s_memory(drawn_fleet, resnet18):
+    fleet = drawn_fleet(5, 0)
+    small = replace(fleet.devices[2], memory_bytes=70e6)
+    fleet = replace(fleet, devices=(*fleet.devices[:2], small, *fleet.devices[3:]))
+    problem = Problem(fleet, resnet18, PSL(), Training())
+    # 64 samples keep 45.1 MB up to maxpool and 66.2 MB up to layer1.0, besides 0.7 MB of segment
+    assert [place.cut for place in problem.places] == [
+        "conv1",
+        "bn1",
+        "relu",
+        "maxpool",
+        "layer1.0",
+    ]
+    assert {one.devices for one in problem.excluded} == {("2",)}
+    assert optimise(problem).place in problem.places
+    with pytest.raises(CutError, match=r"'layer2.0' exceeds a device's memory"):
+        optimise(problem, Freedom(cut="layer2.0"))
+    with pytest.raises(CutError, match="can't be cut after 'layer9'"):
+        optimise(problem, Freedom(cut="layer9"))
+    tiny = replace(small, memory_bytes=1e6)
+    fleet = replace(fleet, devices=(tiny, *fleet.devices[3:]))
+    with pytest.raises(CutError, match=r"no cut of resnet18 fits .* 'conv1' needs .* than 2 has"):
+        optimise(Problem(fleet, resnet18, PSL(), Training()))
