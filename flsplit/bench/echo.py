@@ -1,0 +1,113 @@
+"""The app that measures exchanges: clients send back what they get."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from flsplit.bench.figures import BenchError
+from flsplit.carry.session import SessionGrid
+from flsplit.carry.session.host import serve_session
+
+ECHO = "train.echo"
+WARM_UP = 1  # exchanges of Flower's messages that are not counted
+SESSION_WARM_UP = 20
+
+CONFIG: UserConfig = {"carrier": "session", "clients": 2, "floats": 1, "steps": 1, "output": ""}
+
+_CONNECT_SECONDS = 120.0
+
+
+def client_app() -> ClientApp:
+    """Return an ordinary ClientApp with one handler, which can also be reached over a session."""
+    app = ClientApp()
+
+    @app.train("echo")
+    def echo(message: Message, context: Context) -> Message:
+        payload = message.content.array_records["payload"]
+        return Message(RecordDict({"payload": payload}), reply_to=message)
+
+    @app.query("process")
+    def process(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"me": ConfigRecord({"pid": os.getpid()})}), reply_to=message)
+
+    @app.train("session")
+    def session(message: Message, context: Context) -> Message:
+        return serve_session(app, message, context)
+
+    return app
+
+
+def server_app() -> ServerApp:
+    """Return the ServerApp that measures."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config: Any = context.run_config
+        wait_for_nodes(grid, config["clients"])
+        with _carrier(grid, config["carrier"]) as (carrier, warm_up):
+            nodes = wait_for_nodes(carrier, config["clients"])
+            payload = bytes(4 * config["floats"])
+            seconds = [exchange(carrier, nodes, payload) for _ in range(warm_up + config["steps"])]
+            # Over Flower's messages this would cost another exchange, and actors vary.
+            hosts = count_hosts(carrier, nodes) if carrier is not grid else 0
+        measured = {"seconds": seconds[warm_up:], "hosts": hosts}
+        Path(config["output"]).write_text(json.dumps(measured))
+
+    return app
+
+
+@contextmanager
+def _carrier(grid: Grid, name: str) -> Iterator[tuple[Grid, int]]:
+    if name == "flower":
+        yield grid, WARM_UP
+    else:
+        with SessionGrid(grid) as session:
+            yield session, SESSION_WARM_UP
+
+
+def wait_for_nodes(grid: Grid, count: int) -> list[int]:
+    """Return the nodes once there are as many as expected."""
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while len(nodes := sorted(grid.get_node_ids())) < count:
+        if time.monotonic() > deadline:
+            raise BenchError(f"{len(nodes)} of {count} clients came in {_CONNECT_SECONDS:g} s")
+        time.sleep(0.1)
+    return nodes
+
+
+def count_hosts(grid: Grid, nodes: list[int]) -> int:
+    """Return how many processes serve the nodes."""
+    asked = [Message(RecordDict(), node, "query.process") for node in nodes]
+    replies = grid.send_and_receive(asked)
+    return len({one.content.config_records["me"]["pid"] for one in replies if one.has_content()})
+
+
+def exchange(grid: Grid, nodes: list[int], payload: bytes) -> float:
+    """Send the payload to all nodes and get it back; return the seconds that this took."""
+    started = time.perf_counter()
+    messages = [Message(_content(payload), node, ECHO) for node in nodes]
+    replies = list(grid.send_and_receive(messages))
+    seconds = time.perf_counter() - started
+    good = [one for one in replies if one.has_content() and _payload(one) == payload]
+    if len(good) != len(nodes):
+        errors = [one.error.reason for one in replies if one.has_error()]
+        raise BenchError(f"{len(good)} of {len(nodes)} clients echoed: {errors}")
+    return seconds
+
+
+def _content(payload: bytes) -> RecordDict:
+    array = Array("float32", (len(payload) // 4,), "flsplit.raw", payload)
+    return RecordDict({"payload": ArrayRecord({"0": array})})
+
+
+def _payload(message: Message) -> bytes:
+    return message.content.array_records["payload"]["0"].data

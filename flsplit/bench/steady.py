@@ -1,0 +1,101 @@
+"""``flsplit bench steady``: whether memory and time stay the same over many steps and clients."""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from flsplit.bench import training, workload
+from flsplit.bench.figures import machine
+from flsplit.bench.train import run_training
+from flsplit.processes import simulation
+
+_SECONDS_PER_CLIENT_AND_STEP = 0.1  # far more than it takes
+_MIB = 2**20
+
+Curve = list[tuple[int, int]]
+"""Steps done, and bytes of memory."""
+
+
+@dataclass(frozen=True)
+class Steady:
+    """What a long run took.
+
+    Attributes
+    ----------
+    clients : int
+        Simulated clients.
+    seconds : list of float
+        The seconds per step.
+    memory : dict of str to list
+        The memory of the server and of each host over the steps.
+    """
+
+    clients: int
+    seconds: list[float]
+    memory: dict[str, Curve]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures for the JSON file."""
+        return {
+            "clients": self.clients,
+            "steps": len(self.seconds),
+            "median_s": statistics.median(self.seconds),
+            "memory": self.memory,
+            "machine": machine(),
+        }
+
+
+def measure_steady(clients: int, steps: int, say: Callable[[str], object]) -> Steady:
+    """Simulate many steps with the quickstart's network and note the memory on the way."""
+    with tempfile.TemporaryDirectory(prefix="flsplit-bench-") as temporary:
+        folder = Path(temporary)
+        (folder / "memory").mkdir()
+        config = {
+            "clients": clients,
+            "steps": steps,
+            "workload": workload.QUICKSTART,
+            "memory-dir": str(folder / "memory"),
+        }
+        timeout = 300 + clients * steps * _SECONDS_PER_CLIENT_AND_STEP
+        with simulation(folder / "flower") as flower:
+            say(f"{steps} steps of {clients} simulated clients")
+            measured = run_training(
+                folder,
+                config,
+                lambda app, config: flower.run_app(app, clients, config, timeout=timeout),
+            )
+        memory = {"server": [(step, size) for step, size in measured["memory"]]}
+        for number, path in enumerate(sorted((folder / "memory").iterdir())):
+            memory[f"host {number}"] = last_of_each_step(path.read_text())
+    return Steady(clients, measured["seconds"], memory)
+
+
+def last_of_each_step(text: str) -> Curve:
+    """Return a host's curve; each of its clients has written a line per hundred steps."""
+    pairs = [line.split() for line in text.splitlines()]
+    return sorted({int(step): int(size) for step, size in pairs}.items())
+
+
+def memory_table(measured: Steady) -> Table:
+    """Return the memory at some points of the run."""
+    marks = (0, training.MEMORY_EVERY, len(measured.seconds) // 2, len(measured.seconds))
+    median = statistics.median(measured.seconds)
+    table = Table(
+        title=f"Memory in MiB, {measured.clients} clients; {median * 1000:.1f} ms per step, "
+        f"{median * 1000 / measured.clients:.2f} ms per step and client"
+    )
+    table.add_column("process")
+    for mark in marks:
+        table.add_column(f"step {mark}", justify="right")
+    for name, curve in measured.memory.items():
+        table.add_row(name, *(f"{_at(curve, mark) / _MIB:.1f}" for mark in marks))
+    return table
+
+
+def _at(curve: Curve, step: int) -> int:
+    return [size for done, size in curve if done <= step][-1]

@@ -1,0 +1,137 @@
+"""The app that measures training: an ordinary split ClientApp, and PSL on the server."""
+
+import itertools
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.serverapp import Grid, ServerApp
+
+from flsplit.app import client_app as split_client_app
+from flsplit.bench import workload
+from flsplit.carry.session import SessionSettings
+from flsplit.message.types import STEP
+from flsplit.server.rules import GradientRule
+from flsplit.server.step import StepContext, StepResult
+
+WARM_UP = 5  # steps that are not counted
+MEMORY_EVERY = 100  # steps
+
+CONFIG: UserConfig = {
+    "workload": workload.IMAGES,
+    "strategy": "psl",
+    "steps": 1,
+    "rounds": 1,
+    "clients": 1,
+    "carrier": "session",
+    "max-hosts": 0,
+    "output": "",
+    "memory-dir": "",
+    "torch-threads": 1,
+}
+
+
+def client_app() -> ClientApp:
+    """Return the ClientApp."""
+    return split_client_app(
+        model=workload.build_model,
+        cut=workload.CUT,
+        data=workload.load_partition,
+        optimizer=torch.optim.Adam,
+        mods=[write_memory],
+    )
+
+
+def server_app() -> ServerApp:
+    """Return the ServerApp; it writes what the steps took to the file ``output``."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config: Any = context.run_config
+        torch.set_num_threads(1)
+        watch = train(grid, config)
+        measured = {"seconds": watch.seconds(), "memory": watch.memory}
+        Path(config["output"]).write_text(json.dumps(measured))
+
+    return app
+
+
+class Stopwatch(GradientRule):
+    """A gradient rule that changes nothing and notes when each step has come so far."""
+
+    def __init__(self, *, memory: bool = False) -> None:
+        self._memory = memory
+        self._times: list[float] = []
+        self.memory: list[tuple[int, int]] = []
+        """Steps done, and this process's memory in bytes."""
+
+    def __call__(self, context: StepContext, result: StepResult) -> StepResult:
+        """Note the time."""
+        if self._memory and len(self._times) % MEMORY_EVERY == 0:
+            self.memory.append((len(self._times), resident_bytes()))
+        self._times.append(time.perf_counter())
+        return result
+
+    def seconds(self) -> list[float]:
+        """Return the seconds from step to step, without the warm-up."""
+        times = self._times[WARM_UP - 1 :]
+        return [after - before for before, after in itertools.pairwise(times)]
+
+
+def train(grid: Grid, config: Mapping[str, Any]) -> Stopwatch:
+    """Train as the run config says, and return when the steps were done."""
+    watch = Stopwatch(memory=bool(config["memory-dir"]))
+    torch.manual_seed(0)
+    model = workload.network(config["workload"])
+    # By name, as an app picks one from its run config: nothing in flsplit imports a strategy.
+    [found] = entry_points(group="flsplit.strategies", name=config["strategy"])
+    strategy = found.load()(
+        model=model,
+        cut=workload.CUT,
+        server_lr=workload.LR,
+        server_optimizer=torch.optim.Adam,
+        batch_size=workload.BATCH_SIZE,
+        local_steps=config["steps"] + WARM_UP,
+        drop_last=True,
+        fraction_evaluate=0.0,
+        min_available_nodes=config["clients"],
+        min_train_nodes=config["clients"],
+        device="cpu",
+        rules=[watch],
+        carrier=config["carrier"],
+        session=SessionSettings(max_hosts=config["max-hosts"]),
+    )
+    strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=config["rounds"])
+    return watch
+
+
+def write_memory(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Let a host write its memory to a file every hundred steps, where the run config says so."""
+    reply = call_next(message, context)
+    folder = context.run_config["memory-dir"]
+    if folder and message.metadata.message_type == STEP:
+        step: Any = message.content.config_records["step"]["step"]
+        if step % MEMORY_EVERY == 0:
+            with (Path(str(folder)) / f"host-{os.getpid()}").open("a") as file:
+                file.write(f"{step} {resident_bytes()}\n")
+    return reply
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process takes; where that can't be told, the most it took."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,139 @@
+"""The command line: ``flsplit profile``, ``flsplit plan``, ``flsplit bench …``."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flsplit.bench.cli import bench
+from flsplit.errors import FlsplitError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Split learning for Flower: where to cut a model, and what a round costs.",
+)
+app.add_typer(bench, name="bench")
+
+
+@app.callback()
+def _group() -> None:
+    """Keep commands named, also if there were only one."""
+
+
+Model = Annotated[
+    str, typer.Argument(help="A torchvision model (resnet18) or module:function of your own.")
+]
+Classes = Annotated[
+    int | None, typer.Option(min=1, help="Number of classes, passed on as num_classes.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Picture = Annotated[Path | None, typer.Option(help="Also draw a picture there (.png, .svg, .pdf).")]
+
+
+@app.command()
+def profile(
+    model: Model,
+    classes: Classes = None,
+    shape: Annotated[str, typer.Option("--input", help="Shape of one sample.")] = "3x224x224",
+    every: Annotated[
+        bool, typer.Option("--all", help="Show each place, also those that differ in nothing.")
+    ] = False,
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Also measure the model on this machine.")
+    ] = False,
+    as_json: AsJson = False,
+    picture: Picture = None,
+) -> None:
+    """Show what every cut of MODEL means for a client: parameters, FLOPs, smashed data, memory."""
+    from flsplit.wireless.measure import effective_flops, measure
+    from flsplit.wireless.models import input_shape, load_model
+    from flsplit.wireless.profile import profile_model
+    from flsplit.wireless.profile_table import format_profile, profile_to_json
+
+    with _errors():
+        network = load_model(model, classes)
+        found = profile_model(network, input_shape(shape), model)
+        rows = found.rows(every)
+        times = measure(network, found) if measured else None
+        if as_json:
+            print(json.dumps(profile_to_json(rows, times), indent=2))
+        else:
+            print(format_profile(rows, times))
+        if times is not None and not as_json:
+            speed = effective_flops(found, times)
+            print(f'\nfor a fleet file: compute = "{speed / 1e9:.2f} GFLOP/s"')
+        if picture is not None:
+            from flsplit.wireless.pictures import draw_profile
+
+            _drawn(draw_profile(found, picture), as_json)
+
+
+@app.command()
+def plan(
+    fleet: Annotated[Path, typer.Argument(help="A TOML file that describes the fleet.")],
+    model: Annotated[
+        str, typer.Option(help="A torchvision model (resnet18) or module:function of your own.")
+    ],
+    classes: Classes = None,
+    shape: Annotated[str, typer.Option("--input", help="Shape of one sample.")] = "3x224x224",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="psl, epsl, splitfed-v1, splitfed-v2, sequential-sl, fsl-sage or fedavg."
+        ),
+    ] = "epsl",
+    phi: Annotated[
+        float | None, typer.Option(help="EPSL's share of aggregated rows, 0 to 1 (0.5).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per device and mini-batch.")] = 64,
+    steps: Annotated[int, typer.Option(help="Mini-batches per device and round.")] = 1,
+    optimizer_slots: Annotated[
+        int,
+        typer.Option(help="Numbers an optimizer keeps per parameter: SGD 0, momentum 1, Adam 2."),
+    ] = 0,
+    as_json: AsJson = False,
+    picture: Picture = None,
+) -> None:
+    """Choose cut, subchannels and powers for FLEET, so that a round is as short as possible."""
+    from flsplit.wireless.fleet_file import load_fleet
+    from flsplit.wireless.models import input_shape, load_model
+    from flsplit.wireless.plan import format_plan, make_plan, plan_to_json
+    from flsplit.wireless.problem import Problem
+    from flsplit.wireless.profile import profile_model
+    from flsplit.wireless.rounds import Training, method_of
+
+    with _errors():
+        method = method_of(strategy, phi)
+        training = Training(batch_size=batch_size, steps=steps, optimizer_slots=optimizer_slots)
+        devices = load_fleet(fleet)
+        found = profile_model(load_model(model, classes), input_shape(shape), model)
+        made = make_plan(Problem(devices, found, method, training))
+        print(json.dumps(plan_to_json(made), indent=2) if as_json else format_plan(made))
+        if picture is not None:
+            from flsplit.wireless.pictures import draw_round
+
+            _drawn(draw_round(made, picture), as_json)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Say what is wrong in one line, and exit with 1."""
+    try:
+        yield
+    except FlsplitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _drawn(path: Path, quietly: bool) -> None:
+    print(f"drawn: {path}", file=sys.stderr if quietly else sys.stdout)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,41 @@
+"""Starting Flower: SuperLinks, SuperNodes, simulations and runs as processes that end for sure.
+
+Everything runs with a Flower home, ports and certificates of its own, and is stopped when the
+context is left, or the starter dies.
+
+    with simulation(folder) as flower:
+        finished = flower.run_app(app_dir, num_supernodes=10, run_config={"num-server-rounds": 2})
+    assert finished.completed, finished.log
+
+    with deployment(folder, num_supernodes=2) as flower:
+        run = flower.start_app(app_dir)
+        run.wait_for_log("Round 1")
+        flower.supernodes[0].kill_client_app()
+        assert run.finish(timeout=120).completed
+"""
+
+from flsplit.processes.deployment import Deployment, SuperNode, deployment
+from flsplit.processes.home import FlowerHome
+from flsplit.processes.process import FlowerProcess
+from flsplit.processes.run import FinishedRun, Run
+from flsplit.processes.simulation import Simulation, run_app, simulation, simulation_config
+from flsplit.processes.tree import ProcessTree
+from flsplit.processes.waiting import free_ports, wait_until, without_colours
+
+__all__ = [
+    "Deployment",
+    "FinishedRun",
+    "FlowerHome",
+    "FlowerProcess",
+    "ProcessTree",
+    "Run",
+    "Simulation",
+    "SuperNode",
+    "deployment",
+    "free_ports",
+    "run_app",
+    "simulation",
+    "simulation_config",
+    "wait_until",
+    "without_colours",
+]

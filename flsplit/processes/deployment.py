@@ -1,0 +1,200 @@
+"""Deployments: a SuperLink and SuperNodes as processes, with TLS and authentication."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flsplit.processes.certificates import make_certificates, make_node_key
+from flsplit.processes.home import FlowerHome, RunConfig
+from flsplit.processes.process import FlowerProcess
+from flsplit.processes.run import FinishedRun, Run
+from flsplit.processes.waiting import RUN_TIMEOUT, free_ports, wait_until
+
+
+@dataclass
+class SuperNode:
+    """A SuperNode, the ClientApp processes that it starts, and how to disturb them."""
+
+    name: str
+    home: FlowerHome
+    command: list[str]
+    env: dict[str, str]
+    node_id: int = 0
+    process: FlowerProcess = field(init=False, repr=False)
+    _killed: bool = field(default=False, init=False, repr=False)
+
+    def start(self, wait: bool = True) -> None:
+        """Start the process; unless told otherwise, wait until the SuperLink has taken it in."""
+        self.process = self.home.start(self.name, self.command, self.env)
+        if wait:
+            self.wait_online()
+
+    def wait_online(self, timeout: float = 120.0) -> None:
+        """Wait until the SuperLink has taken it in.
+
+        After a kill the SuperLink refuses the same key until it has noticed, which takes as long as
+        a heartbeat lasts: up to 60 s. Until then the process ends, and is started again.
+        """
+
+        def ask() -> bool:
+            try:
+                online = self.process.wait_for_log(r"SuperNode ID: (\d+)", timeout)
+            except RuntimeError as error:
+                if not self._killed or "Failed to activate SuperNode" not in str(error):
+                    raise
+                self.start(wait=False)
+                return False
+            self.node_id = int(online[1])
+            self._killed = False
+            return True
+
+        wait_until(ask, f"{self.name} to be taken in by the SuperLink", timeout, poll=1.0)
+
+    def client_apps(self) -> list[int]:
+        """Return the ids of its living ClientApp processes."""
+        return self.process.tree.find("flwr-clientapp")
+
+    def wait_for_client_app(self, timeout: float = 60.0) -> int:
+        """Wait until it has a living ClientApp process, and return that one's id."""
+        return wait_until(self.client_apps, f"a ClientApp of {self.name}", timeout)[0]
+
+    def kill_client_app(self, timeout: float = 60.0) -> int:
+        """End its ClientApp process with ``SIGKILL``, waiting for it if need be; return the id."""
+        pid = self.wait_for_client_app(timeout)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: pid not in self.client_apps(), f"the end of {pid}", 10)
+        return pid
+
+    def pause_client_app(self, timeout: float = 60.0) -> int:
+        """Halt its ClientApp process (``SIGSTOP``); return the id, for ``SIGCONT``."""
+        pid = self.wait_for_client_app(timeout)
+        os.kill(pid, signal.SIGSTOP)
+        return pid
+
+    def kill(self) -> None:
+        """End it and its ClientApps at once."""
+        self.process.kill()
+        self._killed = True
+
+    def stop(self) -> None:
+        """End it as ``SIGTERM`` does."""
+        self.process.stop()
+
+    def pause(self) -> None:
+        """Halt it and its ClientApps."""
+        self.process.pause()
+
+    def resume(self) -> None:
+        """Let it and its ClientApps go on."""
+        self.process.resume()
+
+    def restart(self) -> None:
+        """Stop it, start it anew, and wait until it is back; after :meth:`kill`, use `start`."""
+        self.stop()
+        self.start()
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A SuperLink and its SuperNodes."""
+
+    home: FlowerHome
+    superlink: FlowerProcess
+    supernodes: list[SuperNode]
+
+    def start_app(
+        self,
+        app_dir: Path,
+        run_config: RunConfig | None = None,
+        echo: Callable[[str], object] | None = None,
+    ) -> Run:
+        """Start an app and return the run that is under way."""
+        return self.home.start_run(app_dir, run_config or {}, echo=echo)
+
+    def run_app(
+        self,
+        app_dir: Path,
+        run_config: RunConfig | None = None,
+        timeout: float = RUN_TIMEOUT,
+    ) -> FinishedRun:
+        """Run an app to its end."""
+        return self.start_app(app_dir, run_config).finish(timeout)
+
+
+@contextmanager
+def deployment(
+    path: Path,
+    num_supernodes: int = 2,
+    tls: bool = True,
+    auth: bool = True,
+    node_configs: Sequence[Mapping[str, Any]] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Deployment]:
+    """Start a SuperLink and SuperNodes as processes, and wait until all are connected.
+
+    Parameters
+    ----------
+    path : Path
+        Where their homes, keys and logs lie.
+    num_supernodes : int
+        How many SuperNodes.
+    tls : bool
+        Whether the SuperLink has a certificate, for 127.0.0.1, from an authority made for it.
+    auth : bool
+        Whether SuperNodes show a key that was registered; needs `tls`.
+    node_configs : sequence of mappings, optional
+        The node config of each; ``partition-id`` and ``num-partitions`` by default.
+    env : mapping, optional
+        More environment variables for all processes.
+    """
+    if auth and not tls:
+        raise ValueError("SuperNode authentication needs TLS: auth=True with tls=False")
+    if node_configs is None:
+        node_configs = [
+            {"partition-id": i, "num-partitions": num_supernodes} for i in range(num_supernodes)
+        ]
+    if len(node_configs) != num_supernodes:
+        raise ValueError(
+            f"{num_supernodes} SuperNodes need as many node configs, got {node_configs}"
+        )
+
+    with FlowerHome(path / "flwr-home", env) as home:
+        authority = None
+        if tls:
+            authority, certificate, key = make_certificates(path / "certificates")
+            options = ["--ssl-ca-certfile", str(authority)]
+            options += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+            if auth:
+                options.append("--enable-supernode-auth")
+        else:
+            options = ["--insecure"]
+        superlink = home.start_superlink(options, authority)
+
+        supernodes = []
+        for i, (port, config) in enumerate(
+            zip(free_ports(num_supernodes), node_configs, strict=True)
+        ):
+            name = f"supernode-{i}"
+            command = ["flower-supernode", "--superlink", f"127.0.0.1:{home.port}"]
+            command += ["--host", "127.0.0.1", "--port", str(port)]
+            command += ["--root-certificates", str(authority)] if authority else ["--insecure"]
+            if config:
+                pairs = [f"{name}={json.dumps(value)}" for name, value in config.items()]
+                command += ["--node-config", " ".join(pairs)]
+            if auth:
+                private, public = make_node_key(path / "keys", name)
+                home.flwr("supernode", "register", str(public), check=True)
+                command += ["--auth-supernode-private-key", str(private)]
+            # Each has a home of its own, as on machines of their own: all unpack the same app.
+            node_home = {"FLWR_HOME": str(path / f"{name}-home")}
+            supernodes.append(SuperNode(name, home, command, node_home))
+        for supernode in supernodes:
+            supernode.start(wait=False)
+        for supernode in supernodes:
+            supernode.wait_online()
+        yield Deployment(home, superlink, supernodes)

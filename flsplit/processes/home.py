@@ -1,0 +1,225 @@
+"""A Flower home: the folder, ports and processes of one installation of Flower."""
+
+import json
+import os
+import ssl
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from flsplit.processes import tree
+from flsplit.processes.process import FlowerProcess
+from flsplit.processes.run import Run
+from flsplit.processes.tree import ProcessTree
+from flsplit.processes.waiting import START_TIMEOUT, free_ports, wait_until
+
+RunConfig = Mapping[str, bool | int | float | str]
+
+
+class FlowerHome:
+    """A Flower home (``FLWR_HOME``) with processes that end with it.
+
+    Use it as a context manager: when it is left, every process that was started in it is stopped,
+    with all its children.
+
+    Parameters
+    ----------
+    path : Path
+        The folder; made if it is not there.
+    env : mapping, optional
+        More environment variables for the processes.
+    """
+
+    def __init__(self, path: Path, env: Mapping[str, str] | None = None) -> None:
+        self.path = path.resolve()
+        self.tree = ProcessTree()
+        # Ray puts sockets below this folder, whose paths must be short.
+        short = "/tmp" if os.access("/tmp", os.W_OK) else None
+        self._scratch = tempfile.mkdtemp(prefix="flsplit-ray-", dir=short)
+        self.port, control_port = free_ports(2)
+        self.env = {
+            # What a user has set for these counts.
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **os.environ,
+            # Flower starts its own programs by name.
+            "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
+            "FLWR_HOME": str(self.path),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
+            "FLWR_LOCAL_CONTROL_API_PORT": str(control_port),
+            "RAY_TMPDIR": self._scratch,
+            "PYTHONIOENCODING": "utf-8",
+            "PYTHONUNBUFFERED": "1",
+            **(env or {}),
+            **self.tree.env,
+        }
+        # A simulation must not land on a Ray cluster that happens to run here.
+        self.env.pop("RAY_ADDRESS", None)
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._started: list[FlowerProcess] = []
+
+    def __enter__(self) -> Self:
+        """Make the folder and start the guard."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._guard = subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-S", tree.__file__),
+                *(self.tree.mark, str(os.getsid(0)), self._scratch),
+            ],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop everything that was started here, and wait until it is gone."""
+        assert self._guard is not None
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait()
+        for process in self._started:
+            process.wait()
+
+    def connect(self, address: str, root_certificates: Path | None = None) -> None:
+        """Write the configuration that makes ``flwr`` use the SuperLink at `address`."""
+        trust = (
+            f"root-certificates = {json.dumps(str(root_certificates))}"
+            if root_certificates
+            else "insecure = true"
+        )
+        (self.path / "config.toml").write_text(
+            f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "{address}"\n{trust}\n'
+        )
+
+    def start(
+        self, name: str, command: list[str], env: Mapping[str, str] | None = None
+    ) -> FlowerProcess:
+        """Start a process in this home; its output goes to ``logs/<name>.log``."""
+        log_path = self.path / "logs" / f"{name}.log"
+        process = FlowerProcess(name, command, {**self.env, **(env or {})}, log_path)
+        self._started.append(process)
+        return process
+
+    def start_superlink(
+        self, options: list[str], root_certificates: Path | None = None
+    ) -> FlowerProcess:
+        """Start a SuperLink on this home's port, wait until it answers, and connect ``flwr`` to it.
+
+        Parameters
+        ----------
+        options : list of str
+            Options of ``flower-superlink`` besides its address.
+        root_certificates : Path, optional
+            The certificate of the authority that signed the SuperLink's; without TLS by default.
+        """
+        scheme = "https" if root_certificates else "http"
+        context = (
+            ssl.create_default_context(cafile=root_certificates) if root_certificates else None
+        )
+
+        for attempt in (1, 2, 3):
+            superlink = self.start(
+                "superlink",
+                ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), *options],
+            )
+
+            def answers(superlink: FlowerProcess = superlink) -> bool:
+                superlink.check()
+                url = f"{scheme}://127.0.0.1:{self.port}/health"
+                try:
+                    with urllib.request.urlopen(url, timeout=5, context=context) as reply:
+                        return bool(reply.status == 200) and superlink.alive
+                except (urllib.error.URLError, OSError):
+                    return False
+
+            try:
+                wait_until(answers, "the SuperLink", START_TIMEOUT)
+            except RuntimeError:
+                superlink.kill()
+                # Somebody else may have taken the port since it was found free.
+                if attempt == 3 or "address already in use" not in superlink.log:
+                    raise
+                [self.port] = free_ports(1)
+                self.env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(self.port)
+            else:
+                break
+        self.connect(f"127.0.0.1:{self.port}", root_certificates)
+        return superlink
+
+    def start_simulation_superlink(self) -> FlowerProcess:
+        """Start the SuperLink that ``flwr run`` would start for simulations."""
+        return self.start_superlink(["--insecure", "--simulation"])
+
+    def flwr(self, *arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
+        """Call ``flwr`` in this home."""
+        done = subprocess.run(
+            ["flwr", *arguments],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            output = (done.stdout + done.stderr).strip()
+            raise RuntimeError(f"flwr {' '.join(arguments)} ended with {done.returncode}: {output}")
+        return done
+
+    def status(self, run_id: int) -> tuple[str, str]:
+        """Return a run's status and its details as ``flwr ls`` tells them."""
+        answer = self.flwr("ls", "--run-id", str(run_id), "--format", "json")
+        try:
+            run = json.loads(answer.stdout)["runs"][0]
+            return run["status"], run["status-details"]
+        except (ValueError, LookupError):
+            return "unknown", (answer.stdout + answer.stderr).strip()
+
+    def start_run(
+        self,
+        app: Path,
+        run_config: RunConfig | Iterable[str] = (),
+        federation_config: Iterable[str] = (),
+        echo: Callable[[str], object] | None = None,
+    ) -> Run:
+        """Start an app on this home's SuperLink.
+
+        Parameters
+        ----------
+        app : Path
+            The app's folder.
+        run_config : mapping, or strings as ``flwr run --run-config`` takes them
+            What to change in the app's configuration.
+        federation_config : iterable of str
+            As ``flwr run --federation-config`` takes them.
+        echo : callable, optional
+            Called with each line of the log as it comes.
+        """
+        if isinstance(run_config, Mapping):
+            overrides = self.path / f"run-config-{uuid.uuid4().hex}.toml"
+            # A string in JSON is one in TOML, and so are numbers and true and false.
+            lines = [f"{json.dumps(k)} = {json.dumps(v)}\n" for k, v in run_config.items()]
+            overrides.write_text("".join(lines))
+            run_config = [str(overrides)] if run_config else []
+        arguments = [str(app)]
+        for text in run_config:
+            arguments += ["--run-config", text]
+        for text in federation_config:
+            arguments += ["--federation-config", text]
+        return Run(self, arguments, echo)

@@ -1,0 +1,155 @@
+"""A run that is under way on a SuperLink, and how it ended."""
+
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flsplit.processes.waiting import START_TIMEOUT, wait_until, without_colours
+
+if TYPE_CHECKING:
+    from flsplit.processes.home import FlowerHome
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """How a run ended.
+
+    Attributes
+    ----------
+    run_id : int or None
+        Flower's id of the run; ``None`` if it was never started.
+    status : str
+        ``finished:completed``, ``finished:failed``, ``finished:stopped``; ``not-started`` if
+        ``flwr run`` refused it; ``unknown`` if the SuperLink did not answer any more.
+    details : str
+        What Flower says about the status.
+    log : str
+        What ``flwr run --stream`` printed, without colours. The last lines before the end of a
+        ServerApp may be missing.
+    seconds : float
+        The time from the call of ``flwr run`` to its end.
+    """
+
+    run_id: int | None
+    status: str
+    details: str
+    log: str
+    seconds: float
+
+    @property
+    def completed(self) -> bool:
+        """Whether it ended as it should."""
+        return self.status == "finished:completed"
+
+
+class Run:
+    """A run that is under way, and its log.
+
+    Parameters
+    ----------
+    home : FlowerHome
+        Where it runs.
+    arguments : list of str
+        The arguments of ``flwr run``.
+    echo : callable, optional
+        Called with each line as it comes.
+    """
+
+    def __init__(
+        self, home: "FlowerHome", arguments: list[str], echo: Callable[[str], object] | None = None
+    ) -> None:
+        self._home = home
+        self._started = time.monotonic()
+        self._lines: list[str] = []
+        self._news = threading.Condition()
+        self._open = True
+        self._popen = subprocess.Popen(
+            ["flwr", "run", *arguments, "--stream"],
+            env=home.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, args=(echo,), daemon=True)
+        self._reader.start()
+
+    def _read(self, echo: Callable[[str], object] | None) -> None:
+        assert self._popen.stdout is not None
+        try:
+            for line in self._popen.stdout:
+                with self._news:
+                    self._lines.append(without_colours(line))
+                    self._news.notify_all()
+                if echo:
+                    echo(line)
+        finally:
+            with self._news:
+                self._open = False
+                self._news.notify_all()
+
+    @property
+    def log(self) -> str:
+        """What was streamed until now, without colours."""
+        with self._news:
+            return "".join(self._lines)
+
+    def wait_for_log(self, pattern: str, timeout: float = START_TIMEOUT) -> re.Match[str]:
+        """Wait until the streamed log matches `pattern`; raise if the stream ends without it."""
+        deadline = time.monotonic() + timeout
+        with self._news:
+            while not (match := re.search(pattern, "".join(self._lines))):
+                left = deadline - time.monotonic()
+                if not self._open or left <= 0:
+                    why = f"waited {timeout:g} s for" if self._open else "the run ended without"
+                    tail = "".join(self._lines[-15:])
+                    raise TimeoutError(f"{why} {pattern!r} in its log, which ends:\n{tail}")
+                self._news.wait(left)
+            return match
+
+    @property
+    def run_id(self) -> int:
+        """Flower's id of the run; waits until ``flwr run`` has told it."""
+        return int(self.wait_for_log(r"started run (\d+)")[1])
+
+    def stop(self) -> None:
+        """Stop it with ``flwr stop``."""
+        self._home.flwr("stop", str(self.run_id), check=True)
+
+    def finish(self, timeout: float | None = None) -> FinishedRun:
+        """Wait for its end and ask the SuperLink how it went.
+
+        Raises
+        ------
+        TimeoutError
+            If it has not ended after `timeout` seconds.
+        """
+        left = None if timeout is None else timeout - (time.monotonic() - self._started)
+        try:
+            self._popen.wait(None if left is None else max(left, 0.0))
+        except subprocess.TimeoutExpired:
+            tail = "".join(self.log.splitlines(keepends=True)[-15:])
+            raise TimeoutError(
+                f"the run has not ended after {timeout:g} s; its log ends:\n{tail}"
+            ) from None
+        self._reader.join()
+        seconds = time.monotonic() - self._started
+        log = self.log
+        if not (started := re.search(r"started run (\d+)", log)):
+            return FinishedRun(None, "not-started", log.strip()[-2000:], log, seconds)
+        run_id = int(started[1])
+
+        def ask() -> tuple[str, str] | None:
+            status, details = self._home.status(run_id)
+            return (status, details) if status.startswith(("finished", "unknown")) else None
+
+        # The stream can break off before the run does.
+        left = 60.0 if timeout is None else max(timeout - seconds, 10.0)
+        status, details = wait_until(ask, f"the end of run {run_id}", left, poll=0.5)
+        return FinishedRun(run_id, status, details, log, seconds)

@@ -1,0 +1,46 @@
+"""Free ports, waiting with a deadline, and text without colours."""
+
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+START_TIMEOUT = 90.0  # seconds for a SuperLink or SuperNode to come up, on a busy machine
+RUN_TIMEOUT = 240.0  # seconds after which a run is taken to hang, unless told otherwise
+POLL = 0.05
+
+T = TypeVar("T")
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def without_colours(text: str) -> str:
+    """Return `text` without a terminal's escape sequences."""
+    return _ANSI.sub("", text)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine's loopback interface that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_until(ask: Callable[[], T | None], what: str, timeout: float, poll: float = POLL) -> T:
+    """Call `ask` until it returns something true, and return that.
+
+    Raises
+    ------
+    TimeoutError
+        If that took longer than `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not (answer := ask()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout:g} s for {what}")
+        time.sleep(poll)
+    return answer

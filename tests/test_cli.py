@@ -1,0 +1,116 @@
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+from flsplit.cli import app
+
+FLEET = Path(__file__).resolve().parents[1] / "docs" / "fleet.toml"
+MODEL = ["--model", "resnet18", "--classes", "7", "--input", "3x64x64"]
+
+
+def small_model(num_classes=3):
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, num_classes))
+
+
+def nothing():
+    return 5
+
+
+@pytest.fixture
+def flsplit():
+    def call(*arguments, code=0):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
+
+
+def test_profile(flsplit):
+    lines = flsplit("profile", "resnet18", "--classes", 7, "--input", "3x64x64").stdout.splitlines()
+    assert lines[2].split()[:2] == ["conv1", "9,536"]
+    assert lines[-1].split()[:3] == ["fc", "11,180,103", "296.099"]
+
+
+def test_profile_as_json(flsplit):
+    output = flsplit("profile", "resnet18", "--classes", 7, "--input", "3x64x64", "--json").stdout
+    rows = json.loads(output)
+    assert [row["cut"] for row in rows][:3] == ["conv1", "maxpool", "layer1.0"]
+    assert rows[5]["cut"] == "layer2.1"
+    assert rows[5]["params"] == 683_072
+    assert rows[5]["flops_forward"] == 161_873_920
+    assert rows[5]["activation_elements"] == 8_192
+    assert rows[5]["gradient_bytes"] == 4 * 8_192
+
+
+def test_profile_of_a_function(flsplit, tmp_path):
+    picture = tmp_path / "profile.png"
+    output = flsplit(
+        "profile", "test_cli:small_model", "--input", 4, "--classes", 2, "--all", "--measure",
+        "--json", "--picture", picture,
+    ).stdout  # fmt: skip
+    rows = json.loads(output)
+    assert [row["cut"] for row in rows] == ["0", "1", "2", "3"]
+    assert rows[-1]["activation_elements"] == 2
+    assert all(row["forward_s"] > 0 for row in rows)
+    assert picture.stat().st_size > 0
+
+
+def test_plan(flsplit, tmp_path):
+    output = flsplit("plan", FLEET, *MODEL, "--phi", 0.5, "--picture", tmp_path / "a.png").stdout
+    assert "cut after " in output
+    assert "server backward" in output
+    assert "random subchannels" in output
+    assert "strategy = \"epsl\"\nstrategy-args = '{phi = 0.5}'" in output
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("strategy", ["psl", "sequential-sl", "fsl-sage"])
+def test_plan_as_json(flsplit, strategy):
+    output = flsplit("plan", FLEET, *MODEL, "--strategy", strategy, "--json").stdout
+    plan = json.loads(output)
+    assert sum(plan["stages_s"].values()) == pytest.approx(plan["round_s"])
+    assert all(seconds >= plan["round_s"] for seconds in plan["ablations_s"].values())
+    assert len(plan["devices"]) == 5
+    if plan["cut"] is not None:
+        assert plan["cuts_s"][plan["cut"]] == pytest.approx(plan["round_s"])
+
+
+def test_plan_says_which_cuts_are_excluded(flsplit, tmp_path):
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(FLEET.read_text().replace("2 GiB", "80 MB"))
+    output = flsplit("plan", fleet, *MODEL).stdout
+    assert "excluded: layer2.0 needs" in output
+
+
+def test_plan_for_50_devices(flsplit, tmp_path):
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(
+        FLEET.read_text().replace("count = 5", "count = 50").replace("= 20\n", "= 200\n")
+    )
+    plan = json.loads(flsplit("plan", fleet, *MODEL, "--json").stdout)
+    assert len(plan["devices"]) == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["profile", "resnet19"], "torchvision has no model 'resnet19'"),
+        (["profile", "resnet18", "--input", "big"], "input 'big' is no shape"),
+        (["profile", "no_such_module:f"], "can't be imported"),
+        (["profile", "test_cli:nothing"], "returned int, expected a torch.nn.Module"),
+        (["profile", "test_cli:small_model", "--input", "5"], "can't be profiled"),
+        (["plan", "none.toml", *MODEL], "none.toml can't be read"),
+        (["plan", FLEET, *MODEL, "--strategy", "gapsl"], "no latency model for 'gapsl'"),
+        (["plan", FLEET, *MODEL, "--phi", "2"], "phi is 2, expected a number from 0 to 1"),
+        (["plan", FLEET, *MODEL, "--strategy", "psl", "--phi", "0.5"], "psl has no phi"),
+        (["plan", FLEET, *MODEL, "--batch-size", "0"], "batch_size is 0"),
+    ],
+)
+def test_bad_input(flsplit, arguments, message):
+    result = flsplit(*arguments, code=1)
+    assert message in result.stderr
+    assert "Traceback" not in result.output
