@@ -1,0 +1,1 @@
+"""Split learning with Flower, as short as it gets."""

@@ -1,0 +1,13 @@
+"""The client: trains the layers up to the cut on its own data."""
+
+from functools import partial
+
+from torch.optim import SGD
+
+from flsplit import client_app
+from quickstart.data import load_partition
+from quickstart.task import CUT, build_model
+
+app = client_app(
+    model=build_model, cut=CUT, data=load_partition, optimizer=partial(SGD, momentum=0.9)
+)

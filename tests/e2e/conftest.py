@@ -1,0 +1,16 @@
+"""What the end-to-end tests share."""
+
+import sys
+
+import pytest
+
+from tests.e2e.local_quickstart import QUICKSTART
+
+
+@pytest.fixture
+def quickstart(monkeypatch):
+    """Make the app's modules importable, as Flower does."""
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    yield QUICKSTART
+    for name in [name for name in sys.modules if name.split(".")[0] == "quickstart"]:
+        del sys.modules[name]

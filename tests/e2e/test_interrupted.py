@@ -1,0 +1,79 @@
+"""Simulations that are interrupted: an actor or the server dies, a run is stopped."""
+
+import os
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+from flsplit import History
+from tests.e2e.local_quickstart import run_locally
+from tests.flower_processes import simulation, wait_until
+
+NUM_CLIENTS = 4
+CHANGES = {"strategy": "psl", "batch-size": 64}
+
+
+@pytest.mark.e2e
+def test_clients_of_a_killed_actor_move_and_the_run_goes_on(quickstart, tmp_path):
+    changes = CHANGES | {"num-server-rounds": 200, "output-dir": str(tmp_path / "out")}
+    with simulation(tmp_path) as flower:
+        run = flower.start_app(quickstart, NUM_CLIENTS, changes)
+        run.wait_for_log("round 3/", timeout=120)
+        actors = flower.home.tree.find("ray::ClientAppActor")
+        os.kill(actors[0], signal.SIGKILL)
+        finished = run.finish()
+
+    assert finished.completed, finished.log
+    history = History.load(tmp_path / "out" / "history.jsonl")
+    assert len(history) == 200
+    missed = [{one.client for one in entry.left_out} for entry in history]
+    # Its clients missed at most what was left of that round.
+    assert sum(map(bool, missed)) <= 1
+    assert max(missed, key=len) <= {"0", "2"} or max(missed, key=len) <= {"1", "3"}
+    assert "moves to another host" in finished.log
+    assert history[-1].participants == ["0", "1", "2", "3"]
+    assert all(entry.restarted == [] for entry in history)
+
+
+@pytest.mark.e2e
+def test_a_server_that_was_killed_resumes_with_the_same_numbers(quickstart, tmp_path):
+    changes = CHANGES | {
+        "num-server-rounds": 100,
+        "checkpoint-dir": str(tmp_path / "checkpoints"),
+        "output-dir": str(tmp_path / "out"),
+    }
+    with simulation(tmp_path) as flower:
+        run = flower.start_app(quickstart, NUM_CLIENTS, changes)
+        run.wait_for_log("round 5/", timeout=120)
+        # In a simulation the ServerApp and Flower's engine are one process.
+        assert flower.home.tree.signal(signal.SIGKILL, "flwr-simulation")
+        assert not run.finish().completed
+
+        finished = flower.run_app(quickstart, NUM_CLIENTS, changes | {"resume": True})
+        assert finished.completed, finished.log
+        assert "resuming after round" in finished.log
+
+    expected = run_locally(NUM_CLIENTS, CHANGES | {"num-server-rounds": 100})
+    history = History.load(tmp_path / "out" / "history.jsonl")
+    assert history.numbers() == expected.history.numbers()
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for key, array in expected.arrays.items():
+        assert weights[key].numpy().tobytes() == array.numpy().tobytes(), key
+
+
+@pytest.mark.e2e
+def test_a_run_that_is_stopped_ends_with_all_its_processes(quickstart, tmp_path):
+    changes = CHANGES | {"num-server-rounds": 10_000, "output-dir": str(tmp_path / "out")}
+    with simulation(tmp_path) as flower:
+        run = flower.start_app(quickstart, NUM_CLIENTS, changes)
+        run.wait_for_log("round 2/", timeout=120)
+        run.stop()
+        finished = run.finish()
+        assert finished.status == "finished:stopped"
+        names = ("ray::ClientAppActor", "flwr-simulation")
+        wait_until(
+            lambda: not any(flower.home.tree.find(name) for name in names) or None,
+            "the end of the simulation's processes",
+            timeout=60,
+        )
