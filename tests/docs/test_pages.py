@@ -1,0 +1,67 @@
+"""What the pages say in tables is what the code has; their snippets run."""
+
+from dataclasses import MISSING, fields
+
+import pytest
+from pages import Page
+
+from flsplit import SessionSettings
+from flsplit.account import RoundEntry
+from flsplit.account.ledger import CATEGORIES
+from flsplit.server.step import StepResult
+from flsplit.strategies import SplitOptions
+
+PAGES = [
+    "README.md",
+    "docs/strategies.md",
+    "docs/strategies-custom.md",
+    "docs/decoupled.md",
+    "docs/carriers.md",
+    "docs/ledger.md",
+]
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_snippets_run(path, program):
+    namespace = {"__name__": "snippets"}
+    for block in Page(path).snippets():
+        # Line numbers in a traceback are those of the page.
+        code = compile("\n" * (block.line - 1) + block.text, path, "exec")
+        exec(code, namespace)
+
+
+def test_all_options_are_on_the_page():
+    rows = {row["option"]: row["default"] for row in Page("docs/strategies.md").table("## Options")}
+
+    assert list(rows) == [one.name for one in fields(SplitOptions)]
+    for one in fields(SplitOptions):
+        if one.default is MISSING and one.default_factory is MISSING:
+            assert rows[one.name] == "required"
+        elif one.default is None or isinstance(one.default, (str, int, float)):
+            assert rows[one.name] == repr(one.default)
+
+
+def test_settings_of_sessions_are_as_written():
+    rows = Page("docs/carriers.md").table("## Sessions")
+    defaults = {one.name: repr(one.default) for one in fields(SessionSettings)}
+
+    for row in rows:
+        assert defaults[row["setting"]] == row["default"]
+
+
+def test_all_categories_are_on_the_page():
+    rows = Page("docs/ledger.md").table("## Bytes")
+
+    assert [row["category"] for row in rows] == list(CATEGORIES)
+
+
+def test_all_keys_of_the_history_file_are_on_the_page():
+    rows = Page("docs/ledger.md").table("## The file")
+
+    assert {row["key"] for row in rows} == RoundEntry(1).to_json().keys()
+
+
+def test_all_fields_of_a_step_result_are_on_the_page():
+    rows = Page("docs/strategies-custom.md").table("## How a step goes")
+
+    assert {row["field"] for row in rows} == {one.name for one in fields(StepResult)}
