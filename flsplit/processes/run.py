@@ -13,6 +13,9 @@ from flsplit.processes.waiting import START_TIMEOUT, wait_until, without_colours
 if TYPE_CHECKING:
     from flsplit.processes.home import FlowerHome
 
+# Ray gives itself 30 s to start, which can't be changed; a busy or cold machine may need more.
+RAY_DID_NOT_START = "The current node timed out during startup"
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -49,6 +52,8 @@ class FinishedRun:
 class Run:
     """A run that is under way, and its log.
 
+    A simulation in which Ray did not start in time has done nothing yet; it is started once more.
+
     Parameters
     ----------
     home : FlowerHome
@@ -67,9 +72,16 @@ class Run:
         self._lines: list[str] = []
         self._news = threading.Condition()
         self._open = True
-        self._popen = subprocess.Popen(
-            ["flwr", "run", *arguments, "--stream"],
-            env=home.env,
+        self._command = ["flwr", "run", *arguments, "--stream"]
+        self._reader = threading.Thread(
+            target=self._read, args=(self._launch(), echo or (lambda _line: None)), daemon=True
+        )
+        self._reader.start()
+
+    def _launch(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command,
+            env=self._home.env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -77,22 +89,29 @@ class Run:
             errors="replace",
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._read, args=(echo,), daemon=True)
-        self._reader.start()
 
-    def _read(self, echo: Callable[[str], object] | None) -> None:
-        assert self._popen.stdout is not None
+    def _read(self, process: subprocess.Popen[str], echo: Callable[[str], object]) -> None:
         try:
-            for line in self._popen.stdout:
+            self._follow(process, echo)
+            if RAY_DID_NOT_START in self.log:
+                again = "Ray did not start within its 30 s; starting the run once more\n"
+                echo(again)
                 with self._news:
-                    self._lines.append(without_colours(line))
-                    self._news.notify_all()
-                if echo:
-                    echo(line)
+                    self._lines = [again]
+                self._follow(self._launch(), echo)
         finally:
             with self._news:
                 self._open = False
                 self._news.notify_all()
+
+    def _follow(self, process: subprocess.Popen[str], echo: Callable[[str], object]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            with self._news:
+                self._lines.append(without_colours(line))
+                self._news.notify_all()
+            echo(line)
+        process.wait()
 
     @property
     def log(self) -> str:
@@ -131,14 +150,10 @@ class Run:
             If it has not ended after `timeout` seconds.
         """
         left = None if timeout is None else timeout - (time.monotonic() - self._started)
-        try:
-            self._popen.wait(None if left is None else max(left, 0.0))
-        except subprocess.TimeoutExpired:
+        self._reader.join(None if left is None else max(left, 0.0))
+        if self._reader.is_alive():
             tail = "".join(self.log.splitlines(keepends=True)[-15:])
-            raise TimeoutError(
-                f"the run has not ended after {timeout:g} s; its log ends:\n{tail}"
-            ) from None
-        self._reader.join()
+            raise TimeoutError(f"the run has not ended after {timeout:g} s; its log ends:\n{tail}")
         seconds = time.monotonic() - self._started
         log = self.log
         if not (started := re.search(r"started run (\d+)", log)):
