@@ -236,6 +236,7 @@ class DecoupledStrategy(SplitStrategy):
         sent = self.auxiliary_of(name)
         return LocalRequest(
             **self._common(round_, 0, upload_from),
+            num_steps=round_.plan.local_steps or None,
             peek=peek,
             plan=round_.plan,
             segment=round_.segment,
@@ -252,7 +253,8 @@ class DecoupledStrategy(SplitStrategy):
         )
 
     def _next_request(self, round_: Round, reply: LocalReply, upload_from: int) -> LocalRequest:
-        return LocalRequest(**self._common(round_, reply.steps_done, upload_from))
+        common = self._common(round_, reply.steps_done, upload_from)
+        return LocalRequest(**common, num_steps=reply.num_steps)
 
     def _common(self, round_: Round, step: int, upload_from: int) -> dict[str, Any]:
         overlaps = self.overlap and isinstance(round_.clients.carrier.grid, SessionGrid)

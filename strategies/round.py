@@ -81,6 +81,7 @@ class Round:
             plan=self.plan,
             segment=self.segment,
             optimizer=optimizer,
+            num_steps=self.plan.local_steps or None,
         )
 
     def next_request(
@@ -88,7 +89,9 @@ class Round:
     ) -> StepRequest | FinishRequest:
         """Return the request after ``reply``: the next step, or the end of the client's round."""
         if backward.step + 1 < reply.num_steps:
-            return StepRequest(self.plan.server_round, backward.step + 1, backward)
+            return StepRequest(
+                self.plan.server_round, backward.step + 1, backward, num_steps=reply.num_steps
+            )
         return FinishRequest(
             self.plan.server_round,
             backward,

@@ -102,6 +102,8 @@ class LocalRequest:
     like, auxiliary_like : dict of str to torch.Tensor or None
         What a segment and an auxiliary model that are handed over must fit. They stay on the
         server.
+    num_steps : int or None
+        How many steps the client has this round, as far as that is known. It stays on the server.
     """
 
     server_round: int
@@ -119,6 +121,7 @@ class LocalRequest:
     auxiliary_held: bool = False
     like: dict[str, Tensor] | None = None
     auxiliary_like: dict[str, Tensor] | None = None
+    num_steps: int | None = None
 
     def uploads(self, done: int) -> list[int]:
         """Return the steps whose smashed data goes up, if the client has done ``done`` steps."""

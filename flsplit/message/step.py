@@ -22,7 +22,8 @@ class StepRequest:
     """Asks a client for the smashed data of ``step``, after the backward pass of the last one.
 
     ``plan`` (and, where needed, ``segment`` and ``optimizer``) begin a round and come with
-    step 0 only.
+    step 0 only. ``num_steps`` stays on the server: how many steps the client has this round, as
+    far as that is known.
     """
 
     server_round: int
@@ -31,6 +32,7 @@ class StepRequest:
     plan: RoundPlan | None = None
     segment: SegmentArrays | None = None
     optimizer: OptimizerState | None = None
+    num_steps: int | None = None
 
     def to_content(self) -> RecordDict:
         """Return the content of a ``train.step`` message."""

@@ -30,13 +30,14 @@ def check_reply(name: str, request: Request, reply: Reply) -> None:
     Raises
     ------
     ProtocolError
-        If the reply is of another client, round, step or batch, or its tensors can't be used.
+        If the reply is of another client, round, step or batch, or has another number of steps than
+        the client had before, or its tensors can't be used.
     SegmentMismatchError
         If the client handed over another segment than it was given.
     NonFiniteError
         If smashed data or a segment handed over is NaN or infinite.
     """
-    for key in ("server_round", "step", "batch"):
+    for key in ("server_round", "step", "batch", "num_steps"):
         asked = getattr(request, key, None)
         if asked is not None and getattr(reply, key) != asked:
             raise ProtocolError(

@@ -13,8 +13,8 @@ from tampering import answer_error, lose, of_client, set_up, train
 
 from flsplit.errors import NotEnoughClientsError
 from flsplit.message.arrays import RAW, to_array, to_record
-from flsplit.message.types import EVALUATE, FINISH, STEP
-from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
+from flsplit.message.types import EVALUATE, FINISH, LOCAL, STEP
+from flsplit.strategies import FSLSAGE, PSL, SequentialSL, SplitFedV1, SplitFedV2
 
 PARTS = make_parts([8, 12, 8])
 TESTS = make_parts([6, 4, 5])
@@ -176,6 +176,10 @@ COUNTS = {
         field("metrics", "num-steps", 2.5),
         "'num-steps' is 2.5 (float), expected a int",
     ),
+    "more steps than at first": (
+        field("metrics", "num-steps", 4),
+        "num-steps is 4, expected 3",
+    ),
 }
 
 SEGMENTS = {
@@ -271,6 +275,15 @@ def test_a_client_that_does_not_answer_leaves_the_others_to_go_on(silent_step):
 @pytest.mark.parametrize(("edit", "reason"), cases(ANY_REPLY, TENSORS, COUNTS))
 def test_a_reply_to_a_step_that_cannot_be_used(edit, reason, silent_step):
     assert_only_left_out(run(STEP, edit, step=1), silent_step, reason)
+
+
+@pytest.mark.parametrize("strategy", [PSL, FSLSAGE])
+def test_a_client_can_not_take_more_local_steps_than_it_was_told(strategy):
+    kind = STEP if strategy is PSL else LOCAL
+    edit = of_client("1", kind, field("metrics", "num-steps", 10**9))
+    result = train(set_up(PARTS, strategy, edit=edit, local_steps=2))
+    (left,) = result.history[0].left_out
+    assert left.reason == "reply: num-steps is 1000000000, expected 2"
 
 
 def test_a_client_left_out_of_a_round_takes_part_in_the_next():
