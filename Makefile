@@ -42,9 +42,9 @@ run: $(STAMP) ## Run an app in a simulation (APP=apps/quickstart SUPERNODES=10 A
 	@$(BIN)/python apps/run.py $(APP) --num-supernodes $(SUPERNODES) $(ARGS)
 
 .PHONY: test
-test: $(STAMP) ## Run all tests: the quick ones two at a time, then those that start Flower
+test: $(STAMP) ## Run all tests, two at a time: the quick ones, then those that start Flower
 	@$(BIN)/python -m pytest -m 'not e2e' --numprocesses 2 --dist loadfile $(ARGS)
-	@$(BIN)/python -m pytest -m e2e $(ARGS)
+	@$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist worksteal $(ARGS)
 
 # mypy doesn't know that strategies/ is imported as flsplit.strategies, so it gets a copy laid out so.
 .PHONY: lint
