@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flsplit.server.passes import PerClient, PerClientProducts
+from flsplit.server.passes import PerClientFactored, PerClientProducts
 from flsplit.server.step import Reduction
 from flsplit.strategies.psl import PSL
 from flsplit.strategies.rules.leader_alignment import (
@@ -23,9 +23,9 @@ class GAPSL(PSL):
     PSL's. :class:`~flsplit.strategies.rules.LeaderAlignment` has the formulas, the meaning of
     the parameters, and what is our reading.
 
-    Memory: S + 2 times the server segment for S clients (gradients, their combination, the
-    weights), beside optimizer and activations. ``low_memory`` needs about half the gradients
-    and another backward pass.
+    Memory: at most S + 2 times the server segment for S clients (gradients, their combination,
+    the weights), beside optimizer and activations; large Linear layers need less.
+    ``low_memory`` needs about half the gradients and another backward pass.
 
     Parameters
     ----------
@@ -74,6 +74,5 @@ class GAPSL(PSL):
         options["rules"] = [alignment, *options.get("rules", ())]
         options.setdefault("shares", "equal")
         if options.get("server_pass") is None:
-            kept = PerClient(keep_gradients=True, add_up=False)
-            options["server_pass"] = PerClientProducts() if low_memory else kept
+            options["server_pass"] = PerClientProducts() if low_memory else PerClientFactored()
         super().__init__(**options)

@@ -17,7 +17,13 @@ from torch import nn
 from torch.nn import functional
 
 from flsplit.cut import split
-from flsplit.server.passes import PerClient, PerClientProducts, Pooled, Replay, ServerPass
+from flsplit.server.passes import (
+    PerClientFactored,
+    PerClientProducts,
+    Pooled,
+    Replay,
+    ServerPass,
+)
 from flsplit.server.rules import GradientRule
 from flsplit.server.segment import ServerSegment
 from flsplit.server.step import ClientBatch, StepContext, StepResult, client_shares
@@ -28,7 +34,7 @@ METHODS: dict[str, tuple[ServerPass, list[GradientRule]]] = {
     "PSL": (Pooled(), []),
     "EPSL phi=0.5": (Replay(0.5), []),
     "EPSL phi=1": (Replay(1.0), []),
-    "GAPSL": (PerClient(keep_gradients=True, add_up=False), [LeaderAlignment()]),
+    "GAPSL": (PerClientFactored(), [LeaderAlignment()]),
     "GAPSL low memory": (PerClientProducts(), [LeaderAlignment()]),
 }
 

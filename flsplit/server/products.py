@@ -5,11 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flsplit.server.linear import Factors
 from flsplit.server.segment import Gradients
 from flsplit.server.step import GradientProducts, StepResult
 
 BLOCK = 1 << 15
 """So many elements of every client's gradient are in float64 at a time."""
+
+KeptGradient = Tensor | Factors | None
+"""One client's gradient of one parameter."""
 
 
 class KeptProducts:
@@ -17,11 +21,11 @@ class KeptProducts:
 
     Parameters
     ----------
-    gradients : sequence of Gradients
-        One client after the other.
+    gradients : sequence of sequences of Tensor, Factors or None
+        One client after the other, a gradient per parameter.
     """
 
-    def __init__(self, gradients: Sequence[Gradients]) -> None:
+    def __init__(self, gradients: Sequence[Sequence[KeptGradient]]) -> None:
         self.gradients = gradients
 
     def gram(self) -> Tensor:
@@ -47,8 +51,39 @@ def products_of(result: StepResult) -> GradientProducts:
     return KeptProducts(list(result.client_server_gradients.values()))
 
 
-def layer_gram(layer: Sequence[Tensor | None]) -> Tensor:
+def layer_gram(layer: Sequence[KeptGradient]) -> Tensor:
     """Return the inner products of one layer's gradients ``(S, S)``; None counts as zeros."""
+    if factors := _all_factors(layer):
+        return _factors_gram(factors)
+    return _tensors_gram([_tensor(one) for one in layer])
+
+
+def _all_factors(layer: Sequence[KeptGradient]) -> list[Factors]:
+    """Return the layer's factors, if that is what all clients have."""
+    factors = [one for one in layer if isinstance(one, Factors)]
+    return factors if len(factors) == len(layer) else []
+
+
+def _tensor(gradient: KeptGradient) -> Tensor | None:
+    return gradient.tensor() if isinstance(gradient, Factors) else gradient
+
+
+def _factors_gram(factors: list[Factors]) -> Tensor:
+    r"""Return :math:`\langle D_i^T X_i, D_j^T X_j \rangle`.
+
+    That is the sum over rows p of i and q of j of :math:`(D_p \cdot D_q)(X_p \cdot X_q)`.
+    """
+    outputs = _tensors_gram(list(torch.cat([one.outputs for one in factors])))
+    inputs = _tensors_gram(list(torch.cat([one.inputs for one in factors])))
+    owner = torch.tensor([i for i, one in enumerate(factors) for _ in one.inputs])
+    sums = torch.zeros(len(factors), len(owner), dtype=torch.float64)
+    sums.index_add_(0, owner, outputs * inputs)
+    total = torch.zeros(len(factors), len(factors), dtype=torch.float64)
+    return total.index_add_(1, owner, sums)
+
+
+def _tensors_gram(layer: Sequence[Tensor | None]) -> Tensor:
+    """Return the inner products in float64, block by block."""
     size = len(layer)
     total = torch.zeros(size, size, dtype=torch.float64)
     present = [index for index, gradient in enumerate(layer) if gradient is not None]
@@ -69,9 +104,12 @@ def layer_gram(layer: Sequence[Tensor | None]) -> Tensor:
 
 
 def _combine_layer(
-    layer: Sequence[Tensor | None], coefficients: Sequence[float], out: Tensor | None
+    layer: Sequence[KeptGradient], coefficients: Sequence[float], out: Tensor | None
 ) -> Tensor | None:
-    terms = [(c, g) for c, g in zip(coefficients, layer, strict=True) if g is not None and c]
+    if factors := _all_factors(layer):
+        return _combine_factors(factors, coefficients)
+    pairs = zip(coefficients, map(_tensor, layer), strict=True)
+    terms = [(c, g) for c, g in pairs if g is not None and c]
     if not terms:
         return None if out is None else out.zero_()
     (first, gradient), *rest = terms
@@ -79,3 +117,12 @@ def _combine_layer(
     for coefficient, gradient in rest:
         total.add_(gradient, alpha=coefficient)
     return total
+
+
+def _combine_factors(factors: list[Factors], coefficients: Sequence[float]) -> Tensor | None:
+    """Return Σ_i c_i · Dᵢᵀ Xᵢ by one matrix product over the rows of all clients that count."""
+    terms = [(c, one) for c, one in zip(coefficients, factors, strict=True) if c]
+    if not terms:
+        return None
+    outputs = torch.cat([c * one.outputs for c, one in terms])
+    return Factors(outputs, torch.cat([one.inputs for _, one in terms])).tensor()

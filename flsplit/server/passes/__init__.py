@@ -10,7 +10,7 @@ from flsplit.server.passes.base import (
     ServerPass,
     pool,
 )
-from flsplit.server.passes.per_client import PerClient
+from flsplit.server.passes.per_client import PerClient, PerClientFactored
 from flsplit.server.passes.pooled import Pooled
 from flsplit.server.passes.products import PerClientProducts
 from flsplit.server.passes.replay import Replay
@@ -21,6 +21,7 @@ __all__ = [
     "PER_CLIENT_GRADIENTS",
     "SHARED_ROWS",
     "PerClient",
+    "PerClientFactored",
     "PerClientProducts",
     "Pooled",
     "Replay",

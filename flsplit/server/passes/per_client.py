@@ -1,6 +1,6 @@
 """One client's rows through the server segment after the other's."""
 
-from flsplit.errors import ConfigError
+from flsplit.server.linear import LinearRecorder
 from flsplit.server.passes.base import (
     GRADIENT_PRODUCTS,
     PER_CLIENT_GRADIENTS,
@@ -8,6 +8,7 @@ from flsplit.server.passes.base import (
     add_scaled,
 )
 from flsplit.server.passes.pooled import Pooled
+from flsplit.server.products import KeptProducts
 from flsplit.server.segment import ServerSegment
 from flsplit.server.step import ClientBatch, StepResult
 
@@ -20,22 +21,10 @@ class PerClient(ServerPass):
     keep_gradients : bool
         Keep each client's server gradients for rules that compare them: as much memory as the
         segment for each client of the step.
-    add_up : bool
-        Add the gradients up, too. Without, that is left to a rule that combines those kept.
-
-    Raises
-    ------
-    ConfigError
-        If gradients are neither kept nor added up.
     """
 
-    def __init__(self, *, keep_gradients: bool = False, add_up: bool = True) -> None:
-        if not (keep_gradients or add_up):
-            raise ConfigError(
-                "PerClient with keep_gradients=False and add_up=False: nothing is left"
-            )
-        self.keep_gradients, self.add_up = keep_gradients, add_up
-        self.leaves_server_gradients = not add_up
+    def __init__(self, *, keep_gradients: bool = False) -> None:
+        self.keep_gradients = keep_gradients
         self.provides = frozenset(
             {PER_CLIENT_GRADIENTS, GRADIENT_PRODUCTS} if keep_gradients else ()
         )
@@ -44,15 +33,50 @@ class PerClient(ServerPass):
         self, segment: ServerSegment, batches: list[ClientBatch], weights: dict[str, float]
     ) -> StepResult:
         """See :class:`ServerPass`."""
-        result = StepResult({}, {}, [None] * len(segment.parameters), {}, rows=0)
+        result = _empty(segment)
         for batch in batches:
-            own = Pooled()(segment, [batch], {batch.client: 1.0})
-            result.losses |= own.losses
-            result.logits |= own.logits
-            result.cut_gradients |= own.cut_gradients
-            result.rows += own.rows
-            if self.add_up:
-                add_scaled(result.server_gradients, own.server_gradients, weights[batch.client])
+            own = _add_client(result, segment, batch)
+            add_scaled(result.server_gradients, own.server_gradients, weights[batch.client])
             if self.keep_gradients:
                 result.client_server_gradients[batch.client] = own.server_gradients
         return result
+
+
+class PerClientFactored(ServerPass):
+    """As :class:`PerClient`, for rules that compare the clients' gradients and combine them.
+
+    The gradients are kept, those of large Linear layers as the two factors whose product they
+    are: that takes less memory and time, and combining those of all clients costs one matrix
+    product, as a pooled backward pass does.
+    """
+
+    provides = frozenset({GRADIENT_PRODUCTS})
+    leaves_server_gradients = True
+
+    def __call__(
+        self, segment: ServerSegment, batches: list[ClientBatch], weights: dict[str, float]
+    ) -> StepResult:
+        """See :class:`ServerPass`; ``server_gradients`` are left to the rule that combines."""
+        result, kept = _empty(segment), []
+        recorder = LinearRecorder(segment.module, segment.parameters)
+        for batch in batches:
+            with recorder.recording():
+                own = _add_client(result, segment, batch)
+            pairs = zip(segment.parameters, own.server_gradients, strict=True)
+            kept.append([recorder.gradient(parameter, found) for parameter, found in pairs])
+        result.products = KeptProducts(kept)
+        return result
+
+
+def _empty(segment: ServerSegment) -> StepResult:
+    return StepResult({}, {}, [None] * len(segment.parameters), {}, rows=0)
+
+
+def _add_client(result: StepResult, segment: ServerSegment, batch: ClientBatch) -> StepResult:
+    """Compute one client's gradients and add all but the server's to ``result``."""
+    own = Pooled()(segment, [batch], {batch.client: 1.0})
+    result.losses |= own.losses
+    result.logits |= own.logits
+    result.cut_gradients |= own.cut_gradients
+    result.rows += own.rows
+    return own
