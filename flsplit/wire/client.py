@@ -10,6 +10,7 @@ from typing import Any, Self
 import grpc
 from flwr.app import Message
 
+from flsplit.wire.bundles import unbundled
 from flsplit.wire.codec import DEFAULT_MAX_BYTES, Decoder, encode
 from flsplit.wire.dialing import open_channel, wait_until_admitted
 from flsplit.wire.envelope import Envelope
@@ -113,7 +114,7 @@ class HostStream:
         outbox = Outbox(max_queued_bytes)
         method = channel.stream_stream(f"/{SERVICE}/{METHOD}", None, None)
         metadata = ((TOKEN_KEY, token), (VERSION_KEY, str(PROTOCOL_VERSION)))
-        call = method(outbox.frames(), metadata=metadata)
+        call = method(outbox.payloads(), metadata=metadata)
         try:
             wait_until_admitted(address, call, timeout)
         except BaseException:
@@ -147,10 +148,8 @@ class HostStream:
 
     def __iter__(self) -> Iterator[tuple[Envelope, Message]]:
         """Yield what the server sends until the stream ends."""
-        while (frame := self._next_frame()) is not None:
-            arrived = self._take(frame)
-            if arrived is not None:
-                envelope, message, _ = arrived
+        while (payload := self._next_payload()) is not None:
+            for envelope, message, _ in self._take(payload):
                 yield envelope, message
 
     def close(self, reason: str = "the host is done") -> None:
@@ -175,18 +174,19 @@ class HostStream:
         """Close it."""
         self.close("the host is done" if error is None else "the host has failed")
 
-    def _next_frame(self) -> bytes | None:
+    def _next_payload(self) -> bytes | None:
         try:
-            frame: bytes | None = next(self._call, None)
+            payload: bytes | None = next(self._call, None)
         except grpc.RpcError:
-            frame = None
-        if frame is None:
+            payload = None
+        if payload is None:
             self._over.wait(_FLUSH_SECONDS)
-        return frame
+        return payload
 
-    def _take(self, frame: bytes) -> tuple[Envelope, Message, int] | None:
+    def _take(self, payload: bytes) -> list[tuple[Envelope, Message, int]]:
         try:
-            return self._decoder.add(frame)
+            arrived = [self._decoder.add(frame) for frame in unbundled(payload)]
+            return [one for one in arrived if one is not None]
         except WireError as error:
             logger.error("the server sent what does not fit: %s", error)  # noqa: TRY400
             self._end(Ending(orderly=False, reason=f"the server sent what does not fit: {error}"))

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 from flwr.app import Message
 
+from flsplit.wire.bundles import unbundled
 from flsplit.wire.codec import Decoder, encode
 from flsplit.wire.credentials import Ticket
 from flsplit.wire.envelope import Envelope
@@ -81,9 +82,9 @@ class HostLink:
         self._outbox.put(parcel.frames(), parcel.size, timeout)
         return parcel.size
 
-    def frames(self) -> Iterator[bytes]:
+    def payloads(self) -> Iterator[bytes]:
         """Yield what gRPC is to send; when this ends, the stream ends."""
-        yield from self._outbox.frames()
+        yield from self._outbox.payloads()
         if self._ending is not None:
             code, reason = self._ending
             self._context.set_code(code)
@@ -127,8 +128,9 @@ class HostLink:
 
     def _read(self, requests: Iterable[bytes]) -> str:
         try:
-            for frame in requests:
-                self._take(frame)
+            for payload in requests:
+                for frame in unbundled(payload):
+                    self._take(frame)
         except WireError as error:
             logger.warning("host %s sent what does not fit: %s", self.ticket.host, error)
             self.end(grpc.StatusCode.INVALID_ARGUMENT, str(error))

@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+from flsplit.wire.bundles import bundled
 from flsplit.wire.errors import StreamEnded
 
 
@@ -58,8 +59,11 @@ class Outbox:
         """Take nothing more and forget what waits."""
         self._close(reason, drop=True)
 
-    def frames(self) -> Iterator[bytes]:
-        """Yield frames until the end; gRPC asks for one when the one before has left."""
+    def payloads(self) -> Iterator[bytes]:
+        """Yield what gRPC is to send until the end; it asks when the one before has left."""
+        return bundled(self._frames(), lambda: bool(self._waiting))
+
+    def _frames(self) -> Iterator[bytes]:
         while (item := self._next()) is not None:
             frames, size = item
             for frame in frames:

@@ -227,7 +227,7 @@ class SessionServer:
         # The reader is started first, because it is what takes the link off the list again.
         self._start_reader(link, requests)
         context.send_initial_metadata(((VERSION_KEY, str(PROTOCOL_VERSION)),))
-        yield from link.frames()
+        yield from link.payloads()
 
     def _start_reader(self, link: HostLink, requests: Iterator[bytes]) -> None:
         name = f"flsplit-reader-{link.ticket.host}"

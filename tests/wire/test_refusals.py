@@ -158,6 +158,7 @@ def wrong_frames():
         "truncated": [hello, frame[:-20]],
         "frame over the limit": [hello, bytes(FRAME_BYTES + 1)],
         "message over the limit": [hello, *long],
+        "bundle that ends too early": [hello, b"\4\0\0\0\7abc"],
     }
 
 
