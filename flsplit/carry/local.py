@@ -8,16 +8,16 @@ from typing import cast
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from rich.progress import Progress, TaskID
 
 from flsplit.carry.cohort import Cohort
+from flsplit.carry.grid import MessageGrid
 from flsplit.errors import ConfigError
 from flsplit.flower_internals import SERVER_NODE_ID, Run, ensure_task_identity, set_message_id
 from flsplit.storage import ClientStore
 
 
-class LocalGrid(Grid):
+class LocalGrid(MessageGrid):
     """A Grid that calls the ClientApp directly: no Ray, no server, no other process.
 
     Parameters
@@ -84,17 +84,6 @@ class LocalGrid(Grid):
     def set_run(self, run: Run) -> None:
         """Replace the description of the run."""
         self._run = run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a new message; the same as Flower's ``Message(…)``."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the clients' node ids."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
@@ -33,40 +34,19 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
             message, RecordDict({"reply": ConfigRecord({"client": client_name(context)})})
         )
 
-    @app.train("step")
-    @answering_errors
-    def step(message: Message, context: Context) -> Message:
-        request = StepRequest.from_content(message.content)
-        with borrow_client(spec, context) as client:
-            return _reply(message, take_step(client, request).to_content())
+    def serve(register: Callable[[Handler], Handler], request_type: Any, compute: Any) -> None:
+        @register
+        @answering_errors
+        def handle(message: Message, context: Context) -> Message:
+            request = request_type.from_content(message.content)
+            with borrow_client(spec, context) as client:
+                return _reply(message, compute(client, request).to_content())
 
-    @app.train("finish")
-    @answering_errors
-    def finish(message: Message, context: Context) -> Message:
-        request = FinishRequest.from_content(message.content)
-        with borrow_client(spec, context) as client:
-            return _reply(message, finish_round(client, request).to_content())
-
-    @app.train("local")
-    @answering_errors
-    def local(message: Message, context: Context) -> Message:
-        request = LocalRequest.from_content(message.content)
-        with borrow_client(spec, context) as client:
-            return _reply(message, train_locally(client, request).to_content())
-
-    @app.query("shape")
-    @answering_errors
-    def shape(message: Message, context: Context) -> Message:
-        request = ShapeRequest.from_content(message.content)
-        with borrow_client(spec, context) as client:
-            return _reply(message, smashed_shape(client, request).to_content())
-
-    @app.evaluate("step")
-    @answering_errors
-    def evaluate(message: Message, context: Context) -> Message:
-        request = EvaluateRequest.from_content(message.content)
-        with borrow_client(spec, context) as client:
-            return _reply(message, evaluate_batch(client, request).to_content())
+    serve(app.train("step"), StepRequest, take_step)
+    serve(app.train("finish"), FinishRequest, finish_round)
+    serve(app.train("local"), LocalRequest, train_locally)
+    serve(app.query("shape"), ShapeRequest, smashed_shape)
+    serve(app.evaluate("step"), EvaluateRequest, evaluate_batch)
 
 
 def take_step(client: Client, request: StepRequest) -> StepReply:

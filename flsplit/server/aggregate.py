@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from flsplit.carry.grid import MessageGrid
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.flower_internals import Run
 from flsplit.log import logger
@@ -24,7 +24,7 @@ class Upload:
     num_examples: int
 
 
-class _ClientView(Grid):
+class _ClientView(MessageGrid):
     """Shows a Flower strategy the clients as nodes 0, 1, 2, … in their fixed order.
 
     Real node ids are random: a strategy that samples among them would choose other clients in
@@ -43,12 +43,6 @@ class _ClientView(Grid):
 
     def set_run(self, run: Run) -> None:
         raise ConfigError(_ONLY_CONFIGURES)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
-        ttl: float | None = None,
-    ) -> Message:  # fmt: skip
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         raise ConfigError(_ONLY_CONFIGURES)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
+from flsplit.carry.grid import MessageGrid
 from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
 from flsplit.carry.session.settings import SessionSettings
@@ -46,7 +47,7 @@ class _Sent:
     reply: Message | None = None
 
 
-class SessionGrid(Grid):
+class SessionGrid(MessageGrid):
     """Carries the messages of a run over one stream per host.
 
     A ``with`` block opens the session: each node gets one Flower message ``train.session``,
@@ -262,17 +263,6 @@ class SessionGrid(Grid):
     def set_run(self, run: Run) -> None:
         """Set the run of Flower's grid."""
         self._grid.set_run(run)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a new message; the same as Flower's ``Message(…)``."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the clients that have a host now, after letting hosts join, leave and return."""
