@@ -111,9 +111,21 @@ class SegmentAggregator:
             )
         finally:
             random.setstate(state)
+        for message in messages:
+            self._check_config(message)
         by_index = dict(enumerate(names_now))
         self._messages = {by_index[m.metadata.dst_node_id]: m for m in messages}
         return [name for name in by_index.values() if name in self._messages]
+
+    def _check_config(self, message: Message) -> None:
+        """Refuse what the strategy tells the clients and a split client would not heed."""
+        for config in message.content.config_records.values():
+            if ignored := sorted(set(config) - {"server-round"}):
+                raise ConfigError(
+                    f"{type(self.strategy).__name__} tells the clients {', '.join(ignored)}, which "
+                    "a split client doesn't know (FedProx's proximal term, for instance, is not "
+                    "built); learning rates are set with server_lr and client_lr"
+                )
 
     def aggregate(
         self, server_round: int, uploads: Mapping[str, Upload], before: Mapping[str, Tensor]

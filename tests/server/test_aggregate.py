@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import (
     FedAvg,
     FedAvgM,
     FedMedian,
+    FedProx,
     FedTrimmedAvg,
     FedYogi,
     Krum,
@@ -55,6 +56,11 @@ def test_fedavg_weighs_by_the_number_of_examples():
     assert found["b"].item() == 40.0
     assert {name: t.dtype for name, t in found.items()} == {n: t.dtype for n, t in BEFORE.items()}
     assert list(found) == list(BEFORE)
+
+
+def test_a_strategy_that_tells_clients_what_they_do_not_heed_is_refused():
+    with pytest.raises(ConfigError, match="FedProx tells the clients proximal-mu, which"):
+        aggregate(FedProx(proximal_mu=0.1), {"0": Upload(tensors(1.0), 10)})
 
 
 def test_the_weight_may_go_by_another_key():
