@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from flsplit.processes.home import FlowerHome
 
 # Ray gives itself 30 s to start, which can't be changed; a busy or cold machine may need more.
-RAY_DID_NOT_START = "The current node timed out during startup"
+RAY_DID_NOT_START = re.compile(
+    r"The current node timed out during startup|Timed out waiting for file \S*gcs_server_port"
+)
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class FinishedRun:
 class Run:
     """A run that is under way, and its log.
 
-    A simulation in which Ray did not start in time has done nothing yet; it is started once more.
+    A simulation in which Ray did not start in time has done nothing yet; it is started again,
+    twice at most.
 
     Parameters
     ----------
@@ -93,8 +97,10 @@ class Run:
     def _read(self, process: subprocess.Popen[str], echo: Callable[[str], object]) -> None:
         try:
             self._follow(process, echo)
-            if RAY_DID_NOT_START in self.log:
-                again = "Ray did not start within its 30 s; starting the run once more\n"
+            for _ in range(1, _ATTEMPTS):
+                if not RAY_DID_NOT_START.search(self.log):
+                    break
+                again = "Ray did not start within its 30 s; starting the run again\n"
                 echo(again)
                 with self._news:
                     self._lines = [again]
