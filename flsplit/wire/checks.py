@@ -15,9 +15,7 @@ GREATEST_INT = 2**64 - 1
 def parse_json(field: str, raw: bytes) -> Any:
     """Parse strict JSON in UTF-8: no duplicate keys, no NaN, no runaway nesting."""
     try:
-        return json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
+        return _DECODER.decode(raw.decode("utf-8"))
     except WireError:
         raise
     except (ValueError, RecursionError) as error:
@@ -96,3 +94,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise WireError("number", "a finite JSON number", told(name))
+
+
+# Made once: json.loads() with these arguments would make one for every header.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)

@@ -18,6 +18,7 @@ _TASKS = ("src_task_id", "dst_task_id")
 _STRINGS = ("message_id", "reply_to_message_id", "group_id", "message_type")
 _NUMBERS = ("created_at", "ttl")
 _METADATA = _INTS + _TASKS + _STRINGS + _NUMBERS
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def write_header(envelope: Envelope, message: Message) -> tuple[bytes, list[byte
         header["records"] = write_records(message.content, segments)
     else:
         raise WireError("message", "content or an error", told("neither"))
-    return json.dumps(header, separators=(",", ":"), allow_nan=False).encode(), segments
+    return _ENCODER.encode(header).encode(), segments
 
 
 def read_header(raw: bytes) -> Plan:

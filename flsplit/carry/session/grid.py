@@ -296,8 +296,12 @@ class SessionGrid(MessageGrid):
         ids = list(self.push_messages(messages))
         step_timeout = self._settings.step_timeout
         deadline = time.monotonic() + min(step_timeout, timeout or step_timeout)
-        while self._unanswered(ids) and (left := deadline - time.monotonic()) > 0:
-            self._take_event(left)
+        waiting = self._unanswered(ids)
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            if waiting[-1].reply is None:
+                self._take_event(left)
+            else:
+                waiting.pop()
         for host in {sent.seat.host for sent in self._unanswered(ids)}:
             reason = f"no answer within {step_timeout:g} s (session-step-timeout)"
             self._open_server.close_host(host, reason)
