@@ -19,6 +19,7 @@ from pathlib import Path
 from jobs import Book, Job, Run, tuning_jobs
 from methods import COMPARED, METHODS, QUICK
 from results import write_results
+from task import load
 from training import Setting
 from workers import Workers
 
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run_missing(options: argparse.Namespace, book: Book, workers: Workers) -> None:
     """Run what is missing, one alpha after the other, and write the results after each."""
     progress = Progress(options, book, workers)
+    if progress.left:
+        load(options.dataset, options.data_dir)  # says at once if the data is not there
     for alpha in options.alpha:
         done = progress.done
         progress.run(all_tuning_jobs(options, alpha))

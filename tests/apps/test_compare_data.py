@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 from task import build_model, load
-from torchvision.datasets import CIFAR10
+
+from flsplit.vision import load_torchvision
+
+CIFAR10 = load_torchvision().datasets.CIFAR10
 
 
 @pytest.fixture
