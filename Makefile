@@ -41,6 +41,16 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP) ## Run an app in a simulation (APP=apps/quickstart SUPERNODES=10 ARGS=...)
 	@$(BIN)/python apps/run.py $(APP) --num-supernodes $(SUPERNODES) $(ARGS)
 
+# Finished runs are kept, so a comparison that was stopped goes on; ARGS="--dataset mnist
+# --data-dir /path/to/data" takes other data.
+.PHONY: compare
+compare: $(STAMP) ## Compare the methods: digits, 3 kinds of labels, 3 seeds
+	@$(BIN)/python apps/compare/compare.py --alpha 0.1 0.5 inf --out runs/compare $(ARGS)
+
+.PHONY: compare-quick
+compare-quick: $(STAMP) ## The same, shorter, with fewer methods
+	@$(BIN)/python apps/compare/compare.py --quick --alpha 0.1 inf --out runs/compare-quick $(ARGS)
+
 .PHONY: test
 test: $(STAMP) ## Run all tests, two at a time: the quick ones, then those that start Flower
 	@$(BIN)/python -m pytest -m 'not e2e' --numprocesses 2 --dist loadfile $(ARGS)

@@ -4,168 +4,166 @@
     python apps/compare/compare.py --dataset mnist --data-dir /path/to/data --alpha 0.1 inf
 
 Each method's learning rates are tuned first: six points, one seed, a fifth of the rounds, judged
-on validation data. Then it is run with every seed. Runs are kept in the output folder as JSON
-lines; one that is there is not run again, so a comparison that was stopped goes on.
+on validation data. Then it is run with every seed. Finished runs are kept in the output folder and
+are not run again, so a comparison that was stopped goes on. What comes out of it (tables,
+pictures, a page) is written anew each time.
 """
 
 import argparse
-import json
-import logging
-import math
 import shlex
-import statistics
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import torch
-from methods import METHODS, Rates
-from report import Run, alpha_name, draw, table
-from training import Setting, train
+from jobs import Book, Job, Run, tuning_jobs
+from methods import COMPARED, METHODS, QUICK
+from results import write_results
+from task import load
+from training import Setting
+from workers import Workers
 
-PRESETS = {"digits": (1400, 397), "mnist": (20_000, 5_000)}  # training and test examples
+PRESETS = {  # training and test examples, accuracy to reach
+    "digits": (1400, 397, 85.0),
+    "mnist": (20_000, 5_000, 85.0),
+    "cifar10": (20_000, 5_000, 40.0),
+}
+QUICK_ROUNDS = 10
+FOLDERS = {"--data-dir": "/path/to/data", "--out": "results"}  # what a page shows of them
 
 
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(1)
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    sizes = PRESETS[options.dataset]
-    train_size, test_size = options.train_size or sizes[0], options.test_size or sizes[1]
-    setting = Setting(
-        options.dataset, options.data_dir, options.clients, options.rounds, options.local_steps,
-        options.batch_size, train_size, test_size,
-    )  # fmt: skip
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing and write the results; return the exit status."""
+    options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    book = Book(options.out / "runs.jsonl", setting, len(options.alpha) * len(options.methods)
-                * (6 + len(options.seeds)))  # fmt: skip
+    book = Book(options.out / "runs.jsonl", setting_of(options))
+    try:
+        with Workers(book.setting, options.workers) as workers:
+            run_missing(options, book, workers)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one ended", flush=True)
+        return 130
+    return 0
+
+
+def run_missing(options: argparse.Namespace, book: Book, workers: Workers) -> None:
+    """Run what is missing, one alpha after the other, and write the results after each."""
+    progress = Progress(options, book, workers)
+    if progress.left:
+        load(options.dataset, options.data_dir)  # says at once if the data is not there
     for alpha in options.alpha:
-        for method in options.methods:
-            rates = book.tuned(method, alpha, options.seeds[0])
-            for seed in options.seeds:
-                book.run(method, rates, alpha, seed, tuning=False)
-        write_page(options, book)
+        done = progress.done
+        progress.run(all_tuning_jobs(options, alpha))
+        progress.run(final_jobs(options, book, alpha))
+        if progress.done > done or alpha == options.alpha[-1]:
+            write_results(options, book)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=sorted(PRESETS), default="digits")
-    parser.add_argument("--data-dir", default="", help="where torchvision's MNIST lies")
-    parser.add_argument("--clients", type=int, default=10)
-    parser.add_argument("--alpha", type=float, nargs="+", default=[0.1], help="inf is IID")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--local-steps", type=int, default=20, help="mini-batches per round")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--train-size", type=int, default=0, help="0: 20000 of MNIST, all digits")
-    parser.add_argument("--test-size", type=int, default=0, help="0: 5000 of MNIST, all digits")
-    parser.add_argument("--target", type=float, default=85.0, help="accuracy to reach, %%")
-    parser.add_argument("--out", type=Path, default=Path("compare-results"))
-    return parser.parse_args()
+def all_tuning_jobs(options: argparse.Namespace, alpha: float) -> list[Job]:
+    """Return the short runs of an alpha."""
+    seed = options.seeds[0]
+    return [job for method in options.methods for job in tuning_jobs(method, alpha, seed)]
 
 
-class Book:
-    """The finished runs, in a file; knows which are missing."""
+def final_jobs(options: argparse.Namespace, book: Book, alpha: float) -> list[Job]:
+    """Return the full runs of an alpha, whose tuning must be finished."""
+    jobs = []
+    for method in options.methods:
+        rates = book.tuned(method, alpha, options.seeds[0])
+        assert rates is not None
+        jobs += [Job(method, rates, alpha, seed, tuning=False) for seed in options.seeds]
+    return jobs
 
-    def __init__(self, path: Path, setting: Setting, planned: int) -> None:
-        self.path, self.setting, self.planned = path, setting, planned
-        self.runs: list[Run] = []
-        self.started, self.done_now = time.perf_counter(), 0.0
-        if path.exists():
-            self.runs = [json.loads(line) for line in path.read_text().splitlines()]
-        self.common = {k: v for k, v in vars(setting).items() if k != "data_dir"}
 
-    def run(self, method: str, rates: Rates, alpha: float, seed: int, *, tuning: bool) -> Run:
-        """Return a run, from the file if it is there."""
-        key: dict[str, Any] = {
-            "method": method, "rates": rates, "alpha": str(alpha), "seed": seed, "tuning": tuning,
-            **self.common,
-        }  # fmt: skip
-        for run in self.runs:
-            if all(run.get(name) == value for name, value in key.items()):
-                return run
-        try:
-            found = train(self.setting, method, rates, alpha, seed, tuning=tuning)
-        except ArithmeticError as error:  # training diverged: that is a result
-            found = {"accuracy": [0.0], "failed": str(error), "seconds": 0.0}
-            if not tuning:
-                raise
-        run = key | found
-        self.runs.append(run)
-        with self.path.open("a") as file:
-            file.write(json.dumps(run) + "\n")
-        self._tell(run)
-        return run
+class Progress:
+    """Runs jobs and tells how far it is.
 
-    def tuned(self, method: str, alpha: float, seed: int) -> Rates:
-        """Return the rates of the best of six short runs on validation data."""
-        runs = [self.run(method, rates, alpha, seed, tuning=True) for rates in METHODS[method].grid]
-        best = max(runs, key=lambda run: statistics.mean(run["accuracy"][-2:]))
-        rates: Rates = best["rates"]
-        return rates
+    Time left is estimated from the rounds trained so far, whatever their method.
+    """
 
-    def _tell(self, run: Run) -> None:
-        rounds = self.setting.rounds
-        self.done_now += max(rounds // 5, 1) if run["tuning"] else rounds
+    def __init__(self, options: argparse.Namespace, book: Book, workers: Workers) -> None:
+        self.book, self.workers = book, workers
+        self.started, self.done, self.left = time.perf_counter(), 0, 0
+        for alpha in options.alpha:
+            for method in options.methods:
+                jobs = tuning_jobs(method, alpha, options.seeds[0])
+                finished = len(book.finals(method, alpha, options.seeds))
+                self.left += sum(map(self._rounds, book.missing(jobs)))
+                self.left += (len(options.seeds) - finished) * options.rounds
+
+    def run(self, jobs: list[Job]) -> None:
+        """Run those of the jobs that are missing."""
+        for job, found in self.workers.run(self.book.missing(jobs)):
+            self._tell(job, self.book.add(job, found))
+
+    def _rounds(self, job: Job) -> int:
+        return self.book.setting.rounds_of(tuning=job.tuning)
+
+    def _tell(self, job: Job, run: Run) -> None:
+        self.done += self._rounds(job)
+        self.left -= self._rounds(job)
         spent = time.perf_counter() - self.started
-        what = "tuning" if run["tuning"] else f"seed {run['seed']}"
-        rates = " ".join(f"{k}={v:g}" for k, v in run["rates"].items())
+        what = "tuning" if job.tuning else f"seed {job.seed}"
+        rates = " ".join(f"{name}={value:g}" for name, value in job.rates.items())
+        came = "diverged" if "failed" in run else f"{100 * run['accuracy'][-1]:.1f} %"
         print(
-            f"{len(self.runs)} of about {self.planned} runs, {spent / 60:.1f} min: {run['method']} "
-            f"alpha {run['alpha']} {what} {rates}: {100 * run['accuracy'][-1]:.1f} % "
-            f"({run['seconds']:.1f} s)",
+            f"{spent / 60:5.1f} min, about {spent / self.done * self.left / 60:.0f} min left: "
+            f"{job.method}, alpha {job.alpha:g}, {what}, {rates}: {came}",
             flush=True,
         )
 
-    def finals(self, alpha: float, methods: list[str], seeds: list[int]) -> dict[str, list[Run]]:
-        """Return each method's runs with the tuned rates."""
-        return {
-            method: [
-                self.run(method, self.tuned(method, alpha, seeds[0]), alpha, seed, tuning=False)
-                for seed in seeds
-            ]
-            for method in methods
-        }
+
+def setting_of(options: argparse.Namespace) -> Setting:
+    """Return what all runs have in common."""
+    train_size, test_size, _ = PRESETS[options.dataset]
+    return Setting(
+        options.dataset, options.data_dir, options.clients, options.rounds, options.local_steps,
+        options.batch_size, options.train_size or train_size, options.test_size or test_size,
+    )  # fmt: skip
 
 
-def write_page(options: argparse.Namespace, book: Book) -> None:
-    """Write results.md and the pictures for the alphas that are complete."""
-    arguments = list(sys.argv[1:])
-    for name in ("--data-dir", "--out"):
-        if name in arguments:
-            arguments[arguments.index(name) + 1] = f"/path/to/{name.strip('-').split('-')[0]}"
-    setting = book.setting
-    lines = [
-        "# Results\n",
-        f"`python apps/compare/compare.py {shlex.join(arguments)}`\n",
-        f"{setting.dataset}, {setting.clients} clients, {setting.rounds} rounds of "
-        f"{setting.local_steps} mini-batches of {setting.batch_size} per client, "
-        f"{len(options.seeds)} seeds. Accuracy: mean over the clients' models and the last rounds "
-        "± standard deviation over seeds.\n",
-    ]
-    for alpha in options.alpha:
-        methods = [m for m in options.methods if _complete(book, m, alpha, options.seeds)]
-        if not methods:
-            continue
-        finals = book.finals(alpha, methods, options.seeds)
-        picture = options.out / f"{setting.dataset}-{'iid' if math.isinf(alpha) else alpha}.png"
-        draw(finals, picture, f"{setting.dataset}, {alpha_name(alpha)}")
-        lines += [f"## {alpha_name(alpha)}\n", table(finals, options.target)]
-        lines += [f"![accuracy against rounds and bytes]({picture.name})\n"]
-    (options.out / "results.md").write_text("\n".join(lines))
-    print(f"wrote {options.out / 'results.md'}", flush=True)
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options; ``command`` is what repeats them, with folders left out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=sorted(PRESETS), default="digits")
+    parser.add_argument("--data-dir", default="", help="where torchvision's data set lies")
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--alpha", type=float, nargs="+", default=[0.1], help="inf is IID")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="see methods.py")
+    parser.add_argument("--rounds", type=int, help="20 where --quick is not given")
+    parser.add_argument("--local-steps", type=int, default=20, help="mini-batches per round")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--train-size", type=int, default=0, help="0: 20000, or all digits")
+    parser.add_argument("--test-size", type=int, default=0, help="0: 5000, or all digits")
+    parser.add_argument("--target", type=float, help="accuracy to reach, %% (85; cifar10: 40)")
+    parser.add_argument("--workers", type=int, default=2, help="processes; results are the same")
+    parser.add_argument("--out", type=Path, default=Path("compare-results"))
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, fewer methods"
+    )
+    options = parser.parse_args(arguments)
+    options.methods = options.methods or (QUICK if options.quick else COMPARED)
+    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else 20)
+    options.target = options.target or PRESETS[options.dataset][2]
+    options.command = command(list(sys.argv[1:] if arguments is None else arguments))
+    return options
 
 
-def _complete(book: Book, method: str, alpha: float, seeds: list[int]) -> bool:
-    found = {
-        run["seed"]
-        for run in book.runs
-        if run["method"] == method and run["alpha"] == str(alpha) and not run["tuning"]
-    }
-    return found >= set(seeds)
+def command(arguments: list[str]) -> str:
+    """Return the command line, without the names of folders on this machine."""
+    shown = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name, _, value = argument.partition("=")
+        if before in FOLDERS:
+            shown.append(FOLDERS[before])
+        elif name in FOLDERS and value:
+            shown += [name, FOLDERS[name]]
+        else:
+            shown.append(argument)
+    return f"python apps/compare/compare.py {shlex.join(shown)}".rstrip()
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as with Ctrl-C
+    sys.exit(main())

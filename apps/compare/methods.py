@@ -18,12 +18,21 @@ class Method:
 
     Attributes
     ----------
+    title : str
+        How pages call it.
+    says : str
+        What it does, for the page.
+    shares_clients : bool
+        Whether all clients have the same client segment at a round's end.
     make : callable or None
         Makes the strategy from the common options; None is FedAvg on the unsplit model.
     grid : list of dict
         Six points: the same budget for every method.
     """
 
+    title: str
+    says: str
+    shares_clients: bool
     make: Callable[..., Any] | None
     grid: list[Rates]
 
@@ -32,8 +41,9 @@ def _with(cls: type, **fixed: Any) -> Callable[..., Any]:
     return lambda **options: cls(**fixed, **options)
 
 
-def _sfl(**options: Any) -> PSL:
-    return PSL(client_strategy=FedAvg(), **options)
+def _with_fedavg(cls: type, **fixed: Any) -> Callable[..., Any]:
+    # A strategy of its own for each run: Flower's keep state.
+    return lambda **options: cls(client_strategy=FedAvg(), **fixed, **options)
 
 
 def _pairs(server: list[float], client: list[float]) -> list[Rates]:
@@ -44,23 +54,148 @@ def _one(rates: list[float]) -> list[Rates]:
     return [{"server_lr": rate, "client_lr": rate} for rate in rates]
 
 
-_BOTH = _pairs([0.03, 0.1, 0.3], [0.01, 0.03])
+# A client segment that is never averaged does better with small steps, where labels are skewed.
+_OWN = _pairs([0.03, 0.1, 0.3], [0.001, 0.01])
+_SUM = _pairs([0.003, 0.01, 0.03], [0.001, 0.01])  # a sum over ten clients, not a mean
+_SGLR = [{"client_lr": lr, "alpha": a} for lr, a in product([0.003, 0.01, 0.03], [1.0, 1.5])]
+_SHARED = _pairs([0.03, 0.1, 0.3], [0.01, 0.03])
+_SUM_SHARED = _pairs([0.003, 0.01, 0.03], [0.01, 0.03])
 _TURNS = _pairs([0.003, 0.01, 0.03], [0.01, 0.03])  # ten server steps where others do one
-_SUM = _pairs([0.003, 0.01, 0.03], [0.01, 0.03])  # a sum over ten clients, not a mean
-_SGLR = [{"client_lr": lr, "alpha": a} for lr, a in product([0.01, 0.03, 0.1], [0.5, 1.0])]
 _WHOLE = _one([0.005, 0.01, 0.02, 0.04, 0.06, 0.08])  # FedAvg, and V1, which computes the same
 
+_ALIGNED = "the server steps with the clients whose gradients agree with a leader's"
+
 METHODS = {
-    "psl": Method(PSL, _BOTH),
-    "sfl": Method(_sfl, _BOTH),
-    "splitfed-v1": Method(SplitFedV1, _WHOLE),
-    "splitfed-v2": Method(SplitFedV2, _TURNS),
-    "sequential-sl": Method(SequentialSL, _TURNS),
-    "fedavg": Method(None, _WHOLE),
-    "sglr": Method(SGLR, _SGLR),
-    "epsl-0.5": Method(_with(EPSL, phi=0.5), _BOTH),
-    "epsl-1": Method(_with(EPSL, phi=1.0), _BOTH),
-    "gapsl-eta-1": Method(_with(GAPSL, eta=-1.0), _SUM),
-    "gapsl-eta0": Method(_with(GAPSL, eta=0.0), _SUM),
-    "gapsl-eta0.3": Method(_with(GAPSL, eta=0.3), _SUM),
+    "sequential-sl": Method(
+        "Sequential SL",
+        "clients take turns; each hands its segment to the next",
+        True,
+        SequentialSL,
+        _TURNS,
+    ),
+    "splitfed-v1": Method(
+        "SplitFed V1",
+        "a server copy per client; copies and client segments are averaged every round",
+        True,
+        SplitFedV1,
+        _WHOLE,
+    ),
+    "splitfed-v2": Method(
+        "SplitFed V2",
+        "one server segment, a step for each client in turn; client segments are averaged",
+        True,
+        SplitFedV2,
+        _TURNS,
+    ),
+    "sfl": Method(
+        "SFL (PSL + FedAvg)",
+        "PSL whose client segments are averaged every round",
+        True,
+        _with_fedavg(PSL),
+        _SHARED,
+    ),
+    "fedavg": Method(
+        "FedAvg",
+        "Flower's, not split: every client trains the whole model; no server step at all",
+        True,
+        None,
+        _WHOLE,
+    ),
+    "psl": Method(
+        "PSL",
+        "one server step on all clients' smashed data together; clients keep their segments",
+        False,
+        PSL,
+        _OWN,
+    ),
+    "sglr": Method(
+        "SGLR",
+        "PSL; half of the clients share a cut-layer gradient, the server's rate is scaled up",
+        False,
+        SGLR,
+        _SGLR,
+    ),
+    "epsl-0.5": Method(
+        "EPSL φ=0.5",
+        "PSL; half of each mini-batch is aggregated over clients before it goes back",
+        False,
+        _with(EPSL, phi=0.5),
+        _OWN,
+    ),
+    "epsl-1": Method(
+        "EPSL φ=1",
+        "the same with the whole mini-batch",
+        False,
+        _with(EPSL, phi=1.0),
+        _OWN,
+    ),
+    "gapsl-eta-1": Method(
+        "GAPSL η=-1",
+        f"PSL; {_ALIGNED}; a lenient threshold",
+        False,
+        _with(GAPSL, eta=-1.0),
+        _SUM,
+    ),
+    "gapsl-eta0": Method(
+        "GAPSL η=0",
+        f"PSL; {_ALIGNED}; the default threshold, which keeps about half",
+        False,
+        _with(GAPSL, eta=0.0),
+        _SUM,
+    ),
+    "gapsl-eta0.3": Method(
+        "GAPSL η=0.3",
+        f"PSL; {_ALIGNED}; a strict threshold",
+        False,
+        _with(GAPSL, eta=0.3),
+        _SUM,
+    ),
+    # Variants, to find out why a method does as it does.
+    "gapsl-mean": Method(
+        "GAPSL η=0, mean",
+        "GAPSL; the mean of the kept gradients instead of their sum",
+        False,
+        _with(GAPSL, loss_reduction="mean"),
+        _OWN,
+    ),
+    "gapsl-skip": Method(
+        "GAPSL η=0, skip",
+        "GAPSL; clients that are not kept do not step either",
+        False,
+        _with(GAPSL, excluded_clients="skip"),
+        _SUM,
+    ),
+    "gapsl-sfl": Method(
+        "GAPSL η=0 + FedAvg",
+        "GAPSL whose client segments are averaged every round",
+        True,
+        _with_fedavg(GAPSL),
+        _SUM_SHARED,
+    ),
+    "gapsl-eta-1-sfl": Method(
+        "GAPSL η=-1 + FedAvg",
+        "the same with a lenient threshold",
+        True,
+        _with_fedavg(GAPSL, eta=-1.0),
+        _SUM_SHARED,
+    ),
+    "sglr-phi0": Method(
+        "SGLR φ=0",
+        "SGLR without averaged gradients: only the server's rate is scaled",
+        False,
+        _with(SGLR, phi=0.0),
+        _SGLR,
+    ),
+    "sglr-sfl": Method(
+        "SGLR + FedAvg",
+        "SGLR whose client segments are averaged every round",
+        True,
+        _with_fedavg(SGLR),
+        _SGLR,
+    ),
 }
+VARIANTS = [
+    "gapsl-mean", "gapsl-skip", "gapsl-sfl", "gapsl-eta-1-sfl", "sglr-phi0", "sglr-sfl",
+]  # fmt: skip
+COMPARED = [name for name in METHODS if name not in VARIANTS]
+QUICK = [name for name in COMPARED if name not in ("epsl-1", "gapsl-eta-1", "gapsl-eta0.3")]

@@ -1,15 +1,15 @@
-"""Tables and pictures from the finished runs."""
+"""The table: what came of each method, in numbers."""
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
+from jobs import Run
+from methods import METHODS
 
-Run = dict[str, Any]
 LAST = 3  # rounds that a run's accuracy is the mean of: a single one is noisy
+TEXTS = {"method", "learning rates", "expected", "where", "measured", "verdict"}  # columns
+Finals = dict[str, list[Run]]  # each method's runs, one per seed
 
 
 def final_accuracy(run: Run) -> float:
@@ -22,57 +22,27 @@ def rounds_to(run: Run, target: float) -> int | None:
     return next((i for i, a in enumerate(run["accuracy"], 1) if 100 * a >= target), None)
 
 
-def table(runs: dict[str, list[Run]], target: float) -> str:
-    """Return a markdown table, a line per method, the most accurate first."""
-    head = (
-        "method", "learning rates", "accuracy, %", f"rounds to {target:g} %",
-        f"MB to {target:g} %", f"server s to {target:g} %", "MB up", "MB down",
-        "rows back-propagated",
-    )  # fmt: skip
-    lines = [head, ("---", "---", *["---:"] * 7)]
-    for method, own in sorted(runs.items(), key=lambda item: -_mean(item[1], final_accuracy)):
-        reached = [(run, r) for run in own if (r := rounds_to(run, target))]
-        rates = ", ".join(f"{k.replace('_lr', '')} {v:g}" for k, v in own[0]["rates"].items())
-        split = method != "fedavg"
-        lines.append(
-            (
-                method,
-                rates,
-                _spread([final_accuracy(run) for run in own]),
-                _reached([r for _, r in reached], len(own), "{:.1f}"),
-                _reached([run["bytes"][r - 1] / 1e6 for run, r in reached], len(own), "{:.0f}"),
-                _reached([sum(run["server-seconds"][:r]) for run, r in reached], len(own), "{:.1f}")
-                if split
-                else "-",
-                f"{_mean(own, lambda run: run['up']) / 1e6:.1f}",
-                f"{_mean(own, lambda run: run['down']) / 1e6:.1f}",
-                f"{_mean(own, lambda run: run['rows']):,.0f}" if split else "-",
-            )
-        )
+def converged(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs that did not diverge."""
+    return [run for run in runs if "failed" not in run]
+
+
+def by_accuracy(finals: Finals) -> list[str]:
+    """Return the methods, the most accurate first, and last those that always diverged."""
+    return sorted(finals, key=lambda method: -mean(converged(finals[method]), final_accuracy))
+
+
+def table(finals: Finals, target: float) -> list[dict[str, str]]:
+    """Return a row per method, the most accurate first; keys are the columns' names."""
+    return [_row(method, finals[method], target) for method in by_accuracy(finals)]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Return rows as a markdown table."""
+    names = list(rows[0])
+    lines = [names, ["---" if name in TEXTS else "---:" for name in names]]
+    lines += [list(row.values()) for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def draw(runs: dict[str, list[Run]], path: Path, title: str) -> None:
-    """Draw accuracy against rounds and against logical bytes: means, and bands of ± one std."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-    styles = ("-", "--", ":")
-    for index, (method, own) in enumerate(runs.items()):
-        accuracy = 100 * np.array([run["accuracy"] for run in own])
-        mean, std = accuracy.mean(0), accuracy.std(0)
-        rounds = np.arange(1, len(mean) + 1)
-        sent = np.mean([run["bytes"] for run in own], axis=0) / 1e6
-        for axes, x in ((by_round, rounds), (by_bytes, sent)):
-            style = {"color": f"C{index % 10}", "linestyle": styles[index // 10]}
-            axes.plot(x, mean, label=method, **style)
-            axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.12, lw=0)
-    by_round.set(xlabel="round", ylabel="test accuracy, %", title=title)
-    by_bytes.set(xlabel="MB sent for training (logical, log scale)", xscale="log")
-    for axes in (by_round, by_bytes):
-        axes.grid(alpha=0.3)
-    by_bytes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
 
 
 def alpha_name(alpha: float) -> str:
@@ -80,17 +50,66 @@ def alpha_name(alpha: float) -> str:
     return "IID" if math.isinf(alpha) else f"Dirichlet({alpha:g})"
 
 
-def _mean(runs: list[Run], what: Any) -> float:
-    return float(np.mean([what(run) for run in runs]))
+def mean(runs: Sequence[Run], what: Callable[[Run], float]) -> float:
+    """Return the mean of something over runs, minus infinity if there are none."""
+    return float(np.mean([what(run) for run in runs])) if runs else -math.inf
 
 
-def _spread(values: Sequence[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
+def spread(values: Sequence[float], shape: str = "{:.1f}") -> str:
+    """Return mean ± sample standard deviation."""
+    deviation = " ± " + shape.format(np.std(values, ddof=1)) if len(values) > 1 else ""
+    return shape.format(np.mean(values)) + deviation
+
+
+def _row(method: str, runs: list[Run], target: float) -> dict[str, str]:
+    good = converged(runs)
+    reached = [(run, r) for run in good if (r := rounds_to(run, target))]
+    steps = METHODS[method].make is not None  # the unsplit model needs no server step
+    seconds = [sum(run["server-seconds"][:r]) for run, r in reached]
+
+    def to_target(values: Sequence[float], shape: str) -> str:
+        return _reached(values, len(runs), shape)
+
+    return {
+        "method": METHODS[method].title,
+        "accuracy, %": _accuracy(runs),
+        f"rounds to {target:g} %": to_target([r for _, r in reached], "{:.1f}"),
+        f"MB to {target:g} %": to_target([r["bytes"][n - 1] / 1e6 for r, n in reached], "{:.0f}"),
+        f"server CPU s to {target:g} %": to_target(seconds, "{:.2f}") if steps else "-",
+        "MB up": _mean_of(good, lambda run: run["up"] / 1e6, "{:.1f}"),
+        "MB down": _mean_of(good, lambda run: run["down"] / 1e6, "{:.1f}"),
+        "rows back-propagated": _mean_of(good, lambda run: run["rows"], "{:,.0f}")
+        if steps
+        else "-",
+        "learning rates": _rates(method, runs[0]),
+    }
+
+
+def _rates(method: str, run: Run) -> str:
+    """Return the tuned rates; one at an end of three or more that were tried is marked."""
+    parts = []
+    for name, value in run["rates"].items():
+        tried = sorted({point[name] for point in METHODS[method].grid})
+        edge = len(tried) > 2 and value in (tried[0], tried[-1])
+        parts.append(f"{name.removesuffix('_lr')} {value:g}{'*' if edge else ''}")
+    return ", ".join(parts)
+
+
+def _accuracy(runs: list[Run]) -> str:
+    good = converged(runs)
+    lost = len(runs) - len(good)
+    if not good:
+        return "diverged"
+    note = f" ({lost} of {len(runs)} diverged)" if lost else ""
+    return spread([final_accuracy(run) for run in good]) + note
+
+
+def _mean_of(runs: list[Run], what: Callable[[Run], float], shape: str) -> str:
+    return shape.format(mean(runs, what)) if runs else "-"
 
 
 def _reached(values: Sequence[float], runs: int, shape: str) -> str:
     if not values:
         return "not reached"
-    part = "" if len(values) == runs else f" ({len(values)} of {runs} runs)"
+    part = "" if len(values) == runs else f" ({len(values)} of {runs})"
     return shape.format(float(np.mean(values))) + part

@@ -13,6 +13,11 @@ from torch.utils.data import TensorDataset
 
 CUT = "conv1"
 NUM_CLASSES = 10
+INPUTS = {  # channels, the first layer's stride, height and width before the head
+    "digits": (1, 1, 4),
+    "mnist": (1, 2, 7),
+    "cifar10": (3, 2, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,24 @@ def load(dataset: str, data_dir: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         train, test = order[:1400], order[1400:]
         return images[train], labels[train], images[test], labels[test]
+    train, test = (_from_torchvision(dataset, data_dir, train=part) for part in (True, False))
+    return *train, *test
+
+
+def _from_torchvision(dataset: str, data_dir: str, *, train: bool) -> tuple[Tensor, Tensor]:
+    """Return images and labels of MNIST or CIFAR-10 as torchvision keeps them in a folder."""
     if not Path(data_dir).is_dir():
-        raise SystemExit(f"--data-dir={data_dir!r} is no folder; where does MNIST lie?")
+        raise SystemExit(f"--data-dir={data_dir!r} is no folder; where does {dataset} lie?")
     from flsplit.vision import load_torchvision
 
-    mnist = load_torchvision().datasets.MNIST
-    sets = [mnist(root=data_dir, train=train, download=False) for train in (True, False)]
-    images = [one.data.unsqueeze(1).float() / 127.5 - 1 for one in sets]
-    labels = [one.targets.long() for one in sets]
-    return images[0], labels[0], images[1], labels[1]
+    kind = getattr(load_torchvision().datasets, dataset.upper())
+    try:
+        found = kind(root=data_dir, train=train, download=False)
+    except RuntimeError as error:
+        raise SystemExit(f"--data-dir={data_dir!r} has no {dataset}: {error}") from error
+    images = torch.as_tensor(found.data).float() / 127.5 - 1
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)  # (N, C, H, W)
+    return images.contiguous(), torch.as_tensor(found.targets).long()
 
 
 @lru_cache(maxsize=2)
@@ -102,11 +116,11 @@ def deal_by_label(
 
 def build_model(dataset: str) -> nn.Module:
     """Return a small convolutional network; the clients compute up to ``conv1``."""
-    stride, size = (2, 7) if dataset == "mnist" else (1, 4)
+    channels, stride, size = INPUTS[dataset]
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Sequential(
-                nn.Conv2d(1, 8, 5, stride=stride, padding=2), nn.GroupNorm(4, 8), nn.ReLU()
+                nn.Conv2d(channels, 8, 5, stride=stride, padding=2), nn.GroupNorm(4, 8), nn.ReLU()
             ),
             conv2=nn.Sequential(
                 nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.GroupNorm(4, 16), nn.ReLU()

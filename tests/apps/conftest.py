@@ -1,6 +1,8 @@
-"""The apps' packages are importable as they are where Flower runs them."""
+"""The apps' modules are importable as they are where they run."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps" / "quickstart"))
+APPS = Path(__file__).resolve().parents[2] / "apps"
+
+sys.path[:0] = [str(APPS / "quickstart"), str(APPS / "compare")]

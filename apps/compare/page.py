@@ -1,0 +1,124 @@
+"""The HTML page: one file, with its pictures in it."""
+
+import argparse
+import base64
+import io
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+
+from findings import Finding, findings, summary
+from methods import METHODS
+from pictures import DRAWINGS, draw_alone
+from report import Finals, alpha_name, table
+
+NAMES = {"digits": "handwritten digits (scikit-learn)", "mnist": "MNIST", "cifar10": "CIFAR-10"}
+CAPTIONS = {
+    "accuracies": "Accuracy at the end. Small dots are seeds, diamonds their means.",
+    "rounds": "Accuracy after each round.",
+    "bytes": "The same against what was sent, on a logarithmic scale.",
+}
+
+
+def write_page(options: argparse.Namespace, finals: dict[float, Finals], path: Path) -> None:
+    """Write the page."""
+    template = Template((Path(__file__).parent / "page.html").read_text())
+    methods = {method for own in finals.values() for method in own}
+    title = f"{len(methods)} ways to train together on {NAMES[options.dataset]}"
+    lead = (
+        f"{options.clients} clients train with {options.rounds} rounds of {options.local_steps} "
+        f"mini-batches of {options.batch_size} each. Who wins depends on how the labels are "
+        "spread over the clients, and on what you pay for: rounds, bytes, or the server's time."
+    )
+    html = template.substitute(
+        title=escape(title),
+        lead=escape(lead),
+        links=_links(finals),
+        expectations=_expectations(findings(finals)),
+        sections="\n".join(_section(options, alpha, own) for alpha, own in finals.items()),
+        methods="\n".join(_method(name) for name in METHODS if name in methods),
+        first_seed=options.seeds[0],
+        target=f"{options.target:g}",
+        num_seeds=len(options.seeds),
+        command=escape(options.command),
+        flsplit=version("flsplit"),
+        torch=version("torch"),
+    )
+    path.write_text(html)
+
+
+def _links(finals: dict[float, Finals]) -> str:
+    parts = {_anchor(alpha): alpha_name(alpha) for alpha in finals}
+    parts |= {
+        "expected": "Expected and measured",
+        "methods": "The methods",
+        "how": "How it was done",
+        "limits": "What it doesn't show",
+    }
+    return "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in parts.items())
+
+
+def _anchor(alpha: float) -> str:
+    return f"alpha-{alpha:g}"
+
+
+def _expectations(found: list[Finding]) -> str:
+    if not found:
+        return ""
+    by_expected: dict[str, list[Finding]] = {}
+    for one in found:
+        by_expected.setdefault(one.expected, []).append(one)
+    cards = "".join(_card(expected, own) for expected, own in by_expected.items())
+    return f'<h2 id="expected">Expected and measured</h2>\n<div class="cards">{cards}</div>'
+
+
+def _card(expected: str, found: list[Finding]) -> str:
+    items = "".join(
+        f'<li class="{one.verdict.split()[0]}"><b>{escape(one.where)}: {escape(one.verdict)}.</b> '
+        f"{escape(one.measured)}</li>"
+        for one in found
+    )
+    return f"<section><p>{escape(expected)}</p><ul>{items}</ul></section>"
+
+
+def _section(options: argparse.Namespace, alpha: float, finals: Finals) -> str:
+    pictures = "".join(_figure(finals, alpha, drawing) for drawing in DRAWINGS)
+    return (
+        f'<h2 id="{_anchor(alpha)}">{escape(_heading(alpha))}</h2>\n<p>{escape(summary(finals))}'
+        f'</p>\n<div class="pictures">{pictures}</div>\n'
+        f'<div class="scroll">{_table(table(finals, options.target))}</div>'
+    )
+
+
+def _heading(alpha: float) -> str:
+    if alpha == float("inf"):
+        return "IID: every client has examples of every class"
+    degree = "strongly skewed" if alpha < 0.3 else "skewed"
+    return f"{alpha_name(alpha)}: {degree} labels"
+
+
+def _figure(finals: Finals, alpha: float, drawing: str) -> str:
+    file = io.BytesIO()
+    draw_alone(finals, drawing, file)
+    data = base64.b64encode(file.getvalue()).decode()
+    text = f"{alpha_name(alpha)}. {CAPTIONS[drawing]}"
+    return (
+        f'<figure><img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{escape(CAPTIONS[drawing])}</figcaption></figure>"
+    )
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row.values()) + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _method(name: str) -> str:
+    method = METHODS[name]
+    kind = "shared" if method.shares_clients else "own"
+    return f'<dt class="{kind}">{escape(method.title)}</dt><dd>{escape(method.says)}</dd>'
