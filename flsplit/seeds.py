@@ -34,11 +34,24 @@ def derive_seed(seed: int, *labels: str | int) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch, NumPy and Python inside the block; outside they go on as if it weren't there."""
+    """Seed torch, NumPy and Python inside the block; outside they go on as if it weren't there.
+
+    Parameters
+    ----------
+    seed : int
+        The seed.
+    device : torch.device, optional
+        A GPU whose generator is seeded as well as the processor's; others are left alone.
+    """
     cuda = [device] if device is not None and device.type == "cuda" else []
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+        # torch.manual_seed() would seed every GPU, too, and where there is none remember for that
+        # the whole call stack, which takes longer than a step of a small network.
+        torch.default_generator.manual_seed(seed)
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 - datasets' transforms use the global one
         try:

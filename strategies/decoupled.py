@@ -1,10 +1,10 @@
 """The decoupled schedule: clients train with auxiliary models and upload only now and then."""
 
 import copy
+import itertools
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from flsplit.server.arguments import one_of, whole
 from flsplit.server.step import ClientBatch
 from flsplit.strategies.base import SplitStrategy
 from flsplit.strategies.options import of_kind
+from flsplit.strategies.parts import FurtherParts
 from flsplit.strategies.round import Round
 
 _AUXILIARY, _INITIAL = "auxiliary", "auxiliary-initial"
@@ -203,20 +204,15 @@ class DecoupledStrategy(SplitStrategy):
         requests = {
             name: self._first_request(round_, name, upload_from=upload_from) for name in names
         }
-        with ThreadPoolExecutor(1) as beside:
-            replies = self._exchange(round_, requests)
-            if round_.plan.server_round == 1:
-                self._warn_if_it_never_fires(replies)
-            while replies:
-                requests = {
-                    name: self._next_request(round_, reply, upload_from)
-                    for name, reply in replies.items()
-                    if reply.steps_done < reply.num_steps
-                }
-                self.ended |= {n: r for n, r in replies.items() if n not in requests}
-                coming = beside.submit(self._exchange, round_, requests) if requests else None
-                self._step_on(round_, replies)
-                replies = coming.result() if coming else {}
+        first = self._exchange(round_, requests)
+        if round_.plan.server_round == 1:
+            self._warn_if_it_never_fires(first)
+        further = FurtherParts(
+            round_, first, lambda *where: self._next_request(round_, upload_from, *where)
+        )
+        for replies in itertools.chain([first], further):
+            self.ended |= {n: r for n, r in replies.items() if r.steps_done == r.num_steps}
+            self._step_on(round_, replies)
         # Who ended first depends on the carrier; the order of a sum must not.
         self.ended = {n: self.ended[n] for n in round_.participants if n in self.ended}
         self._measure_memory(round_)
@@ -252,16 +248,17 @@ class DecoupledStrategy(SplitStrategy):
             ),
         )
 
-    def _next_request(self, round_: Round, reply: LocalReply, upload_from: int) -> LocalRequest:
-        common = self._common(round_, reply.steps_done, upload_from)
-        return LocalRequest(**common, num_steps=reply.num_steps)
+    def _next_request(
+        self, round_: Round, upload_from: int, step: int, num_steps: int
+    ) -> LocalRequest:
+        return LocalRequest(**self._common(round_, step, upload_from), num_steps=num_steps)
 
     def _common(self, round_: Round, step: int, upload_from: int) -> dict[str, Any]:
-        overlaps = self.overlap and isinstance(round_.clients.carrier.grid, SessionGrid)
+        overlaps = self._overlaps(round_)
         return {
             "server_round": round_.plan.server_round,
             "step": step,
-            "stop": step + self.upload_every if overlaps else 0,
+            "stop": self._next_upload(max(step, upload_from)) + 1 if overlaps else 0,
             "upload_every": self.upload_every,
             "upload_from": upload_from,
             "upload_segment": round_.upload_segment,
@@ -269,6 +266,12 @@ class DecoupledStrategy(SplitStrategy):
             "like": round_.segment.tensors,
             "auxiliary_like": self.initial,
         }
+
+    def _overlaps(self, round_: Round) -> bool:
+        return self.overlap and isinstance(round_.clients.carrier.grid, SessionGrid)
+
+    def _next_upload(self, step: int) -> int:
+        return -(-step // self.upload_every) * self.upload_every
 
     def _step_on(self, round_: Round, replies: Mapping[str, LocalReply]) -> None:
         """Do a server step for every upload: batch by batch, then by client."""

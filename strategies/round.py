@@ -16,8 +16,8 @@ from flsplit.message.parts import Backward, SegmentArrays
 from flsplit.message.plan import RoundPlan
 from flsplit.message.step import StepReply, StepRequest
 from flsplit.seeds import derive_seed
-from flsplit.server.checks import Request
-from flsplit.server.clients import Clients
+from flsplit.server.checks import Reply, Request
+from flsplit.server.clients import Clients, Sent
 from flsplit.server.step import (
     ClientBatch,
     Shares,
@@ -121,7 +121,17 @@ class Round:
 
     def exchange_local(self, requests: Mapping[str, LocalRequest]) -> dict[str, LocalReply]:
         """Send requests for local steps and return the replies; fewer clients as in `exchange`."""
-        replies = self.clients.exchange(requests, self.entry)
+        return self._local(self.clients.exchange(requests, self.entry))
+
+    def send_local(self, requests: Mapping[str, LocalRequest]) -> Sent:
+        """Send requests for local steps whose replies :meth:`receive_local` returns later."""
+        return self.clients.send(requests, self.entry)
+
+    def receive_local(self, sent: Sent) -> dict[str, LocalReply]:
+        """Return the replies to what was sent; fewer clients as in `exchange`."""
+        return self._local(self.clients.receive(sent, self.entry))
+
+    def _local(self, replies: Mapping[str, Reply]) -> dict[str, LocalReply]:
         if not self._enough_are_left():
             return {}
         return {name: one for name, one in replies.items() if isinstance(one, LocalReply)}

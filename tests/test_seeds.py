@@ -147,6 +147,14 @@ def test_outside_everything_goes_on_after_an_exception_too(restart):
     assert [*found, draw()] == expected
 
 
+def test_gpus_that_nothing_is_computed_on_are_left_alone(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    with seeded(5):
+        draw()
+    assert seeds == []
+
+
 def test_blocks_nest():
     with seeded(1):
         expected = [draw(), draw()]

@@ -2,11 +2,11 @@
 
     python apps/compare/decoupled.py --dataset digits
     python apps/compare/decoupled.py --dataset mnist --data-dir /path/to/data
-    python apps/compare/decoupled.py --dataset digits --ablate
 
-All use Adam on both sides. Each method's learning rate is tuned first (one seed, validation
-data); then it runs with every seed. FedAvg's accuracies are those of SplitFed V1,
-which computes the same; its bytes are two whole models per client and round.
+All use Adam on both sides. Each method's learning rate is tuned first, over the same values (one
+seed, validation data); then it runs with every seed. FedAvg's accuracies are those of
+SplitFed V1, which computes the same; its bytes are two whole models per client and round.
+``decoupled_ablation.py`` varies FSL-SAGE's settings.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import logging
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ import torch
 from flwr.app import ArrayRecord, Context
 from matplotlib.figure import Figure
 from task import CUT, build_model, partition
+from torch import nn
 from torch.optim import Adam
 from torch.utils.data import TensorDataset
 
 from flsplit import LocalGrid, client_app
+from flsplit.auxiliary import BuildAuxiliary, MeanOverRest
+from flsplit.cut import split
 from flsplit.seeds import seeded
 from flsplit.strategies import CSEFSL, FSLSAGE, SplitFedV1, SplitFedV2
 
@@ -36,16 +40,13 @@ NAMES = {
     "splitfed-v2": "SplitFed V2",
     "fedavg": "FedAvg",
 }
-RATES = (0.001, 0.003)
+RATES = (0.001, 0.003, 0.01, 0.03)
 
 Run = dict[str, Any]
 
 
 def main() -> None:
-    options = parse()
-    torch.set_num_threads(1)
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parse(__doc__.splitlines()[0])
     book = Book(options)
     runs = {}
     for method in NAMES:
@@ -55,18 +56,15 @@ def main() -> None:
     if set(runs) != set(NAMES) - {"fedavg"}:
         return  # the others are run elsewhere, or later
     runs["fedavg"] = [as_fedavg(run, options) for run in runs["splitfed-v1"]]
-    lines = [table(runs, options)]
     draw_accuracy(runs, options.out / f"{options.dataset}-decoupled.png", options)
     draw_cosines(runs, options.out / f"{options.dataset}-cosines.png")
-    if options.ablate:
-        lines.append(ablation(book, options))
-    text = "\n\n".join(lines)
+    text = table("method", {NAMES[method]: found for method, found in runs.items()}, options)
     (options.out / f"{options.dataset}-decoupled.md").write_text(text + "\n")
     print(text)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dataset", choices=sorted(PRESETS), default="digits")
     parser.add_argument("--data-dir", default="", help="where torchvision's MNIST lies")
     parser.add_argument("--clients", type=int, default=10)
@@ -79,8 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--local-steps", type=int, default=10)
     parser.add_argument("--upload-every", type=int, default=5)
     parser.add_argument("--align-every", type=int, default=5)
-    parser.add_argument("--target", type=float, default=0.9)
-    parser.add_argument("--ablate", action="store_true", help="vary q, l, the model and alpha")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.9, 0.95])
     parser.add_argument("--out", type=Path, default=Path("compare-results"))
     return parser.parse_args()
 
@@ -92,6 +89,9 @@ class Book:
     """The finished runs, in a file; one that is there is not run again."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        torch.set_num_threads(1)
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+        options.out.mkdir(parents=True, exist_ok=True)
         self.options, self.path = options, options.out / "decoupled.jsonl"
         self.runs: list[Run] = []
         if self.path.exists():
@@ -145,10 +145,12 @@ def train(key: Run, data_dir: str) -> Run:
         index = int(context.node_config["partition-id"])
         return parts.train[index], judged[index]
 
+    auxiliary = auxiliary_of(key)
     app = client_app(
-        model=lambda: build_model(key["dataset"]), cut=CUT, data=data, optimizer=Adam, device="cpu"
-    )
-    strategy = make(key)(
+        model=lambda: build_model(key["dataset"]), cut=CUT, data=data, optimizer=Adam, device="cpu",
+        auxiliary=auxiliary if callable(auxiliary) else None,
+    )  # fmt: skip
+    strategy = make(key, auxiliary)(
         model=model, cut=CUT, server_optimizer=Adam, server_lr=key["rate"],
         batch_size=key["batch_size"], local_steps=key["local_steps"], drop_last=True,
         seed=key["seed"], device="cpu",
@@ -163,17 +165,30 @@ def train(key: Run, data_dir: str) -> Run:
         "bytes": history.bytes_so_far(),
         "metrics": [entry.metrics for entry in history],
         "whole-bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "auxiliary-bytes": history[0].traffic.logical["auxiliary-down"] // key["clients"],
     }
 
 
-def make(key: Run) -> Any:
+def auxiliary_of(key: Run) -> str | BuildAuxiliary:
+    """Return flsplit's name of the auxiliary model, or a function that builds it."""
+
+    def pooled(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        return nn.Sequential(MeanOverRest(), nn.Linear(shape[0], num_classes))
+
+    def whole(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """Build what the server has, with weights of its own."""
+        return split(build_model(key["dataset"]), CUT).server
+
+    return {"pooled": pooled, "whole": whole}.get(key["auxiliary"], key["auxiliary"])
+
+
+def make(key: Run, auxiliary: str | BuildAuxiliary) -> Any:
     """Return what makes the strategy from the common options."""
+    own = {"upload_every": key["q"], "auxiliary": auxiliary}
     if key["method"] == "fsl-sage":
-        own = {"upload_every": key["q"], "align_every": key["l"], "auxiliary": key["auxiliary"]}
-        return lambda **options: FSLSAGE(**own, **options)
+        return partial(FSLSAGE, align_every=key["l"], **own)
     if key["method"] == "cse-fsl":
-        own = {"upload_every": key["q"], "auxiliary": key["auxiliary"]}
-        return lambda **options: CSEFSL(**own, **options)
+        return partial(CSEFSL, **own)
     return {"splitfed-v1": SplitFedV1, "splitfed-v2": SplitFedV2}[key["method"]]
 
 
@@ -200,37 +215,26 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def cells(runs: list[Run], target: float) -> str:
-    """Return rate, last accuracy, bytes per round and bytes to the target, as table cells."""
+def cells(runs: list[Run], targets: list[float]) -> str:
+    """Return rate, last accuracy, bytes per round and bytes to the targets, as table cells."""
     last = spread([100 * statistics.mean(run["accuracy"][-3:]) for run in runs])
+    each = runs[0]["bytes"][-1] / len(runs[0]["bytes"]) / 1e6
+    reached = " | ".join(megabytes_to(runs, target) for target in targets)
+    return f"{runs[0]['rate']:g} | {last} | {each:.3f} | {reached}"
+
+
+def megabytes_to(runs: list[Run], target: float) -> str:
     reached = [found / 1e6 for run in runs if (found := bytes_to(run, target)) is not None]
     missing = "" if len(reached) == len(runs) else f" ({len(reached)} of {len(runs)} seeds)"
-    to_target = spread(reached, 2) + missing if reached else "not reached"
-    each = runs[0]["bytes"][-1] / len(runs[0]["bytes"]) / 1e6
-    return f"{runs[0]['rate']:g} | {last} | {each:.3f} | {to_target}"
+    return spread(reached, 2) + missing if reached else "not reached"
 
 
-HEAD = "learning rate | accuracy, % | MB a round | MB to the target |\n|---|---|---|---|---|"
-
-
-def table(runs: dict[str, list[Run]], options: argparse.Namespace) -> str:
-    lines = [f"| method | {HEAD}"]
-    lines += [f"| {NAMES[m]} | {cells(found, options.target)} |" for m, found in runs.items()]
-    return "\n".join(lines)
-
-
-def ablation(book: Book, options: argparse.Namespace) -> str:
-    """Vary one thing at a time, at the tuned rate of the standard setting."""
-    rate = book.tuned("fsl-sage", {})
-    cases: list[tuple[str, dict[str, Any]]] = [("as above", {})]
-    cases += [(f"q = {q}", {"q": q}) for q in (1, 2, 10)]
-    cases += [(f"l = {n or 'never'}", {"l": n}) for n in (1, 2, 10, 0)]
-    cases += [("auxiliary: first stage", {"auxiliary": "first-stage"})]
-    cases += [(f"Dirichlet {a}", {"alpha": a}) for a in ("0.3", "inf")]
-    lines = [f"| FSL-SAGE | {HEAD}"]
-    for name, changed in cases:
-        runs = [book.run("fsl-sage", rate, seed, **changed) for seed in options.seeds]
-        lines.append(f"| {name} | {cells(runs, options.target)} |")
+def table(what: str, rows: dict[str, list[Run]], options: argparse.Namespace) -> str:
+    """Return a table with a row for each of some runs."""
+    targets = "".join(f" MB to {100 * target:g} % |" for target in options.targets)
+    lines = [f"| {what} | learning rate | accuracy, % | MB a round |{targets}"]
+    lines.append("|---" * (4 + len(options.targets)) + "|")
+    lines += [f"| {name} | {cells(runs, options.targets)} |" for name, runs in rows.items()]
     return "\n".join(lines)
 
 
@@ -259,7 +263,8 @@ def draw_accuracy(runs: dict[str, list[Run]], path: Path, options: argparse.Name
     by_round.set(xlabel="round", ylabel="test accuracy")
     by_bytes.set(xlabel="MB sent for training (logical)", xscale="log")
     for axes in (by_round, by_bytes):
-        axes.axhline(options.target, color="grey", linestyle=":")
+        for target in options.targets:
+            axes.axhline(target, color="grey", linestyle=":")
         axes.grid(alpha=0.3)
     by_round.legend()
     figure.savefig(path, dpi=110)

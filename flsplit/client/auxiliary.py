@@ -6,11 +6,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from flsplit.auxiliary import auxiliary_loss, build_auxiliary, keeping_buffers
+from flsplit.auxiliary import GIVEN, auxiliary_loss, build_auxiliary, keeping_buffers
 from flsplit.client.spec import ClientSpec
 from flsplit.client.state import AuxiliaryState
 from flsplit.cut import Split
 from flsplit.errors import NonFiniteError, SegmentMismatchError
+from flsplit.log import logger
 from flsplit.message.arrays import check_like
 from flsplit.message.local import AuxiliaryPlan
 from flsplit.message.optimizer import get_state, set_state
@@ -29,6 +30,12 @@ class Auxiliary:
     ) -> None:
         self.plan = plan
         self.device = device
+        if spec.auxiliary is not None and plan.kind != GIVEN:
+            logger.warning(
+                "the auxiliary function of client_app is not used: the server asks for %r; pass "
+                "the same function to the strategy",
+                plan.kind,
+            )
         with seeded(0, device):  # the weights come from the server or from a stored state
             self.module = build_auxiliary(
                 plan.kind, plan.shape, plan.num_classes, given=spec.auxiliary, parts=parts

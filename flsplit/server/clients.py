@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from flsplit.account.ledger import LeftOut, RoundEntry
 from flsplit.carry.choose import OpenCarrier
+from flsplit.carry.session.grid import SessionGrid
 from flsplit.errors import (
     ConfigError,
     FlsplitError,
@@ -52,6 +53,14 @@ _KINDS: dict[type[Request], _Kind] = {
         {"smashed-data": "evaluation-up", "labels": "evaluation-up"} | _SEGMENTS,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Requests that are on their way, by client, and their messages' ids."""
+
+    requests: dict[str, Request]
+    ids: list[str]
 
 
 class Clients:
@@ -149,6 +158,36 @@ class Clients:
             again, _ = self._ask({name: requests[name] for name in lost}, entry)
             replies |= again
         return {name: replies[name] for name in sorted(replies, key=_natural)}
+
+    def send(self, requests: Mapping[str, Request], entry: RoundEntry) -> Sent:
+        """Send requests whose answers are taken later; for sessions and LocalGrid.
+
+        A client answers in the order in which it was asked.
+        """
+        messages = [self._message(name, request, entry) for name, request in requests.items()]
+        return Sent(dict(requests), list(self._grid.push_messages(messages)))
+
+    def receive(self, sent: Sent, entry: RoundEntry) -> dict[str, Reply]:
+        """Return the answers to requests that were sent before, as :meth:`exchange` does.
+
+        A client that was left out in the meantime is missing.
+        """
+        started = time.perf_counter()
+        if isinstance(self._grid, SessionGrid):
+            answers = self._grid.receive(sent.ids, timeout=self._timeout)
+        else:
+            answers = list(self._grid.pull_messages(sent.ids))
+        entry.waiting_seconds += time.perf_counter() - started
+        by_node = {message.metadata.src_node_id: message for message in answers}
+        left_out = {one.client for one in entry.left_out}
+        replies: dict[str, Reply] = {}
+        for name, request in sent.requests.items():
+            if name not in left_out:
+                try:
+                    replies[name] = self._take(name, request, by_node, entry)
+                except FlsplitError as error:
+                    self._leave_out(name, request, str(error), entry)
+        return replies
 
     def _ask(
         self, requests: Mapping[str, Request], entry: RoundEntry

@@ -161,6 +161,7 @@ class HostLink:
             self._allow(-1)
         arrived = self._decoder.add(frame)
         if arrived is not None:
+            logger.debug("host %s: message %d has arrived", host, arrived[0].sequence)
             self._report(MessageArrived(host, epoch, *arrived))
 
     def _allow(self, messages: int) -> None:

@@ -9,33 +9,63 @@ from tests.e2e.local_quickstart import run_locally
 from tests.flower_processes import simulation
 
 NUM_CLIENTS = 4
-CHANGES = {"num-server-rounds": 2, "batch-size": 64, "strategy": "splitfed-v1"}
-
-CARRIERS = {
-    "flower": ({"carrier": "flower"}, 2),
-    "session, 1 host": ({"carrier": "session", "session-max-hosts": 1}, 2),
-    "session, 2 hosts": ({"carrier": "session", "session-max-hosts": 2}, 2),
-    "session, 4 hosts": ({"carrier": "session", "session-max-hosts": 4}, 4),
+COUPLED = {"num-server-rounds": 2, "batch-size": 64, "strategy": "splitfed-v1"}
+DECOUPLED = {"num-server-rounds": 3, "batch-size": 64}
+FSL_SAGE = DECOUPLED | {
+    "strategy": "fsl-sage",
+    "strategy-args": "{upload-every = 2, align-every = 2, align-epochs = 20}",
 }
+CSE_FSL = DECOUPLED | {"strategy": "cse-fsl", "strategy-args": "{upload-every = 2}"}
+
+FLOWER = {"carrier": "flower"}
+SESSION = {"carrier": "session"}
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory):
+    """Start one SuperLink for all runs."""
+    with simulation(tmp_path_factory.mktemp("flower")) as running:
+        yield running
+
+
+@pytest.fixture
+def compare(flower, quickstart, tmp_path):
+    """Return what runs the app for real, and compares it with a local run."""
+
+    def run_and_compare(name, changes, expected, cpus=2):
+        folder = tmp_path / name.replace(" ", "-")
+        run = flower.run_app(
+            quickstart,
+            NUM_CLIENTS,
+            changes | {"output-dir": str(folder)},
+            [f"init-args-num-cpus={cpus}"],
+        )
+        assert run.completed, (name, run.log)
+        history = History.load(folder / "history.jsonl")
+        assert history.numbers() == expected.history.numbers(), name
+        weights = load_file(folder / "model.safetensors")
+        for key, array in expected.arrays.items():
+            assert torch.equal(weights[key], torch.from_numpy(array.numpy())), (name, key)
+        return run.log
+
+    return run_and_compare
 
 
 @pytest.mark.e2e
-def test_all_carriers_give_the_same_numbers(quickstart, tmp_path):
-    expected = run_locally(NUM_CLIENTS, CHANGES)
-    with simulation(tmp_path) as flower:
-        for name, (carrier, cpus) in CARRIERS.items():
-            folder = tmp_path / name.replace(" ", "-")
-            run = flower.run_app(
-                quickstart,
-                NUM_CLIENTS,
-                CHANGES | carrier | {"output-dir": str(folder)},
-                [f"init-args-num-cpus={cpus}"],
-            )
-            assert run.completed, (name, run.log)
-            history = History.load(folder / "history.jsonl")
-            assert history.numbers() == expected.history.numbers(), name
-            weights = load_file(folder / "model.safetensors")
-            for key, array in expected.arrays.items():
-                assert torch.equal(weights[key], torch.from_numpy(array.numpy())), (name, key)
-            if "host" in name:
-                assert f"{name.split()[1]} hosts serve {NUM_CLIENTS} clients" in run.log, run.log
+def test_all_carriers_give_the_same_numbers(compare):
+    expected = run_locally(NUM_CLIENTS, COUPLED)
+    compare("flower", COUPLED | FLOWER, expected)
+    for hosts, cpus in ((1, 2), (2, 2), (4, 4)):
+        changes = COUPLED | SESSION | {"session-max-hosts": hosts}
+        log = compare(f"session, {hosts} hosts", changes, expected, cpus)
+        assert f"{hosts} hosts serve {NUM_CLIENTS} clients" in log, log
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("method", [FSL_SAGE, CSE_FSL], ids=lambda one: one["strategy"])
+def test_decoupled_methods_give_the_same_numbers_on_all_carriers(compare, method):
+    expected = run_locally(NUM_CLIENTS, method)
+    aligned = ["cosine-after-alignment" in entry.metrics for entry in expected.history]
+    assert aligned == [False, False, method is FSL_SAGE]
+    compare("flower", method | FLOWER, expected)
+    compare("session", method | SESSION, expected)

@@ -1,7 +1,6 @@
 """FSL-SAGE: what it computes, against a twin and by hand; what it sends; what it refuses."""
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from reference import (
 )
 from torch import nn
 from torch.optim import SGD
+from torch.utils.data import TensorDataset
 from twins.fsl_sage import Twin
 
 from flsplit import LocalGrid, SessionSettings
@@ -34,7 +34,8 @@ from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.log import logger
 from flsplit.server.alignment import AlignedAuxiliary, Buffer
 from flsplit.server.segment import ServerSegment
-from flsplit.strategies import CSEFSL, FSLSAGE, decoupled
+from flsplit.strategies import CSEFSL, FSLSAGE
+from flsplit.strategies.parts import AHEAD
 
 SIZES = (20, 13, 9)  # 5, 4 and 3 batches of 4
 ROW = (6,)  # the plain net's smashed data
@@ -240,31 +241,68 @@ def test_a_client_that_lost_its_state_gets_segment_and_auxiliary_again(tmp_path)
 
 
 class InParts(FSLSAGE):
-    """Asks for q steps at a time, as over a session."""
+    """Asks for the steps up to an upload at a time, as over a session."""
 
-    def _common(self, round_, step, upload_from):
-        return super()._common(round_, step, upload_from) | {"stop": step + self.upload_every}
-
-
-class AtOnce(ThreadPoolExecutor):
-    """Does what is submitted before it goes on: here both sides share torch's random state."""
-
-    def submit(self, function, *args):
-        done = Future()
-        done.set_result(function(*args))
-        return done
+    def _overlaps(self, round_):
+        return True
 
 
 @pytest.mark.parametrize("align", ["before_round", "in_round"])
 @pytest.mark.parametrize("cache", [True, False])
-def test_steps_in_parts_give_the_same_numbers(align, cache, monkeypatch):
-    monkeypatch.setattr(decoupled, "ThreadPoolExecutor", AtOnce)
+def test_steps_in_parts_give_the_same_numbers(align, cache):
     options = {"build": noisy_net, "drop_last": True, "align": align, "optimizer": MOMENTUM}
     whole = sage(**options)
     parts = sage(cls=InParts, cache=cache, **options)
 
     assert parts.history.numbers() == whole.history.numbers()
     assert_bit_equal(weights_of(parts.arrays), weights_of(whole.arrays))
+
+
+def test_clients_are_asked_for_further_parts_before_the_server_works_on_the_first():
+    taken, seen = [], []
+
+    class Watched(InParts):
+        def segment_step(self, segment, round_, step, steps, batches):
+            seen.append(len(taken))
+            return super().segment_step(segment, round_, step, steps, batches)
+
+    def count(message, context, call_next):
+        if message.metadata.message_type == "train.local":
+            taken.append(context.node_config["partition-id"])
+        return call_next(message, context)
+
+    options = {"batch_size": 1, "upload_every": 1, "rounds": 1, "app_options": {"mods": [count]}}
+    run_split(Watched, plain_net, make_parts((8, 8)), **options)
+
+    parts = seen[::2]  # by the first client's server steps; two clients have taken so many parts
+    assert parts == [2 * min(1 + AHEAD + done, 8) for done in range(8)]
+
+
+class FailsOnce(TensorDataset):
+    """Can't be read for a moment."""
+
+    reads_left = 7  # one for the shape, a batch of 4, and 2 of the next batch
+
+    def __getitem__(self, index):
+        self.reads_left -= 1
+        if self.reads_left == 0:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+def test_a_client_that_fails_with_parts_under_way_is_left_out_once_and_comes_back():
+    parts = make_parts(SIZES)
+    parts[0] = FailsOnce(*parts[0].tensors)
+
+    result = run_split(InParts, plain_net, parts, rounds=2, **TWO)
+
+    first, second = result.history
+    [lost] = first.left_out
+    assert (lost.client, lost.step) == ("0", 1)
+    assert "the disk is gone" in lost.reason
+    assert first.steps == 1 + 2 + 2  # its first upload, and all of the two others
+    assert second.left_out == []
+    assert second.steps == 3 + 2 + 2
 
 
 # --- the ledger ------------------------------------------------------------------------------
@@ -381,6 +419,11 @@ def test_an_auxiliary_model_with_other_classes_is_refused():
 def test_a_client_app_without_the_auxiliary_function_says_what_to_do():
     with pytest.raises(NotEnoughClientsError, match=r"client_app\(auxiliary=…\)"):
         sage(auxiliary=small_mlp)
+
+
+def test_an_auxiliary_function_that_only_the_client_app_has_is_a_warning(log):
+    sage(rounds=1, app_options={"auxiliary": small_mlp})
+    assert any("asks for 'linear'; pass the same function" in one for one in warnings_of(log))
 
 
 def test_a_client_with_another_auxiliary_model_is_refused():

@@ -293,7 +293,13 @@ class SessionGrid(MessageGrid):
         A host that hasn't answered after ``step_timeout`` (or ``timeout``, if that is less)
         counts as lost; its clients answer with an Error.
         """
-        ids = list(self.push_messages(messages))
+        return self.receive(list(self.push_messages(messages)), timeout=timeout)
+
+    def receive(self, ids: list[str], *, timeout: float | None = None) -> list[Message]:
+        """Wait for the replies to messages that were pushed; hosts may be late as above.
+
+        The time counts from this call on: a host may have other messages to answer first.
+        """
         step_timeout = self._settings.step_timeout
         deadline = time.monotonic() + min(step_timeout, timeout or step_timeout)
         waiting = self._unanswered(ids)

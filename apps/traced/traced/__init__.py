@@ -1,0 +1,1 @@
+"""FSL-SAGE with a trace of who computed when."""
