@@ -11,10 +11,10 @@ def at(metres):
 
 def test_path_losses_by_hand():
     # log10(0.1 km) = -1 and log10(100 m) = 2
-    assert channel.macro_path_loss_db(at(1000)) == pytest.approx(128.1)
-    assert channel.macro_path_loss_db(at(100)) == pytest.approx(128.1 - 37.6)
-    assert channel.line_of_sight_path_loss_db(at(100)) == pytest.approx(61.4 + 40.0)
-    assert channel.blocked_path_loss_db(at(100)) == pytest.approx(72.0 + 58.4)
+    assert channel.MACRO.path_loss_db(1000.0) == pytest.approx(128.1)
+    assert channel.MACRO.path_loss_db(100.0) == pytest.approx(128.1 - 37.6)
+    assert channel.LINE_OF_SIGHT.path_loss_db(100.0) == pytest.approx(61.4 + 40.0)
+    assert channel.BLOCKED.path_loss_db(100.0) == pytest.approx(72.0 + 58.4)
 
 
 def test_who_sees_the_base_station():
