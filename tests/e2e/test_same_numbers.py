@@ -9,7 +9,12 @@ from tests.e2e.local_quickstart import run_locally
 from tests.flower_processes import simulation
 
 NUM_CLIENTS = 4
-CHANGES = {"num-server-rounds": 2, "batch-size": 64, "strategy": "splitfed-v1"}
+CHANGES = {
+    "num-server-rounds": 2,
+    "batch-size": 64,
+    "strategy": "splitfed-v1",
+    "fleet": "fleet.toml",
+}
 
 CARRIERS = {
     "flower": ({"carrier": "flower"}, 2),
