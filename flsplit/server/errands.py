@@ -41,9 +41,8 @@ def exchange_of(
         name: one.down_bytes - sum(one.logical[category] for category in shared)
         for name, one in traffic.items()
     }
-    whole = (
-        max(one.logical[category] for one in traffic.values()) for category in shared
-    )  # those that hold it already receive nothing
+    # Clients that hold it already receive nothing.
+    whole = [max(one.logical[category] for one in traffic.values()) for category in shared]
     decoupled = all(isinstance(request, LocalRequest) for request in requests.values())
     begins = any(getattr(request, "plan", None) for request in requests.values())
     return Exchange(

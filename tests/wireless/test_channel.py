@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from flsplit.wireless import Allocation, channel
-from flsplit.wireless.rates import link_rates, lone_rates, radio_rates
+from flsplit.wireless import Allocation, Device, Fleet, Radio, Server, channel
+from flsplit.wireless.rates import downlink_bits, link_rates, lone_rates, radio_rates
 
 
 def at(metres):
@@ -43,6 +43,29 @@ def test_rates_of_a_cell_by_hand(drawn_fleet):
     down = 10e6 * np.log2(1 + fleet.radio.downlink_w_per_hz * gains / noise)
     assert rates.downlink_bps == pytest.approx([down[0, [0, 2]].sum(), down[1, 1]])
     assert rates.broadcast_bps == pytest.approx(down.sum(axis=1).min())
+
+
+def test_rates_of_a_lone_device_by_hand():
+    """A gain of 1 and 1 W/Hz of noise; 3 W on each of two subchannels of 1 Hz: log2(1 + 3)."""
+    fleet = Fleet(
+        devices=(Device(name="0", compute_flops=1.0, distance_m=1.0, power_w=6.0),),
+        server=Server(compute_flops=1.0),
+        radio=Radio(
+            num_subchannels=2,
+            subchannel_hz=1.0,
+            noise_w_per_hz=1.0,
+            antenna_gain=10**6.14,
+            downlink_w_per_hz=3.0,
+            path_loss="mmwave-28ghz-los",
+            shadowing_db=0.0,
+            fading=False,
+        ),
+    )
+    assert fleet.gains == pytest.approx(np.ones((1, 2)))
+    assert downlink_bits(fleet) == pytest.approx(np.full((1, 2), 2.0))
+    rates = lone_rates(fleet)
+    assert (rates.uplink_bps, rates.downlink_bps) == (pytest.approx([4.0]), pytest.approx([4.0]))
+    assert rates.broadcast_bps == pytest.approx(4.0)
 
 
 def test_gains_by_hand(drawn_fleet):

@@ -91,6 +91,14 @@ def test_in_chunks_or_at_once_is_the_same_to_the_bit(make):
     assert whole.end_round() == chunked.end_round()
 
 
+def test_flops_by_hand(tiny_profile):
+    costs = Costs(tiny_profile.places[0], tiny_profile.last_layer_flops_backward, lambda: 7)
+    work = Leg(forward_rows=2, backward_rows=3, auxiliary_rows=4)
+    assert costs.leg_flops(work) == 2 * 100 + 3 * 200 + 4 * 3 * 7
+    assert costs.step_flops(8, 6) == 8 * 300 + 8 * 100 + 6 * 500
+    assert costs.alignment_flops(10, 2) == 10 * (300 + 600 + 2 * 2 * 3 * 7)
+
+
 def test_an_alignment(make):
     clock = make()
     clock.aligned(10, 2, started=0.0)  # 10 rows of 300 + 600 + 2 * 2 * 300 FLOPs

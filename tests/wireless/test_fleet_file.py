@@ -65,7 +65,7 @@ def test_links(tmp_path):
         ('"1.5 W"', '"0 W"', "device '0': power is 0 W, expected more than 0"),
         ('"1.5 W"', '"4000 dBm"', "power: '4000 dBm' is too large for a power"),
         ('"1.5 W"', '"1e400 W"', "power: '1e400 W' is too large for a power"),
-        ('total-power = "5 W"', 'total-power = "0 W"', "total_power_w is 0"),
+        ('total-power = "5 W"', 'total-power = "0 W"', "total-power is 0 W"),
         ("subchannels = 20", "subchannels = 4", "4 subchannels for 5 devices"),
         ("subchannels = 20", "subchannels = 2.5", "2.5 is not a whole number"),
         ('["20 m", "200 m"]', '"90000 km"', "device '0' is out of reach: with all its 1.5 W"),

@@ -106,6 +106,14 @@ def test_stages_by_hand(tiny_profile, linked_fleet):
     )
 
 
+def test_chains_by_hand(tiny_profile, linked_fleet):
+    problem = Problem(linked_fleet, tiny_profile, PSL(), Training(batch_size=4))
+    terms = RoundTerms.of(problem.phases(tiny_profile.places[0]), linked_fleet)
+    rates = link_rates(linked_fleet)
+    chains = terms.chain_seconds(rates.uplink_bps, rates.downlink_bps)
+    assert chains == pytest.approx([31.2, 2 + 4 + 2.4 + 4.8 + 2 + 4])
+
+
 def test_who_does_what_when(tiny_profile, linked_fleet):
     problem = Problem(linked_fleet, tiny_profile, PSL(), Training(batch_size=4))
     phases = problem.phases(tiny_profile.places[0])
