@@ -315,11 +315,14 @@ class SplitStrategy(Strategy):
                     result = rule(context, result)
             check_finite(result, where)
         segment.step(result.server_gradients, result.server_lr_factor)
-        round_.record_step(batches, result)
-        round_.entry.server_seconds += time.perf_counter() - started
+        round_.record_step(step, batches, result, started)
         return result
 
     # --- checkpoints ---------------------------------------------------------------------
+
+    def auxiliary_flops(self) -> int:
+        """Return the FLOPs of a row's forward pass through an auxiliary model, if there is one."""
+        return 0
 
     def state_records(self) -> RecordDict:
         """Return all that a checkpoint of the method needs."""

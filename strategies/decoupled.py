@@ -22,11 +22,13 @@ from flsplit.auxiliary import (
 )
 from flsplit.carry.session.grid import SessionGrid
 from flsplit.cut import split
+from flsplit.cut.flops import forward_flops
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
 from flsplit.message.arrays import from_record, to_array
 from flsplit.message.finish import FinishReply
-from flsplit.message.local import AuxiliaryPlan, LocalReply, LocalRequest, ShapeReply, ShapeRequest
+from flsplit.message.local import AuxiliaryPlan, LocalReply, LocalRequest
+from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import one_of, whole
 from flsplit.server.step import ClientBatch
@@ -149,6 +151,10 @@ class DecoupledStrategy(SplitStrategy):
                 parts=lambda: split(copy.deepcopy(self.options.model), self.options.cut),
             )
         return module.to(self.device)
+
+    def auxiliary_flops(self) -> int:
+        """Return the FLOPs of a row's forward pass through an auxiliary model."""
+        return forward_flops(self.new_auxiliary(), torch.empty(self._row, device="meta"))
 
     def _make_auxiliary(self, round_: Round) -> None:
         """Ask a client what its smashed data looks like, once in a run, and build the model."""

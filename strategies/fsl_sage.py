@@ -150,7 +150,7 @@ class FSLSAGE(DecoupledStrategy):
             seed = derive_seed(plan.seed, "align", name, plan.server_round)
             started = time.perf_counter()
             found = own.align(self.server, self.align_epochs, seed)
-            round_.entry.server_seconds += time.perf_counter() - started
+            round_.record_alignment(len(own.buffer), self.align_epochs, started)
             round_.record_metrics(
                 {
                     "cosine-before-alignment": found.cosine_before,

@@ -22,6 +22,8 @@ from flsplit.server.passes import ServerPass
 from flsplit.server.rules import GradientRule
 from flsplit.server.segment import Loss
 from flsplit.server.step import Reduction, Shares
+from flsplit.wireless.fleet import Fleet
+from flsplit.wireless.fleet_file import find_fleet
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -97,6 +99,11 @@ class SplitOptions:
         Write a checkpoint after every round to this folder (an absolute path); empty for none.
     resume : bool
         Go on from the last checkpoint in ``checkpoint_dir``.
+    fleet : Fleet, str or Path, optional
+        Devices and links, or the TOML file that describes them: the ledger then has the time that
+        rounds would take there. Empty for none.
+    realtime : bool
+        Let rounds really last as long as they would on the fleet.
     seed : int
         All random choices of the run follow from it.
     """
@@ -132,6 +139,8 @@ class SplitOptions:
     session: SessionSettings = field(default_factory=SessionSettings)
     checkpoint_dir: str = ""
     resume: bool = False
+    fleet: Fleet | str | Path | None = None
+    realtime: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -166,6 +175,10 @@ class SplitOptions:
             raise ConfigError(
                 f"checkpoint_dir is {self.checkpoint_dir!r}, expected an absolute path"
             )
+        if self.fleet:
+            find_fleet(self.fleet)  # what is wrong with it is said now
+        if self.realtime and not self.fleet:
+            raise ConfigError("realtime is True, but there is no fleet whose time could be played")
         if self.resume and not self.checkpoint_dir:
             raise ConfigError("resume is True, but checkpoint_dir is empty: resume from where?")
         for name in ("fraction_train", "fraction_evaluate"):
@@ -199,6 +212,8 @@ _KINDS: dict[str, type | UnionType] = {
     "session": SessionSettings,
     "checkpoint_dir": str,
     "resume": bool,
+    "fleet": Fleet | str | Path | None,
+    "realtime": bool,
 }
 
 

@@ -54,6 +54,8 @@ def log_round(entry: RoundEntry, num_rounds: int, seconds_left: float) -> None:
     if not scores and entry.loss is not None:
         scores = {"train loss": entry.loss}
     text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    if entry.simulated_seconds is not None:
+        text += f"  {entry.simulated_seconds:.2f} s on the fleet"
     logger.info(
         "round %d/%d  %s  %s  %.1f s  (%s left)",
         entry.round,

@@ -203,8 +203,14 @@ class Round:
 
     # --- keeping account -----------------------------------------------------------------
 
-    def record_step(self, batches: list[ClientBatch], result: StepResult) -> None:
-        """Count a server step's rows, losses, correct answers and rules' metrics."""
+    def record_step(
+        self, step: int, batches: list[ClientBatch], result: StepResult, started: float
+    ) -> None:
+        """Count a server step's rows, losses, correct answers, rules' metrics and time."""
+        self.entry.server_seconds += time.perf_counter() - started
+        if self.clients.clock:
+            uploads = [(batch.client, step) for batch in batches]
+            self.clients.clock.stepped(uploads, sum(map(len, batches)), result.rows, started)
         self.entry.rows += result.rows
         for batch in batches:
             self._rows += len(batch)
@@ -214,6 +220,12 @@ class Round:
             self._correct += correct
             self._classified += classified
         self.record_metrics(result.metrics)
+
+    def record_alignment(self, rows: int, epochs: int, started: float) -> None:
+        """Count the time of an auxiliary model's alignment on ``rows`` of smashed data."""
+        self.entry.server_seconds += time.perf_counter() - started
+        if self.clients.clock:
+            self.clients.clock.aligned(rows, epochs, started)
 
     def record_metrics(self, metrics: Mapping[str, float]) -> None:
         """Add to what the entry will hold the mean of."""
@@ -226,4 +238,6 @@ class Round:
         self.entry.accuracy = self._correct / self._classified if self._classified else None
         self.entry.metrics = {name: float(np.mean(all_)) for name, all_ in self._metrics.items()}
         self.entry.seconds = time.perf_counter() - self._started
+        if self.clients.clock:
+            self.entry.simulated_seconds = self.clients.clock.end_round()
         return self.entry

@@ -21,6 +21,7 @@ from flsplit.seeds import derive_seed
 from flsplit.server.clients import Clients
 from flsplit.strategies.checkpoint import Checkpoints
 from flsplit.strategies.evaluation import evaluate_clients
+from flsplit.strategies.fleet import make_clock
 from flsplit.strategies.options import at_round
 from flsplit.strategies.plan import evaluate_batch_size, make_plan
 from flsplit.strategies.report import log_round
@@ -65,6 +66,7 @@ class Run:
             with open_carrier(grid, options.carrier, options.session, states) as carrier:
                 clients = Clients(carrier, self.timeout)
                 clients.holds |= holds
+                clients.clock = make_clock(self.strategy, clients, self._rounds_done + 1)
                 self._do_rounds(carrier, clients, checkpoints)
         return self.result
 

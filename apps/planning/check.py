@@ -7,12 +7,11 @@ import argparse
 from itertools import pairwise, product
 
 import numpy as np
+from cell import draw_devices, resnet18
 
-from flsplit.vision import load_torchvision
 from flsplit.wireless import (
     EPSL,
     PSL,
-    Device,
     Fleet,
     Freedom,
     Problem,
@@ -21,7 +20,6 @@ from flsplit.wireless import (
     SplitFed,
     Training,
     optimise,
-    profile_model,
 )
 
 TOLERANCE = 1e-6
@@ -32,15 +30,7 @@ def drawn_fleet(seed: int) -> Fleet:
     rng = np.random.default_rng([7, seed])
     devices = int(rng.integers(5, 21))
     return Fleet(
-        devices=tuple(
-            Device(
-                name=str(index),
-                compute_flops=rng.uniform(16e9, 25.6e9),
-                distance_m=rng.uniform(20.0, 200.0),
-                power_w=1.5,
-            )
-            for index in range(devices)
-        ),
+        devices=draw_devices(devices, rng),
         server=Server(compute_flops=float(rng.choice([1.6e11, 2e12]))),
         radio=Radio(
             num_subchannels=int(devices * rng.integers(1, 5)),
@@ -57,8 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fleets", type=int, default=100)
     options = parser.parse_args()
-    model = load_torchvision().models.resnet18(num_classes=7)
-    profile = profile_model(model, (3, 64, 64), "resnet18")
+    profile = resnet18()
     cuts = [None, *(place.cut for place in profile.places[3::3])]
     factors: dict[Freedom, list[float]] = {}
     failures = []

@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from cell import draw_devices, resnet18
 
-from flsplit.vision import load_torchvision
 from flsplit.wireless import (
     EPSL,
     PSL,
-    Device,
     Fleet,
     Freedom,
     Method,
@@ -28,7 +27,6 @@ from flsplit.wireless import (
     Training,
     make_plan,
     optimise,
-    profile_model,
 )
 from flsplit.wireless.pictures import Sweep, draw_profile, draw_round, draw_sweeps
 
@@ -51,15 +49,7 @@ def fleet(
     rng = np.random.default_rng(seed)
     subchannels = 4 * devices
     return Fleet(
-        devices=tuple(
-            Device(
-                name=str(index),
-                compute_flops=rng.uniform(16e9, 25.6e9),
-                distance_m=rng.uniform(20.0, 200.0),
-                power_w=1.5,
-            )
-            for index in range(devices)
-        ),
+        devices=draw_devices(devices, rng),
         server=Server(compute_flops=server_gflops * 1e9),
         radio=Radio(
             num_subchannels=subchannels,
@@ -109,8 +99,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="fleets drawn per point")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    model = load_torchvision().models.resnet18(num_classes=7)
-    profile = profile_model(model, (3, 64, 64), "resnet18")
+    profile = resnet18()
     draw_profile(profile, options.out / "planning-profile.png")
     problem = Problem(fleet(), profile, EPSL(0.5), Training())
     draw_round(make_plan(problem, draws=1), options.out / "planning-round-epsl.png")

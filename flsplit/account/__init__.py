@@ -1,7 +1,8 @@
 """Accounting: the ledger of a run, its history file and its pictures."""
 
+from flsplit.account.clock import Clock
 from flsplit.account.history import History
 from flsplit.account.ledger import LeftOut, RoundEntry, Traffic
 from flsplit.account.picture import draw_histories
 
-__all__ = ["History", "LeftOut", "RoundEntry", "Traffic", "draw_histories"]
+__all__ = ["Clock", "History", "LeftOut", "RoundEntry", "Traffic", "draw_histories"]

@@ -16,7 +16,7 @@ class History(list[RoundEntry]):
         super().__init__(entries)
 
     def numbers(self) -> list[dict[str, Any]]:
-        """Return what must be the same on every carrier: all but times and wire bytes."""
+        """Return what must be the same on every carrier: all but measured times and wire bytes."""
         return [entry.numbers() for entry in self]
 
     def save(self, path: str | Path) -> Path:
@@ -43,6 +43,19 @@ class History(list[RoundEntry]):
             total += entry.traffic.training_bytes
             sums.append(total)
         return sums
+
+    def simulated_so_far(self) -> list[float | None]:
+        """Return the simulated time (s) at the end of each round; None where it isn't known.
+
+        After a round without one, which was run without a fleet, there is none.
+        """
+        total: float | None = 0.0
+        times: list[float | None] = []
+        for entry in self:
+            took = entry.simulated_seconds
+            total = None if total is None or took is None else total + took
+            times.append(total)
+        return times
 
     def best(self, metric: str) -> float:
         """Return the largest value of ``metric``; NaN if no round evaluated it."""

@@ -44,10 +44,25 @@ class Traffic:
         self.logical[category] += logical
         self.wire[category] += wire
 
+    def include(self, other: "Traffic") -> None:
+        """Count all that another has counted."""
+        for category in CATEGORIES:
+            self.add(category, other.logical[category], other.wire[category])
+
     @property
     def training_bytes(self) -> int:
         """Logical bytes without evaluation: what the papers' tables count."""
         return sum(n for name, n in self.logical.items() if not name.startswith("evaluation"))
+
+    @property
+    def up_bytes(self) -> int:
+        """Logical bytes of training from clients to the server."""
+        return self.training_bytes - self.down_bytes
+
+    @property
+    def down_bytes(self) -> int:
+        """Logical bytes from the server to clients."""
+        return sum(n for name, n in self.logical.items() if "-down" in name)
 
 
 @dataclass
@@ -82,6 +97,8 @@ class RoundEntry:
     seconds, server_seconds, client_seconds, waiting_seconds : float
         Wall time of the round; compute time of the server; compute time of the clients, summed;
         time the server waited for clients.
+    simulated_seconds : float or None
+        How long the round takes on the fleet that the run was given.
     left_out : list of LeftOut
         Who was left out, from which step on, and why.
     restarted : list of str
@@ -102,12 +119,13 @@ class RoundEntry:
     server_seconds: float = 0.0
     client_seconds: float = 0.0
     waiting_seconds: float = 0.0
+    simulated_seconds: float | None = None
     left_out: list[LeftOut] = field(default_factory=list)
     restarted: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
-        """Return all that must be the same on every carrier: everything but time and wire."""
+        """Return all that must be the same on every carrier: all but measured times and wire."""
         return {
             "round": self.round,
             "participants": self.participants,
@@ -120,6 +138,7 @@ class RoundEntry:
             "left-out": [asdict(one) for one in self.left_out],
             "restarted": self.restarted,
             "metrics": self.metrics,
+            "simulated-seconds": self.simulated_seconds,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -155,6 +174,7 @@ class RoundEntry:
             **{name.replace("-", "_"): data[name] for name in times},
             traffic=traffic,
             left_out=[LeftOut(**one) for one in data["left-out"]],
+            simulated_seconds=data.get("simulated-seconds"),  # older files have none
         )
 
     def train_metrics(self) -> MetricRecord:
@@ -172,6 +192,8 @@ class RoundEntry:
                 record[f"wire-bytes-{name}"] = self.traffic.wire[name]
         for name in ("seconds", "server-seconds", "client-seconds", "waiting-seconds"):
             record[name] = float(getattr(self, name.replace("-", "_")))
+        if self.simulated_seconds is not None:
+            record["simulated-seconds"] = self.simulated_seconds
         for name, number in self.metrics.items():
             record[name] = number
         return record

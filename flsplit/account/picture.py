@@ -1,20 +1,24 @@
-"""Pictures of histories: a metric against rounds, and against bytes."""
+"""Pictures of histories: a metric against rounds, bytes and simulated time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING
 
 from flsplit.account.history import History
 
-_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
+_SECONDS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
 def draw_histories(
     histories: Mapping[str, History], path: str | Path, *, metric: str = "accuracy"
 ) -> Path:
     """Draw ``metric`` of federated evaluation against rounds and against logical bytes.
+
+    Where runs were given a fleet, a third picture has simulated time.
 
     Parameters
     ----------
@@ -30,20 +34,47 @@ def draw_histories(
     Path
         ``path``.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-    most = max((h.bytes_so_far()[-1] for h in histories.values() if h), default=0)
-    factor, unit = next(pair for pair in _UNITS if most >= pair[0] or pair[0] == 1.0)
-    for name, history in histories.items():
-        sent = dict(zip((e.round for e in history), history.bytes_so_far(), strict=True))
-        rounds, values = history.series(metric)
-        by_round.plot(rounds, values, marker=".", label=name)
-        by_bytes.plot([sent[r] / factor for r in rounds], values, marker=".", label=name)
-    by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
-    by_round.set(xlabel="round", ylabel=f"test {metric}")
-    by_bytes.set(xlabel=f"{unit} sent for training (logical)")
-    for axes in (by_round, by_bytes):
-        axes.grid(alpha=0.3)
-    by_round.legend()
+    from matplotlib.figure import Figure  # takes half a second, and most processes draw nothing
+    from matplotlib.ticker import MaxNLocator
+
+    rounds = {name: [entry.round for entry in history] for name, history in histories.items()}
+    sent = {name: history.bytes_so_far() for name, history in histories.items()}
+    passed = {name: history.simulated_so_far() for name, history in histories.items()}
+    simulated = any(time is not None for times in passed.values() for time in times)
+    figure = Figure(figsize=(15 if simulated else 10, 4), layout="constrained")
+    axes = figure.subplots(1, 3 if simulated else 2, sharey=True)
+
+    _draw(axes[0], histories, metric, rounds, 1.0)
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set(xlabel="round", ylabel=f"test {metric}")
+    axes[0].legend()
+    factor, unit = _unit(sent, _BYTES)
+    _draw(axes[1], histories, metric, sent, factor)
+    axes[1].set(xlabel=f"{unit} sent for training (logical)")
+    if simulated:
+        factor, unit = _unit(passed, _SECONDS)
+        _draw(axes[2], histories, metric, passed, factor)
+        axes[2].set(xlabel=f"simulated {unit}")
     figure.savefig(path, dpi=120)
     return Path(path)
+
+
+_Column = Mapping[str, Sequence[float | None]]
+"""By history, a value for each round."""
+
+
+def _unit(column: _Column, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    """Return the largest unit that the greatest value reaches."""
+    most = max((value or 0.0 for values in column.values() for value in values), default=0.0)
+    return next((pair for pair in units if most >= pair[0]), units[-1])
+
+
+def _draw(
+    axes: "Axes", histories: Mapping[str, History], metric: str, column: _Column, factor: float
+) -> None:
+    for name, history in histories.items():
+        at = dict(zip((entry.round for entry in history), column[name], strict=True))
+        points = [(at[r], v) for r, v in zip(*history.series(metric), strict=True)]
+        known = [(x / factor, v) for x, v in points if x is not None]
+        axes.plot([x for x, _ in known], [v for _, v in known], marker=".", label=name)
+    axes.grid(alpha=0.3)

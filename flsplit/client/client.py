@@ -298,8 +298,8 @@ class Client:
         return self._run_segment(inputs), labels, num_batches
 
     @torch.no_grad()
-    def row_shape(self, cut: str) -> tuple[int, ...]:
-        """Return the shape of one row of smashed data, if the model is cut at ``cut``."""
+    def one_row(self, cut: str) -> tuple[Tensor, Tensor]:
+        """Return inputs and smashed data of one example, if the model is cut at ``cut``."""
         self._check_cut(cut)
         if self.num_examples == 0:
             raise DataError(f"client {self.name!r} has no training examples")
@@ -307,7 +307,7 @@ class Client:
         with seeded(derive_seed(0, "shape", self.name), self.device):
             inputs, _ = self.data.train.batch([0])
         self.segment.eval()
-        return tuple(self._run_segment(inputs).shape[1:])
+        return inputs, self._run_segment(inputs)
 
     # --- computing -----------------------------------------------------------------------
 

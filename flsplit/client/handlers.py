@@ -11,14 +11,15 @@ from flwr.clientapp import ClientApp
 
 from flsplit.client.cache import borrow_client
 from flsplit.client.client import Client
-from flsplit.client.local import smashed_shape, train_locally
+from flsplit.client.local import row_shapes, train_locally
 from flsplit.client.spec import ClientSpec, client_name
 from flsplit.errors import FlsplitError
 from flsplit.flower_internals import CLIENT_RAISED
 from flsplit.log import logger
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import LocalRequest, ShapeRequest
+from flsplit.message.local import LocalRequest
+from flsplit.message.shape import ShapeRequest
 from flsplit.message.step import StepReply, StepRequest
 
 Handler = Callable[[Message, Context], Message]
@@ -45,7 +46,7 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
     serve(app.train("step"), StepRequest, take_step)
     serve(app.train("finish"), FinishRequest, finish_round)
     serve(app.train("local"), LocalRequest, train_locally)
-    serve(app.query("shape"), ShapeRequest, smashed_shape)
+    serve(app.query("shape"), ShapeRequest, row_shapes)
     serve(app.evaluate("step"), EvaluateRequest, evaluate_batch)
 
 

@@ -8,8 +8,9 @@ from flsplit.account.memory import Activations, measuring_activations, state_byt
 from flsplit.client.auxiliary import Auxiliary
 from flsplit.client.client import Client
 from flsplit.errors import ProtocolError, StateLostError
-from flsplit.message.local import LocalReply, LocalRequest, ShapeReply, ShapeRequest
+from flsplit.message.local import LocalReply, LocalRequest
 from flsplit.message.parts import Backward
+from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.seeds import derive_seed
 
 
@@ -24,15 +25,18 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
     end = request.end(client.num_steps)
     wanted = set(request.uploads(end))
     uploads: dict[int, tuple[Tensor, Tensor]] = {}
+    rows: list[int] = []
     own, emulating = Activations(), Activations()
     if request.peek:
         uploads[request.step] = client.forward(request.step)
+        rows.append(len(uploads[request.step][0]))
     for step in range(request.step, end):
         with measuring_activations(own, client.segment, active=step == 0):
             smashed, labels = client.forward(step)
         with measuring_activations(emulating, auxiliary.module, active=step == 0):
             gradient = auxiliary.gradient(smashed, labels, _seed(client, step))
         client.backward(Backward(step, gradient))
+        rows.append(len(smashed))
         if step in wanted:
             uploads[step] = smashed, labels
     ended = end == client.num_steps and not request.peek
@@ -44,6 +48,7 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
         num_examples=client.num_examples,
         num_steps=client.num_steps,
         steps_done=end,
+        rows=rows,
         seconds=time.perf_counter() - started,
         memory={
             "segment": state_bytes(client.segment, client.optimizer),
@@ -56,12 +61,18 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
     )
 
 
-def smashed_shape(client: Client, request: ShapeRequest) -> ShapeReply:
-    """Return the shape of one row of the client's smashed data."""
+def row_shapes(client: Client, request: ShapeRequest) -> ShapeReply:
+    """Return what one row of the client's inputs and of its smashed data looks like."""
     started = time.perf_counter()
-    shape = client.row_shape(request.cut)
-    seconds = time.perf_counter() - started
-    return ShapeReply(client.name, request.server_round, shape, seconds)
+    inputs, smashed = client.one_row(request.cut)
+    return ShapeReply(
+        client=client.name,
+        server_round=request.server_round,
+        shape=tuple(smashed.shape[1:]),
+        input_shape=tuple(inputs.shape[1:]),
+        input_dtype=inputs.dtype,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _begin_auxiliary(client: Client, request: LocalRequest) -> None:

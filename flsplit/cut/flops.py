@@ -78,6 +78,11 @@ def profile(model: nn.Module, sample: Tensor, names: Iterable[str]) -> Profile:
     return recorded
 
 
+def forward_flops(module: nn.Module, row: Tensor) -> int:
+    """Return the FLOPs of one row's forward pass through a module; see `profile`."""
+    return profile(module, row, ()).total_flops // BATCH
+
+
 def _record(module: nn.Module, name: str, counter: FlopCounterMode, recorded: Profile) -> None:
     def hook(module: nn.Module, args: object, output: object) -> None:
         recorded.flops[name] = counter.get_total_flops()

@@ -29,12 +29,25 @@ _DTYPES = {
 _MAX_SIZE = 2**40
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return how messages write a dtype, one of those listed above."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ProtocolError(f"a tensor of {dtype} can't be sent; known: {sorted(_DTYPES)}")
+    return name
+
+
+def dtype_of(name: str, *, field: str) -> torch.dtype:
+    """Return the dtype that messages write so; ProtocolError if there is none."""
+    if name not in _DTYPES:
+        raise ProtocolError(f"{field}: dtype is {name!r}, expected one of {sorted(_DTYPES)}")
+    return _DTYPES[name]
+
+
 def to_array(tensor: Tensor) -> Array:
     """Return a raw array with the tensor's elements, of any device and any dtype listed above."""
     plain = tensor.detach().cpu().contiguous()
-    dtype = str(plain.dtype).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise ProtocolError(f"a tensor of {plain.dtype} can't be sent; known: {sorted(_DTYPES)}")
+    dtype = dtype_name(plain.dtype)
     flat = plain.reshape(-1)
     if flat.stride() != (1,):  # torch calls a tensor of no or one element contiguous at any stride
         flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
@@ -52,9 +65,7 @@ def to_tensor(array: Array, *, field: str) -> Tensor:
     """
     if array.stype != RAW:
         return _from_npy(array, field)
-    if array.dtype not in _DTYPES:
-        raise ProtocolError(f"{field}: dtype is {array.dtype!r}, expected one of {sorted(_DTYPES)}")
-    dtype = _DTYPES[array.dtype]
+    dtype = dtype_of(array.dtype, field=field)
     if any(not 0 <= size <= _MAX_SIZE for size in array.shape):
         raise ProtocolError(f"{field}: shape is {array.shape}, expected sizes of 0 or more")
     expected = int(np.prod(array.shape, dtype=object)) * dtype.itemsize

@@ -44,6 +44,16 @@ def value(
     return found
 
 
+def sizes(fields: ConfigRecord | MetricRecord, key: str, *, least: int = 1) -> tuple[int, ...]:
+    """Return the field ``key``, a list of at least ``least`` numbers of 1 or more."""
+    found = fields.get(key)
+    if not (isinstance(found, list) and len(found) >= least):
+        raise ProtocolError(f"field {key!r} is {found!r}, expected a list of sizes")
+    if not all(type(size) is int and size > 0 for size in found):
+        raise ProtocolError(f"field {key!r} is {found!r}, expected sizes of 1 or more")
+    return tuple(int(size) for size in found)
+
+
 def only_array(content: RecordDict, key: str) -> Array:
     """Return the one array of the record ``key``."""
     arrays = record(content, key, ArrayRecord)

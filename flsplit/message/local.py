@@ -1,11 +1,10 @@
 """The messages of local training: steps without the server, then what came of them.
 
 ``train.local`` asks a client for steps that it takes by itself, with the gradient that its
-auxiliary model emulates, and for the smashed data of some of them. ``query.shape`` asks once what
-smashed data looks like, so that the server can build the auxiliary model.
+auxiliary model emulates, and for the smashed data of some of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from flsplit.errors import ProtocolError
 from flsplit.message.arrays import from_record, to_array, to_record, to_tensor
-from flsplit.message.fields import record, value
+from flsplit.message.fields import record, sizes, value
 from flsplit.message.parts import SegmentArrays, reply_head
 from flsplit.message.plan import RoundPlan
 
@@ -65,7 +64,7 @@ class AuxiliaryPlan:
         """Return the plan in a record; ProtocolError if it is malformed."""
         return cls(
             kind=value(config, "kind", str),
-            shape=_shape(config),
+            shape=sizes(config, "shape"),
             num_classes=value(config, "num-classes", int, minimum=1),
             version=value(config, "version", int, minimum=0),
             train=value(config, "train", bool),
@@ -203,6 +202,8 @@ class LocalReply:
         Size of the client's training data.
     num_steps, steps_done : int
         How many steps the client has this round, and how many it has done.
+    rows : sequence of int
+        How many rows each step that was asked for had, from ``step`` on.
     seconds : float
         Compute time.
     memory : mapping of str to int
@@ -220,6 +221,7 @@ class LocalReply:
     num_examples: int
     num_steps: int
     steps_done: int
+    rows: Sequence[int]
     seconds: float
     memory: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(_MEMORY, 0))
     segment: dict[str, Tensor] | None = None
@@ -236,6 +238,7 @@ class LocalReply:
                 "num-examples": self.num_examples,
                 "num-steps": self.num_steps,
                 "steps-done": self.steps_done,
+                "rows": list(self.rows),
                 "seconds": self.seconds,
             }
         )
@@ -260,66 +263,12 @@ class LocalReply:
             num_examples=value(metrics, "num-examples", int, minimum=1),
             num_steps=value(metrics, "num-steps", int, minimum=1),
             steps_done=value(metrics, "steps-done", int, minimum=0),
+            rows=sizes(metrics, "rows"),
             seconds=value(metrics, "seconds", float, minimum=0.0),
             memory={name: value(memory, name, int, minimum=0) for name in _MEMORY},
             segment=_get_arrays(content, "arrays"),
             auxiliary=_get_arrays(content, "auxiliary"),
         )
-
-
-@dataclass(frozen=True)
-class ShapeRequest:
-    """Asks a client what its smashed data looks like."""
-
-    server_round: int
-    cut: str
-
-    def to_content(self) -> RecordDict:
-        """Return the content of a ``query.shape`` message."""
-        config = ConfigRecord({"server-round": self.server_round, "cut": self.cut})
-        return RecordDict({"config": config})
-
-    @classmethod
-    def from_content(cls, content: RecordDict) -> "ShapeRequest":
-        """Return the request in a message; ProtocolError if it is malformed."""
-        fields = record(content, "config", ConfigRecord)
-        return cls(value(fields, "server-round", int, minimum=1), value(fields, "cut", str))
-
-
-@dataclass(frozen=True)
-class ShapeReply:
-    """The shape of one row of a client's smashed data."""
-
-    client: str
-    server_round: int
-    shape: tuple[int, ...]
-    seconds: float
-
-    def to_content(self) -> RecordDict:
-        """Return the content of a reply to ``query.shape``."""
-        content = reply_head(self.client, self.server_round)
-        content["smashed-data"] = ConfigRecord({"shape": list(self.shape)})
-        content["metrics"] = MetricRecord({"seconds": self.seconds})
-        return content
-
-    @classmethod
-    def from_content(cls, content: RecordDict) -> "ShapeReply":
-        """Return the reply in a message; ProtocolError if it is malformed."""
-        head = record(content, "reply", ConfigRecord)
-        metrics = record(content, "metrics", MetricRecord)
-        return cls(
-            client=value(head, "client", str),
-            server_round=value(head, "server-round", int, minimum=1),
-            shape=_shape(record(content, "smashed-data", ConfigRecord)),
-            seconds=value(metrics, "seconds", float, minimum=0.0),
-        )
-
-
-def _shape(fields: ConfigRecord) -> tuple[int, ...]:
-    found = fields.get("shape")
-    if not (isinstance(found, list) and found and all(type(n) is int and n > 0 for n in found)):
-        raise ProtocolError(f"field 'shape' is {found!r}, expected sizes of 1 or more")
-    return tuple(int(n) for n in found)
 
 
 def _get_arrays(content: RecordDict, key: str) -> dict[str, Tensor] | None:

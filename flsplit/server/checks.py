@@ -10,7 +10,8 @@ from flsplit.finite import all_finite
 from flsplit.message.arrays import check_like
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import LocalReply, LocalRequest, ShapeReply, ShapeRequest
+from flsplit.message.local import LocalReply, LocalRequest
+from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.message.step import StepReply, StepRequest
 
 Request = StepRequest | FinishRequest | EvaluateRequest | LocalRequest | ShapeRequest
@@ -66,8 +67,14 @@ def _check_local(request: LocalRequest, reply: LocalReply) -> None:
         raise ProtocolError(
             f"smashed-data is of steps {list(reply.uploads)}, expected steps {expected}"
         )
-    for smashed, labels in reply.uploads.values():
+    if len(reply.rows) != (steps := done - request.step or 1):
+        raise ProtocolError(f"field 'rows' is {list(reply.rows)}, expected {steps} numbers")
+    for step, (smashed, labels) in reply.uploads.items():
         _check_batch(smashed, labels)
+        if len(smashed) != (rows := reply.rows[step - request.step]):
+            raise ProtocolError(
+                f"smashed-data of step {step} has {len(smashed)} rows, field 'rows' says {rows}"
+            )
     if done < reply.num_steps or request.peek:
         return
     if request.upload_segment:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flsplit.account.ledger import LeftOut, RoundEntry
+from flsplit.account.clock import Clock
+from flsplit.account.ledger import LeftOut, RoundEntry, Traffic
 from flsplit.carry.choose import OpenCarrier
 from flsplit.carry.session.grid import SessionGrid
 from flsplit.errors import (
@@ -22,11 +23,13 @@ from flsplit.message.arrays import nbytes
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.fields import record, value
 from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import LocalReply, LocalRequest, ShapeReply, ShapeRequest
+from flsplit.message.local import LocalReply, LocalRequest
 from flsplit.message.parts import Backward
+from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.message.step import StepReply, StepRequest
 from flsplit.message.types import DESCRIBE, EVALUATE, FINISH, LOCAL, SHAPE, STEP
 from flsplit.server.checks import Reply, Request, check_reply
+from flsplit.server.errands import exchange_of
 
 STATE_LOST = StateLostError.__name__  # how a client's Error says so
 
@@ -76,6 +79,8 @@ class Clients:
 
     def __init__(self, carrier: OpenCarrier, timeout: float) -> None:
         self.carrier = carrier
+        self.clock: Clock | None = None
+        """What is told of every exchange."""
         self._grid = carrier.grid
         self._timeout = timeout
         self._node_of: dict[str, int] = {}
@@ -196,8 +201,9 @@ class Clients:
         if not requests:
             return {}, []
         sent = {name: self._without_what_is_held(name, one) for name, one in requests.items()}
-        messages = [self._message(name, request, entry) for name, request in sent.items()]
-        entry.traffic.add("gradients-down-broadcast", _broadcast_bytes(sent), 0)
+        traffic = {name: Traffic() for name in sent}
+        messages = [self._message(name, one, traffic[name]) for name, one in sent.items()]
+        broadcast = _broadcast_bytes(sent)
         started = time.perf_counter()
         answers = self._grid.send_and_receive(messages, timeout=self._timeout)
         entry.waiting_seconds += time.perf_counter() - started
@@ -206,7 +212,8 @@ class Clients:
         lost = []
         for name, request in sent.items():
             try:
-                replies[name] = self._take(name, request, by_node, entry)
+                replies[name] = self._take(name, request, by_node, traffic[name])
+                entry.client_seconds += replies[name].seconds
             except StateLostError as error:
                 if request is requests[name]:
                     self._leave_out(name, request, str(error), entry)
@@ -214,6 +221,13 @@ class Clients:
                     lost.append(name)
             except FlsplitError as error:
                 self._leave_out(name, request, str(error), entry)
+        for one in traffic.values():
+            entry.traffic.include(one)
+        entry.traffic.add("gradients-down-broadcast", broadcast, 0)
+        if self.clock:
+            told = time.perf_counter()
+            self.clock.exchanged(exchange_of(sent, replies, traffic, broadcast), started)
+            entry.waiting_seconds += time.perf_counter() - told
         return replies, lost
 
     def _without_what_is_held(self, name: str, request: Request) -> Request:
@@ -224,15 +238,15 @@ class Clients:
             return replace(request, segment=None)  # type: ignore[arg-type]
         return request
 
-    def _message(self, name: str, request: Request, entry: RoundEntry) -> Message:
+    def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
         kind = _KINDS[type(request)]
         content = request.to_content()
-        self._account_down(content, request, kind, entry)
+        self._account_down(content, request, kind, traffic)
         group = str(request.server_round)
         return Message(content, self._node_of[name], kind.message_type, group_id=group)
 
     def _take(
-        self, name: str, request: Request, by_node: Mapping[int, Message], entry: RoundEntry
+        self, name: str, request: Request, by_node: Mapping[int, Message], traffic: Traffic
     ) -> Reply:
         message = by_node.get(self._node_of[name])
         if message is None:
@@ -247,8 +261,7 @@ class Clients:
             self.holds[name] = segment.version
         for key, category in kind.category.items():
             for array in message.content.array_records.get(key, {}).values():
-                self._account(category.format("up"), array, entry)
-        entry.client_seconds += reply.seconds
+                self._account(category.format("up"), array, traffic)
         return reply
 
     def _leave_out(self, name: str, request: Request, reason: str, entry: RoundEntry) -> None:
@@ -260,19 +273,19 @@ class Clients:
 
     # --- accounting ----------------------------------------------------------------------
 
-    def _account(self, category: str, array: Array, entry: RoundEntry) -> None:
-        entry.traffic.add(category, nbytes(array), len(array.data) if self._sends else 0)
+    def _account(self, category: str, array: Array, traffic: Traffic) -> None:
+        traffic.add(category, nbytes(array), len(array.data) if self._sends else 0)
 
     def _account_down(
-        self, content: RecordDict, request: Request, kind: _Kind, entry: RoundEntry
+        self, content: RecordDict, request: Request, kind: _Kind, traffic: Traffic
     ) -> None:
         for key, category in kind.category.items():
             for array in content.array_records.get(key, {}).values():
-                self._account(category.format("down"), array, entry)
+                self._account(category.format("down"), array, traffic)
         for array in content.array_records.get("cut-gradient", ArrayRecord()).values():
             own = nbytes(array) - _shared_bytes(getattr(request, "backward", None))
             wire = len(array.data) if self._sends else 0
-            entry.traffic.add("gradients-down-unicast", own, wire)
+            traffic.add("gradients-down-unicast", own, wire)
 
 
 def _described(message: Message) -> str:

@@ -3,7 +3,7 @@
 Our model, after EPSL (https://arxiv.org/abs/2303.15991).
 """
 
-from flsplit.wireless.clock import simulated_seconds, simulated_times
+from flsplit.wireless.clock import Costs, FleetClock
 from flsplit.wireless.fleet import Device, Fleet, Radio, Server
 from flsplit.wireless.fleet_file import load_fleet
 from flsplit.wireless.latency import round_seconds, stage_breakdown
@@ -29,9 +29,11 @@ __all__ = [
     "FSLSAGE",
     "PSL",
     "Allocation",
+    "Costs",
     "Device",
     "FedAvg",
     "Fleet",
+    "FleetClock",
     "Freedom",
     "Method",
     "ModelProfile",
@@ -52,7 +54,5 @@ __all__ = [
     "optimise",
     "profile_model",
     "round_seconds",
-    "simulated_seconds",
-    "simulated_times",
     "stage_breakdown",
 ]

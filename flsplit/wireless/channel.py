@@ -1,6 +1,6 @@
 """The radio channel: path loss, shadowing, and the rate that a power reaches."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,88 +14,53 @@ LINE_OF_SIGHT_RANGE_M = 67.1
 probability of 1/e."""
 
 
-def macro_path_loss_db(distance_m: Array) -> Array:
-    """Return 3GPP's path loss of a macro cell at 2 GHz (TR 36.814).
-
-    ``128.1 + 37.6 log10(d)``, d in km.
-
-    Parameters
-    ----------
-    distance_m : ndarray
-        Distances, in m.
-
-    Returns
-    -------
-    ndarray
-        Path losses, in dB.
-    """
-    return 128.1 + 37.6 * np.log10(distance_m / 1e3)
-
-
-def line_of_sight_path_loss_db(distance_m: Array) -> Array:
-    """Return the path loss at 28 GHz where the device sees the base station.
-
-    ``61.4 + 20 log10(d)``, d in m, after Akdeniz et al., Millimeter Wave Channel Modeling and
-    Cellular Capacity Evaluation, https://arxiv.org/abs/1312.4921.
-
-    Parameters
-    ----------
-    distance_m : ndarray
-        Distances, in m.
-
-    Returns
-    -------
-    ndarray
-        Path losses, in dB.
-    """
-    return 61.4 + 20.0 * np.log10(distance_m)
-
-
-def blocked_path_loss_db(distance_m: Array) -> Array:
-    """Return the path loss at 28 GHz where something stands between.
-
-    ``72.0 + 29.2 log10(d)``, d in m; source as `line_of_sight_path_loss_db`.
-
-    Parameters
-    ----------
-    distance_m : ndarray
-        Distances, in m.
-
-    Returns
-    -------
-    ndarray
-        Path losses, in dB.
-    """
-    return 72.0 + 29.2 * np.log10(distance_m)
-
-
-def line_of_sight_probability(distance_m: Array) -> Array:
-    """Return the probability (no unit) that a device at a distance (m) sees the base station.
-
-    ``exp(-d / 67.1 m)``; source as `line_of_sight_path_loss_db`.
-    """
-    return np.exp(-distance_m / LINE_OF_SIGHT_RANGE_M)
-
-
 @dataclass(frozen=True)
 class Surroundings:
     """How the channel loses power on the way.
 
     Attributes
     ----------
-    path_loss_db : callable
-        Path losses (dB) by distances (m).
+    reference_m : float
+        A distance, in m.
+    reference_db : float
+        Path loss there, in dB.
+    decade_db : float
+        What ten times the distance adds, in dB.
     shadowing_db : float
         Standard deviation (dB) of log-normal shadowing, per device.
     """
 
-    path_loss_db: Callable[[Array], Array]
+    reference_m: float
+    reference_db: float
+    decade_db: float
     shadowing_db: float
 
+    def path_loss_db(self, distance_m: float) -> float:
+        """Return the path loss (dB) at a distance (m).
 
-MACRO = Surroundings(macro_path_loss_db, 8.0)
-LINE_OF_SIGHT = Surroundings(line_of_sight_path_loss_db, 5.8)
-BLOCKED = Surroundings(blocked_path_loss_db, 8.7)
+        ``reference_db + decade_db log10(distance_m / reference_m)``.
+        """
+        return self.reference_db + self.decade_db * math.log10(distance_m / self.reference_m)
+
+
+MACRO = Surroundings(1e3, 128.1, 37.6, 8.0)
+"""A macro cell at 2 GHz, by 3GPP (TR 36.814)."""
+
+LINE_OF_SIGHT = Surroundings(1.0, 61.4, 20.0, 5.8)
+"""At 28 GHz, where the device sees the base station; after Akdeniz et al., Millimeter Wave Channel
+Modeling and Cellular Capacity Evaluation, https://arxiv.org/abs/1312.4921."""
+
+BLOCKED = Surroundings(1.0, 72.0, 29.2, 8.7)
+"""At 28 GHz, where something stands between; source as `LINE_OF_SIGHT`."""
+
+
+def line_of_sight_probability(distance_m: Array) -> Array:
+    """Return the probability (no unit) that a device at a distance (m) sees the base station.
+
+    ``exp(-d / 67.1 m)``; source as `LINE_OF_SIGHT`.
+    """
+    return np.exp(-distance_m / LINE_OF_SIGHT_RANGE_M)
+
 
 PATH_LOSSES = ("macro-2ghz", "mmwave-28ghz", "mmwave-28ghz-los", "mmwave-28ghz-nlos")
 """The models of path loss. ``mmwave-28ghz`` draws per device whether it has a line of sight."""

@@ -1,142 +1,173 @@
-"""The simulated time of rounds that were really run, from what their ledger counted."""
+"""The clock of a run on a fleet: how long what was really sent and computed would take there."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-import numpy as np
-
-from flsplit.account.ledger import RoundEntry
+from flsplit.account.clock import Errand, Exchange, Leg
 from flsplit.errors import ConfigError
 from flsplit.wireless.fleet import Fleet
-from flsplit.wireless.latency import round_seconds
-from flsplit.wireless.profile import Place
+from flsplit.wireless.profile import BACKWARD_PER_FORWARD, Place
 from flsplit.wireless.rates import Rates
-from flsplit.wireless.rounds import BITS, Phase, Stage, Where
+from flsplit.wireless.rounds import BITS
+
+Wait = Callable[[float], object]
+"""Waits for a number of seconds; `threading.Event.wait` can be interrupted."""
 
 
-def simulated_seconds(
-    entry: RoundEntry, fleet: Fleet, place: Place, rates: Rates, *, in_turn: bool = False
-) -> float:
-    """Return how long (s) a recorded round would have taken on a fleet.
+@dataclass(frozen=True)
+class Costs:
+    """What a row costs.
 
-    The round's bytes, the rows that clients sent (activation bytes by bytes per row) and the rows
-    that the server back-propagated are shared out evenly over its participants and steps; then it
-    is timed as in `round_seconds`. A sequential method counts a step for each client's mini-batch,
-    the others one for all clients together, which cancels out here.
+    Attributes
+    ----------
+    place : Place
+        Where the model is cut, with the FLOPs on both sides.
+    last_layer_flops_backward : int
+        FLOPs of the backward pass through the model's last layer, where nothing is aggregated.
+    auxiliary_flops : callable
+        Returns the FLOPs of a row's forward pass through an auxiliary model.
+    """
+
+    place: Place
+    last_layer_flops_backward: int
+    auxiliary_flops: Callable[[], int]
+
+    def leg_flops(self, leg: Leg) -> float:
+        """Return what a device computes (FLOPs): rows by FLOPs per row, for each kind of pass."""
+        flops = leg.forward_rows * self.place.client_flops_forward
+        flops += leg.backward_rows * self.place.client_flops_backward
+        if leg.auxiliary_rows:
+            flops += leg.auxiliary_rows * self.auxiliary_row_flops()
+        return float(flops)
+
+    def step_flops(self, rows: int, backward_rows: int) -> float:
+        """Return what the server computes in a step (FLOPs).
+
+        ``rows F_s + rows B_l + backward_rows (B_s - B_l)``, as in `EPSL`.
+        """
+        place, last = self.place, self.last_layer_flops_backward
+        forward = rows * place.server_flops_forward
+        return float(forward + rows * last + backward_rows * (place.server_flops_backward - last))
+
+    def alignment_flops(self, rows: int, epochs: int) -> float:
+        """Return what the server computes in an alignment (FLOPs).
+
+        ``rows (F_s + B_s + 2 E (F_a + B_a))`` for E epochs, as in `FSLSAGE`.
+        """
+        per_row = self.place.server_flops_forward + self.place.server_flops_backward
+        return float(rows * (per_row + 2 * epochs * self.auxiliary_row_flops()))
+
+    def auxiliary_row_flops(self) -> int:
+        """Return the FLOPs of a row's forward and backward pass through an auxiliary model."""
+        return (1 + BACKWARD_PER_FORWARD) * self.auxiliary_flops()
+
+
+class FleetClock:
+    """Simulates the time that a run takes on a fleet.
+
+    Every client and the server have a time of their own, which goes on with what they receive,
+    compute and send. Who waits for whom is as it is in the run: a server step begins when the
+    smashed data that it works on has come, and what is asked of clients next when the server is
+    ready and, unless the method is decoupled, when all clients are. So the time doesn't depend
+    on the carrier. Test batches take no time.
 
     Parameters
     ----------
-    entry : RoundEntry
-        The round.
     fleet : Fleet
-        With devices that are called as the round's participants are.
-    place : Place
-        Where the model was cut; of it are the FLOPs per row.
+        With devices that are called as the run's clients are, and speeds in FLOP/s.
     rates : Rates
         What the links carry, in bit/s; of all the fleet's devices.
-    in_turn : bool
-        Whether the clients took turns.
-
-    Returns
-    -------
-    float
-        Seconds.
-
-    Raises
-    ------
-    ConfigError
-        If a participant is not among the devices.
+    costs : Costs
+        FLOPs per row.
+    wait : callable, optional
+        Plays: whatever really ended too soon waits until its simulated time has passed.
+    now : callable
+        Tells the real time, in s.
     """
-    here, at = _participants(entry, fleet, rates)
-    phases = recorded_phases(entry, place, in_turn=in_turn)
-    return round_seconds(phases, here, at) if entry.participants else 0.0
 
+    def __init__(
+        self,
+        fleet: Fleet,
+        rates: Rates,
+        costs: Costs,
+        *,
+        wait: Wait | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._fleet = fleet
+        self._rates = rates
+        self._costs = costs
+        self._wait = wait
+        self._now = now
+        self._index = {device.name: index for index, device in enumerate(fleet.devices)}
+        self._begin_round()
 
-def simulated_times(
-    entries: Iterable[RoundEntry],
-    fleet: Fleet,
-    place: Place,
-    rates: Rates,
-    *,
-    in_turn: bool = False,
-) -> list[float]:
-    """Return the simulated time (s) at the end of each round; see `simulated_seconds`."""
-    seconds = [simulated_seconds(e, fleet, place, rates, in_turn=in_turn) for e in entries]
-    return [float(total) for total in np.cumsum(seconds)]
+    def _begin_round(self) -> None:
+        self._server_at = 0.0
+        self._client_at: dict[str, float] = {}
+        self._arrived: dict[tuple[str, int], float] = {}
 
+    def exchanged(self, exchange: Exchange, started: float) -> None:
+        """Let clients receive, compute and send; see `flsplit.account.Clock`."""
+        took = 0.0
+        for name, errand in exchange.errands.items():
+            begun = self._client_at.get(name, 0.0)
+            if exchange.after_server:
+                begun = max(begun, self._server_at)
+            shared_s = BITS * exchange.shared_bytes / self._rates.broadcast_bps
+            self._client_at[name] = self._after(errand, name, begun + shared_s)
+            took = max(took, self._client_at[name] - begun)
+        if exchange.before_server:
+            ready = [self._client_at[name] for name in exchange.errands]
+            self._server_at = max([self._server_at, *ready])
+        self._play(started, took)
 
-def recorded_phases(entry: RoundEntry, place: Place, *, in_turn: bool) -> tuple[Phase, ...]:
-    """Return a recorded round as phases, with its bits and FLOPs per client, or on the server."""
-    clients = max(len(entry.participants), 1)
-    logical = entry.traffic.logical
-    rows = logical["activations-up"] / place.activation_bytes / clients
+    def _after(self, errand: Errand, name: str, at: float) -> float:
+        """Return when a client (s) that begins at a time (s) has done its errand.
 
-    def bits(*categories: str) -> float:
-        """Return bits per client."""
-        return BITS * sum(logical[category] for category in categories) / clients
-
-    def on_server(rows: float, flops: int) -> float:
-        """Return FLOPs: of all clients' rows, or in its turn of one client's."""
-        return flops * rows * (1 if in_turn else clients)
-
-    up = (
-        Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
-        Stage("uplink", Where.UPLINK, bits("activations-up", "labels-up")),
-    )
-    server = (
-        Stage("server forward", Where.SERVER, on_server(rows, place.server_flops_forward)),
-        Stage(
-            "server backward",
-            Where.SERVER,
-            on_server(entry.rows / clients, place.server_flops_backward),
-        ),
-    )
-    shared = BITS * logical["gradients-down-broadcast"] / (clients if in_turn else 1)
-    broadcast = (Stage("broadcast", Where.BROADCAST, shared),)
-    down = (
-        Stage("unicast", Where.DOWNLINK, bits("gradients-down-unicast")),
-        Stage("client backward", Where.DEVICE, rows * place.client_flops_backward),
-    )
-    segments = (
-        (
-            Stage(
-                "aggregation up",
-                Where.UPLINK,
-                bits("client-segments-up", "optimizer-up", "auxiliary-up"),
-            ),
-        ),
-        (
-            Stage(
-                "aggregation down",
-                Where.DOWNLINK,
-                bits("client-segments-down", "optimizer-down", "auxiliary-down"),
-            ),
-        ),
-    )
-    # Steps are alike, so that a round's maxima are as many steps' maxima.
-    return tuple(Phase(stages, 1, in_turn) for stages in (up, server, broadcast, down, *segments))
-
-
-def _participants(entry: RoundEntry, fleet: Fleet, rates: Rates) -> tuple[Fleet, Rates]:
-    """Return the fleet and the rates of those devices that took part."""
-    index = {device.name: i for i, device in enumerate(fleet.devices)}
-    for name in entry.participants:
-        if name not in index:
+        Bits by the downlink's bit/s, then for each leg FLOPs by the device's FLOP/s and bits by
+        the uplink's bit/s.
+        """
+        if name not in self._index:
             raise ConfigError(
-                f"client {name!r} took part in round {entry.round}, but the fleet has no device of "
-                f"that name, only {', '.join(list(index)[:10])}"
+                f"client {name!r} takes part, but the fleet has no device of that name, only "
+                f"{', '.join(list(self._index)[:10])}"
             )
-    if not entry.participants:
-        return fleet, rates
-    chosen = [index[name] for name in entry.participants]
-    # The rates are known already: what remains of the fleet needs no radio.
-    devices = tuple(
-        replace(
-            fleet.devices[i],
-            uplink_bps=float(rates.uplink_bps[i]),
-            downlink_bps=float(rates.downlink_bps[i]),
-        )
-        for i in chosen
-    )
-    own = Rates(rates.uplink_bps[chosen], rates.downlink_bps[chosen], rates.broadcast_bps)
-    return Fleet(devices=devices, server=fleet.server), own
+        index = self._index[name]
+        at += BITS * errand.down_bytes / float(self._rates.downlink_bps[index])
+        for leg in errand.legs:
+            at += self._costs.leg_flops(leg) / float(self._fleet.compute_flops[index])
+            at += BITS * leg.up_bytes / float(self._rates.uplink_bps[index])
+            if leg.step is not None:
+                self._arrived[name, leg.step] = at
+        return at
+
+    def stepped(
+        self, uploads: Iterable[tuple[str, int]], rows: int, backward_rows: int, started: float
+    ) -> None:
+        """Let the server step once the uploads are there; see `flsplit.account.Clock`."""
+        there = [self._arrived.get(upload, 0.0) for upload in uploads]
+        self._server_at = max([self._server_at, *there])
+        self._compute(self._costs.step_flops(rows, backward_rows), started)
+
+    def aligned(self, rows: int, epochs: int, started: float) -> None:
+        """Let the server align an auxiliary model; see `flsplit.account.Clock`."""
+        self._compute(self._costs.alignment_flops(rows, epochs), started)
+
+    def _compute(self, flops: float, started: float) -> None:
+        """Let the server compute: FLOPs by its FLOP/s."""
+        took = flops / self._fleet.server.compute_flops
+        self._server_at += took
+        self._play(started, took)
+
+    def _play(self, started: float, seconds: float) -> None:
+        """Wait until ``seconds`` have passed since ``started``; what really happened is in them."""
+        if self._wait and (left := started + seconds - self._now()) > 0:
+            self._wait(left)
+
+    def end_round(self) -> float:
+        """Return how long the round takes (s), until the last has done its work."""
+        seconds = max([self._server_at, *self._client_at.values()])
+        self._begin_round()
+        return seconds

@@ -119,28 +119,29 @@ class Fleet:
         names = [device.name for device in self.devices]
         if doubles := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"several devices are called {doubles[0]!r}")
-        _positive("server: compute", self.server.compute_flops)
+        _positive("server: compute", self.server.compute_flops, "FLOP/s")
         for device in self.devices:
             self._check_device(device)
         if self.radio is not None:
             self._check_radio(self.radio)
 
     def _check_device(self, device: Device) -> None:
-        _positive(f"device {device.name!r}: compute", device.compute_flops)
-        _positive(f"device {device.name!r}: memory", device.memory_bytes)
-        needed = ("uplink_bps", "downlink_bps") if self.radio is None else ("distance_m", "power_w")
-        for name in needed:
-            _positive(f"device {device.name!r}: {name.split('_')[0]}", getattr(device, name))
+        where = f"device {device.name!r}"
+        _positive(f"{where}: compute", device.compute_flops, "FLOP/s")
+        _positive(f"{where}: memory", device.memory_bytes, "B")
+        if self.radio is None:
+            _positive(f"{where}: uplink", device.uplink_bps, "bit/s")
+            _positive(f"{where}: downlink", device.downlink_bps, "bit/s")
+        else:
+            _positive(f"{where}: distance", device.distance_m, "m")
+            _positive(f"{where}: power", device.power_w, "W")
 
     def _check_radio(self, radio: Radio) -> None:
-        for name in (
-            "subchannel_hz",
-            "noise_w_per_hz",
-            "antenna_gain",
-            "downlink_w_per_hz",
-            "total_power_w",
-        ):
-            _positive(f"radio: {name}", getattr(radio, name))
+        _positive("radio: subchannel-bandwidth", radio.subchannel_hz, "Hz")
+        _positive("radio: noise", radio.noise_w_per_hz, "W/Hz")
+        _positive("radio: antenna-gain", radio.antenna_gain, "(a ratio)")
+        _positive("radio: downlink", radio.downlink_w_per_hz, "W/Hz")
+        _positive("radio: total-power", radio.total_power_w, "W")
         if radio.num_subchannels < len(self.devices):
             raise ConfigError(
                 f"radio: {radio.num_subchannels} subchannels for {len(self.devices)} devices: each "
@@ -193,10 +194,7 @@ class Fleet:
         distance_m = np.array([device.distance_m for device in self.devices])
         around = surroundings_of(radio.path_loss, distance_m, rng)
         loss_db = np.array(
-            [
-                float(one.path_loss_db(np.array(distance)))
-                for one, distance in zip(around, distance_m, strict=True)
-            ]
+            [one.path_loss_db(float(d)) for one, d in zip(around, distance_m, strict=True)]
         )
         spread_db = [
             one.shadowing_db if radio.shadowing_db is None else radio.shadowing_db for one in around
@@ -214,6 +212,6 @@ class Fleet:
         return self.gains / (self.radio.subchannel_hz * self.radio.noise_w_per_hz)
 
 
-def _positive(name: str, value: float) -> None:
+def _positive(name: str, value: float, unit: str) -> None:
     if not value > 0:
-        raise ConfigError(f"{name} is {value:g}, expected more than 0")
+        raise ConfigError(f"{name} is {value:g} {unit}, expected more than 0")

@@ -93,6 +93,24 @@ def load_fleet(path: str | Path) -> Fleet:
         return fleet_from(data)
 
 
+def find_fleet(fleet: str | Path | Fleet) -> Fleet:
+    """Return a fleet, read from its file unless it is one already.
+
+    Raises
+    ------
+    ConfigError
+        If the file can't be read; see `load_fleet`.
+    """
+    if isinstance(fleet, Fleet):
+        return fleet
+    if not Path(fleet).is_absolute() and not Path(fleet).exists():
+        raise ConfigError(
+            f"fleet is {str(fleet)!r}, but {Path.cwd()} has no such file; an app runs from a copy "
+            "in another folder: give an absolute path"
+        )
+    return load_fleet(fleet)
+
+
 def fleet_from(data: Mapping[str, Any]) -> Fleet:
     """Return the fleet that the tables of a TOML file describe; see `load_fleet`."""
     _refuse_unknown("the fleet", data, ("seed", "server", "radio", "devices"))

@@ -58,7 +58,8 @@ def phase_seconds(phase: Phase, fleet: Fleet, rates: Rates) -> float:
 def round_seconds(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> float:
     """Return how long a round takes (s): ``sum_phases repeat * phase``.
 
-    For EPSL that is ``steps (max_i(T_i^F + T_i^U) + T_s^F + T_s^B + T^B + max_i(T_i^D + T_i^B))``.
+    For EPSL with one step that is
+    ``max_i(T_i^F + T_i^U) + T_s^F + T_s^B + T^B + max_i(T_i^D + T_i^B)``.
     """
     return sum(phase.repeat * phase_seconds(phase, fleet, rates) for phase in phases)
 
@@ -197,9 +198,15 @@ class RoundTerms:
         )
 
     def deadlines(self, rates: Rates) -> list[Deadline]:
-        """Return the phases in which devices send, for power control."""
+        """Return the phases in which devices send, for power control.
+
+        Phases in which they send as much (a round's first step and the others) are taken for one,
+        as the last of them is: with that few deadlines the powers can be found exactly.
+        """
         fixed = self.by_device(rates) - self.up_bits[:, None] / rates.uplink_bps
-        return [
-            Deadline(float(self.weight[g]), fixed[g], float(self.up_bits[g]))
-            for g in np.flatnonzero(self.up_bits > 0)
-        ]
+        found: dict[float, Deadline] = {}
+        for g in np.flatnonzero(self.up_bits > 0):
+            bits = float(self.up_bits[g])
+            before = found[bits].weight if bits in found else 0.0
+            found[bits] = Deadline(before + float(self.weight[g]), fixed[g], bits)
+        return list(found.values())

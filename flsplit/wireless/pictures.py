@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from flsplit.errors import ConfigError
 from flsplit.wireless.latency import SERVER, Span, spans
 from flsplit.wireless.plan import Plan
 from flsplit.wireless.profile import ModelProfile
@@ -174,5 +175,8 @@ def draw_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> Path:
 
 
 def _saved(figure: Figure, path: str | Path) -> Path:
-    figure.savefig(path, dpi=80)
+    try:
+        figure.savefig(path, dpi=80)
+    except (OSError, ValueError) as error:  # no such folder, no such format
+        raise ConfigError(f"the picture {path} can't be written: {error}") from error
     return Path(path)

@@ -136,7 +136,7 @@ def _cut_lines(plan: Plan) -> list[str]:
         lines = [f"cut after {plan.solution.place.cut}"]
     for one in plan.problem.excluded:
         lines.append(
-            f"excluded: {one.place.cut} needs {one.needed_bytes / 1e6:.1f} MB, more than "
+            f"excluded: {one.place.cut} needs {one.needed_bytes / 1e6:.1f} MB, more than device "
             f"{_some(one.devices)} may use"
         )
     return lines

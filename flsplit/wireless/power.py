@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 from flsplit.wireless.channel import Array
 
@@ -280,6 +279,7 @@ class _Search:
 
     def shortest(self, deadline: Deadline, at_least_bps: Array) -> float:
         """Return the shortest time (s) of a deadline while rates are at least so (bit/s)."""
+        from scipy.optimize import brentq  # takes long to import, and measured links need none
 
         def excess(seconds: float) -> float:
             """Return by how much (ratio, logarithmic) the total power is exceeded."""

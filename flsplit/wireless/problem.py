@@ -88,7 +88,7 @@ class Problem:
             raise CutError(
                 f"no cut of {self.profile.model} fits into the devices' memory: even "
                 f"{least.place.cut!r} needs {least.needed_bytes / 1e6:.1f} MB, more than "
-                f"{', '.join(least.devices[:5])} {'has' if len(least.devices) == 1 else 'have'}"
+                f"device {', '.join(least.devices[:5])} may use"
             )
         return places
 

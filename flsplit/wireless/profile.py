@@ -120,16 +120,16 @@ class ModelProfile:
         return self.places[-1].server_flops_backward
 
     def place(self, cut: str) -> Place:
-        """Return the place that is called ``cut``.
+        """Return the place that is called ``cut``, or where a module of that name ends.
 
         Raises
         ------
         CutError
             If there is none.
         """
-        for place in self.places:
-            if place.cut == cut:
-                return place
+        named = [place for place in self.places if f"{place.cut}.".startswith(f"{cut}.")]
+        if named:
+            return named[-1]
         known = ", ".join(place.cut for place in self.places)
         raise CutError(f"{self.model} can't be cut after {cut!r}, only after {known}")
 

@@ -182,6 +182,9 @@ class EPSL(Method):
     - unicast :math:`(b - m) \Gamma` (bits per device), client backward :math:`b B_c` (FLOPs per
       device).
 
+    In a round of several steps the last phase of a step and the first of the next are one: a
+    device goes on without waiting for the others.
+
     Parameters
     ----------
     phi : float
@@ -203,7 +206,7 @@ class EPSL(Method):
 
     def phases(self, work: Work) -> tuple[Phase, ...]:
         """Return what a round consists of."""
-        return tuple(_with_repeat(phase, work) for phase in _step(work, self.phi))
+        return _steps(work, self.phi)
 
     @property
     def arguments(self) -> str:
@@ -219,7 +222,7 @@ class PSL(Method):
 
     def phases(self, work: Work) -> tuple[Phase, ...]:
         """Return what a round consists of."""
-        return tuple(_with_repeat(phase, work) for phase in _step(work, 0.0))
+        return _steps(work, 0.0)
 
 
 @dataclass(frozen=True)
@@ -244,8 +247,7 @@ class SplitFed(Method):
 
     def phases(self, work: Work) -> tuple[Phase, ...]:
         """Return what a round consists of."""
-        steps = tuple(_with_repeat(phase, work) for phase in _step(work, 0.0))
-        return (*steps, *_aggregation(work.client_bits))
+        return (*_steps(work, 0.0), *_aggregation(work.client_bits))
 
 
 @dataclass(frozen=True)
@@ -411,35 +413,36 @@ def method_of(name: str, phi: float | None = None) -> Method:
     raise ConfigError(f"no latency model for {name!r} (there are {', '.join(METHODS)})")
 
 
-def _step(work: Work, phi: float) -> tuple[Phase, ...]:
-    """Return the phases of one parallel step; the formulas are in `EPSL`."""
+def _steps(work: Work, phi: float) -> tuple[Phase, ...]:
+    """Return the phases of a round's parallel steps; the formulas are in `EPSL`."""
     place, rows, bits = work.place, work.training.batch_size, work.activation_bits
+    steps = work.training.steps
     shared = aggregated_rows(phi, rows)
     all_rows = work.num_devices * rows
     last = work.profile.last_layer_flops_backward
     back_rows = shared + work.num_devices * (rows - shared)
     backward = all_rows * last + back_rows * (place.server_flops_backward - last)
+    up = (
+        Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
+        Stage("uplink", Where.UPLINK, rows * bits),
+    )
+    down = (
+        Stage("unicast", Where.DOWNLINK, (rows - shared) * bits),
+        Stage("client backward", Where.DEVICE, rows * place.client_flops_backward),
+    )
+    between = (Phase((*down, *up), steps - 1),) if steps > 1 else ()
     return (
-        Phase(
-            (
-                Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
-                Stage("uplink", Where.UPLINK, rows * bits),
-            )
-        ),
-        _server("server forward", all_rows * place.server_flops_forward),
-        _server("server backward", backward),
-        Phase((Stage("broadcast", Where.BROADCAST, shared * bits),)),
-        Phase(
-            (
-                Stage("unicast", Where.DOWNLINK, (rows - shared) * bits),
-                Stage("client backward", Where.DEVICE, rows * place.client_flops_backward),
-            )
-        ),
+        Phase(up),
+        _server("server forward", all_rows * place.server_flops_forward, steps),
+        _server("server backward", backward, steps),
+        Phase((Stage("broadcast", Where.BROADCAST, shared * bits),), steps),
+        *between,
+        Phase(down),
     )
 
 
-def _server(name: str, flops: float) -> Phase:
-    return Phase((Stage(name, Where.SERVER, flops),))
+def _server(name: str, flops: float, repeat: int = 1) -> Phase:
+    return Phase((Stage(name, Where.SERVER, flops),), repeat)
 
 
 def _aggregation(bits: float) -> tuple[Phase, Phase]:
@@ -447,7 +450,3 @@ def _aggregation(bits: float) -> tuple[Phase, Phase]:
         Phase((Stage("aggregation up", Where.UPLINK, bits),)),
         Phase((Stage("aggregation down", Where.BROADCAST, bits),)),
     )
-
-
-def _with_repeat(phase: Phase, work: Work) -> Phase:
-    return Phase(phase.stages, work.training.steps, phase.in_turn)

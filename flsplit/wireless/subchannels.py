@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from flsplit.errors import ConfigError
 from flsplit.wireless.channel import Array
@@ -283,6 +281,9 @@ def _subset_times(cell: Cell, terms: RoundTerms, subsets: Owned) -> Array:
 
 def _solve(weight: Array, times: Array, subsets: Owned) -> list[int]:
     """Return each device's subset. Variables: y by device and subset, then T by phase."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # a yardstick that plans don't need
+    from scipy.sparse import csr_array
+
     phases, devices, count = times.shape
     scale = float(times.max(axis=0).min())  # times near 1 suit the solver's tolerances
     num_y = devices * count

@@ -67,7 +67,13 @@ class Quantity:
         number, unit = float(match[1]), match[2] or ""
         if unit not in self.units:
             raise ConfigError(self._unknown(text, unit))
-        return self.units[unit](number)
+        try:
+            found = self.units[unit](number)
+        except OverflowError:
+            found = math.inf
+        if math.isinf(found):
+            raise ConfigError(f"{text!r} is too large for a {self.name}")
+        return found
 
     def _unknown(self, text: str, unit: str) -> str:
         near = get_close_matches(unit, self.units, n=1, cutoff=0.4)

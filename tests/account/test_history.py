@@ -42,7 +42,8 @@ def test_a_round_without_training_or_evaluation_can_be_written(tmp_path):
 
 def test_numbers_leave_out_times_and_wire_bytes(result):
     for numbers in result.history.numbers():
-        assert not [name for name in numbers if "seconds" in name or "wire" in name]
+        names = numbers.keys() - {"simulated-seconds"}
+        assert not [name for name in names if "seconds" in name or "wire" in name]
         assert {"loss", "accuracy", "evaluation", "logical-bytes", "left-out"} <= numbers.keys()
 
 
@@ -95,6 +96,28 @@ def test_histories_are_drawn(result, tmp_path, suffix):
         image = matplotlib.image.imread(path)
         assert image.shape[:2] == (480, 1200)
         assert image[..., :3].std() > 0.05, "the picture is blank"
+
+
+def test_simulated_time_is_drawn_where_it_is_known(result, tmp_path):
+    on_a_fleet = History.load(result.history.save(tmp_path / "history.jsonl"))
+    for entry in on_a_fleet:
+        entry.simulated_seconds = 50.0
+    assert on_a_fleet.simulated_so_far() == [50.0, 100.0, 150.0]
+    on_a_fleet[1].simulated_seconds = None
+    assert on_a_fleet.simulated_so_far() == [50.0, None, None]
+    on_a_fleet[1].simulated_seconds = 80.0
+    histories = {"PSL": result.history, "PSL on a fleet": on_a_fleet}
+    svg = draw_histories(histories, tmp_path / "three.svg").read_text()
+    assert "<!-- simulated minutes -->" in svg
+    svg = draw_histories({"PSL": result.history}, tmp_path / "two.svg").read_text()
+    assert "simulated" not in svg
+
+
+def test_a_history_of_before_there_were_fleets_is_read(result, tmp_path):
+    path = result.history.save(tmp_path / "history.jsonl")
+    path.write_text(path.read_text().replace('"simulated-seconds": null, ', ""))
+    assert "simulated" not in path.read_text()
+    assert History.load(path).numbers() == result.history.numbers()
 
 
 def test_a_metric_is_drawn_against_rounds_and_bytes(result, tmp_path):

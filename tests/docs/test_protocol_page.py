@@ -14,11 +14,10 @@ from flsplit.message.local import (
     AuxiliaryPlan,
     LocalReply,
     LocalRequest,
-    ShapeReply,
-    ShapeRequest,
 )
 from flsplit.message.parts import Backward, SegmentArrays
 from flsplit.message.plan import RoundPlan
+from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.message.step import StepReply, StepRequest
 from flsplit.message.types import DESCRIBE, EVALUATE, FINISH, LOCAL, SHAPE, STEP
 
@@ -37,7 +36,7 @@ PLAN = RoundPlan(
 AUXILIARY = AuxiliaryPlan(kind="linear", shape=(3,), num_classes=2, version=0, train=False, lr=0.0)
 DONE = {
     "client": "0", "server_round": 1, "step": 0, "num_examples": 9, "num_steps": 5, "steps_done": 5,
-    "seconds": 0.1,
+    "rows": [2, 2, 2, 2, 1], "seconds": 0.1,
 }  # fmt: skip
 
 # Per table: a message with everything in it, and one with as little as there can be.
@@ -71,7 +70,7 @@ MESSAGES = {
         LocalReply(**DONE, uploads={}),
     ),
     f"### `{SHAPE}`: request": 2 * (ShapeRequest(1, "conv"),),
-    f"### `{SHAPE}`: reply": 2 * (ShapeReply("0", 1, (3,), 0.1),),
+    f"### `{SHAPE}`: reply": 2 * (ShapeReply("0", 1, (3,), (4, 5), torch.float32, 0.1),),
     f"### `{EVALUATE}`: request": (
         EvaluateRequest(1, 0, 2, 0, SEGMENT),
         EvaluateRequest(1, 0, 2, 0),

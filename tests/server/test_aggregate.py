@@ -60,7 +60,7 @@ def test_fedavg_weighs_by_the_number_of_examples():
 
 def test_a_strategy_that_tells_clients_what_they_do_not_heed_is_refused():
     with pytest.raises(ConfigError, match="FedProx tells the clients proximal-mu, which"):
-        aggregate(FedProx(proximal_mu=0.1), {"0": Upload(tensors(1.0), 10)})
+        aggregate(FedProx(proximal_mu=0.1), {name: Upload(tensors(1.0), 10) for name in "01"})
 
 
 def test_the_weight_may_go_by_another_key():

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from flsplit.wireless import Allocation, channel
-from flsplit.wireless.rates import link_rates, lone_rates, radio_rates
+from flsplit.wireless import Allocation, Device, Fleet, Radio, Server, channel
+from flsplit.wireless.rates import downlink_bits, link_rates, lone_rates, radio_rates
 
 
 def at(metres):
@@ -11,10 +11,10 @@ def at(metres):
 
 def test_path_losses_by_hand():
     # log10(0.1 km) = -1 and log10(100 m) = 2
-    assert channel.macro_path_loss_db(at(1000)) == pytest.approx(128.1)
-    assert channel.macro_path_loss_db(at(100)) == pytest.approx(128.1 - 37.6)
-    assert channel.line_of_sight_path_loss_db(at(100)) == pytest.approx(61.4 + 40.0)
-    assert channel.blocked_path_loss_db(at(100)) == pytest.approx(72.0 + 58.4)
+    assert channel.MACRO.path_loss_db(1000.0) == pytest.approx(128.1)
+    assert channel.MACRO.path_loss_db(100.0) == pytest.approx(128.1 - 37.6)
+    assert channel.LINE_OF_SIGHT.path_loss_db(100.0) == pytest.approx(61.4 + 40.0)
+    assert channel.BLOCKED.path_loss_db(100.0) == pytest.approx(72.0 + 58.4)
 
 
 def test_who_sees_the_base_station():
@@ -43,6 +43,29 @@ def test_rates_of_a_cell_by_hand(drawn_fleet):
     down = 10e6 * np.log2(1 + fleet.radio.downlink_w_per_hz * gains / noise)
     assert rates.downlink_bps == pytest.approx([down[0, [0, 2]].sum(), down[1, 1]])
     assert rates.broadcast_bps == pytest.approx(down.sum(axis=1).min())
+
+
+def test_rates_of_a_lone_device_by_hand():
+    """A gain of 1 and 1 W/Hz of noise; 3 W on each of two subchannels of 1 Hz: log2(1 + 3)."""
+    fleet = Fleet(
+        devices=(Device(name="0", compute_flops=1.0, distance_m=1.0, power_w=6.0),),
+        server=Server(compute_flops=1.0),
+        radio=Radio(
+            num_subchannels=2,
+            subchannel_hz=1.0,
+            noise_w_per_hz=1.0,
+            antenna_gain=10**6.14,
+            downlink_w_per_hz=3.0,
+            path_loss="mmwave-28ghz-los",
+            shadowing_db=0.0,
+            fading=False,
+        ),
+    )
+    assert fleet.gains == pytest.approx(np.ones((1, 2)))
+    assert downlink_bits(fleet) == pytest.approx(np.full((1, 2), 2.0))
+    rates = lone_rates(fleet)
+    assert (rates.uplink_bps, rates.downlink_bps) == (pytest.approx([4.0]), pytest.approx([4.0]))
+    assert rates.broadcast_bps == pytest.approx(4.0)
 
 
 def test_gains_by_hand(drawn_fleet):

@@ -7,9 +7,12 @@ from flsplit.wireless import (
     EPSL,
     FSLSAGE,
     PSL,
+    Device,
     FedAvg,
+    Fleet,
     Problem,
     SequentialSL,
+    Server,
     SplitFed,
     Training,
     method_of,
@@ -62,6 +65,31 @@ def test_rounds_by_hand(name, tiny_profile, linked_fleet):
         assert RoundTerms.of(phases, linked_fleet).seconds(rates) == pytest.approx(seconds)
 
 
+def test_devices_go_on_from_step_to_step_without_each_other(tiny_profile):
+    """Device 0 has 4 s forward and 8 s backward, device 1 8 s up and 4 s down."""
+    fleet = Fleet(
+        devices=(
+            Device(name="0", compute_flops=100.0, uplink_bps=1e12, downlink_bps=1e12),
+            Device(name="1", compute_flops=1e12, uplink_bps=64.0, downlink_bps=128.0),
+        ),
+        server=Server(compute_flops=1000.0),
+    )
+    problem = Problem(fleet, tiny_profile, PSL(), Training(batch_size=4, steps=2))
+    phases = problem.phases(tiny_profile.places[0])
+    assert round_seconds(phases, fleet, link_rates(fleet)) == pytest.approx(
+        8 + 2 * (2.4 + 4.8) + 12 + 8
+    )
+
+
+def test_power_control_knows_at_most_two_deadlines(tiny_profile, linked_fleet):
+    problem = Problem(linked_fleet, tiny_profile, SplitFed(), Training(batch_size=4, steps=3))
+    terms = RoundTerms.of(problem.phases(tiny_profile.places[0]), linked_fleet)
+    steps, segments = terms.deadlines(link_rates(linked_fleet))
+    # 512 bits three times, after 4 s down, 8 s backward and 4 s forward; 320 bits once
+    assert (steps.weight, steps.bits, steps.fixed_s[0]) == (3.0, 512.0, 16.0)
+    assert (segments.weight, segments.bits) == (1.0, 320.0)
+
+
 def test_stages_by_hand(tiny_profile, linked_fleet):
     problem = Problem(linked_fleet, tiny_profile, EPSL(0.5), Training(batch_size=4))
     phases = problem.phases(tiny_profile.places[0])
@@ -76,6 +104,14 @@ def test_stages_by_hand(tiny_profile, linked_fleet):
             "client backward": 8.0,
         }
     )
+
+
+def test_chains_by_hand(tiny_profile, linked_fleet):
+    problem = Problem(linked_fleet, tiny_profile, PSL(), Training(batch_size=4))
+    terms = RoundTerms.of(problem.phases(tiny_profile.places[0]), linked_fleet)
+    rates = link_rates(linked_fleet)
+    chains = terms.chain_seconds(rates.uplink_bps, rates.downlink_bps)
+    assert chains == pytest.approx([31.2, 2 + 4 + 2.4 + 4.8 + 2 + 4])
 
 
 def test_who_does_what_when(tiny_profile, linked_fleet):

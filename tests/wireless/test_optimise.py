@@ -90,5 +90,5 @@ def test_cuts_that_exceed_a_device_s_memory(drawn_fleet, resnet18):
         optimise(problem, Freedom(cut="layer9"))
     tiny = replace(small, memory_bytes=1e6)
     fleet = replace(fleet, devices=(tiny, *fleet.devices[3:]))
-    with pytest.raises(CutError, match=r"no cut of resnet18 fits .* 'conv1' needs .* than 2 has"):
+    with pytest.raises(CutError, match=r"no cut of resnet18 fits .* than device 2 may use"):
         optimise(Problem(fleet, resnet18, PSL(), Training()))

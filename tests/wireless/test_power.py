@@ -47,6 +47,13 @@ def test_scaled_budgets():
     assert list(scaled_budgets(np.array([1.0, 3.0]), 9.0)) == [1.0, 3.0]
 
 
+def test_a_deadline_by_hand():
+    deadline = Deadline(1.0, np.array([1.0, 3.0]), 8.0)
+    assert deadline.seconds(np.array([4.0, 2.0])) == 7.0  # 1 + 8 / 4 and 3 + 8 / 2
+    assert list(deadline.needed_bps(5.0)) == [2.0, 4.0]  # 8 bits in 4 and in 2 s
+    assert list(deadline.needed_bps(3.0)) == [4.0, np.inf]
+
+
 def test_control_by_hand():
     """Two devices with floors of 1 W, 1 bit each, at 1 Hz; all together 2 W.
 

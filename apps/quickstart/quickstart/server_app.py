@@ -3,6 +3,7 @@
 import logging
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from flsplit import SessionSettings
 from flsplit.strategies import make_strategy
 from quickstart.output import output_dir, save_run
 from quickstart.task import CUT, build_model
+
+APP_FOLDER = Path(__file__).resolve().parents[1]
 
 logger = logging.getLogger("flwr")
 app = ServerApp()
@@ -57,4 +60,11 @@ def strategy_options(config: UserConfig) -> dict[str, Any]:
         "session": SessionSettings.from_run_config(config),
         "checkpoint_dir": str(config["checkpoint-dir"]),
         "resume": bool(config["resume"]),
+        "fleet": fleet_path(str(config["fleet"])),
+        "realtime": bool(config["realtime"]),
     }
+
+
+def fleet_path(given: str) -> str:
+    """Return where a fleet's file is; a relative path begins in the app's own folder."""
+    return str(APP_FOLDER / given) if given else ""
