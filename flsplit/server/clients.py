@@ -2,8 +2,8 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -60,10 +60,24 @@ _KINDS: dict[type[Request], _Kind] = {
 
 @dataclass(frozen=True)
 class Sent:
-    """Requests that are on their way, by client, and their messages' ids."""
+    """Requests that are on their way.
+
+    Attributes
+    ----------
+    requests : dict of str to dataclasses of ``flsplit.message``
+        By client.
+    traffic : dict of str to Traffic
+        What each client receives and sends.
+    started : float
+        When clients could begin, by `time.perf_counter`.
+    ids : list of str
+        The messages' ids, where answers are taken later.
+    """
 
     requests: dict[str, Request]
-    ids: list[str]
+    traffic: dict[str, Traffic]
+    started: float
+    ids: list[str] = field(default_factory=list)
 
 
 class Clients:
@@ -80,6 +94,7 @@ class Clients:
     def __init__(self, carrier: OpenCarrier, timeout: float) -> None:
         self.carrier = carrier
         self.clock: Clock | None = None
+        self._answered = 0.0  # when clients last had answered, by time.perf_counter
         """What is told of every exchange."""
         self._grid = carrier.grid
         self._timeout = timeout
@@ -169,29 +184,27 @@ class Clients:
 
         A client answers in the order in which it was asked.
         """
-        messages = [self._message(name, request, entry) for name, request in requests.items()]
-        return Sent(dict(requests), list(self._grid.push_messages(messages)))
+        traffic = {name: Traffic() for name in requests}
+        messages = [self._message(name, one, traffic[name]) for name, one in requests.items()]
+        started = time.perf_counter()
+        return Sent(dict(requests), traffic, started, list(self._grid.push_messages(messages)))
 
     def receive(self, sent: Sent, entry: RoundEntry) -> dict[str, Reply]:
         """Return the answers to requests that were sent before, as :meth:`exchange` does.
 
         A client that was left out in the meantime is missing.
         """
-        started = time.perf_counter()
+        waited = time.perf_counter()
         if isinstance(self._grid, SessionGrid):
             answers = self._grid.receive(sent.ids, timeout=self._timeout)
         else:
             answers = list(self._grid.pull_messages(sent.ids))
-        entry.waiting_seconds += time.perf_counter() - started
-        by_node = {message.metadata.src_node_id: message for message in answers}
+        entry.waiting_seconds += time.perf_counter() - waited
         left_out = {one.client for one in entry.left_out}
-        replies: dict[str, Reply] = {}
-        for name, request in sent.requests.items():
-            if name not in left_out:
-                try:
-                    replies[name] = self._take(name, request, by_node, entry)
-                except FlsplitError as error:
-                    self._leave_out(name, request, str(error), entry)
+        replies, stateless = self._take_all(sent, answers, entry, but=left_out)
+        for name, error in stateless.items():
+            self._leave_out(name, sent.requests[name], str(error), entry)
+        self._close(replace(sent, started=max(sent.started, self._answered)), replies, entry)
         return replies
 
     def _ask(
@@ -200,35 +213,57 @@ class Clients:
         """Return the replies, and which clients don't hold the segment they should hold."""
         if not requests:
             return {}, []
-        sent = {name: self._without_what_is_held(name, one) for name, one in requests.items()}
-        traffic = {name: Traffic() for name in sent}
-        messages = [self._message(name, one, traffic[name]) for name, one in sent.items()]
-        broadcast = _broadcast_bytes(sent)
-        started = time.perf_counter()
+        held = {name: self._without_what_is_held(name, one) for name, one in requests.items()}
+        traffic = {name: Traffic() for name in held}
+        messages = [self._message(name, one, traffic[name]) for name, one in held.items()]
+        sent = Sent(held, traffic, started=time.perf_counter())
         answers = self._grid.send_and_receive(messages, timeout=self._timeout)
-        entry.waiting_seconds += time.perf_counter() - started
+        entry.waiting_seconds += time.perf_counter() - sent.started
+        replies, stateless = self._take_all(sent, answers, entry)
+        lost = []
+        for name, error in stateless.items():
+            if held[name] is requests[name]:
+                self._leave_out(name, requests[name], str(error), entry)
+            else:
+                lost.append(name)
+        self._close(sent, replies, entry)
+        return replies, lost
+
+    def _take_all(
+        self,
+        sent: Sent,
+        answers: Iterable[Message],
+        entry: RoundEntry,
+        but: Collection[str] = (),
+    ) -> tuple[dict[str, Reply], dict[str, StateLostError]]:
+        """Return the replies, and who has lost its state; others without one are left out."""
         by_node = {message.metadata.src_node_id: message for message in answers}
         replies: dict[str, Reply] = {}
-        lost = []
-        for name, request in sent.items():
+        stateless: dict[str, StateLostError] = {}
+        for name, request in sent.requests.items():
+            if name in but:
+                continue
             try:
-                replies[name] = self._take(name, request, by_node, traffic[name])
+                replies[name] = self._take(name, request, by_node, sent.traffic[name])
                 entry.client_seconds += replies[name].seconds
             except StateLostError as error:
-                if request is requests[name]:
-                    self._leave_out(name, request, str(error), entry)
-                else:
-                    lost.append(name)
+                stateless[name] = error
             except FlsplitError as error:
                 self._leave_out(name, request, str(error), entry)
-        for one in traffic.values():
+        return replies, stateless
+
+    def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
+        """Account for what was sent, and tell the clock."""
+        broadcast = _broadcast_bytes(sent.requests)
+        for one in sent.traffic.values():
             entry.traffic.include(one)
         entry.traffic.add("gradients-down-broadcast", broadcast, 0)
         if self.clock:
             told = time.perf_counter()
-            self.clock.exchanged(exchange_of(sent, replies, traffic, broadcast), started)
+            exchange = exchange_of(sent.requests, replies, sent.traffic, broadcast)
+            self.clock.exchanged(exchange, sent.started)
             entry.waiting_seconds += time.perf_counter() - told
-        return replies, lost
+        self._answered = time.perf_counter()
 
     def _without_what_is_held(self, name: str, request: Request) -> Request:
         if isinstance(request, LocalRequest) and request.auxiliary_held and name in self.holds:
