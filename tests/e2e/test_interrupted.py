@@ -16,7 +16,7 @@ CHANGES = {"strategy": "psl", "batch-size": 64}
 
 @pytest.mark.e2e
 def test_clients_of_a_killed_actor_move_and_the_run_goes_on(quickstart, tmp_path):
-    changes = CHANGES | {"num-server-rounds": 80, "output-dir": str(tmp_path / "out")}
+    changes = CHANGES | {"num-server-rounds": 50, "output-dir": str(tmp_path / "out")}
     with simulation(tmp_path) as flower:
         run = flower.start_app(quickstart, NUM_CLIENTS, changes)
         run.wait_for_log("round 3/", timeout=120)
@@ -26,7 +26,7 @@ def test_clients_of_a_killed_actor_move_and_the_run_goes_on(quickstart, tmp_path
 
     assert finished.completed, finished.log
     history = History.load(tmp_path / "out" / "history.jsonl")
-    assert len(history) == 80
+    assert len(history) == 50
     missed = [{one.client for one in entry.left_out} for entry in history]
     # Its clients missed at most what was left of that round.
     assert sum(map(bool, missed)) <= 1
@@ -39,7 +39,7 @@ def test_clients_of_a_killed_actor_move_and_the_run_goes_on(quickstart, tmp_path
 @pytest.mark.e2e
 def test_a_server_that_was_killed_resumes_with_the_same_numbers(quickstart, tmp_path):
     changes = CHANGES | {
-        "num-server-rounds": 40,
+        "num-server-rounds": 30,
         "checkpoint-dir": str(tmp_path / "checkpoints"),
         "output-dir": str(tmp_path / "out"),
     }
@@ -54,7 +54,7 @@ def test_a_server_that_was_killed_resumes_with_the_same_numbers(quickstart, tmp_
         assert finished.completed, finished.log
         assert "resuming after round" in finished.log
 
-    expected = run_locally(NUM_CLIENTS, CHANGES | {"num-server-rounds": 40})
+    expected = run_locally(NUM_CLIENTS, CHANGES | {"num-server-rounds": 30})
     history = History.load(tmp_path / "out" / "history.jsonl")
     assert history.numbers() == expected.history.numbers()
     weights = load_file(tmp_path / "out" / "model.safetensors")
