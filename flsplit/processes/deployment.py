@@ -45,8 +45,12 @@ class SuperNode:
             try:
                 online = self.process.wait_for_log(r"SuperNode ID: (\d+)", timeout)
             except RuntimeError as error:
-                if not self._killed or "Failed to activate SuperNode" not in str(error):
+                refused = self._killed and "Failed to activate SuperNode" in str(error)
+                taken = "address already in use" in str(error)
+                if not (refused or taken):
                     raise
+                if taken:  # by somebody else, since the port was found free
+                    self.command[self.command.index("--port") + 1] = str(free_ports(1)[0])
                 self.start(wait=False)
                 return False
             self.node_id = int(online[1])

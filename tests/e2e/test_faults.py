@@ -48,7 +48,7 @@ def missing_rounds(history, client):
 @pytest.mark.e2e
 def test_the_others_go_on_without_clients_that_die_or_hang(flower, tmp_path):
     killed, stopped, _ = flower.supernodes
-    num_rounds = 150
+    num_rounds = 250
     run = start(flower, tmp_path, **{"num-server-rounds": num_rounds})
 
     run.wait_for_log("round 3/")
