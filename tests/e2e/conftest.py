@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from tests.e2e.gates import Gates
 from tests.e2e.local_quickstart import QUICKSTART
 
 
@@ -14,3 +15,9 @@ def quickstart(monkeypatch):
     yield QUICKSTART
     for name in [name for name in sys.modules if name.split(".")[0] == "quickstart"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def gates(tmp_path):
+    """Give a copy of the quickstart that can be held at chosen places."""
+    return Gates(tmp_path)
