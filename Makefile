@@ -52,9 +52,9 @@ compare-quick: $(STAMP) ## The same, shorter, with fewer methods
 	@$(BIN)/python apps/compare/compare.py --quick --alpha 0.1 inf --out runs/compare-quick $(ARGS)
 
 .PHONY: test
-test: $(STAMP) ## Run all tests, two at a time: the quick ones, then those that start Flower
+test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, several at a time
 	@$(BIN)/python -m pytest -m 'not e2e' --numprocesses 2 --dist loadfile $(ARGS)
-	@$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -m e2e --numprocesses 3 --dist worksteal $(ARGS)
 
 # mypy doesn't know that strategies/ is imported as flsplit.strategies, so it gets a copy laid out so.
 .PHONY: lint

@@ -4,6 +4,16 @@ import pytest
 import torch
 
 
+END_TO_END_TIMEOUT = 900  # seconds; a test takes one or two minutes unless the machine is slow
+
+
+def pytest_collection_modifyitems(items):
+    """Give tests that start Flower more time than the others."""
+    for item in items:
+        if item.get_closest_marker("e2e"):
+            item.add_marker(pytest.mark.timeout(END_TO_END_TIMEOUT))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """One and two threads differ in the last bits, and small tensors are faster on one."""

@@ -19,7 +19,7 @@ from flsplit.wire.credentials import SESSION_NAME, make_certificate
 
 _METHOD = ("flsplit.Bench", "Echo")
 _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-_START_SECONDS = 60.0
+_START_SECONDS = 180.0
 _WARM_UP = 20
 
 _Queue = queue.SimpleQueue[bytes | None]

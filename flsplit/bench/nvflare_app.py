@@ -17,7 +17,7 @@ from torch.nn import functional
 from flsplit.bench import training, workload
 from flsplit.bench.figures import BenchError
 
-_START_SECONDS = 60.0
+_START_SECONDS = 180.0
 
 
 class NVFlareClient:

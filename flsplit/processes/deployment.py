@@ -13,7 +13,7 @@ from flsplit.processes.certificates import make_certificates, make_node_key
 from flsplit.processes.home import FlowerHome, RunConfig
 from flsplit.processes.process import FlowerProcess
 from flsplit.processes.run import FinishedRun, Run
-from flsplit.processes.waiting import RUN_TIMEOUT, free_ports, wait_until
+from flsplit.processes.waiting import RUN_TIMEOUT, START_TIMEOUT, free_ports, wait_until
 
 
 @dataclass
@@ -34,7 +34,7 @@ class SuperNode:
         if wait:
             self.wait_online()
 
-    def wait_online(self, timeout: float = 120.0) -> None:
+    def wait_online(self, timeout: float = START_TIMEOUT) -> None:
         """Wait until the SuperLink has taken it in.
 
         After a kill the SuperLink refuses the same key until it has noticed, which takes as long as
@@ -63,18 +63,18 @@ class SuperNode:
         """Return the ids of its living ClientApp processes."""
         return self.process.tree.find("flwr-clientapp")
 
-    def wait_for_client_app(self, timeout: float = 60.0) -> int:
+    def wait_for_client_app(self, timeout: float = START_TIMEOUT) -> int:
         """Wait until it has a living ClientApp process, and return that one's id."""
         return wait_until(self.client_apps, f"a ClientApp of {self.name}", timeout)[0]
 
-    def kill_client_app(self, timeout: float = 60.0) -> int:
+    def kill_client_app(self, timeout: float = START_TIMEOUT) -> int:
         """End its ClientApp process with ``SIGKILL``, waiting for it if need be; return the id."""
         pid = self.wait_for_client_app(timeout)
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: pid not in self.client_apps(), f"the end of {pid}", 10)
         return pid
 
-    def pause_client_app(self, timeout: float = 60.0) -> int:
+    def pause_client_app(self, timeout: float = START_TIMEOUT) -> int:
         """Halt its ClientApp process (``SIGSTOP``); return the id, for ``SIGCONT``."""
         pid = self.wait_for_client_app(timeout)
         os.kill(pid, signal.SIGSTOP)

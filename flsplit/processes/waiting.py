@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-START_TIMEOUT = 90.0  # seconds for a SuperLink or SuperNode to come up, on a busy machine
-RUN_TIMEOUT = 240.0  # seconds after which a run is taken to hang, unless told otherwise
+START_TIMEOUT = 180.0  # seconds for a SuperLink or SuperNode to come up, on a busy machine
+RUN_TIMEOUT = 600.0  # seconds after which a run is taken to hang, unless told otherwise
 POLL = 0.05
 
 T = TypeVar("T")

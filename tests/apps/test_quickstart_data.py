@@ -14,6 +14,7 @@ import pytest
 import torch
 from quickstart import data
 from quickstart.data import load_partition, load_test_set
+from quickstart.images import DATASETS, NUM_CLASSES
 from quickstart.task import CUT, build_model
 
 NUM_CLIENTS = 10
@@ -139,16 +140,16 @@ def test_images_and_labels_fit_the_model():
     assert images.dtype == torch.float32
     assert labels.dtype == torch.int64
     assert (images.min(), images.max()) == (-1.0, 1.0)
-    assert build_model(context())(test.tensors[0]).shape == (36, data.NUM_CLASSES)
+    assert build_model(context())(test.tensors[0]).shape == (36, NUM_CLASSES)
 
 
-@pytest.mark.parametrize("name", sorted(data.DATASETS))
+@pytest.mark.parametrize("name", sorted(DATASETS))
 def test_the_model_fits_every_data_set(name):
-    source = data.DATASETS[name]
+    source = DATASETS[name]
     model = build_model(context(dataset=name))
     assert CUT in dict(model.named_modules())
     images = torch.zeros(2, source.channels, source.size, source.size)
-    assert model(images).shape == (2, data.NUM_CLASSES)
+    assert model(images).shape == (2, NUM_CLASSES)
 
 
 def test_an_example_is_classified_the_same_in_any_batch():

@@ -143,7 +143,7 @@ def start_stubborn(tree):
         start_new_session=True,
     )
     assert process.stdout.readline() == b"up\n"
-    wait_until(lambda: len(tree.find()) >= 3, "three processes", 10)
+    wait_until(lambda: len(tree.find()) >= 3, "three processes", 60)
     return process
 
 
@@ -213,7 +213,7 @@ with FlowerHome(Path({str(tmp_path)!r})) as home:
     process.kill()
     process.wait()
 
-    wait_until(lambda: not tree.find(), "the end of everything", 10)
+    wait_until(lambda: not tree.find(), "the end of everything", 60)
     assert not scratch.exists()
 
 
@@ -296,15 +296,15 @@ def test_a_run_that_is_interrupted(script, app, number):
     for line in process.stdout:
         if "ASKING" in line:
             break
-    wait_until(lambda: script.tree.find("raylet"), "Ray", 60)
+    wait_until(lambda: script.tree.find("raylet"), "Ray", 180)
     scratch = scratch_folder(script.tree)
 
     process.send_signal(number)
 
-    code = process.wait(30)
+    code = process.wait(90)
     assert code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
     if number == signal.SIGKILL:
-        wait_until(lambda: not script.tree.find(), "the end of everything", 20)
+        wait_until(lambda: not script.tree.find(), "the end of everything", 60)
     assert script.tree.find() == []
     assert not scratch.exists()
 
@@ -337,7 +337,7 @@ def test_a_deployment_with_tls_and_authentication(app, tmp_path):
 
         run = deployed.start_app(app)
         pids = [supernode.wait_for_client_app() for supernode in deployed.supernodes]
-        finished = run.finish(120)
+        finished = run.finish()
         assert finished.completed, finished.log
         assert "ANSWERED [0, 1]" in finished.log
         assert len(set(pids)) == 2

@@ -44,16 +44,16 @@ def test_a_deployed_run_that_raises_or_is_stopped_ends_everywhere(
 ):
     with deployment(tmp_path, NUM_CLIENTS) as flower:
         failed = flower.start_app(failing_app, CHANGES)
-        failed.wait_for_log("round 1/", timeout=120)
+        failed.wait_for_log("round 1/")
         finished = failed.finish()
         assert finished.status == "finished:failed"
         assert "as it was asked to" in finished.details + finished.log
-        wait_until(lambda: everything_has_ended(flower), "the end of the failed run", 60)
+        wait_until(lambda: everything_has_ended(flower), "the end of the failed run", 120)
 
         stopped = flower.start_app(quickstart, CHANGES)  # the same nodes are free again
-        stopped.wait_for_log("round 2/", timeout=120)
+        stopped.wait_for_log("round 2/")
         stopped.stop()
         assert stopped.finish().status == "finished:stopped"
-        wait_until(lambda: everything_has_ended(flower), "the end of the stopped run", 60)
+        wait_until(lambda: everything_has_ended(flower), "the end of the stopped run", 120)
         for supernode in flower.supernodes:
             assert supernode.process.alive

@@ -74,7 +74,7 @@ def test_a_run_that_is_stopped_ends_with_all_its_processes(quickstart, tmp_path)
     changes = CHANGES | {"num-server-rounds": 10_000, "output-dir": str(tmp_path / "out")}
     with simulation(tmp_path) as flower:
         run = flower.start_app(quickstart, NUM_CLIENTS, changes)
-        run.wait_for_log("round 2/", timeout=120)
+        run.wait_for_log("round 2/")
         run.stop()
         finished = run.finish()
         assert finished.status == "finished:stopped"
@@ -82,5 +82,5 @@ def test_a_run_that_is_stopped_ends_with_all_its_processes(quickstart, tmp_path)
         wait_until(
             lambda: not any(flower.home.tree.find(name) for name in names) or None,
             "the end of the simulation's processes",
-            timeout=60,
+            timeout=120,
         )

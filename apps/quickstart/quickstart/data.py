@@ -8,7 +8,6 @@ depends on the seed, the number of clients and ``alpha``, and on nothing else.
 
 import warnings
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,35 +22,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-NUM_CLASSES = 10
+from quickstart.images import ImageDataset, find_dataset
+
 MIN_EXAMPLES = 2  # every client trains on at least so many
-
-
-@dataclass(frozen=True)
-class ImageDataset:
-    """A data set of square images in ten classes.
-
-    Attributes
-    ----------
-    channels : int
-        1 for grey, 3 for colour.
-    size : int
-        Height and width in pixels.
-    torchvision : str
-        Name of torchvision's class for it; empty for scikit-learn's digits.
-    """
-
-    channels: int
-    size: int
-    torchvision: str = ""
-
-
-DATASETS = {
-    "digits": ImageDataset(1, 8),
-    "mnist": ImageDataset(1, 28, "MNIST"),
-    "fashion-mnist": ImageDataset(1, 28, "FashionMNIST"),
-    "cifar10": ImageDataset(3, 32, "CIFAR10"),
-}
 
 
 @dataclass(frozen=True)
@@ -62,20 +35,6 @@ class Arrays:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-
-
-def find_dataset(name: str) -> ImageDataset:
-    """Return the data set called `name`.
-
-    Raises
-    ------
-    ValueError
-        If there is none; the message lists the known ones, the most similar name first.
-    """
-    if name in DATASETS:
-        return DATASETS[name]
-    known = sorted(DATASETS, key=lambda other: -SequenceMatcher(None, name.lower(), other).ratio())
-    raise ValueError(f"dataset={name!r} is unknown, expected one of {', '.join(known)}")
 
 
 def load_partition(context: Context) -> tuple[TensorDataset, TensorDataset]:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from flwr.app import Context
 from torch import nn
 
-from quickstart.data import NUM_CLASSES, find_dataset
+from quickstart.images import NUM_CLASSES, find_dataset
 
 CUT = "conv1"  # the last stage that the clients compute
 
