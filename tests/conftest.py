@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-
 END_TO_END_TIMEOUT = 900  # seconds; a test takes one or two minutes unless the machine is slow
 
 
