@@ -1,4 +1,10 @@
-"""All carriers give the same numbers: LocalGrid, Flower's messages, sessions of any size."""
+"""All carriers give the same numbers: LocalGrid, Flower's messages, sessions of any size.
+
+One real run trains every method over every carrier, one after the other.
+"""
+
+import json
+import shutil
 
 import pytest
 import torch
@@ -9,67 +15,104 @@ from tests.e2e.local_quickstart import run_locally
 from tests.flower_processes import simulation
 
 NUM_CLIENTS = 4
-COUPLED = {
-    "num-server-rounds": 2,
-    "batch-size": 64,
-    "strategy": "splitfed-v1",
-    "fleet": "fleet.toml",  # simulated seconds are numbers, too
+SIZES = {"num-server-rounds": 2, "batch-size": 64}
+METHODS = {
+    # Simulated seconds are numbers, too.
+    "splitfed-v1": SIZES | {"fleet": "fleet.toml"},
+    "sglr": SIZES | {"strategy-args": "{phi = 0.5, alpha = 0.5}"},
+    "epsl": SIZES | {"strategy-args": "{phi = 0.5, local-steps = 2}"},
+    "gapsl": SIZES,
+    "fsl-sage": SIZES
+    | {
+        "num-server-rounds": 3,
+        "strategy-args": "{upload-every = 2, align-every = 2, align-epochs = 20}",
+    },
 }
-FSL_SAGE = {
-    "num-server-rounds": 3,
-    "batch-size": 64,
-    "strategy": "fsl-sage",
-    "strategy-args": "{upload-every = 2, align-every = 2, align-epochs = 20}",
+CARRIERS = {
+    "flower": {"carrier": "flower"},
+    **{
+        f"session-{hosts}": {"carrier": "session", "session-max-hosts": hosts}
+        for hosts in (1, 2, 4)
+    },
 }
 
-FLOWER = {"carrier": "flower"}
-SESSION = {"carrier": "session"}
+SERVER_APP = '''"""Train every method over every carrier."""
+
+import json
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from safetensors.torch import save_file
+
+from flsplit.strategies import make_strategy
+from quickstart.server_app import strategy_options
+from quickstart.task import build_model
+
+app = ServerApp()
 
 
-@pytest.fixture(scope="module")
-def flower(tmp_path_factory):
-    """Start one SuperLink for all runs."""
-    with simulation(tmp_path_factory.mktemp("flower")) as running:
-        yield running
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    for folder, changes in json.loads({trainings!r}).items():
+        config = {{**context.run_config, **changes}}
+        torch.set_num_threads(config["torch-threads"])
+        torch.manual_seed(config["seed"])
+        model = build_model(context)
+        strategy = make_strategy(
+            config["strategy"], config["strategy-args"], model=model, **strategy_options(config)
+        )
+        initial = ArrayRecord(model.state_dict())
+        print("TRAINING", Path(folder).name, flush=True)
+        result = strategy.start(grid, initial, num_rounds=config["num-server-rounds"])
+        Path(folder).mkdir()
+        result.history.save(Path(folder) / "history.jsonl")
+        arrays = {{name: torch.from_numpy(array.numpy()) for name, array in result.arrays.items()}}
+        save_file(arrays, Path(folder) / "model.safetensors")
+'''
 
 
 @pytest.fixture
-def compare(flower, quickstart, tmp_path):
-    """Return what runs the app for real, and compares it with a local run."""
-
-    def run_and_compare(name, changes, expected, cpus=2):
-        folder = tmp_path / name.replace(" ", "-")
-        run = flower.run_app(
-            quickstart,
-            NUM_CLIENTS,
-            changes | {"output-dir": str(folder)},
-            [f"init-args-num-cpus={cpus}"],
-        )
-        assert run.completed, (name, run.log)
-        history = History.load(folder / "history.jsonl")
-        assert history.numbers() == expected.history.numbers(), name
-        weights = load_file(folder / "model.safetensors")
-        for key, array in expected.arrays.items():
-            assert torch.equal(weights[key], torch.from_numpy(array.numpy())), (name, key)
-        return run.log
-
-    return run_and_compare
+def app(quickstart, tmp_path):
+    """Give a copy of the quickstart with a server that trains more than once."""
+    trainings = {
+        str(tmp_path / f"{method}-over-{carrier}"): changes | over | {"strategy": method}
+        for method, changes in METHODS.items()
+        for carrier, over in CARRIERS.items()
+    }
+    folder = tmp_path / "app"
+    shutil.copytree(quickstart, folder)
+    source = SERVER_APP.format(trainings=json.dumps(trainings))
+    (folder / "quickstart" / "many.py").write_text(source)
+    project = folder / "pyproject.toml"
+    old, new = '"quickstart.server_app:app"', '"quickstart.many:app"'
+    assert project.read_text().count(old) == 1
+    project.write_text(project.read_text().replace(old, new))
+    return folder
 
 
 @pytest.mark.e2e
-def test_all_carriers_give_the_same_numbers(compare):
-    expected = run_locally(NUM_CLIENTS, COUPLED)
-    compare("flower", COUPLED | FLOWER, expected)
-    for hosts, cpus in ((1, 2), (2, 2), (4, 4)):
-        changes = COUPLED | SESSION | {"session-max-hosts": hosts}
-        log = compare(f"session, {hosts} hosts", changes, expected, cpus)
-        assert f"{hosts} hosts serve {NUM_CLIENTS} clients" in log, log
+def test_all_carriers_give_the_same_numbers(app, tmp_path):
+    with simulation(tmp_path) as flower:
+        run = flower.run_app(app, NUM_CLIENTS, federation_config=["init-args-num-cpus=4"])
+    assert run.completed, run.log
+    for hosts in (1, 2, 4):
+        assert f"{hosts} hosts serve {NUM_CLIENTS} clients" in run.log
 
-
-@pytest.mark.e2e
-def test_a_decoupled_method_gives_the_same_numbers_on_all_carriers(compare):
-    expected = run_locally(NUM_CLIENTS, FSL_SAGE)
-    aligned = ["cosine-after-alignment" in entry.metrics for entry in expected.history]
-    assert aligned == [False, False, True]
-    compare("flower", FSL_SAGE | FLOWER, expected)
-    compare("session", FSL_SAGE | SESSION, expected)
+    for method, changes in METHODS.items():
+        expected = run_locally(NUM_CLIENTS, changes | {"strategy": method})
+        for carrier in CARRIERS:
+            folder = tmp_path / f"{method}-over-{carrier}"
+            history = History.load(folder / "history.jsonl")
+            assert history.numbers() == expected.history.numbers(), folder.name
+            weights = load_file(folder / "model.safetensors")
+            assert weights.keys() == expected.arrays.keys()
+            for key, array in expected.arrays.items():
+                assert torch.equal(weights[key], torch.from_numpy(array.numpy())), (
+                    folder.name,
+                    key,
+                )
+        if method == "fsl-sage":
+            aligned = ["cosine-after-alignment" in entry.metrics for entry in expected.history]
+            assert aligned == [False, False, True]
