@@ -33,7 +33,7 @@ def carriers(
     ] = None,
     steps: Annotated[
         int, typer.Option(min=1, help="Exchanges; fewer for Flower's messages, which are slow.")
-    ] = 500,
+    ] = 2000,
     json: JsonFile = None,
     only: Annotated[
         str, typer.Option(hidden=True, help="deployed or simulated; both by default.")

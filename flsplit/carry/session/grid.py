@@ -318,7 +318,8 @@ class SessionGrid(MessageGrid):
 
     def _send(self, message: Message) -> str:
         self._sequence += 1
-        sequence, message_id = self._sequence, uuid.uuid4().hex
+        # Random bytes for a uuid would let go of the interpreter lock at every message.
+        sequence, message_id = self._sequence, f"{self._session}-{self._sequence}"
         set_message_id(message, message_id)
         seat = self._roster.seat(message.metadata.dst_node_id)
         if seat is None:
