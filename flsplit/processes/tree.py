@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STOP_GRACE = 5.0  # seconds between asking processes to end and ending them
+LAST_GRACE = 3.0  # the same when everything ends, which must not take five seconds
 POLL = 0.05
 PROC = Path("/proc")
 
@@ -130,7 +131,7 @@ def _guard(mark: str, session: str, scratch: str) -> None:
     is gone, however that happened.
     """
     sys.stdin.buffer.read()
-    ProcessTree(mark, int(session)).stop()
+    ProcessTree(mark, int(session)).stop(LAST_GRACE)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
