@@ -63,7 +63,9 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="flsplit-") as temporary:
             folder = Path(options.checkpoint_dir or temporary).absolute() / "clients"
             states = Experiment(self._experiment, str(folder))
-            with open_carrier(grid, options.carrier, options.session, states) as carrier:
+            with open_carrier(
+                grid, options.carrier, options.session, states, self.timeout
+            ) as carrier:
                 clients = Clients(carrier, self.timeout)
                 clients.holds |= holds
                 clients.clock = make_clock(self.strategy, clients, self._rounds_done + 1)

@@ -1,5 +1,6 @@
 """Choosing the carrier of a run: a session where one can be opened, else Flower's messages."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from flwr.serverapp import Grid
 
 from flsplit.carry.session.grid import NoHostError, SessionGrid
 from flsplit.carry.session.settings import SessionSettings
-from flsplit.errors import FlsplitError
+from flsplit.errors import FlsplitError, NotEnoughClientsError
 from flsplit.log import logger
 
 Carrier = Literal["auto", "session", "flower"]
 
 MAX_FALLBACK_SECONDS = 600.0
 """How long a run over Flower's messages may be predicted to take, if a session was wanted."""
+
+_POLL_SECONDS = 0.5  # Flower's grid has no event for a node that connects
 
 
 class TooSlowError(FlsplitError):
@@ -77,7 +80,11 @@ class OpenCarrier:
 
 @contextmanager
 def open_carrier(
-    grid: Grid, carrier: Carrier, settings: SessionSettings, experiment: Experiment
+    grid: Grid,
+    carrier: Carrier,
+    settings: SessionSettings,
+    experiment: Experiment,
+    timeout: float,
 ) -> Iterator[OpenCarrier]:
     """Open the carrier of a run, and close it at its end.
 
@@ -91,15 +98,20 @@ def open_carrier(
         For a session.
     experiment : Experiment
         For a session's clients.
+    timeout : float
+        How many seconds to wait for the first node, without which no session can be opened.
 
     Raises
     ------
+    NotEnoughClientsError
+        If no node has connected by then.
     NoHostError
         If ``carrier`` is ``session`` and no node can dial back.
     """
     if carrier == "flower" or getattr(grid, "in_process", False):
         yield OpenCarrier(grid)
         return
+    _wait_for_a_node(grid, timeout)
     session = SessionGrid(
         grid, settings, experiment=experiment.name, state_dir=experiment.state_dir
     )
@@ -113,3 +125,17 @@ def open_carrier(
         return
     with session:
         yield OpenCarrier(session)
+
+
+def _wait_for_a_node(grid: Grid, timeout: float) -> None:
+    if list(grid.get_node_ids()):
+        return
+    logger.info("waiting for SuperNodes: none is connected")
+    deadline = time.monotonic() + timeout
+    while not list(grid.get_node_ids()):
+        if time.monotonic() > deadline:
+            raise NotEnoughClientsError(
+                f"0 clients are connected after {timeout:g} s, expected at least 1; are SuperNodes "
+                "running, and connected to this SuperLink?"
+            )
+        time.sleep(_POLL_SECONDS)

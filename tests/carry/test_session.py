@@ -314,6 +314,23 @@ def test_nodes_that_never_dial_are_waited_for_no_longer_than_join_timeout():
         start(make_strategy(carrier="session", session=settings), grid)
 
 
+def test_a_run_that_starts_before_its_nodes_waits_for_them_and_opens_a_session():
+    grid = ThreadedGrid(make_app(), 2)
+    looks = iter([[], [], [101]])
+    grid.get_node_ids = lambda: next(looks, list(grid.contexts))
+    result = start(make_strategy(), grid)
+
+    expected = start(make_strategy(), LocalGrid(make_app(), 2))
+    assert outcome(result) == outcome(expected)
+    assert {one.metadata.message_type for one in grid.pushed} == {"train.session"}
+
+
+def test_no_node_within_the_timeout_is_a_clear_error():
+    grid = ThreadedGrid(make_app(), 0)
+    with pytest.raises(NotEnoughClientsError, match=r"0 clients .* after 0 s.*SuperNodes running"):
+        start(make_strategy(), grid, timeout=0.0)
+
+
 def test_a_late_host_finds_the_session_over_at_once(monkeypatch):
     messages = []
 
