@@ -136,8 +136,8 @@ class Clients:
 
     def _describe(self, nodes: list[int]) -> None:
         messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]
-        for message in self._grid.send_and_receive(messages, timeout=self._timeout):
-            node = message.metadata.src_node_id
+        answers = self._grid.send_and_receive(messages, timeout=self._timeout)
+        for node, message in _by_node(answers, messages).items():
             try:
                 name = _described(message)
             except ProtocolError as error:
@@ -201,7 +201,7 @@ class Clients:
             answers = list(self._grid.pull_messages(sent.ids))
         entry.waiting_seconds += time.perf_counter() - waited
         left_out = {one.client for one in entry.left_out}
-        replies, stateless = self._take_all(sent, answers, entry, but=left_out)
+        replies, stateless = self._take_all(sent, _by_node(answers), entry, but=left_out)
         for name, error in stateless.items():
             self._leave_out(name, sent.requests[name], str(error), entry)
         self._close(replace(sent, started=max(sent.started, self._answered)), replies, entry)
@@ -219,7 +219,7 @@ class Clients:
         sent = Sent(held, traffic, started=time.perf_counter())
         answers = self._grid.send_and_receive(messages, timeout=self._timeout)
         entry.waiting_seconds += time.perf_counter() - sent.started
-        replies, stateless = self._take_all(sent, answers, entry)
+        replies, stateless = self._take_all(sent, _by_node(answers, messages), entry)
         lost = []
         for name, error in stateless.items():
             if held[name] is requests[name]:
@@ -232,12 +232,11 @@ class Clients:
     def _take_all(
         self,
         sent: Sent,
-        answers: Iterable[Message],
+        by_node: Mapping[int, Message],
         entry: RoundEntry,
         but: Collection[str] = (),
     ) -> tuple[dict[str, Reply], dict[str, StateLostError]]:
         """Return the replies, and who has lost its state; others without one are left out."""
-        by_node = {message.metadata.src_node_id: message for message in answers}
         replies: dict[str, Reply] = {}
         stateless: dict[str, StateLostError] = {}
         for name, request in sent.requests.items():
@@ -321,6 +320,23 @@ class Clients:
             own = nbytes(array) - _shared_bytes(getattr(request, "backward", None))
             wire = len(array.data) if self._sends else 0
             traffic.add("gradients-down-unicast", own, wire)
+
+
+def _by_node(answers: Iterable[Message], asked: Iterable[Message] = ()) -> dict[int, Message]:
+    """Return the answers by the node that was asked.
+
+    For a node that is away the SuperLink answers, with an Error in its own name.
+    """
+    requests = [one.metadata for one in asked]
+    nodes = {one.dst_node_id for one in requests}
+    node_of = {one.message_id: one.dst_node_id for one in requests}
+    found = {}
+    for answer in answers:
+        node = answer.metadata.src_node_id
+        if answer.has_error() and node not in nodes:
+            node = node_of.get(answer.metadata.reply_to_message_id, node)
+        found[node] = answer
+    return found
 
 
 def _described(message: Message) -> str:

@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 from flsplit.account import RoundEntry
 from flsplit.carry.choose import OpenCarrier
 from flsplit.errors import ConfigError, NotEnoughClientsError
-from flsplit.flower_internals import ensure_task_identity
+from flsplit.flower_internals import ensure_task_identity, set_message_id
 from flsplit.message.evaluate import EvaluateRequest
 from flsplit.message.finish import FinishReply, FinishRequest
 from flsplit.message.parts import Backward, SegmentArrays
@@ -120,6 +120,26 @@ def test_nodes_come_and_go():
     replies, _ = exchange(clients, {"b": StepRequest(1, 0)})
     assert replies["b"].client == "b"
     assert grid.sent[-1][1].metadata.dst_node_id == 5
+
+
+def test_the_superlink_answers_for_a_node_that_is_away():
+    clients, grid = make({7: "a", 8: "b"})
+
+    def send_and_receive(messages, *, timeout=None):
+        replies = []
+        for number, message in enumerate(messages):
+            set_message_id(message, f"id-{number}")
+            reply = Message(content_of("a", message), reply_to=message)
+            if message.metadata.dst_node_id == 8:
+                reply = Message(Error(5, "the node is away"), reply_to=message)
+                reply.metadata.__dict__["_src_node_id"] = 1
+            replies.append(reply)
+        return replies
+
+    grid.send_and_receive = send_and_receive
+    replies, entry = exchange(clients, {"a": StepRequest(1, 0), "b": StepRequest(1, 0)})
+    assert list(replies) == ["a"]
+    assert [(one.client, one.reason) for one in entry.left_out] == [("b", "the node is away")]
 
 
 def test_two_nodes_of_one_name():
