@@ -185,7 +185,7 @@ class RoundEntry:
         if self.accuracy is not None:
             record["train-accuracy"] = self.accuracy
         record["steps"], record["rows"] = self.steps, self.rows
-        record["num-left-out"] = len(self.left_out)
+        record["num-left-out"] = len({one.client for one in self.left_out})
         for name, logical in self.traffic.logical.items():
             if logical or self.traffic.wire[name]:
                 record[f"logical-bytes-{name}"] = logical

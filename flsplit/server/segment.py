@@ -1,5 +1,6 @@
 """The server segment with its optimizer, which lives as long as the run."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -150,7 +151,10 @@ class ServerSegment:
     def end_round(self) -> None:
         """Let the scheduler, if there is one, step."""
         if self.scheduler:
-            self.scheduler.step()
+            with warnings.catch_warnings():
+                # Its rate follows the rounds, also while its client has been left out.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.scheduler.step()
 
     def arrays(self) -> dict[str, Tensor]:
         """Return the segment's state dict."""
