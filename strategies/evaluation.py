@@ -1,10 +1,7 @@
 """Federated evaluation: test data through each client's own segment and the server's."""
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
-
-import torch
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.errors import FlsplitError, located
@@ -12,41 +9,10 @@ from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.parts import SegmentArrays
 from flsplit.server.clients import Clients
 from flsplit.server.segment import ServerSegment
-from flsplit.server.step import count_correct
+from flsplit.strategies.scores import Scores
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
-
-
-class _Scores:
-    """Loss and metrics over all samples, however they come in batches."""
-
-    def __init__(self, metrics: "Mapping[str, Metric]") -> None:
-        self._metrics = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
-        self._loss, self._samples = 0.0, 0
-        self._correct, self._classified = 0, 0
-
-    @torch.no_grad()
-    def update(self, segment: ServerSegment, reply: EvaluateReply) -> None:
-        """Run a test batch through the server segment and count it."""
-        labels = reply.labels.to(segment.device)
-        logits = segment.forward(segment.receive(reply.smashed))
-        self._loss += float(segment.mean_loss(logits, labels)) * len(labels)
-        self._samples += len(labels)
-        correct, classified = count_correct(logits, labels)
-        self._correct += correct
-        self._classified += classified
-        for metric in self._metrics.values():
-            metric.to(segment.device).update(logits, labels)
-
-    def compute(self) -> dict[str, float]:
-        """Return loss and metrics, nothing if no sample came."""
-        if not self._samples:
-            return {}
-        scores = {"loss": self._loss / self._samples, "num-examples": self._samples}
-        if self._classified:
-            scores["accuracy"] = self._correct / self._classified
-        return scores | {name: float(metric.compute()) for name, metric in self._metrics.items()}
 
 
 def evaluate_clients(
@@ -84,7 +50,7 @@ def evaluate_clients(
         ``loss``, ``num-examples``, ``accuracy`` where labels are classes, and the metrics; empty
         if no client has test data.
     """
-    scores, remaining, batch = _Scores(metrics), list(names), 0
+    scores, remaining, batch = Scores(metrics), list(names), 0
     segment.module.eval()
     while remaining:
         requests = {

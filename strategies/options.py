@@ -22,6 +22,7 @@ from flsplit.server.passes import ServerPass
 from flsplit.server.rules import GradientRule
 from flsplit.server.segment import Loss
 from flsplit.server.step import Reduction, Shares
+from flsplit.strategies.scores import check_metrics
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.fleet_file import find_fleet
 
@@ -147,6 +148,7 @@ class SplitOptions:
         """Refuse values that can't be used."""
         for name, kind in _KINDS.items():
             of_kind(name, getattr(self, name), kind)
+        check_metrics(self.metrics)
         for name in ("server_optimizer", "loss"):
             _callable(name, getattr(self, name))
         if self.server_scheduler is not None:

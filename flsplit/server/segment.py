@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from flsplit.errors import ConfigError, DataError, SegmentMismatchError
 from flsplit.message.arrays import check_like
+from flsplit.server.optimizer import make_optimizer, make_scheduler
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of ``(logits, labels)``, a scalar tensor."""
@@ -20,7 +21,7 @@ Gradients = list[Tensor | None]
 """One gradient per trainable parameter of the server segment, None where there is none."""
 
 
-_TORCH_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+TORCH_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 """What torch raises for shapes and dtypes that it can't take."""
 
 
@@ -62,14 +63,14 @@ class ServerSegment:
                 "all parameters of the server segment are frozen (requires_grad=False): there is "
                 "nothing to train on the server"
             )
-        self.optimizer = optimizer(self.parameters, lr=lr)
-        self.scheduler = scheduler(self.optimizer) if scheduler else None
+        self.optimizer = make_optimizer(optimizer, self.parameters, lr)
+        self.scheduler = make_scheduler(scheduler, self.optimizer) if scheduler else None
 
     def forward(self, smashed: Tensor) -> Tensor:
         """Return the logits of ``smashed`` ``(b, ...)``; errors name the shape that didn't fit."""
         try:
             logits: Tensor = self.module(smashed)
-        except _TORCH_ERRORS as error:
+        except TORCH_ERRORS as error:
             if "more than 1 value per channel" in str(error):
                 raise DataError(
                     f"BatchNorm in the server segment can't train on a batch of one (smashed data "
@@ -94,7 +95,7 @@ class ServerSegment:
         check_labels(logits, labels)
         try:
             loss = self.loss(logits, labels)
-        except _TORCH_ERRORS as error:
+        except TORCH_ERRORS as error:
             raise DataError(
                 f"the loss can't take logits of shape {tuple(logits.shape)} with labels of shape "
                 f"{tuple(labels.shape)} and dtype {labels.dtype}: {error}"

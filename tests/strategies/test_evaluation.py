@@ -5,6 +5,7 @@ import torch
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAvg
 from reference import (
+    CUT,
     MOMENTUM,
     assert_bit_equal,
     fresh,
@@ -176,3 +177,63 @@ def test_what_is_returned_loads_into_the_unsplit_model(strategy_class):
     assert list(result.arrays) == list(fresh(noisy_net).state_dict())
     fresh(noisy_net).load_state_dict(result.arrays.to_torch_state_dict())
     assert result.client_segments == {}
+
+
+class Scripted:
+    """What Scores needs of a metric; computes what it is told to."""
+
+    def __init__(self, value=None, error=None):
+        self.value, self.error = value, error
+
+    def to(self, _device):
+        return self
+
+    def update(self, _logits, _labels):
+        if self.error:
+            raise self.error
+
+    def compute(self):
+        return self.value
+
+
+def test_every_number_of_a_metric_has_a_name():
+    metrics = {
+        "f1": Scripted(torch.tensor(0.5)),
+        "recall": Scripted(torch.tensor([0.25, 0.75])),
+        "confusion": Scripted(torch.tensor([[1, 2], [3, 4]])),
+        "both": Scripted({"a": torch.tensor(1.0), "b": 2.0}),
+    }
+    result, _ = run(PSL, metrics=metrics)
+
+    evaluation = result.history[-1].evaluation
+    del evaluation["loss"], evaluation["accuracy"], evaluation["num-examples"]
+    assert evaluation == {
+        "f1": 0.5,
+        "recall/0": 0.25,
+        "recall/1": 0.75,
+        "confusion/0/0": 1,
+        "confusion/0/1": 2,
+        "confusion/1/0": 3,
+        "confusion/1/1": 4,
+        "both/a": 1.0,
+        "both/b": 2.0,
+    }
+
+
+def test_a_metric_that_cannot_take_the_logits_is_named():
+    metrics = {"f1": Scripted(error=ValueError("expected 7 classes"))}
+    expected = r"metrics: 'f1' can't take logits of shape \(3, .*expected 7 classes"
+    with pytest.raises(ConfigError, match=expected):
+        run(PSL, metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        (Scripted, "'f1' is the class Scripted"),
+        (lambda *_: 1.0, "'f1' is .* a torchmetrics metric"),
+    ],
+)
+def test_what_is_no_metric_is_refused_at_once(metric, expected):
+    with pytest.raises(ConfigError, match=expected):
+        PSL(model=noisy_net(), cut=CUT, metrics={"f1": metric})

@@ -1,8 +1,13 @@
 """What a strategy does on the server: shares, learning rates, gradient rules."""
 
+from functools import partial
+
 import pytest
 import torch
+from flwr.app import ArrayRecord
+from flwr.clientapp import ClientApp
 from reference import (
+    CUT,
     LR,
     MOMENTUM,
     OPTIMIZERS,
@@ -19,8 +24,10 @@ from reference import (
     whole_of,
 )
 from torch.nn import functional
-from torch.optim.lr_scheduler import StepLR
+from torch.optim import LBFGS, SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
+from flsplit import LocalGrid
 from flsplit.errors import ConfigError
 from flsplit.server.passes import PER_CLIENT_GRADIENTS, PerClient
 from flsplit.server.rules import GradientRule
@@ -256,3 +263,28 @@ def test_a_skipped_client_keeps_its_weights_and_gets_no_gradient(cache):
     category = "gradients-down-unicast"
     sent = [run.history[0].traffic.logical[category] for run in (skipping, usual)]
     assert sent == [8 * 6 * 4, 16 * 6 * 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {"server_optimizer": partial(SGD, momentun=0.9)},
+            "server_optimizer can't be made.*momentun",
+        ),
+        ({"server_optimizer": partial(SGD, momentum=-0.9)}, "can't be made: ValueError.*momentum"),
+        (
+            {"server_optimizer": lambda _parameters, lr: lr},
+            "server_optimizer returned 0.05, expected",
+        ),
+        ({"server_optimizer": LBFGS}, "server_optimizer is LBFGS"),
+        ({"server_scheduler": StepLR}, "server_scheduler can't be made.*step_size"),
+        ({"server_scheduler": ReduceLROnPlateau}, "ReduceLROnPlateau, which needs a metric"),
+        ({"server_scheduler": lambda _optimizer: None}, "server_scheduler returned None"),
+    ],
+)
+def test_an_optimizer_or_scheduler_that_cannot_be_used_is_named_before_training(options, expected):
+    grid, model = LocalGrid(ClientApp(), 1, progress=False), plain_net()
+    strategy = PSL(model=model, cut=CUT, **({"server_lr": 0.05} | options))
+    with pytest.raises(ConfigError, match=expected):
+        strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=1)
