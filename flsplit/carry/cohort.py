@@ -7,6 +7,7 @@ from flwr.clientapp import ClientApp
 
 from flsplit.client.cache import ClientCache
 from flsplit.client.spec import client_name
+from flsplit.client.state import ClientState
 from flsplit.flower_internals import CLIENT_RAISED
 from flsplit.log import logger
 from flsplit.message.types import EVALUATE, FINISH, LOCAL, SHAPE, STEP
@@ -43,12 +44,12 @@ class Cohort:
         """Return the ClientApp's reply to a message for the client of ``context``."""
         name = client_name(context)
         group = message.metadata.group_id
-        if self._store and name not in self._contexts and group.isdecimal():
+        if self._store and group.isdecimal() and self._needs_restoring(name, message, context):
             # Before training in a round, the state is that after an earlier one: a run that was
             # resumed does again what it did after its checkpoint.
             begins = message.metadata.message_type in (STEP, LOCAL, SHAPE)
             trained = int(group) - 1 if begins else int(group)
-            self._restore(self._store.of(name), trained, context)
+            self._restore(name, self._store.of(name), trained, context)
         if group:
             self._contexts[name] = context
         with self._cache or nullcontext():
@@ -72,8 +73,24 @@ class Cohort:
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(CLIENT_RAISED, reason), reply_to=message)
 
-    def _restore(self, folder: RoundFolder, at_most: int, context: Context) -> None:
+    def _needs_restoring(self, name: str, message: Message, context: Context) -> bool:
+        """Tell whether a client is new here, or has been in the round that begins already."""
+        if name not in self._contexts:
+            return True
+        if message.metadata.message_type not in (STEP, LOCAL) or not message.has_content():
+            return False
+        config = message.content.config_records.get("config")
+        if config is None:
+            return False
+        live = self._cache.clients.get(name) if self._cache else None
+        state = live.state() if live else ClientState.get(context.state)
+        experiment = str(config.get("experiment"))
+        return state is not None and state.is_ahead_of(int(message.metadata.group_id), experiment)
+
+    def _restore(self, name: str, folder: RoundFolder, at_most: int, context: Context) -> None:
         folder.forget_after(at_most)
+        if self._cache:
+            self._cache.clients.pop(name, None)
         if stored := folder.load():
             context.state = stored[1]
 

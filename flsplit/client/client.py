@@ -107,7 +107,9 @@ class Client:
         """Begin a round; a step still pending from an earlier one never happened."""
         self._check_cut(plan.cut)
         self._discard_pending()
-        if self._state.plan and self._state.plan.experiment != plan.experiment:
+        before = self._state.plan
+        other_run = before is not None and before.experiment != plan.experiment
+        if other_run or self._state.is_ahead_of(plan.server_round, plan.experiment):
             self._forget_run()
         if segment:
             self.replace_segment(segment)
@@ -118,7 +120,7 @@ class Client:
         self._state.plan, self._state.steps_done = plan, 0
 
     def _forget_run(self) -> None:
-        """Begin anew: another run on the same carrier must not go on with this one's state."""
+        """Begin anew: another run must not go on with this one's state, nor an earlier round."""
         set_state(self.optimizer, {})
         self._state.version, self._state.position = NO_SEGMENT, 0
 

@@ -104,6 +104,15 @@ class ClientState:
     plan: RoundPlan | None = None
     auxiliary: AuxiliaryState | None = None
 
+    def is_ahead_of(self, server_round: int, experiment: str) -> bool:
+        """Tell whether a round that begins has been trained in already.
+
+        A run that was resumed does rounds again. A round may begin twice before its first step.
+        """
+        if self.plan is None or self.plan.experiment != experiment:
+            return False
+        return server_round < self.plan.server_round + bool(self.steps_done)
+
     def put(self, records: RecordDict) -> None:
         """Write the state into ``records`` (a ``Context.state``), beside what else is there."""
         records[_SEGMENT] = ArrayRecord({k: to_array(v) for k, v in self.segment.items()})

@@ -16,9 +16,15 @@ SIZES = (20, 13, 9)
 ROUNDS = 4
 
 
-def run(cls, folder, *, num_rounds, resume=False, optimizer=MOMENTUM, state=None, **options):
+def make_grid(state_dir=None, optimizer=MOMENTUM, **options):
     parts = make_parts(SIZES, noisy_net)
     app = split_app(noisy_net, parts, parts, optimizer=optimizer)
+    return LocalGrid(app, len(SIZES), state_dir=state_dir, **options)
+
+
+def run(
+    cls, folder, *, num_rounds, resume=False, optimizer=MOMENTUM, state=None, grid=None, **options
+):
     strategy = cls(
         model=fresh(noisy_net),
         cut=CUT,
@@ -30,7 +36,7 @@ def run(cls, folder, *, num_rounds, resume=False, optimizer=MOMENTUM, state=None
         resume=resume,
         **options,
     )
-    grid = LocalGrid(app, len(SIZES), state_dir=state or folder / "clients")
+    grid = grid or make_grid(state or folder / "clients", optimizer)
     initial = ArrayRecord(fresh(noisy_net).state_dict())
     return strategy.start(grid, initial, num_rounds=num_rounds)
 
@@ -107,6 +113,48 @@ def test_two_rounds_are_kept_on_both_sides(tmp_path):
     for folder in (tmp_path / "checkpoint" / "server", tmp_path / "clients" / "0"):
         names = sorted(path.name for path in folder.iterdir())
         assert names == ["round-3.safetensors", "round-4.safetensors"]
+
+
+def interrupt(grid, server_round, step):
+    """Let Ctrl-C come before a message of a round is delivered."""
+    push = grid.push_messages
+
+    def interrupted(messages):
+        messages = list(messages)
+        for message in messages:
+            record = message.content.config_records.get("step", {})
+            if (record.get("server-round"), record.get("step")) == (server_round, step):
+                grid.push_messages = push
+                raise KeyboardInterrupt
+        return push(messages)
+
+    grid.push_messages = interrupted
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_grid_that_lives_on_is_rolled_back_too(case, cache, tmp_path):
+    """As in a notebook: interrupted in the middle of a round, resumed on the same grid."""
+    cls, options = options_of(case)
+    whole = run(cls, tmp_path / "a", num_rounds=ROUNDS, **options)
+
+    grid = make_grid(tmp_path / "b" / "clients", cache=cache)
+    interrupt(grid, server_round=3, step=2)
+    cls, options = options_of(case)
+    with pytest.raises(KeyboardInterrupt):
+        run(cls, tmp_path / "b", num_rounds=ROUNDS, grid=grid, **options)
+    cls, options = options_of(case)
+    resumed = run(cls, tmp_path / "b", num_rounds=ROUNDS, grid=grid, resume=True, **options)
+    assert outcome(resumed) == outcome(whole)
+
+
+def test_a_grid_that_lives_on_without_states_on_disk_says_who_begins_anew(tmp_path):
+    grid = make_grid()
+    interrupt(grid, server_round=3, step=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(PSL, tmp_path, num_rounds=ROUNDS, grid=grid)
+    resumed = run(PSL, tmp_path, num_rounds=3, grid=grid, resume=True)
+    assert resumed.history[-1].restarted == ["0", "1", "2"]
 
 
 def test_resume_without_a_checkpoint_says_so(tmp_path):
