@@ -324,6 +324,17 @@ class SplitStrategy(Strategy):
         """Return the FLOPs of a row's forward pass through an auxiliary model, if there is one."""
         return 0
 
+    def identity(self) -> dict[str, Any]:
+        """Return what a run must have in common with the one that it resumes."""
+        return {
+            "strategy": type(self).__name__,
+            "cut": self.options.cut,
+            "seed": self.options.seed,
+            "server_optimizer": type(self.server.optimizer).__name__,
+            "rules": [type(rule).__name__ for rule in self.rules],
+            "client_strategy": type(self.aggregator.strategy).__name__ if self.aggregator else "",
+        }
+
     def state_records(self) -> RecordDict:
         """Return all that a checkpoint of the method needs."""
         records = RecordDict()

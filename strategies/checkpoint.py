@@ -49,6 +49,7 @@ class Checkpoints:
         records[_RUN] = ConfigRecord(
             {
                 "experiment": experiment,
+                "identity": json.dumps(strategy.identity()),
                 "segment-version": strategy.client_segment.version,
                 "holds": json.dumps(dict(holds)),
                 "history": json.dumps([entry.to_json() for entry in history]),
@@ -67,7 +68,7 @@ class Checkpoints:
         Raises
         ------
         ConfigError
-            If there is no checkpoint.
+            If there is no checkpoint, or one of another run than this.
         StorageError
             If it can't be read.
         """
@@ -76,9 +77,18 @@ class Checkpoints:
             raise ConfigError(f"resume: there is no checkpoint in {self._rounds.folder}")
         records = found[1]
         run: Mapping[str, Any] = records.config_records[_RUN]
+        self._check_identity(json.loads(run["identity"]), strategy.identity())
         strategy.load_state_records(records, int(run["segment-version"]))
         history = History(RoundEntry.from_json(entry) for entry in json.loads(run["history"]))
         return json.loads(run["holds"]), history, str(run["experiment"])
+
+    def _check_identity(self, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        for name, value in own.items():
+            if stored.get(name) != value:
+                raise ConfigError(
+                    f"resume: the checkpoint in {self._rounds.folder} is of a run with {name} "
+                    f"{stored.get(name)!r}, this one has {value!r}"
+                )
 
 
 def put_client_segment(records: RecordDict, segment: SegmentArrays) -> None:

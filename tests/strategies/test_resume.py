@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAdam
 from reference import CUT, MOMENTUM, OPTIMIZERS, SEED, fresh, make_parts, noisy_net, split_app
@@ -11,6 +12,7 @@ from flsplit import LocalGrid
 from flsplit.errors import ConfigError
 from flsplit.storage import StorageError
 from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
+from flsplit.strategies.rules import CutGradientAveraging
 
 SIZES = (20, 13, 9)
 ROUNDS = 4
@@ -23,7 +25,16 @@ def make_grid(state_dir=None, optimizer=MOMENTUM, **options):
 
 
 def run(
-    cls, folder, *, num_rounds, resume=False, optimizer=MOMENTUM, state=None, grid=None, **options
+    cls,
+    folder,
+    *,
+    num_rounds,
+    resume=False,
+    optimizer=MOMENTUM,
+    state=None,
+    grid=None,
+    seed=SEED,
+    **options,
 ):
     strategy = cls(
         model=fresh(noisy_net),
@@ -31,7 +42,7 @@ def run(
         server_lr=0.05,
         server_optimizer=optimizer,
         batch_size=4,
-        seed=SEED,
+        seed=seed,
         checkpoint_dir=str(folder / "checkpoint"),
         resume=resume,
         **options,
@@ -155,6 +166,22 @@ def test_a_grid_that_lives_on_without_states_on_disk_says_who_begins_anew(tmp_pa
         run(PSL, tmp_path, num_rounds=ROUNDS, grid=grid)
     resumed = run(PSL, tmp_path, num_rounds=3, grid=grid, resume=True)
     assert resumed.history[-1].restarted == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"cls": SequentialSL}, "with strategy 'PSL', this one has 'SequentialSL'"),
+        ({"optimizer": torch.optim.Adam}, "with server_optimizer 'SGD', this one has 'Adam'"),
+        ({"seed": SEED + 1}, "with seed "),
+        ({"rules": [CutGradientAveraging(0.5)]}, r"with rules \[\], .*CutGradientAveraging"),
+        ({"client_strategy": fed_adam()}, "with client_strategy '', this one has 'FedAdam'"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(changed, expected, tmp_path):
+    run(PSL, tmp_path, num_rounds=1)
+    with pytest.raises(ConfigError, match=expected):
+        run(**({"cls": PSL, "folder": tmp_path, "num_rounds": 2, "resume": True} | changed))
 
 
 def test_resume_without_a_checkpoint_says_so(tmp_path):
