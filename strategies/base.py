@@ -164,7 +164,8 @@ class SplitStrategy(Strategy):
         Raises
         ------
         ConfigError
-            If ``evaluate_fn`` is given and the method keeps client segments at home.
+            If an argument can't be used, or ``evaluate_fn`` is given and the method keeps client
+            segments at home.
         NotEnoughClientsError
             If fewer than ``min_available_nodes`` clients are there, or left in a round.
         NonFiniteError, DataError, SegmentMismatchError
@@ -176,7 +177,11 @@ class SplitStrategy(Strategy):
                 "segment of its own at every client; pass client_strategy=FedAvg() to aggregate "
                 "them, or use federated evaluation"
             )
+        of_kind("grid", grid, Grid)
         of_kind("initial_arrays", initial_arrays, ArrayRecord)
+        of_kind("num_rounds", num_rounds, int)
+        if num_rounds < 1:
+            raise ConfigError(f"num_rounds is {num_rounds}, expected at least 1")
         log_start(self, num_rounds, initial_arrays)
         self._begin(initial_arrays)
         run = Run(self, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)

@@ -48,6 +48,10 @@ class ClientSpec:
             raise ConfigError(f"auxiliary is {self.auxiliary!r}, expected a function")
         if not isinstance(self.cut, str):
             raise ConfigError(f"cut is {self.cut!r}, expected the name of a submodule")
+        if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
+            raise ConfigError(f"autocast is {self.autocast!r}, expected a dtype: torch.bfloat16")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm is {self.max_grad_norm}, expected more than 0")
 
     def build_model(self, context: Context) -> nn.Module:
         """Return a new unsplit model; ``model`` gets the context if it has a parameter for it."""

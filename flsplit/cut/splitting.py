@@ -148,7 +148,7 @@ def _find(model: nn.Module, cut: str) -> nn.Module:
     if cut and cut in modules:
         return modules[cut]
     names = [name for name in modules if name]
-    nearest = difflib.get_close_matches(cut, names, n=5, cutoff=0.4)
+    nearest = difflib.get_close_matches(str(cut), names, n=5, cutoff=0.4)
     near = f"The nearest names are {listed(nearest)}. " if nearest else ""
     outermost = listed([name for name in names if "." not in name], limit=12)
     raise UnknownCutError(

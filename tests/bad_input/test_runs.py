@@ -29,6 +29,20 @@ def test_no_nodes_within_the_timeout():
         train((strategy, NobodyThere(grid), arrays), timeout=0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"num_rounds": 0}, "num_rounds is 0, expected at least 1"),
+        ({"num_rounds": "3"}, "num_rounds is '3', expected an object of type int"),
+        ({"grid": ClientApp()}, "grid is of type ClientApp, expected an object of type Grid"),
+    ],
+)
+def test_what_a_run_cannot_start_with(arguments, expected):
+    strategy, grid, arrays = set_up(PARTS)
+    with pytest.raises(ConfigError, match=expected):
+        strategy.start(**({"grid": grid, "initial_arrays": arrays} | arguments))
+
+
 def test_fewer_nodes_than_min_available_nodes():
     run = set_up(PARTS, min_available_nodes=3)
     with pytest.raises(NotEnoughClientsError, match=r"2 clients are .* least 3 .*min_available"):

@@ -175,6 +175,8 @@ def test_a_model_function_that_returns_none():
         ({"data": PARTS[0]}, "data is .* expected a function"),
         ({"optimizer": "SGD"}, "optimizer is 'SGD', expected a function"),
         ({"cut": 1}, "cut is 1, expected the name of a submodule"),
+        ({"autocast": "bfloat16"}, "autocast is 'bfloat16', expected a dtype"),
+        ({"max_grad_norm": -1.0}, r"max_grad_norm is -1\.0, expected more than 0"),
     ],
 )
 def test_client_app_refuses_arguments_of_the_wrong_kind(wrong, said):
