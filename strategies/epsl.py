@@ -15,7 +15,8 @@ class EPSL(PSL):
     r"""EPSL: PSL with the last layer's gradients aggregated over clients.
 
     The server aggregates last-layer gradients, a portion φ of them, and has less to
-    back-propagate and to send; φ=0 is PSL [1]_.
+    back-propagate and to send; φ=0 is PSL. So much is in the paper's abstract [1]_ and, of φ, in
+    others' summaries.
 
     All else is our reading, not checked against the paper's equations. Of the b positions of a
     mini-batch, m = ⌈φ·b⌉ are aggregated: their gradients at the logits, summed over the clients
