@@ -1,12 +1,14 @@
 """SGLR against its twin, and what its ledger says."""
 
 import pytest
-from reference import MOMENTUM, make_parts, normed_net, plain_net, run_split
+from flwr.app import ArrayRecord, ConfigRecord
+from reference import MOMENTUM, make_parts, normed_net, plain_net, run_split, split_app
 from torch.optim import SGD
 from twins.loop import train_twin
 from twins.recording import assert_same_steps, assert_same_weights, recorded
 from twins.sglr import sglr
 
+from flsplit import LocalGrid
 from flsplit.errors import ConfigError
 from flsplit.server.passes import PerClient, Replay
 from flsplit.strategies import PSL, SGLR, SplitFedV2
@@ -86,6 +88,19 @@ def test_client_lr_is_the_rate_of_both():
     assert SGLR(**options, server_lr=0.2).options.server_lr == 0.2
     with pytest.raises(ConfigError, match=r"server_lr is 0\.1 and client_lr 0\.2: SGLR"):
         SGLR(**options, client_lr=0.2, server_lr=0.1)
+
+
+def test_a_rate_for_the_clients_alone_is_refused():
+    strategy = SGLR(model=plain_net(), cut="front", client_lr=lambda t: 0.2 / t, device="cpu")
+
+    def start(**config):
+        grid = LocalGrid(split_app(plain_net, make_parts((8, 8))), 2, progress=False)
+        arrays = ArrayRecord(plain_net().state_dict())
+        return strategy.start(grid, arrays, num_rounds=2, train_config=ConfigRecord(config))
+
+    assert len(start(**{"batch-size": 4}).history) == 2
+    with pytest.raises(ConfigError, match=r"lr is 0\.05 and SGLR's client_lr 0\.2.*leave lr out"):
+        start(lr=0.05)
 
 
 def test_papers_can_be_combined():
