@@ -11,7 +11,7 @@ from twins.sglr import sglr
 from flsplit import LocalGrid
 from flsplit.errors import ConfigError
 from flsplit.server.passes import PerClient, Replay
-from flsplit.strategies import PSL, SGLR, SplitFedV2
+from flsplit.strategies import FSLSAGE, PSL, SGLR, SplitFedV2
 from flsplit.strategies.rules import CutGradientAveraging, SplitLr
 
 SIZES = (8, 14, 11, 6)  # 2 to 4 mini-batches of up to 4: ragged ones, and clients that drop out
@@ -131,6 +131,11 @@ def test_papers_can_be_combined():
             lambda o: SplitFedV2(**o, rules=[CutGradientAveraging()]),
             "CutGradientAveraging works across the clients .* SplitFedV2 every server step is one",
         ),
+        (
+            lambda o: SplitFedV2(**o, rules=[SplitLr()]),
+            "SplitLr works across the clients .* SplitFedV2 every server step is one client's",
+        ),
+        (lambda o: FSLSAGE(**o, rules=[SplitLr()]), "in FSLSAGE every server step is one client's"),
         (
             lambda o: SGLR(**o, averaging="batch_mean", server_pass=Replay(0.5)),
             "CutGradientAveraging doesn't go with server pass Replay .*batch_mean.* would mix",
