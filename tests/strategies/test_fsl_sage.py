@@ -486,15 +486,16 @@ def test_options_that_cannot_be_used_are_refused(option, value):
 # --- sessions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("align", ["before_round", "in_round"])
-def test_a_session_where_uploads_stream_up_gives_the_same_numbers(align):
+@pytest.mark.parametrize("case", ["sage", "sage in round", "cse", "cse apart"])
+def test_a_session_where_uploads_stream_up_gives_the_same_numbers(case):
     """Over a stream with the server at work meanwhile; the plain net draws no random numbers."""
+    cls, options = CASES[case]
 
     def run(make_grid):
         model = fresh(plain_net)
-        strategy = FSLSAGE(
-            model=model, cut=CUT, server_lr=LR, batch_size=4, seed=SEED, device="cpu", align=align,
-            session=SessionSettings(join_timeout=20.0, grace=2.0), **TWO,
+        strategy = cls(
+            model=model, cut=CUT, server_lr=LR, batch_size=4, seed=SEED, device="cpu",
+            session=SessionSettings(join_timeout=20.0, grace=2.0), **options,
         )  # fmt: skip
         parts = make_parts(SIZES)
         grid = make_grid(split_app(plain_net, parts, parts), len(SIZES))
