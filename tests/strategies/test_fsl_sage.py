@@ -27,6 +27,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import TensorDataset
 from twins.fsl_sage import Twin
+from twins.recording import assert_same_run
 
 from flsplit import LocalGrid, SessionSettings
 from flsplit.auxiliary import emulated_gradient
@@ -69,15 +70,13 @@ def log(caplog):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_it_agrees_with_the_twin_step_by_step(align, optimizer):
     optimizer = OPTIMIZERS[optimizer]
-    for rounds in (1, 3, 5):  # what holds after each of them holds at each step
-        found = sage(rounds=rounds, align=align, optimizer=optimizer)
+    for rounds in (1, 3, 5):
         twin = Twin(
             plain_net, make_parts(SIZES), ROW, NUM_CLASSES, optimizer, epochs=EPOCHS,
             in_round=align == "in_round",
         )  # fmt: skip
-        expected = twin.train(rounds)
+        found = assert_same_run(FSLSAGE, twin, rounds, align=align, **TWO)
 
-        assert_close(weights_of(found.arrays), expected, 1e-6)
         for entry, losses in zip(found.history, twin.losses, strict=True):
             assert entry.steps == len(losses)
             mean = sum(loss * rows for loss, rows in losses) / entry.rows
