@@ -14,13 +14,16 @@ _PASSES = {"replay": Replay, "shared_delta": SharedDelta}
 class EPSL(PSL):
     r"""EPSL: PSL with the last layer's gradients aggregated over clients.
 
-    Of the b positions of a mini-batch, m = ⌈φ·b⌉ are aggregated: their gradients at the logits,
-    summed over the clients with the shares λ, are back-propagated once, and the cut-layer
-    gradient is broadcast to all clients. The other b − m rows of each client are treated as in
-    PSL. So m + C(b − m) rows go back through the server segment instead of C·b; φ=0 is PSL [1]_.
+    The server aggregates last-layer gradients, a portion φ of them, and has less to
+    back-propagate and to send; φ=0 is PSL. So much is in the paper's abstract [1]_ and, of φ, in
+    others' summaries.
 
-    The paper's abstract tells this much. How an aggregated gradient is back-propagated is our
-    reading: :class:`~flsplit.server.passes.Replay` (E1) or
+    All else is our reading, not checked against the paper's equations. Of the b positions of a
+    mini-batch, m = ⌈φ·b⌉ are aggregated: their gradients at the logits, summed over the clients
+    with the shares λ, are back-propagated once, and the cut-layer gradient is broadcast to all
+    clients. The other b − m rows of each client are treated as in PSL. So m + C(b − m) rows go
+    back through the server segment instead of C·b. How an aggregated gradient is
+    back-propagated: :class:`~flsplit.server.passes.Replay` (E1) or
     :class:`~flsplit.server.passes.SharedDelta` (E2).
 
     Parameters

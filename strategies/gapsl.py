@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flsplit.errors import ConfigError
 from flsplit.server.passes import PerClientFactored, PerClientProducts
 from flsplit.server.step import Reduction
 from flsplit.strategies.psl import PSL
@@ -32,10 +33,11 @@ class GAPSL(PSL):
     eta, k_min, k_max, lam, loss_reduction, excluded_clients, lgi, gda, active_alignment, single_client
         See :class:`~flsplit.strategies.rules.LeaderAlignment`.
     low_memory : bool
-        Compute gradients twice instead of keeping all of them.
+        Compute gradients twice instead of keeping all of them. Refused beside a ``server_pass``.
     **options
         See :class:`~flsplit.strategies.options.SplitOptions`. ``shares`` is ``equal`` by default:
-        the paper's sum has no weights.
+        the paper's sum has no weights. ``server_batchnorm`` is refused: BatchNorm sees one client
+        at a time, as the gradients are each client's own.
 
     References
     ----------
@@ -73,6 +75,21 @@ class GAPSL(PSL):
         )
         options["rules"] = [alignment, *options.get("rules", ())]
         options.setdefault("shares", "equal")
+        _check_pass(low_memory, options)
         if options.get("server_pass") is None:
             options["server_pass"] = PerClientProducts() if low_memory else PerClientFactored()
         super().__init__(**options)
+
+
+def _check_pass(low_memory: bool, options: dict[str, Any]) -> None:
+    """Refuse what would say how the server computes, and have no effect."""
+    if low_memory and options.get("server_pass") is not None:
+        raise ConfigError(
+            "low_memory chooses the server pass PerClientProducts, but there is a server_pass, "
+            "too: give one of them"
+        )
+    if "server_batchnorm" in options:
+        raise ConfigError(
+            f"server_batchnorm is {options['server_batchnorm']!r}, but GAPSL takes none: it needs "
+            "each client's own gradients, so BatchNorm sees one client at a time"
+        )

@@ -11,8 +11,9 @@ class PSL(ParallelStrategy):
     r"""Parallel split learning: one server segment, trained on all clients' smashed data at once.
 
     Each client keeps a segment of its own and steps with its own cut-layer gradient; client
-    segments are never averaged, unless a ``client_strategy`` is passed (with FedAvg that is what
-    GAPSL's and SGLR's papers call SFL).
+    segments are never averaged, unless a ``client_strategy`` is passed. With FedAvg that is close
+    to what GAPSL's and SGLR's papers call SFL: it averages every round, SGLR's every step, and
+    GAPSL's at an interval that its paper doesn't report.
 
     In each step, with shares :math:`\delta_i = |D_i| / |D|` (equations 4 to 6 of [1]_):
 

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from flsplit.errors import ConfigError
+from flsplit.message.finish import FinishReply
+from flsplit.strategies.options import at_round
 from flsplit.strategies.psl import PSL
+from flsplit.strategies.round import Round
 from flsplit.strategies.rules.cut_gradient_averaging import Averaging, CutGradientAveraging
 from flsplit.strategies.rules.split_lr import SplitLr
 
@@ -38,8 +41,8 @@ class SGLR(PSL):
         Part of the run's progress in which gradients are averaged.
     **options
         See :class:`~flsplit.strategies.options.SplitOptions`. ``client_lr`` (or else
-        ``server_lr``) is :math:`\eta_c`; ``shares`` is ``batch`` by default. ``rules`` come after
-        SGLR's own.
+        ``server_lr``) is :math:`\eta_c`, which ``train_config`` can't change; ``shares`` is
+        ``batch`` by default. ``rules`` come after SGLR's own.
 
     References
     ----------
@@ -60,6 +63,23 @@ class SGLR(PSL):
         options["rules"] = [*rules, *options.get("rules", ())]
         options.setdefault("shares", "batch")
         super().__init__(**_one_rate(options))
+
+    def train_round(self, round_: Round) -> dict[str, FinishReply]:
+        """See :class:`~flsplit.strategies.parallel.ParallelStrategy`.
+
+        Raises
+        ------
+        ConfigError
+            If the clients were given a learning rate that the server's doesn't follow.
+        """
+        plan, rate = round_.plan, at_round(self.options.server_lr, round_.plan.server_round)
+        if plan.lr != rate:
+            raise ConfigError(
+                f"train_config: lr is {plan.lr!r} and SGLR's client_lr {rate!r}: the server's "
+                "learning rate is client_lr · C**alpha; leave lr out and give client_lr, which may "
+                "be a function of the round"
+            )
+        return super().train_round(round_)
 
 
 def _one_rate(options: dict[str, Any]) -> dict[str, Any]:

@@ -40,10 +40,28 @@ SGLR = (
 EPSL_ACCURACY = f"EPSL φ=0.5 at most {TOLERANCE:g} points below PSL on IID data"
 EPSL_COST = "EPSL φ=0.5 with about half of PSL's rows back-propagated and gradient bytes down"
 
+TRIED = {
+    GAPSL: "What was tried to find out why, on MNIST with Dirichlet(0.1): the clients' server "
+    "gradients were measured, and are nearly at right angles to each other, so that agreement with "
+    "the leader separates clients mostly by chance and by label. The fewer clients a larger η "
+    "keeps, the lower the accuracy, by less than its spread over seeds. With one seed, letting "
+    "dropped clients skip their step and taking the mean of the kept gradients instead of their "
+    "sum both helped, but not above PSL; averaged client segments did more, but not above SFL. "
+    "Not tried: mini-batches, runs and a network as large as the paper's. The numbers are in "
+    "docs/comparison.md, under “Why GAPSL doesn't win here”."
+}
+"""By what was expected: what was tried to find out why it didn't come."""
+
 
 def findings(finals: dict[float, Finals]) -> list[Finding]:
     """Return what can be said from the runs there are."""
     return [one for alpha, own in finals.items() for one in _of_alpha(alpha, own)]
+
+
+def tried(expected: str, found: list[Finding]) -> str:
+    """Return what was done to find out why something didn't come as expected, if anything was."""
+    missed = any(one.verdict != "agrees" for one in found)
+    return TRIED.get(expected, "") if missed else ""
 
 
 def summary(finals: Finals) -> str:

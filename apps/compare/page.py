@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-from findings import Finding, findings, summary
+from findings import Finding, findings, summary, tried
 from methods import METHODS
 from pictures import DRAWINGS, draw_alone
 from report import Finals, alpha_name, table
@@ -79,7 +79,9 @@ def _card(expected: str, found: list[Finding]) -> str:
         f"{escape(one.measured)}</li>"
         for one in found
     )
-    return f"<section><p>{escape(expected)}</p><ul>{items}</ul></section>"
+    why = tried(expected, found)
+    note = f'<p class="tried">{escape(why)}</p>' if why else ""
+    return f"<section><p>{escape(expected)}</p><ul>{items}</ul>{note}</section>"
 
 
 def _section(options: argparse.Namespace, alpha: float, finals: Finals) -> str:

@@ -81,6 +81,8 @@ class LinearRecorder:
                 return functional.linear(inputs, layer.weight, layer.bias)
             # Autograd sees a constant; what else the weight is used for keeps its gradient.
             output = functional.linear(inputs, layer.weight.detach(), layer.bias)
+            if not output.requires_grad:  # of a constant, or without a graph: no hook would run
+                return functional.linear(inputs, layer.weight, layer.bias)
             calls = self._calls.setdefault(id(layer.weight), _Calls())
             kept = inputs.detach().clone().reshape(rows, -1)
 

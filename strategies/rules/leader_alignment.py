@@ -106,10 +106,14 @@ class LeaderAlignment(GradientRule):
         What clients that aren't kept do: step with their own cut-layer gradient, or not step at
         all. The paper's text allows both; a client that never steps stays as it began.
     lgi : {'on', 'off', 'random'}
-        Ablations: the leader is the mean of all gradients (``off``), or of as many random ones.
+        Ablations: the leader is the mean of all gradients (``off``, as the paper's Non-LGI), or
+        of as many random ones as it would have (``random``). The paper has a Rand-LGI; what is
+        drawn is our reading.
     gda : {'on', 'off', 'random'}
-        Ablations: the server steps with the clients that make up the leader (``off``), or with
-        as many random ones as would be kept.
+        Ablations: the server steps with the clients that make up the leader (``off``, our reading
+        of the paper's Non-GDA, which "relies solely on the leader gradient"), or with as many
+        random ones as would be kept (``random``; the paper has a Rand-GDA, what is drawn is our
+        reading).
     active_alignment : {'none', 'projection'}
         Whether λ acts; see above.
     single_client : {'error', 'keep'}

@@ -13,7 +13,8 @@ class SplitLr(GradientRule):
     for C clients with equal batches, as in section 3 of SGLR [1]_; :math:`\eta_c` is the
     strategy's ``server_lr``, which :class:`~flsplit.strategies.SGLR` sets to the clients'. That
     C counts the clients *in this step*, so that the rate falls when clients drop out, is our
-    reading.
+    reading. Where every server step is one client's, C would always be 1: the rule is refused
+    there.
 
     Parameters
     ----------
@@ -26,6 +27,7 @@ class SplitLr(GradientRule):
        Scalable Split Learning, https://arxiv.org/abs/2112.05929
     """
 
+    across_clients = True
     only_once = True
 
     def __init__(self, alpha: float = 1.0) -> None:

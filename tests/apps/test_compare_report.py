@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from findings import findings
+from findings import findings, tried
 from jobs import Book, Job, tuning_jobs
 from report import by_accuracy, table
 from task import load, partition
@@ -71,6 +71,7 @@ def test_verdicts(accuracies, verdict):
     (found,) = findings({0.1: {"psl": psl, "gapsl-eta0": gapsl}})
 
     assert found.verdict == verdict
+    assert ("docs/comparison.md" in tried(found.expected, [found])) == (verdict != "agrees")
 
 
 def test_epsl_on_iid_data():

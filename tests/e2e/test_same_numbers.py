@@ -27,6 +27,8 @@ METHODS = {
         "num-server-rounds": 3,
         "strategy-args": "{upload-every = 2, align-every = 2, align-epochs = 20}",
     },
+    # The second round begins with averaged auxiliary models.
+    "cse-fsl": SIZES | {"strategy-args": "{upload-every = 2}"},
 }
 CARRIERS = {
     "flower": {"carrier": "flower"},

@@ -40,12 +40,31 @@ class Tokens(nn.Module):
         return self.layer(x.unsqueeze(1).expand(-1, 2, -1)).mean(1)
 
 
+class OfConstants(nn.Module):
+    """Layers whose input needs no gradient, and one that is called without a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("queries", torch.randn(2, WIDTH))
+        self.with_bias = nn.Linear(WIDTH, WIDTH)
+        self.without_bias = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.without_graph = nn.Linear(WIDTH, WIDTH)
+        self.both = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            gate = self.without_graph(x).sigmoid()
+        constants = self.with_bias(self.queries) + self.without_bias(self.queries)
+        return self.both(gate * x) + (constants + self.both(self.queries)).tanh().mean(0)
+
+
 NETS = {
     "in-place": lambda: [nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True), nn.BatchNorm1d(WIDTH)],
     "used twice": lambda: [Twice()],
     "three dimensions": lambda: [Tokens()],
     "frozen": lambda: [nn.Linear(WIDTH, WIDTH).requires_grad_(False), nn.Linear(WIDTH, WIDTH)],
     "attention": lambda: [nn.TransformerEncoderLayer(WIDTH, 2, 64, 0.0, batch_first=True)],
+    "constants": lambda: [OfConstants()],
     "small": lambda: [nn.Linear(WIDTH, 2), nn.Linear(2, WIDTH)],
 }
 

@@ -1,16 +1,9 @@
 """CSE-FSL: what it computes, against a twin; what it sends."""
 
 import pytest
-from reference import (
-    NUM_CLASSES,
-    OPTIMIZERS,
-    assert_close,
-    make_parts,
-    plain_net,
-    run_split,
-    weights_of,
-)
+from reference import NUM_CLASSES, OPTIMIZERS, make_parts, plain_net, run_split
 from twins.fsl_sage import Twin
+from twins.recording import assert_same_run
 
 from flsplit.errors import ConfigError
 from flsplit.strategies import CSEFSL
@@ -31,10 +24,9 @@ def cse(rounds=4, sizes=SIZES, **options):
 def test_it_agrees_with_the_twin_step_by_step(optimizer):
     optimizer = OPTIMIZERS[optimizer]
     for rounds in (1, 2, 4):
-        found = cse(rounds, optimizer=optimizer)
         twin = Twin(plain_net, make_parts(SIZES), (6,), NUM_CLASSES, optimizer, cse=True)
+        found = assert_same_run(CSEFSL, twin, rounds, upload_every=2)
 
-        assert_close(weights_of(found.arrays), twin.train(rounds), 1e-6)
         for entry, losses in zip(found.history, twin.losses, strict=True):
             assert entry.steps == len(losses)
             mean = sum(loss * rows for loss, rows in losses) / entry.rows

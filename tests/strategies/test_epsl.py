@@ -1,5 +1,7 @@
 """EPSL against its twin; φ=0 is PSL; the rows that are really back-propagated."""
 
+from functools import partial
+
 import pytest
 import torch
 from reference import (
@@ -140,6 +142,12 @@ def test_a_client_that_is_lost_renormalises_the_shares():
         (lambda o: EPSL(**o, server_pass=Replay(0.5)), "EPSL is a server pass itself"),
         (lambda o: EPSL(**o, loss=functional.mse_loss), "the loss is mse_loss; use a classifier's"),
         (lambda o: EPSL(**o, loss=nn.L1Loss()), "the loss is L1Loss"),
+        (lambda o: EPSL(**o, loss=nn.BCEWithLogitsLoss()), "the loss is BCEWithLogitsLoss"),
+        (lambda o: EPSL(**o, loss=functional.kl_div), "the loss is kl_div"),
+        (
+            lambda o: EPSL(**o, loss=partial(partial(functional.gaussian_nll_loss), full=True)),
+            "the loss is gaussian_nll_loss",
+        ),
         (lambda o: EPSL(**o, server_batchnorm="per_client"), "server_batchnorm is part of"),
         (
             lambda o: EPSL(**o, rules=[LeaderAlignment()]),

@@ -27,6 +27,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import TensorDataset
 from twins.fsl_sage import Twin
+from twins.recording import assert_same_run
 
 from flsplit import LocalGrid, SessionSettings
 from flsplit.auxiliary import emulated_gradient
@@ -69,15 +70,13 @@ def log(caplog):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_it_agrees_with_the_twin_step_by_step(align, optimizer):
     optimizer = OPTIMIZERS[optimizer]
-    for rounds in (1, 3, 5):  # what holds after each of them holds at each step
-        found = sage(rounds=rounds, align=align, optimizer=optimizer)
+    for rounds in (1, 3, 5):
         twin = Twin(
             plain_net, make_parts(SIZES), ROW, NUM_CLASSES, optimizer, epochs=EPOCHS,
             in_round=align == "in_round",
         )  # fmt: skip
-        expected = twin.train(rounds)
+        found = assert_same_run(FSLSAGE, twin, rounds, align=align, **TWO)
 
-        assert_close(weights_of(found.arrays), expected, 1e-6)
         for entry, losses in zip(found.history, twin.losses, strict=True):
             assert entry.steps == len(losses)
             mean = sum(loss * rows for loss, rows in losses) / entry.rows
@@ -486,15 +485,16 @@ def test_options_that_cannot_be_used_are_refused(option, value):
 # --- sessions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("align", ["before_round", "in_round"])
-def test_a_session_where_uploads_stream_up_gives_the_same_numbers(align):
+@pytest.mark.parametrize("case", ["sage", "sage in round", "cse", "cse apart"])
+def test_a_session_where_uploads_stream_up_gives_the_same_numbers(case):
     """Over a stream with the server at work meanwhile; the plain net draws no random numbers."""
+    cls, options = CASES[case]
 
     def run(make_grid):
         model = fresh(plain_net)
-        strategy = FSLSAGE(
-            model=model, cut=CUT, server_lr=LR, batch_size=4, seed=SEED, device="cpu", align=align,
-            session=SessionSettings(join_timeout=20.0, grace=2.0), **TWO,
+        strategy = cls(
+            model=model, cut=CUT, server_lr=LR, batch_size=4, seed=SEED, device="cpu",
+            session=SessionSettings(join_timeout=20.0, grace=2.0), **options,
         )  # fmt: skip
         parts = make_parts(SIZES)
         grid = make_grid(split_app(plain_net, parts, parts), len(SIZES))

@@ -11,7 +11,7 @@ from twins.loop import train_twin
 from twins.recording import assert_same_steps, assert_same_weights, recorded
 
 from flsplit.errors import ConfigError
-from flsplit.server.passes import Pooled
+from flsplit.server.passes import PerClient, Pooled
 from flsplit.strategies import GAPSL, PSL
 from flsplit.strategies.rules import LeaderAlignment
 
@@ -133,6 +133,12 @@ def test_a_second_run_starts_anew():
         (lambda o: GAPSL(**o, excluded_clients="zero"), "expected one of 'own_gradient', 'skip'"),
         (lambda o: GAPSL(**o, reduction="sum"), "reduction is 'sum', but rule LeaderAlignment"),
         (lambda o: GAPSL(**o, server_pass=Pooled()), "LeaderAlignment needs inner products"),
+        (
+            lambda o: GAPSL(**o, low_memory=True, server_pass=PerClient(keep_gradients=True)),
+            "low_memory chooses the server pass .* give one of them",
+        ),
+        (lambda o: GAPSL(**o, server_batchnorm="pooled"), "BatchNorm sees one client at a time"),
+        (lambda o: GAPSL(**o, server_batchnorm="per_client"), "but GAPSL takes none"),
         (lambda o: PSL(**o, rules=[LeaderAlignment()]), "which server pass Pooled doesn't"),
     ],
 )

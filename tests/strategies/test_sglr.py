@@ -1,15 +1,17 @@
 """SGLR against its twin, and what its ledger says."""
 
 import pytest
-from reference import MOMENTUM, make_parts, normed_net, plain_net, run_split
+from flwr.app import ArrayRecord, ConfigRecord
+from reference import MOMENTUM, make_parts, normed_net, plain_net, run_split, split_app
 from torch.optim import SGD
 from twins.loop import train_twin
 from twins.recording import assert_same_steps, assert_same_weights, recorded
 from twins.sglr import sglr
 
+from flsplit import LocalGrid
 from flsplit.errors import ConfigError
 from flsplit.server.passes import PerClient, Replay
-from flsplit.strategies import PSL, SGLR, SplitFedV2
+from flsplit.strategies import FSLSAGE, PSL, SGLR, SplitFedV2
 from flsplit.strategies.rules import CutGradientAveraging, SplitLr
 
 SIZES = (8, 14, 11, 6)  # 2 to 4 mini-batches of up to 4: ragged ones, and clients that drop out
@@ -88,6 +90,19 @@ def test_client_lr_is_the_rate_of_both():
         SGLR(**options, client_lr=0.2, server_lr=0.1)
 
 
+def test_a_rate_for_the_clients_alone_is_refused():
+    strategy = SGLR(model=plain_net(), cut="front", client_lr=lambda t: 0.2 / t, device="cpu")
+
+    def start(**config):
+        grid = LocalGrid(split_app(plain_net, make_parts((8, 8))), 2, progress=False)
+        arrays = ArrayRecord(plain_net().state_dict())
+        return strategy.start(grid, arrays, num_rounds=2, train_config=ConfigRecord(config))
+
+    assert len(start(**{"batch-size": 4}).history) == 2
+    with pytest.raises(ConfigError, match=r"lr is 0\.05 and SGLR's client_lr 0\.2.*leave lr out"):
+        start(lr=0.05)
+
+
 def test_papers_can_be_combined():
     """Averaged gradients on top of EPSL: what is shared already stays as it is."""
     parts = make_parts([8] * 4)
@@ -116,6 +131,11 @@ def test_papers_can_be_combined():
             lambda o: SplitFedV2(**o, rules=[CutGradientAveraging()]),
             "CutGradientAveraging works across the clients .* SplitFedV2 every server step is one",
         ),
+        (
+            lambda o: SplitFedV2(**o, rules=[SplitLr()]),
+            "SplitLr works across the clients .* SplitFedV2 every server step is one client's",
+        ),
+        (lambda o: FSLSAGE(**o, rules=[SplitLr()]), "in FSLSAGE every server step is one client's"),
         (
             lambda o: SGLR(**o, averaging="batch_mean", server_pass=Replay(0.5)),
             "CutGradientAveraging doesn't go with server pass Replay .*batch_mean.* would mix",

@@ -96,6 +96,7 @@ class Twin:
         self.server_optimizer = self.optimizer(self.server.parameters(), lr=self.lr)
         self.clients = [self.new_client(str(i), part) for i, part in enumerate(self.parts)]
         self.losses: list[list[tuple[float, int]]] = []  # by round: of each step, and its rows
+        self.auxiliaries: list[list[dict[str, Tensor]]] = []  # by round, at its end: by client
 
     def new_client(self, name: str, data: Dataset) -> Client:
         segment = copy.deepcopy(self.client_segment)
@@ -178,3 +179,4 @@ class Twin:
             averaged = average([c.auxiliary.state_dict() for c in self.clients], sizes)
             for client in self.clients:
                 client.auxiliary.load_state_dict(averaged)
+        self.auxiliaries.append([copy.deepcopy(c.auxiliary.state_dict()) for c in self.clients])

@@ -2,8 +2,9 @@
 
 import copy
 
+import pytest
 import torch
-from reference import run_split, whole_of
+from reference import assert_close, run_split, weights_of, whole_of
 
 from flsplit.server.rules import GradientRule
 
@@ -30,6 +31,42 @@ def recorded(strategy, build, parts, **options):
     recorder = Recorder()
     options["rules"] = [*options.get("rules", ()), recorder]
     return run_split(strategy, build, parts, **options), recorder.results
+
+
+def noting(strategy, auxiliaries):
+    """Return a class of decoupled strategies that notes the auxiliary models of each round's end.
+
+    They change once in a round at most, before the local steps (FSL-SAGE) or after them (CSE-FSL).
+    """
+
+    class Noting(strategy):
+        def end_round(self, round_, finished):
+            super().end_round(round_, finished)
+            held = {name: self.auxiliary_of(name).tensors for name in finished}
+            auxiliaries.append(copy.deepcopy(held))
+
+    return Noting
+
+
+def assert_same_run(strategy, twin, rounds, tolerance=1e-6, **options):
+    """Compare a decoupled strategy with its twin; return the result.
+
+    The loss of each server step is compared, the auxiliary models after each round, and the
+    weights at the end.
+    """
+    auxiliaries = []
+    result, steps = recorded(
+        noting(strategy, auxiliaries), twin.build, twin.parts, rounds=rounds,
+        optimizer=twin.optimizer, **options,
+    )  # fmt: skip
+    assert_close(weights_of(result.arrays), twin.train(rounds), tolerance)
+    losses = [loss for of_round in twin.losses for loss, _ in of_round]
+    found = [loss for step in steps for loss in step.losses.values()]
+    assert found == pytest.approx(losses, abs=tolerance)
+    for held, expected in zip(auxiliaries, twin.auxiliaries, strict=True):
+        for client, state in enumerate(expected):
+            assert_close(held[str(client)], state, tolerance)
+    return result
 
 
 def assert_same_steps(found, expected, prefix="", tolerance=1e-6):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,20 @@ _NOT_CLASSIFIERS = (
     functional.l1_loss,
     functional.smooth_l1_loss,
     functional.huber_loss,
+    functional.gaussian_nll_loss,
+    functional.poisson_nll_loss,
+    functional.kl_div,
+    functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits,
     nn.MSELoss,
     nn.L1Loss,
     nn.SmoothL1Loss,
     nn.HuberLoss,
+    nn.GaussianNLLLoss,
+    nn.PoissonNLLLoss,
+    nn.KLDivLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
 )
 
 
@@ -55,7 +66,9 @@ class AggregatingPass(ServerPass):
         return ceil_fraction(self.phi, max(len(batch) for batch in batches))
 
     def check_loss(self, loss: Loss) -> None:
-        """Refuse torch's losses for regression: aggregation is defined on classes' logits."""
+        """Refuse torch's losses that take no class indices: aggregation is of classes' logits."""
+        while isinstance(loss, partial):
+            loss = loss.func
         kinds = tuple(one for one in _NOT_CLASSIFIERS if isinstance(one, type))
         if self.phi > 0 and (loss in _NOT_CLASSIFIERS or isinstance(loss, kinds)):
             name = getattr(loss, "__name__", type(loss).__name__)

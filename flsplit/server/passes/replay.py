@@ -28,12 +28,18 @@ class Replay(AggregatingPass):
     :math:`[\bar z_j / b; \lambda_i z_{i,j} / b]` back from the logits. All clients receive the
     cut-layer gradient of :math:`\bar s_j`, at the magnitude of a gradient of their own mean loss.
 
-    EPSL's abstract [1]_ says that last-layer activations' gradients are aggregated, with a ratio
-    φ and φ=0 giving PSL. That an aggregated gradient goes back through the clients' *mean
-    activation* is our reading and has not been checked against the paper's equations; so are
-    three details: BatchNorm's running statistics come from the first pass alone (the real rows),
-    the second normalises with the statistics of its own rows, and dropout draws a mask of its
-    own in each.
+    EPSL's abstract [1]_ says that last-layer activations' gradients are aggregated; summaries by
+    others, that φ is the ratio and φ=0 gives PSL. The rest is our reading and has not been
+    checked against the paper's equations:
+
+    * aggregation at the logits, by in-batch position, of the first ⌈φ·b⌉ positions;
+    * the shares λ as weights;
+    * one row back through the clients' *mean activation* for an aggregated position;
+    * its cut-layer gradient for all clients, the other rows' for their owners, both at the
+      magnitude of a gradient of the client's own mean loss;
+    * BatchNorm: running statistics come from the first pass alone (the real rows), the second
+      normalises with the statistics of its own rows;
+    * dropout: a mask of its own in each pass.
 
     References
     ----------
