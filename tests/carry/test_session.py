@@ -2,11 +2,13 @@
 
 import logging
 import socket
+import threading
 import time
 
+import numpy as np
 import pytest
 from carry.threaded import ThreadedGrid
-from flwr.app import ArrayRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from reference import CUT, LR, MOMENTUM, SEED, fresh, make_parts, noisy_net, split_app
 
 from flsplit import LocalGrid, SessionSettings
@@ -182,6 +184,43 @@ def test_a_host_that_never_answers_costs_the_step_timeout_once():
     settings = SessionSettings(step_timeout=1.0, join_timeout=20.0, grace=2.0)
     result = start(make_strategy(session=settings, min_available_nodes=3), grid, num_rounds=2)
     assert [entry.participants for entry in result.history] == [["0", "1", "3"]] * 2
+
+
+def test_a_host_that_takes_nothing_costs_the_step_timeout_once(simulated, monkeypatch):
+    over, waits = threading.Event(), []
+
+    def take_nothing(app, message, context):
+        with open_stream(message, context):
+            over.wait(60)
+        return done(message)
+
+    class Tight(session_grid.SessionServer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, max_queued_bytes=1)
+
+        def send(self, *args, **kwargs):
+            try:
+                return super().send(*args, **kwargs)
+            except TimeoutError as error:
+                waits.append(str(error))
+                raise
+
+    simulated(1)
+    monkeypatch.setattr(session_grid, "SessionServer", Tight)
+    settings = SessionSettings(step_timeout=0.5, join_timeout=20.0, max_hosts=1)
+    grid = ThreadedGrid(make_app(), len(SIZES), serve={0: take_nothing})
+    # Longer than what gRPC lets travel ahead of a reader.
+    content = RecordDict({"arrays": ArrayRecord({"x": Array(np.zeros(16 * 2**20, np.uint8))})})
+    with session_grid.SessionGrid(grid, settings) as session:
+        clients = list(session.get_node_ids())
+        asked = [Message(content, client, "query.describe") for client in clients]
+        replies = list(session.send_and_receive(asked))
+        left = list(session.get_node_ids())
+        over.set()
+    assert len(waits) == 1
+    assert [reply.has_error() for reply in replies] == [True] * len(SIZES)
+    assert "session-step-timeout" in replies[1].error.reason
+    assert left == []
 
 
 def test_all_hosts_lost_and_none_back_within_timeout_is_a_clear_error():

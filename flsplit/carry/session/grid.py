@@ -244,6 +244,11 @@ class SessionGrid(MessageGrid):
             "and can their machines reach this address and port (session-address, session-port)?"
         )
 
+    def _dismiss(self, host: str, reason: str) -> None:
+        """End the stream of a host that takes too long; it counts as lost."""
+        self._open_server.close_host(host, reason)
+        self._lose(host, reason)
+
     def _lose(self, host: str, reason: str) -> None:
         """Answer what a lost host still owed; its node may come back with a new invitation."""
         logger.warning("host %s is lost: %s", host, reason)
@@ -277,7 +282,7 @@ class SessionGrid(MessageGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages to their clients' hosts; return the messages' ids."""
-        return [self._send(message) for message in messages]
+        return self._push(messages, self._settings.step_timeout)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have come for these messages, each once."""
@@ -291,17 +296,18 @@ class SessionGrid(MessageGrid):
         """Send messages and wait for the replies.
 
         A host that hasn't answered after ``step_timeout`` (or ``timeout``, if that is less)
-        counts as lost; its clients answer with an Error.
+        counts as lost; its clients answer with an Error. So does one that has made no room for a
+        message by then. The others' time begins when all messages are on their way.
         """
-        return self.receive(list(self.push_messages(messages)), timeout=timeout)
+        return self.receive(self._push(messages, self._limit(timeout)), timeout=timeout)
 
     def receive(self, ids: list[str], *, timeout: float | None = None) -> list[Message]:
         """Wait for the replies to messages that were pushed; hosts may be late as above.
 
         The time counts from this call on: a host may have other messages to answer first.
         """
-        step_timeout = self._settings.step_timeout
-        deadline = time.monotonic() + min(step_timeout, timeout or step_timeout)
+        limit = self._limit(timeout)
+        deadline = time.monotonic() + limit
         waiting = self._unanswered(ids)
         while waiting and (left := deadline - time.monotonic()) > 0:
             if waiting[-1].reply is None:
@@ -309,14 +315,21 @@ class SessionGrid(MessageGrid):
             else:
                 waiting.pop()
         for host in {sent.seat.host for sent in self._unanswered(ids)}:
-            reason = f"no answer within {step_timeout:g} s (session-step-timeout)"
-            self._open_server.close_host(host, reason)
-            self._lose(host, reason)
+            self._dismiss(host, f"no answer within {limit:g} s (session-step-timeout)")
         return self._collect(ids)
+
+    def _limit(self, timeout: float | None) -> float:
+        """Return how many seconds a host has, where the caller allows ``timeout``."""
+        step_timeout = self._settings.step_timeout
+        return min(step_timeout, timeout or step_timeout)
 
     # --- messages ------------------------------------------------------------------------
 
-    def _send(self, message: Message) -> str:
+    def _push(self, messages: Iterable[Message], limit: float) -> list[str]:
+        """Send messages, and wait up to ``limit`` seconds for a host to make room for one."""
+        return [self._send(message, limit) for message in messages]
+
+    def _send(self, message: Message, limit: float) -> str:
         self._sequence += 1
         # Random bytes for a uuid would let go of the interpreter lock at every message.
         sequence, message_id = self._sequence, f"{self._session}-{self._sequence}"
@@ -326,21 +339,23 @@ class SessionGrid(MessageGrid):
             sent = _Sent(message, Seat("", ""), 0, _error(message, "the client has no host now"))
         else:
             sent = _Sent(message, seat, self._roster.epochs[seat.host])
-            self._post(sequence, sent)
         self._sent[sequence] = sent
         self._sequence_of[message_id] = sequence
+        if seat is not None:
+            self._post(sequence, sent, limit)
         return message_id
 
-    def _post(self, sequence: int, sent: _Sent) -> None:
+    def _post(self, sequence: int, sent: _Sent, limit: float) -> None:
         envelope = Envelope(sent.seat.client, sequence, sent.epoch)
         try:
-            self._open_server.send(
-                sent.seat.host, envelope, sent.message, timeout=self._settings.step_timeout
-            )
+            self._open_server.send(sent.seat.host, envelope, sent.message, timeout=limit)
         except WireError as error:
             raise ConfigError(f"{error} (session-max-step-bytes)") from error
-        except (StreamEnded, TimeoutError) as error:
+        except StreamEnded as error:
             sent.reply = _error(sent.message, f"its host was lost: {error}")
+        except TimeoutError as error:
+            # If it stayed, every further message to it would wait as long.
+            self._dismiss(sent.seat.host, f"{error} (session-step-timeout)")
 
     def _unanswered(self, ids: list[str]) -> list[_Sent]:
         sent = [self._sent[self._sequence_of[one]] for one in ids]

@@ -32,7 +32,7 @@ class SessionSettings:
     grace : float
         Seconds to wait for further hosts once one is there.
     step_timeout : float
-        Seconds a host has to answer one step. After that it counts as lost.
+        Seconds a host has to take a message, and then to answer. After that it counts as lost.
     max_step_bytes : int
         The longest message, in bytes.
     session_rounds : int
