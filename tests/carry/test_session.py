@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from carry.threaded import ThreadedGrid
-from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from reference import CUT, LR, MOMENTUM, SEED, fresh, make_parts, noisy_net, split_app
 
 from flsplit import LocalGrid, SessionSettings
@@ -424,6 +424,25 @@ def test_a_step_over_the_limit_says_which_setting_to_raise():
     settings = SessionSettings(max_step_bytes=2000, join_timeout=20.0)
     with pytest.raises(ConfigError, match="session-max-step-bytes"):
         start(make_strategy(session=settings), ThreadedGrid(make_app(), 2))
+
+
+def test_an_answer_over_the_limit_says_which_setting_to_raise_and_the_others_go_on():
+    def say_a_lot(message, context):
+        if context.node_config["partition-id"] == 1:
+            content = RecordDict({"config": ConfigRecord({"text": "x" * 2000})})
+            return Message(content, reply_to=message)
+        return done(message)
+
+    settings = SessionSettings(max_step_bytes=2000, join_timeout=20.0)
+    grid = ThreadedGrid(say_a_lot, 2)
+    with session_grid.SessionGrid(grid, settings) as session:
+        asked = [Message(RecordDict(), node, "query.any") for node in session.get_node_ids()]
+        short, long = sorted(session.send_and_receive(asked), key=lambda reply: reply.has_error())
+        clients = list(session.get_node_ids())
+    assert not short.has_error()
+    assert "at most 2000 bytes" in long.error.reason
+    assert "session-max-step-bytes" in long.error.reason
+    assert clients == [101, 102]
 
 
 # --- settings ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from flsplit.errors import ConfigError, ProtocolError
 from flsplit.flower_internals import CLIENT_RAISED
 from flsplit.log import logger
 from flsplit.storage import ClientStore
-from flsplit.wire import DialError, HostStream, StreamEnded
+from flsplit.wire import DialError, Envelope, HostStream, StreamEnded, WireError
 
 OWN_CLIENT = ""
 """How an envelope addresses the client of the node itself."""
@@ -125,12 +125,22 @@ def _serve(stream: HostStream, clients: Clients) -> int:
     for envelope, request in stream:
         reply = clients.answer(envelope.client, request)
         try:
-            stream.send(envelope, reply)
+            _send(stream, envelope, request, reply)
         except StreamEnded:
             break
         served += 1
     clients.cohort.flush()
     return served
+
+
+def _send(stream: HostStream, envelope: Envelope, request: Message, reply: Message) -> None:
+    """Send a reply; one that can't be sent costs its client the answer, not the host its stream."""
+    try:
+        stream.send(envelope, reply)
+    except WireError as error:
+        reason = f"the answer can't be sent: {error} (session-max-step-bytes)"
+        logger.error("client %r: %s", envelope.client, reason)
+        stream.send(envelope, Message(Error(CLIENT_RAISED, reason), reply_to=request))
 
 
 def _reply(message: Message, *, served: int) -> Message:
