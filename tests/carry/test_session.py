@@ -104,7 +104,50 @@ def test_handing_over_to_a_new_session_changes_no_number(hosts, simulated):
     result = start(make_strategy(session=settings), grid, num_rounds=3)
     local = start(make_strategy(), LocalGrid(make_app(), len(SIZES)), num_rounds=3)
     assert outcome(result) == outcome(local)
-    assert len(grid.pushed) == 4 * (hosts or len(SIZES))
+    assert len(grid.pushed) == 3 * (hosts or len(SIZES))
+
+
+def test_no_session_is_opened_after_the_last_round():
+    def serve_once(app, message, context):
+        calls.append(message)
+        serve = serve_session if len(calls) == 1 else refuse
+        return serve(app, message, context)
+
+    calls = []
+    grid = ThreadedGrid(make_app(), 1, serve={0: serve_once})
+    settings = SessionSettings(session_rounds=1, join_timeout=20.0)
+    result = start(make_strategy(session=settings), grid, num_rounds=1)
+    assert [entry.round for entry in result.history] == [1]
+    assert len(grid.pushed) == 1
+
+
+def test_a_handover_waits_for_nodes_that_are_away_just_then(monkeypatch):
+    def serve(app, message, context):
+        calls.append(message)
+        if len(calls) == 2:
+            return Message(Error(5, "node unavailable"), reply_to=message)
+        return serve_session(app, message, context)
+
+    calls = []
+    monkeypatch.setattr(session_grid, "_AGAIN_SECONDS", 0.0)
+    settings = SessionSettings(session_rounds=1, join_timeout=20.0)
+    result = start(make_strategy(session=settings), ThreadedGrid(make_app(), 1, serve={0: serve}))
+    assert [entry.participants for entry in result.history] == [["0"], ["0"]]
+    assert len(calls) == 3
+
+
+def test_a_handover_without_nodes_ends_the_run_after_its_timeout():
+    def serve_once(app, message, context):
+        calls.append(message)
+        serve = serve_session if len(calls) == 1 else refuse
+        return serve(app, message, context)
+
+    calls = []
+    settings = SessionSettings(session_rounds=1, join_timeout=20.0)
+    grid = ThreadedGrid(make_app(), 1, serve={0: serve_once})
+    session = session_grid.SessionGrid(grid, settings)
+    with session, pytest.raises(NoHostError, match="session-address"):
+        session.end_round(1, timeout=0.3)
 
 
 def test_wire_bytes_are_those_of_the_arrays():

@@ -30,6 +30,7 @@ from flsplit.wire import (
 
 _DIAL_ERROR = DialError.__name__  # how a host's Error says that it can't reach the server
 _LOOK_SECONDS = 0.5  # how often Flower's grid is asked for nodes' refusals: it has no events
+_AGAIN_SECONDS = 5.0  # between attempts to open a session where nodes have refused it
 _END_SECONDS = 30.0  # how long nodes have to hand their session message back
 
 
@@ -123,14 +124,32 @@ class SessionGrid(MessageGrid):
             self._server.close(reason)
             self._server = None
 
-    def end_round(self, server_round: int) -> None:
-        """Hand over to a new session where ``session_rounds`` says so."""
+    def end_round(self, server_round: int, timeout: float = 0.0) -> None:
+        """Hand over to a new session where ``session_rounds`` says so.
+
+        Raises
+        ------
+        NoHostError
+            If no node has come to a new session after ``timeout`` seconds.
+        """
         rounds = self._settings.session_rounds
         if rounds and server_round % rounds == 0:
             self.close("the session ends after its rounds")
             self._wait_for_nodes()
+            self._open_again(time.monotonic() + timeout)
+
+    def _open_again(self, deadline: float) -> None:
+        """Open the next session; nodes may be busy with another run, or away for a moment."""
+        while True:
             self._roster = Roster()
-            self._open()
+            try:
+                return self.open()
+            except NoHostError as error:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                logger.warning("no host for the next session, trying again: %s", error)
+                time.sleep(min(_AGAIN_SECONDS, left))
 
     def _open(self) -> None:
         settings = self._settings
