@@ -371,6 +371,13 @@ def test_session_without_hosts_names_address_port_and_remedy():
         start(make_strategy(carrier="session"), grid)
 
 
+def test_a_relative_state_dir_is_told_to_the_server(caplog):
+    grid = ThreadedGrid(make_app(), 1, node_config={"state-dir": "states"})
+    with pytest.raises(NoHostError, match=r"state-dir is 'states', expected an absolute path$"):
+        start(make_strategy(carrier="session"), grid)
+    assert "node 101 is left out: ConfigError: node config: state-dir" in caplog.text
+
+
 def test_auto_falls_back_on_flowers_messages_with_the_same_numbers(caplog):
     serve = dict.fromkeys(range(len(SIZES)), refuse)
     result = start(make_strategy(), ThreadedGrid(make_app(), len(SIZES), serve=serve))

@@ -252,9 +252,13 @@ class SessionGrid(MessageGrid):
     def _why_no_host(self) -> str:
         if self._refusals:
             node, reason = next(iter(self._refusals.items()))
+            problem = (
+                f"{len(self._refusals)} nodes could not open a session, e.g. node {node}: {reason}"
+            )
+            if _DIAL_ERROR not in reason:
+                return problem
             return (
-                f"{len(self._refusals)} nodes could not open a session, e.g. node {node}: {reason} "
-                f"(the ServerApp listens on {self._open_server.address} and advertises "
+                f"{problem} (the ServerApp listens on {self._open_server.address} and advertises "
                 f"{self._address}; set session-address and session-port in the run config)"
             )
         return (

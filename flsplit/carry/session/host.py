@@ -26,12 +26,15 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
     Returns
     -------
     Message
-        How many messages were served; an Error if the server can't be reached.
+        How many messages were served; an Error if the server can't be reached, or if the node's
+        own configuration can't be used.
     """
     invitation = Invitation.from_content(message.content)
     if invitation.expired:
         return _reply(message, served=0)
     try:
+        # Before dialling: the answer to this message is all that the server hears of an error.
+        clients = Clients.of(app, context, invitation)
         stream = HostStream.dial(
             invitation.address,
             invitation.token,
@@ -39,10 +42,11 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
             describe_host(context),
             max_message_bytes=invitation.max_step_bytes,
         )
-    except DialError as error:
-        return Message(Error(CLIENT_RAISED, f"DialError: {error}"), reply_to=message)
+    except (ConfigError, DialError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        return Message(Error(CLIENT_RAISED, reason), reply_to=message)
     with stream:
-        served = _serve(stream, Clients.of(app, context, invitation))
+        served = _serve(stream, clients)
     ending = stream.ending
     logger.info("session %s: %s", invitation.session, ending.reason if ending else "over")
     return _reply(message, served=served)
