@@ -107,6 +107,8 @@ def open_carrier(
 
     Raises
     ------
+    ConfigError
+        If the ServerApp can't listen where the settings say, also with ``auto``.
     NotEnoughClientsError
         If no node has connected by then.
     NoHostError

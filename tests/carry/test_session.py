@@ -21,7 +21,7 @@ from flsplit.carry.session.host import serve_session
 from flsplit.carry.session.invitation import Invitation
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SplitFedV1
-from flsplit.wire import Envelope, HostStream
+from flsplit.wire import Envelope, HostStream, SessionServer
 
 SIZES = (20, 13, 9, 16)
 
@@ -401,6 +401,20 @@ def test_nodes_that_never_dial_are_waited_for_no_longer_than_join_timeout():
     settings = SessionSettings(join_timeout=0.5)
     with pytest.raises(NoHostError, match=r"none of 2 nodes dialled .* within 0\.5 s"):
         start(make_strategy(carrier="session", session=settings), grid)
+
+
+@pytest.mark.parametrize("carrier", ["session", "auto"])
+def test_a_taken_port_is_named_with_its_key(carrier):
+    with SessionServer("127.0.0.1:0") as other:
+        settings = SessionSettings(port=other.port)
+        with pytest.raises(ConfigError, match=rf"session-port is {other.port},.*cannot listen"):
+            start(make_strategy(carrier=carrier, session=settings), ThreadedGrid(make_app(), 1))
+
+
+def test_an_address_of_another_machine_is_named_with_its_key():
+    settings = SessionSettings(bind="192.0.2.1")
+    with pytest.raises(ConfigError, match=r"session-bind is '192\.0\.2\.1'.*cannot listen"):
+        start(make_strategy(session=settings), ThreadedGrid(make_app(), 1))
 
 
 def test_a_run_that_starts_before_its_nodes_waits_for_them_and_opens_a_session():

@@ -94,6 +94,8 @@ class SessionGrid(MessageGrid):
 
         Raises
         ------
+        ConfigError
+            If the ServerApp can't listen where the settings say.
         NoHostError
             If no node can dial back; it says which address and port, and what to do.
         """
@@ -152,15 +154,8 @@ class SessionGrid(MessageGrid):
                 time.sleep(min(_AGAIN_SECONDS, left))
 
     def _open(self) -> None:
-        settings = self._settings
         self._session = uuid.uuid4().hex[:12]
-        self._server = SessionServer(
-            settings.bind_address,
-            advertised_hosts=(settings.address,),
-            tls=settings.tls,
-            max_hosts=max(settings.max_hosts, 1024),
-            max_message_bytes=settings.max_step_bytes,
-        )
+        self._server = self._listen()
         self._invited, self._refusals = {}, {}
         self._invite_nodes()
         self._wait_for_hosts()
@@ -169,6 +164,24 @@ class SessionGrid(MessageGrid):
             "session %s: %d hosts serve %d clients over %s",
             self._session, len(self._roster.epochs), len(self._roster.node_ids()), self._address,
         )  # fmt: skip
+
+    def _listen(self) -> SessionServer:
+        settings = self._settings
+        try:
+            return SessionServer(
+                settings.bind_address,
+                advertised_hosts=(settings.address,),
+                tls=settings.tls,
+                max_hosts=max(settings.max_hosts, 1024),
+                max_message_bytes=settings.max_step_bytes,
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"session-port is {settings.port}, session-bind is {settings.bind!r} and "
+                f"session-address is {settings.address!r}, but the ServerApp "
+                f"{str(error).rstrip('.')}. Is the port taken, or is the address none of this "
+                "machine's?"
+            ) from error
 
     @property
     def _address(self) -> str:
