@@ -524,8 +524,32 @@ def test_an_answer_over_the_limit_says_which_setting_to_raise_and_the_others_go_
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(field, value):
-    with pytest.raises(ConfigError, match=field.replace("_", "-")):
+    with pytest.raises(ConfigError, match="^session-" + field.replace("_", "-")):
         SessionSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("session-port", "9095", "'9095', expected an integer"),
+        ("session-port", True, "True, expected an integer"),
+        ("session-max-hosts", 2.0, "2.0, expected an integer"),
+        ("session-tls", "false", "'false', expected true or false"),
+        ("session-tls", 0, "0, expected true or false"),
+        ("session-join-timeout", "60", "'60', expected a number"),
+        ("session-grace", False, "False, expected a number"),
+        ("session-address", 5, "5, expected a string"),
+        ("session-rounds", "2", "'2', expected an integer"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_their_key(key, value, said):
+    with pytest.raises(ConfigError) as caught:
+        SessionSettings.from_run_config({key: value})
+    assert str(caught.value) == f"{key} is {said}"
+
+
+def test_a_whole_number_of_seconds_is_fine():
+    assert SessionSettings(step_timeout=300).step_timeout == 300
 
 
 def test_settings_come_from_the_run_config():
