@@ -407,7 +407,9 @@ def test_nodes_that_never_dial_are_waited_for_no_longer_than_join_timeout():
 def test_a_taken_port_is_named_with_its_key(carrier):
     with SessionServer("127.0.0.1:0") as other:
         settings = SessionSettings(port=other.port)
-        with pytest.raises(ConfigError, match=rf"session-port is {other.port},.*cannot listen"):
+        with pytest.raises(
+            ConfigError, match=rf"session-port is {other.port},.*cannot listen.*pyproject"
+        ):
             start(make_strategy(carrier=carrier, session=settings), ThreadedGrid(make_app(), 1))
 
 
@@ -486,7 +488,7 @@ def test_everything_is_closed_after_a_run_and_after_an_error():
 
 def test_a_step_over_the_limit_says_which_setting_to_raise():
     settings = SessionSettings(max_step_bytes=2000, join_timeout=20.0)
-    with pytest.raises(ConfigError, match="session-max-step-bytes"):
+    with pytest.raises(ConfigError, match=r"session-max-step-bytes; .* pyproject\.toml declares"):
         start(make_strategy(session=settings), ThreadedGrid(make_app(), 2))
 
 
@@ -505,7 +507,7 @@ def test_an_answer_over_the_limit_says_which_setting_to_raise_and_the_others_go_
         clients = list(session.get_node_ids())
     assert not short.has_error()
     assert "at most 2000 bytes" in long.error.reason
-    assert "session-max-step-bytes" in long.error.reason
+    assert "session-max-step-bytes; a run config can only set keys" in long.error.reason
     assert clients == [101, 102]
 
 

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flsplit.carry.grid import MessageGrid
 from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
-from flsplit.carry.session.settings import SessionSettings
+from flsplit.carry.session.settings import HOW_TO_SET, SessionSettings
 from flsplit.errors import ConfigError, FlsplitError
 from flsplit.flower_internals import CLIENT_RAISED, Run, set_message_id
 from flsplit.log import logger
@@ -180,7 +180,7 @@ class SessionGrid(MessageGrid):
                 f"session-port is {settings.port}, session-bind is {settings.bind!r} and "
                 f"session-address is {settings.address!r}, but the ServerApp "
                 f"{str(error).rstrip('.')}. Is the port taken, or is the address none of this "
-                "machine's?"
+                f"machine's? ({HOW_TO_SET})"
             ) from error
 
     @property
@@ -272,7 +272,7 @@ class SessionGrid(MessageGrid):
                 return problem
             return (
                 f"{problem} (the ServerApp listens on {self._open_server.address} and advertises "
-                f"{self._address}; set session-address and session-port in the run config)"
+                f"{self._address}; set session-address and session-port; {HOW_TO_SET})"
             )
         return (
             f"none of {len(self._invited)} nodes dialled {self._address} within "
@@ -386,7 +386,7 @@ class SessionGrid(MessageGrid):
         try:
             self._open_server.send(sent.seat.host, envelope, sent.message, timeout=limit)
         except WireError as error:
-            raise ConfigError(f"{error} (session-max-step-bytes)") from error
+            raise ConfigError(f"{error} (session-max-step-bytes; {HOW_TO_SET})") from error
         except StreamEnded as error:
             sent.reply = _error(sent.message, f"its host was lost: {error}")
         except TimeoutError as error:

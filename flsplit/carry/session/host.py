@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 
 from flsplit.carry.cohort import Cohort
 from flsplit.carry.session.invitation import Invitation
+from flsplit.carry.session.settings import HOW_TO_SET
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.flower_internals import CLIENT_RAISED
 from flsplit.log import logger
@@ -142,7 +143,7 @@ def _send(stream: HostStream, envelope: Envelope, request: Message, reply: Messa
     try:
         stream.send(envelope, reply)
     except WireError as error:
-        reason = f"the answer can't be sent: {error} (session-max-step-bytes)"
+        reason = f"the answer can't be sent: {error} (session-max-step-bytes; {HOW_TO_SET})"
         logger.error("client %r: %s", envelope.client, reason)
         stream.send(envelope, Message(Error(CLIENT_RAISED, reason), reply_to=request))
 

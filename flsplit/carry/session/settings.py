@@ -6,6 +6,9 @@ from typing import Any
 
 from flsplit.errors import ConfigError
 
+HOW_TO_SET = "a run config can only set keys that the app's pyproject.toml declares"
+"""What an error says where it names a key that an app may not have declared: Flower refuses it."""
+
 _EXPECTED = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
