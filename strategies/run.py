@@ -103,7 +103,8 @@ class Run:
                 )
             spent = (time.perf_counter() - started) / (server_round - first + 1)
             log_round(round_.entry, self.num_rounds, spent * (self.num_rounds - server_round))
-            carrier.end_round(server_round)
+            if server_round < self.num_rounds:
+                carrier.end_round(server_round)
 
     # --- a round -------------------------------------------------------------------------
 

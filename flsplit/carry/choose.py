@@ -51,15 +51,18 @@ class OpenCarrier:
         What to send messages with.
     why_no_session : str
         Why this is a fallback; empty if it isn't one.
+    timeout : float
+        For how many seconds a session that hands over is opened again while no node comes.
     """
 
     grid: Grid
     why_no_session: str = ""
+    timeout: float = 0.0
 
     def end_round(self, server_round: int) -> None:
-        """Let a session hand over where its settings say so."""
+        """Let a session hand over where its settings say so; not to be called after the last."""
         if isinstance(self.grid, SessionGrid):
-            self.grid.end_round(server_round)
+            self.grid.end_round(server_round, self.timeout)
 
     def check_speed(self, exchange_seconds: float, exchanges: int) -> None:
         """Stop a fallback that would take too long.
@@ -99,10 +102,13 @@ def open_carrier(
     experiment : Experiment
         For a session's clients.
     timeout : float
-        How many seconds to wait for the first node, without which no session can be opened.
+        How many seconds to wait for the first node, without which no session can be opened; also
+        where a session hands over to the next.
 
     Raises
     ------
+    ConfigError
+        If the ServerApp can't listen where the settings say, also with ``auto``.
     NotEnoughClientsError
         If no node has connected by then.
     NoHostError
@@ -124,7 +130,7 @@ def open_carrier(
         yield OpenCarrier(grid, why_no_session=str(error))
         return
     with session:
-        yield OpenCarrier(session)
+        yield OpenCarrier(session, timeout=timeout)
 
 
 def _wait_for_a_node(grid: Grid, timeout: float) -> None:

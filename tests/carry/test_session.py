@@ -2,11 +2,13 @@
 
 import logging
 import socket
+import threading
 import time
 
+import numpy as np
 import pytest
 from carry.threaded import ThreadedGrid
-from flwr.app import ArrayRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from reference import CUT, LR, MOMENTUM, SEED, fresh, make_parts, noisy_net, split_app
 
 from flsplit import LocalGrid, SessionSettings
@@ -19,7 +21,7 @@ from flsplit.carry.session.host import serve_session
 from flsplit.carry.session.invitation import Invitation
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SplitFedV1
-from flsplit.wire import Envelope, HostStream
+from flsplit.wire import Envelope, HostStream, SessionServer
 
 SIZES = (20, 13, 9, 16)
 
@@ -102,7 +104,50 @@ def test_handing_over_to_a_new_session_changes_no_number(hosts, simulated):
     result = start(make_strategy(session=settings), grid, num_rounds=3)
     local = start(make_strategy(), LocalGrid(make_app(), len(SIZES)), num_rounds=3)
     assert outcome(result) == outcome(local)
-    assert len(grid.pushed) == 4 * (hosts or len(SIZES))
+    assert len(grid.pushed) == 3 * (hosts or len(SIZES))
+
+
+def test_no_session_is_opened_after_the_last_round():
+    def serve_once(app, message, context):
+        calls.append(message)
+        serve = serve_session if len(calls) == 1 else refuse
+        return serve(app, message, context)
+
+    calls = []
+    grid = ThreadedGrid(make_app(), 1, serve={0: serve_once})
+    settings = SessionSettings(session_rounds=1, join_timeout=20.0)
+    result = start(make_strategy(session=settings), grid, num_rounds=1)
+    assert [entry.round for entry in result.history] == [1]
+    assert len(grid.pushed) == 1
+
+
+def test_a_handover_waits_for_nodes_that_are_away_just_then(monkeypatch):
+    def serve(app, message, context):
+        calls.append(message)
+        if len(calls) == 2:
+            return Message(Error(5, "node unavailable"), reply_to=message)
+        return serve_session(app, message, context)
+
+    calls = []
+    monkeypatch.setattr(session_grid, "_AGAIN_SECONDS", 0.0)
+    settings = SessionSettings(session_rounds=1, join_timeout=20.0)
+    result = start(make_strategy(session=settings), ThreadedGrid(make_app(), 1, serve={0: serve}))
+    assert [entry.participants for entry in result.history] == [["0"], ["0"]]
+    assert len(calls) == 3
+
+
+def test_a_handover_without_nodes_ends_the_run_after_its_timeout():
+    def serve_once(app, message, context):
+        calls.append(message)
+        serve = serve_session if len(calls) == 1 else refuse
+        return serve(app, message, context)
+
+    calls = []
+    settings = SessionSettings(session_rounds=1, join_timeout=20.0)
+    grid = ThreadedGrid(make_app(), 1, serve={0: serve_once})
+    session = session_grid.SessionGrid(grid, settings)
+    with session, pytest.raises(NoHostError, match="session-address"):
+        session.end_round(1, timeout=0.3)
 
 
 def test_wire_bytes_are_those_of_the_arrays():
@@ -182,6 +227,43 @@ def test_a_host_that_never_answers_costs_the_step_timeout_once():
     settings = SessionSettings(step_timeout=1.0, join_timeout=20.0, grace=2.0)
     result = start(make_strategy(session=settings, min_available_nodes=3), grid, num_rounds=2)
     assert [entry.participants for entry in result.history] == [["0", "1", "3"]] * 2
+
+
+def test_a_host_that_takes_nothing_costs_the_step_timeout_once(simulated, monkeypatch):
+    over, waits = threading.Event(), []
+
+    def take_nothing(app, message, context):
+        with open_stream(message, context):
+            over.wait(60)
+        return done(message)
+
+    class Tight(session_grid.SessionServer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, max_queued_bytes=1)
+
+        def send(self, *args, **kwargs):
+            try:
+                return super().send(*args, **kwargs)
+            except TimeoutError as error:
+                waits.append(str(error))
+                raise
+
+    simulated(1)
+    monkeypatch.setattr(session_grid, "SessionServer", Tight)
+    settings = SessionSettings(step_timeout=0.5, join_timeout=20.0, max_hosts=1)
+    grid = ThreadedGrid(make_app(), len(SIZES), serve={0: take_nothing})
+    # Longer than what gRPC lets travel ahead of a reader.
+    content = RecordDict({"arrays": ArrayRecord({"x": Array(np.zeros(16 * 2**20, np.uint8))})})
+    with session_grid.SessionGrid(grid, settings) as session:
+        clients = list(session.get_node_ids())
+        asked = [Message(content, client, "query.describe") for client in clients]
+        replies = list(session.send_and_receive(asked))
+        left = list(session.get_node_ids())
+        over.set()
+    assert len(waits) == 1
+    assert [reply.has_error() for reply in replies] == [True] * len(SIZES)
+    assert "session-step-timeout" in replies[1].error.reason
+    assert left == []
 
 
 def test_all_hosts_lost_and_none_back_within_timeout_is_a_clear_error():
@@ -289,6 +371,13 @@ def test_session_without_hosts_names_address_port_and_remedy():
         start(make_strategy(carrier="session"), grid)
 
 
+def test_a_relative_state_dir_is_told_to_the_server(caplog):
+    grid = ThreadedGrid(make_app(), 1, node_config={"state-dir": "states"})
+    with pytest.raises(NoHostError, match=r"state-dir is 'states', expected an absolute path$"):
+        start(make_strategy(carrier="session"), grid)
+    assert "node 101 is left out: ConfigError: node config: state-dir" in caplog.text
+
+
 def test_auto_falls_back_on_flowers_messages_with_the_same_numbers(caplog):
     serve = dict.fromkeys(range(len(SIZES)), refuse)
     result = start(make_strategy(), ThreadedGrid(make_app(), len(SIZES), serve=serve))
@@ -312,6 +401,22 @@ def test_nodes_that_never_dial_are_waited_for_no_longer_than_join_timeout():
     settings = SessionSettings(join_timeout=0.5)
     with pytest.raises(NoHostError, match=r"none of 2 nodes dialled .* within 0\.5 s"):
         start(make_strategy(carrier="session", session=settings), grid)
+
+
+@pytest.mark.parametrize("carrier", ["session", "auto"])
+def test_a_taken_port_is_named_with_its_key(carrier):
+    with SessionServer("127.0.0.1:0") as other:
+        settings = SessionSettings(port=other.port)
+        with pytest.raises(
+            ConfigError, match=rf"session-port is {other.port},.*cannot listen.*pyproject"
+        ):
+            start(make_strategy(carrier=carrier, session=settings), ThreadedGrid(make_app(), 1))
+
+
+def test_an_address_of_another_machine_is_named_with_its_key():
+    settings = SessionSettings(bind="192.0.2.1")
+    with pytest.raises(ConfigError, match=r"session-bind is '192\.0\.2\.1'.*cannot listen"):
+        start(make_strategy(session=settings), ThreadedGrid(make_app(), 1))
 
 
 def test_a_run_that_starts_before_its_nodes_waits_for_them_and_opens_a_session():
@@ -383,8 +488,27 @@ def test_everything_is_closed_after_a_run_and_after_an_error():
 
 def test_a_step_over_the_limit_says_which_setting_to_raise():
     settings = SessionSettings(max_step_bytes=2000, join_timeout=20.0)
-    with pytest.raises(ConfigError, match="session-max-step-bytes"):
+    with pytest.raises(ConfigError, match=r"session-max-step-bytes; .* pyproject\.toml declares"):
         start(make_strategy(session=settings), ThreadedGrid(make_app(), 2))
+
+
+def test_an_answer_over_the_limit_says_which_setting_to_raise_and_the_others_go_on():
+    def say_a_lot(message, context):
+        if context.node_config["partition-id"] == 1:
+            content = RecordDict({"config": ConfigRecord({"text": "x" * 2000})})
+            return Message(content, reply_to=message)
+        return done(message)
+
+    settings = SessionSettings(max_step_bytes=2000, join_timeout=20.0)
+    grid = ThreadedGrid(say_a_lot, 2)
+    with session_grid.SessionGrid(grid, settings) as session:
+        asked = [Message(RecordDict(), node, "query.any") for node in session.get_node_ids()]
+        short, long = sorted(session.send_and_receive(asked), key=lambda reply: reply.has_error())
+        clients = list(session.get_node_ids())
+    assert not short.has_error()
+    assert "at most 2000 bytes" in long.error.reason
+    assert "session-max-step-bytes; a run config can only set keys" in long.error.reason
+    assert clients == [101, 102]
 
 
 # --- settings ----------------------------------------------------------------------------------
@@ -402,8 +526,32 @@ def test_a_step_over_the_limit_says_which_setting_to_raise():
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(field, value):
-    with pytest.raises(ConfigError, match=field.replace("_", "-")):
+    with pytest.raises(ConfigError, match="^session-" + field.replace("_", "-")):
         SessionSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("session-port", "9095", "'9095', expected an integer"),
+        ("session-port", True, "True, expected an integer"),
+        ("session-max-hosts", 2.0, "2.0, expected an integer"),
+        ("session-tls", "false", "'false', expected true or false"),
+        ("session-tls", 0, "0, expected true or false"),
+        ("session-join-timeout", "60", "'60', expected a number"),
+        ("session-grace", False, "False, expected a number"),
+        ("session-address", 5, "5, expected a string"),
+        ("session-rounds", "2", "'2', expected an integer"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_their_key(key, value, said):
+    with pytest.raises(ConfigError) as caught:
+        SessionSettings.from_run_config({key: value})
+    assert str(caught.value) == f"{key} is {said}"
+
+
+def test_a_whole_number_of_seconds_is_fine():
+    assert SessionSettings(step_timeout=300).step_timeout == 300
 
 
 def test_settings_come_from_the_run_config():

@@ -42,11 +42,11 @@ def test_all_options_are_on_the_page():
 
 
 def test_settings_of_sessions_are_as_written():
-    rows = Page("docs/carriers.md").table("## Sessions")
-    defaults = {one.name: repr(one.default) for one in fields(SessionSettings)}
+    table = Page("docs/carriers.md").table("## Sessions")
 
-    for row in rows:
-        assert defaults[row["setting"]] == row["default"]
+    assert {row["setting"]: row["default"] for row in table} == {
+        one.name: repr(one.default) for one in fields(SessionSettings)
+    }
 
 
 def test_all_categories_are_on_the_page():

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flsplit.carry.grid import MessageGrid
 from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
-from flsplit.carry.session.settings import SessionSettings
+from flsplit.carry.session.settings import HOW_TO_SET, SessionSettings
 from flsplit.errors import ConfigError, FlsplitError
 from flsplit.flower_internals import CLIENT_RAISED, Run, set_message_id
 from flsplit.log import logger
@@ -30,6 +30,7 @@ from flsplit.wire import (
 
 _DIAL_ERROR = DialError.__name__  # how a host's Error says that it can't reach the server
 _LOOK_SECONDS = 0.5  # how often Flower's grid is asked for nodes' refusals: it has no events
+_AGAIN_SECONDS = 5.0  # between attempts to open a session where nodes have refused it
 _END_SECONDS = 30.0  # how long nodes have to hand their session message back
 
 
@@ -93,6 +94,8 @@ class SessionGrid(MessageGrid):
 
         Raises
         ------
+        ConfigError
+            If the ServerApp can't listen where the settings say.
         NoHostError
             If no node can dial back; it says which address and port, and what to do.
         """
@@ -123,25 +126,36 @@ class SessionGrid(MessageGrid):
             self._server.close(reason)
             self._server = None
 
-    def end_round(self, server_round: int) -> None:
-        """Hand over to a new session where ``session_rounds`` says so."""
+    def end_round(self, server_round: int, timeout: float = 0.0) -> None:
+        """Hand over to a new session where ``session_rounds`` says so.
+
+        Raises
+        ------
+        NoHostError
+            If no node has come to a new session after ``timeout`` seconds.
+        """
         rounds = self._settings.session_rounds
         if rounds and server_round % rounds == 0:
             self.close("the session ends after its rounds")
             self._wait_for_nodes()
+            self._open_again(time.monotonic() + timeout)
+
+    def _open_again(self, deadline: float) -> None:
+        """Open the next session; nodes may be busy with another run, or away for a moment."""
+        while True:
             self._roster = Roster()
-            self._open()
+            try:
+                return self.open()
+            except NoHostError as error:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                logger.warning("no host for the next session, trying again: %s", error)
+                time.sleep(min(_AGAIN_SECONDS, left))
 
     def _open(self) -> None:
-        settings = self._settings
         self._session = uuid.uuid4().hex[:12]
-        self._server = SessionServer(
-            settings.bind_address,
-            advertised_hosts=(settings.address,),
-            tls=settings.tls,
-            max_hosts=max(settings.max_hosts, 1024),
-            max_message_bytes=settings.max_step_bytes,
-        )
+        self._server = self._listen()
         self._invited, self._refusals = {}, {}
         self._invite_nodes()
         self._wait_for_hosts()
@@ -150,6 +164,24 @@ class SessionGrid(MessageGrid):
             "session %s: %d hosts serve %d clients over %s",
             self._session, len(self._roster.epochs), len(self._roster.node_ids()), self._address,
         )  # fmt: skip
+
+    def _listen(self) -> SessionServer:
+        settings = self._settings
+        try:
+            return SessionServer(
+                settings.bind_address,
+                advertised_hosts=(settings.address,),
+                tls=settings.tls,
+                max_hosts=max(settings.max_hosts, 1024),
+                max_message_bytes=settings.max_step_bytes,
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"session-port is {settings.port}, session-bind is {settings.bind!r} and "
+                f"session-address is {settings.address!r}, but the ServerApp "
+                f"{str(error).rstrip('.')}. Is the port taken, or is the address none of this "
+                f"machine's? ({HOW_TO_SET})"
+            ) from error
 
     @property
     def _address(self) -> str:
@@ -233,16 +265,25 @@ class SessionGrid(MessageGrid):
     def _why_no_host(self) -> str:
         if self._refusals:
             node, reason = next(iter(self._refusals.items()))
+            problem = (
+                f"{len(self._refusals)} nodes could not open a session, e.g. node {node}: {reason}"
+            )
+            if _DIAL_ERROR not in reason:
+                return problem
             return (
-                f"{len(self._refusals)} nodes could not open a session, e.g. node {node}: {reason} "
-                f"(the ServerApp listens on {self._open_server.address} and advertises "
-                f"{self._address}; set session-address and session-port in the run config)"
+                f"{problem} (the ServerApp listens on {self._open_server.address} and advertises "
+                f"{self._address}; set session-address and session-port; {HOW_TO_SET})"
             )
         return (
             f"none of {len(self._invited)} nodes dialled {self._address} within "
             f"{self._settings.join_timeout:g} s; are their ClientApps made by flsplit.client_app, "
             "and can their machines reach this address and port (session-address, session-port)?"
         )
+
+    def _dismiss(self, host: str, reason: str) -> None:
+        """End the stream of a host that takes too long; it counts as lost."""
+        self._open_server.close_host(host, reason)
+        self._lose(host, reason)
 
     def _lose(self, host: str, reason: str) -> None:
         """Answer what a lost host still owed; its node may come back with a new invitation."""
@@ -277,7 +318,7 @@ class SessionGrid(MessageGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages to their clients' hosts; return the messages' ids."""
-        return [self._send(message) for message in messages]
+        return self._push(messages, self._settings.step_timeout)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have come for these messages, each once."""
@@ -291,17 +332,18 @@ class SessionGrid(MessageGrid):
         """Send messages and wait for the replies.
 
         A host that hasn't answered after ``step_timeout`` (or ``timeout``, if that is less)
-        counts as lost; its clients answer with an Error.
+        counts as lost; its clients answer with an Error. So does one that has made no room for a
+        message by then. The others' time begins when all messages are on their way.
         """
-        return self.receive(list(self.push_messages(messages)), timeout=timeout)
+        return self.receive(self._push(messages, self._limit(timeout)), timeout=timeout)
 
     def receive(self, ids: list[str], *, timeout: float | None = None) -> list[Message]:
         """Wait for the replies to messages that were pushed; hosts may be late as above.
 
         The time counts from this call on: a host may have other messages to answer first.
         """
-        step_timeout = self._settings.step_timeout
-        deadline = time.monotonic() + min(step_timeout, timeout or step_timeout)
+        limit = self._limit(timeout)
+        deadline = time.monotonic() + limit
         waiting = self._unanswered(ids)
         while waiting and (left := deadline - time.monotonic()) > 0:
             if waiting[-1].reply is None:
@@ -309,14 +351,21 @@ class SessionGrid(MessageGrid):
             else:
                 waiting.pop()
         for host in {sent.seat.host for sent in self._unanswered(ids)}:
-            reason = f"no answer within {step_timeout:g} s (session-step-timeout)"
-            self._open_server.close_host(host, reason)
-            self._lose(host, reason)
+            self._dismiss(host, f"no answer within {limit:g} s (session-step-timeout)")
         return self._collect(ids)
+
+    def _limit(self, timeout: float | None) -> float:
+        """Return how many seconds a host has, where the caller allows ``timeout``."""
+        step_timeout = self._settings.step_timeout
+        return min(step_timeout, timeout or step_timeout)
 
     # --- messages ------------------------------------------------------------------------
 
-    def _send(self, message: Message) -> str:
+    def _push(self, messages: Iterable[Message], limit: float) -> list[str]:
+        """Send messages, and wait up to ``limit`` seconds for a host to make room for one."""
+        return [self._send(message, limit) for message in messages]
+
+    def _send(self, message: Message, limit: float) -> str:
         self._sequence += 1
         # Random bytes for a uuid would let go of the interpreter lock at every message.
         sequence, message_id = self._sequence, f"{self._session}-{self._sequence}"
@@ -326,21 +375,23 @@ class SessionGrid(MessageGrid):
             sent = _Sent(message, Seat("", ""), 0, _error(message, "the client has no host now"))
         else:
             sent = _Sent(message, seat, self._roster.epochs[seat.host])
-            self._post(sequence, sent)
         self._sent[sequence] = sent
         self._sequence_of[message_id] = sequence
+        if seat is not None:
+            self._post(sequence, sent, limit)
         return message_id
 
-    def _post(self, sequence: int, sent: _Sent) -> None:
+    def _post(self, sequence: int, sent: _Sent, limit: float) -> None:
         envelope = Envelope(sent.seat.client, sequence, sent.epoch)
         try:
-            self._open_server.send(
-                sent.seat.host, envelope, sent.message, timeout=self._settings.step_timeout
-            )
+            self._open_server.send(sent.seat.host, envelope, sent.message, timeout=limit)
         except WireError as error:
-            raise ConfigError(f"{error} (session-max-step-bytes)") from error
-        except (StreamEnded, TimeoutError) as error:
+            raise ConfigError(f"{error} (session-max-step-bytes; {HOW_TO_SET})") from error
+        except StreamEnded as error:
             sent.reply = _error(sent.message, f"its host was lost: {error}")
+        except TimeoutError as error:
+            # If it stayed, every further message to it would wait as long.
+            self._dismiss(sent.seat.host, f"{error} (session-step-timeout)")
 
     def _unanswered(self, ids: list[str]) -> list[_Sent]:
         sent = [self._sent[self._sequence_of[one]] for one in ids]

@@ -10,11 +10,12 @@ from flwr.clientapp import ClientApp
 
 from flsplit.carry.cohort import Cohort
 from flsplit.carry.session.invitation import Invitation
+from flsplit.carry.session.settings import HOW_TO_SET
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.flower_internals import CLIENT_RAISED
 from flsplit.log import logger
 from flsplit.storage import ClientStore
-from flsplit.wire import DialError, HostStream, StreamEnded
+from flsplit.wire import DialError, Envelope, HostStream, StreamEnded, WireError
 
 OWN_CLIENT = ""
 """How an envelope addresses the client of the node itself."""
@@ -26,12 +27,15 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
     Returns
     -------
     Message
-        How many messages were served; an Error if the server can't be reached.
+        How many messages were served; an Error if the server can't be reached, or if the node's
+        own configuration can't be used.
     """
     invitation = Invitation.from_content(message.content)
     if invitation.expired:
         return _reply(message, served=0)
     try:
+        # Before dialling: the answer to this message is all that the server hears of an error.
+        clients = Clients.of(app, context, invitation)
         stream = HostStream.dial(
             invitation.address,
             invitation.token,
@@ -39,10 +43,11 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
             describe_host(context),
             max_message_bytes=invitation.max_step_bytes,
         )
-    except DialError as error:
-        return Message(Error(CLIENT_RAISED, f"DialError: {error}"), reply_to=message)
+    except (ConfigError, DialError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        return Message(Error(CLIENT_RAISED, reason), reply_to=message)
     with stream:
-        served = _serve(stream, Clients.of(app, context, invitation))
+        served = _serve(stream, clients)
     ending = stream.ending
     logger.info("session %s: %s", invitation.session, ending.reason if ending else "over")
     return _reply(message, served=served)
@@ -125,12 +130,22 @@ def _serve(stream: HostStream, clients: Clients) -> int:
     for envelope, request in stream:
         reply = clients.answer(envelope.client, request)
         try:
-            stream.send(envelope, reply)
+            _send(stream, envelope, request, reply)
         except StreamEnded:
             break
         served += 1
     clients.cohort.flush()
     return served
+
+
+def _send(stream: HostStream, envelope: Envelope, request: Message, reply: Message) -> None:
+    """Send a reply; one that can't be sent costs its client the answer, not the host its stream."""
+    try:
+        stream.send(envelope, reply)
+    except WireError as error:
+        reason = f"the answer can't be sent: {error} (session-max-step-bytes; {HOW_TO_SET})"
+        logger.error("client %r: %s", envelope.client, reason)
+        stream.send(envelope, Message(Error(CLIENT_RAISED, reason), reply_to=request))
 
 
 def _reply(message: Message, *, served: int) -> Message:

@@ -6,7 +6,10 @@ from typing import Any
 
 from flsplit.errors import ConfigError
 
-_PREFIX = "session-"
+HOW_TO_SET = "a run config can only set keys that the app's pyproject.toml declares"
+"""What an error says where it names a key that an app may not have declared: Flower refuses it."""
+
+_EXPECTED = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class SessionSettings:
     grace : float
         Seconds to wait for further hosts once one is there.
     step_timeout : float
-        Seconds a host has to answer one step. After that it counts as lost.
+        Seconds a host has to take a message, and then to answer. After that it counts as lost.
     max_step_bytes : int
         The longest message, in bytes.
     session_rounds : int
@@ -57,18 +60,18 @@ class SessionSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that can't be used."""
+        for one in fields(self):
+            _check_type(_key(one.name), getattr(self, one.name), one.type)
         if not self.address:
             raise ConfigError("session-address is empty, expected a name or an IP address")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"session-port is {self.port}, expected 0 to 65535")
         for name in ("join_timeout", "step_timeout", "lifetime", "max_step_bytes"):
             if not getattr(self, name) > 0:
-                key = name.replace("_", "-")
-                raise ConfigError(f"{key} is {getattr(self, name)}, expected more than 0")
+                raise ConfigError(f"{_key(name)} is {getattr(self, name)}, expected more than 0")
         for name in ("grace", "max_hosts", "session_rounds"):
             if not getattr(self, name) >= 0:
-                key = name.replace("_", "-")
-                raise ConfigError(f"{key} is {getattr(self, name)}, expected 0 or more")
+                raise ConfigError(f"{_key(name)} is {getattr(self, name)}, expected 0 or more")
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> "SessionSettings":
@@ -79,9 +82,8 @@ class SessionSettings:
         """
         given = {}
         for one in fields(cls):
-            key = _PREFIX + one.name.removeprefix("session_").replace("_", "-")
-            if key in run_config:
-                given[one.name] = run_config[key]
+            if _key(one.name) in run_config:
+                given[one.name] = run_config[_key(one.name)]
         return cls(**given)
 
     @property
@@ -94,6 +96,18 @@ class SessionSettings:
     def advertised(self, port: int) -> str:
         """Return what hosts dial, as ``host:port``."""
         return f"{_bracketed(self.address)}:{port}"
+
+
+def _key(name: str) -> str:
+    """Return how a run config calls a field."""
+    return "session-" + name.removeprefix("session_").replace("_", "-")
+
+
+def _check_type(key: str, value: object, kind: Any) -> None:
+    # A bool is an int to Python, but no number to whoever writes a run config.
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{key} is {value!r}, expected {_EXPECTED[kind]}")
 
 
 def _bracketed(host: str) -> str:
