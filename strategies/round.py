@@ -46,6 +46,8 @@ class Round:
         Whether clients hand over their segment at the end.
     min_clients : int
         With fewer clients left, the round ends with an error.
+    ended : bool
+        Whether the round has ended early, because clients have disconnected.
     """
 
     clients: Clients
@@ -55,6 +57,7 @@ class Round:
     upload_segment: bool
     min_clients: int
     entry: RoundEntry = field(init=False)
+    ended: bool = field(default=False, init=False)
     _rows: int = 0
     _loss: float = 0.0
     _classified: int = 0
@@ -150,21 +153,23 @@ class Round:
         Where clients have disconnected, it ends here, and the next one waits for them to return;
         clients that are there and can't take part won't be able to next time either.
         """
+        if self.ended:
+            return False
         lost = {one.client: one.reason for one in self.entry.left_out}
-        num_connected = self.clients.connected
-        num_left = num_connected - len(lost)
+        left = self.clients.connected - lost.keys()
         trains = bool(set(self.participants) - lost.keys())
-        if not lost or (num_left >= self.min_clients and trains):
+        if not lost or (len(left) >= self.min_clients and trains):
             return True
         reasons = "; ".join(f"client {name!r}: {reason}" for name, reason in lost.items())
         problem = (
-            f"round {self.plan.server_round}: {num_left} of {num_connected} clients are left, "
-            f"expected {self.min_clients} or more (min_available_nodes) and one that trains. "
+            f"round {self.plan.server_round}: {len(left)} of {len(left | lost.keys())} clients are "
+            f"left, expected {self.min_clients} or more (min_available_nodes) and one that trains. "
             f"{reasons}"
         )
         if lost.keys() <= set(self.clients.discover()):
             raise NotEnoughClientsError(problem)
         logger.warning("the round ends early: %s", problem)
+        self.ended = True
         return False
 
     # --- a server step -------------------------------------------------------------------

@@ -52,6 +52,8 @@ class SequentialSL(SplitStrategy):
         finished: dict[str, FinishReply] = {}
         for name in round_.participants:
             finished |= self._take_turn(round_, name)
+            if round_.ended:
+                break
         return finished
 
     def _take_turn(self, round_: Round, name: str) -> dict[str, FinishReply]:

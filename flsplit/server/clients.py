@@ -33,6 +33,8 @@ from flsplit.server.errands import exchange_of
 
 STATE_LOST = StateLostError.__name__  # how a client's Error says so
 
+_GONE = "its node is not connected any more"
+
 _POLL_SECONDS = 0.5  # Flower's grid has no event for a node that joins
 
 
@@ -154,9 +156,9 @@ class Clients:
             self._node_of[name] = node
 
     @property
-    def connected(self) -> int:
-        """How many clients were connected when last looked."""
-        return len(self._node_of)
+    def connected(self) -> set[str]:
+        """Who was connected when last looked."""
+        return set(self._node_of)
 
     # --- an exchange ---------------------------------------------------------------------
 
@@ -184,10 +186,11 @@ class Clients:
 
         A client answers in the order in which it was asked.
         """
+        requests = self._without_who_is_gone(requests, entry)
         traffic = {name: Traffic() for name in requests}
         messages = [self._message(name, one, traffic[name]) for name, one in requests.items()]
         started = time.perf_counter()
-        return Sent(dict(requests), traffic, started, list(self._grid.push_messages(messages)))
+        return Sent(requests, traffic, started, list(self._grid.push_messages(messages)))
 
     def receive(self, sent: Sent, entry: RoundEntry) -> dict[str, Reply]:
         """Return the answers to requests that were sent before, as :meth:`exchange` does.
@@ -211,6 +214,7 @@ class Clients:
         self, requests: Mapping[str, Request], entry: RoundEntry
     ) -> tuple[dict[str, Reply], list[str]]:
         """Return the replies, and which clients don't hold the segment they should hold."""
+        requests = self._without_who_is_gone(requests, entry)
         if not requests:
             return {}, []
         held = {name: self._without_what_is_held(name, one) for name, one in requests.items()}
@@ -264,6 +268,16 @@ class Clients:
             entry.waiting_seconds += time.perf_counter() - told
         self._answered = time.perf_counter()
 
+    def _without_who_is_gone(
+        self, requests: Mapping[str, Request], entry: RoundEntry
+    ) -> dict[str, Request]:
+        """Return the requests that can be sent; clients whose node is gone are left out."""
+        there = {name: one for name, one in requests.items() if name in self._node_of}
+        for name, request in requests.items():
+            if name not in there:
+                self._leave_out(name, request, _GONE, entry)
+        return there
+
     def _without_what_is_held(self, name: str, request: Request) -> Request:
         if isinstance(request, LocalRequest) and request.auxiliary_held and name in self.holds:
             request = replace(request, auxiliary=None)
@@ -282,6 +296,8 @@ class Clients:
     def _take(
         self, name: str, request: Request, by_node: Mapping[int, Message], traffic: Traffic
     ) -> Reply:
+        if name not in self._node_of:
+            raise ProtocolError(_GONE)
         message = by_node.get(self._node_of[name])
         if message is None:
             raise ProtocolError(f"no answer within {self._timeout:g} s")

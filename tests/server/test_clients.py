@@ -106,7 +106,7 @@ def test_a_node_is_asked_for_its_name_once():
     for _ in range(3):
         clients.discover()
     assert sorted(grid.asked(DESCRIBE)) == ["a", "b"]
-    assert clients.connected == 2
+    assert clients.connected == {"a", "b"}
 
 
 def test_nodes_come_and_go():
@@ -178,6 +178,17 @@ def test_replies_come_back_by_name_in_the_fixed_order():
     assert entry.left_out == []
     assert entry.client_seconds == 1.5
     assert set(grid.timeouts) == {5}
+
+
+def test_a_client_that_is_gone_by_now_is_left_out():
+    clients, grid = make({4: "a", 5: "b"})
+    del grid.names[5]
+    clients.discover()
+    replies, entry = exchange(clients, {"a": StepRequest(1, 2), "b": StepRequest(1, 2)})
+    assert list(replies) == ["a"]
+    (left,) = entry.left_out
+    assert (left.client, left.step) == ("b", 2)
+    assert left.reason == "its node is not connected any more"
 
 
 def test_nothing_to_ask_sends_nothing():
