@@ -112,7 +112,8 @@ class Round:
         ------
         NotEnoughClientsError
             If fewer than ``min_clients`` are left afterwards, though they are connected. Where
-            clients have disconnected, the round ends early instead: no steps are returned.
+            clients have disconnected or lost their host, the round ends early instead: no steps
+            are returned.
         """
         replies = self.clients.exchange(requests, self.entry)
         if not self._enough_are_left():
@@ -150,8 +151,9 @@ class Round:
     def _enough_are_left(self) -> bool:
         """Tell whether the round can go on.
 
-        Where clients have disconnected, it ends here, and the next one waits for them to return;
-        clients that are there and can't take part won't be able to next time either.
+        Where clients have disconnected or lost their host, it ends here, and the next one waits
+        for them to return; clients that are there and can't take part won't be able to next time
+        either.
         """
         if self.ended:
             return False
@@ -166,7 +168,8 @@ class Round:
             f"left, expected {self.min_clients} or more (min_available_nodes) and one that trains. "
             f"{reasons}"
         )
-        if lost.keys() <= set(self.clients.discover()):
+        some_are_away = any(one.away for one in self.entry.left_out)
+        if not some_are_away and lost.keys() <= set(self.clients.discover()):
             raise NotEnoughClientsError(problem)
         logger.warning("the round ends early: %s", problem)
         self.ended = True

@@ -18,6 +18,7 @@ from flsplit.errors import (
     ProtocolError,
     StateLostError,
 )
+from flsplit.flower_internals import NODE_AWAY
 from flsplit.log import logger
 from flsplit.message.arrays import nbytes
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
@@ -30,6 +31,11 @@ from flsplit.message.step import StepReply, StepRequest
 from flsplit.message.types import DESCRIBE, EVALUATE, FINISH, LOCAL, SHAPE, STEP
 from flsplit.server.checks import Reply, Request, check_reply
 from flsplit.server.errands import exchange_of
+
+
+class _AwayError(FlsplitError):
+    """A client's node or host was lost; nothing is wrong with the client itself."""
+
 
 STATE_LOST = StateLostError.__name__  # how a client's Error says so
 
@@ -206,7 +212,7 @@ class Clients:
         left_out = {one.client for one in entry.left_out}
         replies, stateless = self._take_all(sent, _by_node(answers), entry, but=left_out)
         for name, error in stateless.items():
-            self._leave_out(name, sent.requests[name], str(error), entry)
+            self._leave_out(name, sent.requests[name], error, entry)
         self._close(replace(sent, started=max(sent.started, self._answered)), replies, entry)
         return replies
 
@@ -227,7 +233,7 @@ class Clients:
         lost = []
         for name, error in stateless.items():
             if held[name] is requests[name]:
-                self._leave_out(name, requests[name], str(error), entry)
+                self._leave_out(name, requests[name], error, entry)
             else:
                 lost.append(name)
         self._close(sent, replies, entry)
@@ -252,7 +258,7 @@ class Clients:
             except StateLostError as error:
                 stateless[name] = error
             except FlsplitError as error:
-                self._leave_out(name, request, str(error), entry)
+                self._leave_out(name, request, error, entry)
         return replies, stateless
 
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
@@ -275,7 +281,7 @@ class Clients:
         there = {name: one for name, one in requests.items() if name in self._node_of}
         for name, request in requests.items():
             if name not in there:
-                self._leave_out(name, request, _GONE, entry)
+                self._leave_out(name, request, _AwayError(_GONE), entry)
         return there
 
     def _without_what_is_held(self, name: str, request: Request) -> Request:
@@ -297,12 +303,14 @@ class Clients:
         self, name: str, request: Request, by_node: Mapping[int, Message], traffic: Traffic
     ) -> Reply:
         if name not in self._node_of:
-            raise ProtocolError(_GONE)
+            raise _AwayError(_GONE)
         message = by_node.get(self._node_of[name])
         if message is None:
             raise ProtocolError(f"no answer within {self._timeout:g} s")
         if message.has_error():
             reason = message.error.reason or "an error without a reason"
+            if message.error.code == NODE_AWAY:
+                raise _AwayError(reason)
             raise StateLostError(reason) if STATE_LOST in reason else ProtocolError(reason)
         kind = _KINDS[type(request)]
         reply = kind.parse(message.content)
@@ -314,11 +322,14 @@ class Clients:
                 self._account(category.format("up"), array, traffic)
         return reply
 
-    def _leave_out(self, name: str, request: Request, reason: str, entry: RoundEntry) -> None:
+    def _leave_out(
+        self, name: str, request: Request, error: FlsplitError, entry: RoundEntry
+    ) -> None:
         step = getattr(request, "step", entry.steps)
-        entry.left_out.append(LeftOut(name, step, reason))
+        away = isinstance(error, _AwayError)
+        entry.left_out.append(LeftOut(name, step, str(error), away))
         logger.warning(
-            "client %r is left out of round %d from step %d on: %s", name, entry.round, step, reason
+            "client %r is left out of round %d from step %d on: %s", name, entry.round, step, error
         )
 
     # --- accounting ----------------------------------------------------------------------
