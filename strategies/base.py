@@ -122,6 +122,10 @@ class SplitStrategy(Strategy):
             )
             self.replace_client_segment(aggregated)
 
+    def exchanges_per_round(self, steps: int, participants: int) -> int:
+        """Return how many exchanges a round takes whose clients have up to ``steps`` steps."""
+        return steps + 1
+
     # --- Flower's interface --------------------------------------------------------------
 
     def start(

@@ -1,7 +1,7 @@
 """One round under way: the clients in it, its plan and its ledger entry."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -46,6 +46,9 @@ class Round:
         Whether clients hand over their segment at the end.
     min_clients : int
         With fewer clients left, the round ends with an error.
+    exchanges_left : callable, optional
+        In the first round of a run: takes how many steps the clients have, and returns how many
+        exchanges the run takes from here on.
     ended : bool
         Whether the round has ended early, because clients have disconnected.
     """
@@ -56,6 +59,7 @@ class Round:
     participants: list[str]
     upload_segment: bool
     min_clients: int
+    exchanges_left: Callable[[int], int] | None = None
     entry: RoundEntry = field(init=False)
     ended: bool = field(default=False, init=False)
     _rows: int = 0
@@ -115,17 +119,16 @@ class Round:
             clients have disconnected or lost their host, the round ends early instead: no steps
             are returned.
         """
-        replies = self.clients.exchange(requests, self.entry)
+        replies = self._exchange(requests)
         if not self._enough_are_left():
             replies = {n: r for n, r in replies.items() if isinstance(r, FinishReply)}
         steps = {n: r for n, r in replies.items() if isinstance(r, StepReply)}
         ends = {n: r for n, r in replies.items() if isinstance(r, FinishReply)}
-        self._check_speed(steps)
         return steps, ends
 
     def exchange_local(self, requests: Mapping[str, LocalRequest]) -> dict[str, LocalReply]:
         """Send requests for local steps and return the replies; fewer clients as in `exchange`."""
-        return self._local(self.clients.exchange(requests, self.entry))
+        return self._local(self._exchange(requests))
 
     def send_local(self, requests: Mapping[str, LocalRequest]) -> Sent:
         """Send requests for local steps whose replies :meth:`receive_local` returns later."""
@@ -140,13 +143,16 @@ class Round:
             return {}
         return {name: one for name, one in replies.items() if isinstance(one, LocalReply)}
 
-    def _check_speed(self, steps: Mapping[str, StepReply]) -> None:
-        """At the run's first step, let the carrier say if it is too slow for the rest."""
-        first = self.plan.server_round == 1 and self.entry.steps == 0
-        if first and steps:
-            per_round = max(reply.num_steps for reply in steps.values()) + 2
-            exchanges = per_round * self.plan.num_rounds
-            self.clients.carrier.check_speed(self.entry.waiting_seconds, exchanges)
+    def _exchange(self, requests: Mapping[str, Request]) -> dict[str, Reply]:
+        """Exchange; after the run's first, let the carrier say if it is too slow for the rest."""
+        before = self.entry.waiting_seconds
+        replies = self.clients.exchange(requests, self.entry)
+        steps = [r.num_steps for r in replies.values() if isinstance(r, StepReply | LocalReply)]
+        if self.exchanges_left and steps:
+            exchanges = self.exchanges_left(max(steps))
+            self.clients.carrier.check_speed(self.entry.waiting_seconds - before, exchanges)
+            self.exchanges_left = None
+        return replies
 
     def _enough_are_left(self) -> bool:
         """Tell whether the round can go on.

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,8 @@ class Run:
             self._evaluate_centrally(0)
         for server_round in range(first, self.num_rounds + 1):
             round_ = self._open(server_round, clients)
+            if server_round == first:
+                round_.exchanges_left = partial(self._exchanges_left, round_)
             finished = self.strategy.train_round(round_)
             self.strategy.end_round(round_, finished)
             for segment in self.strategy.server_segments():
@@ -104,6 +107,15 @@ class Run:
             spent = (time.perf_counter() - started) / (server_round - first + 1)
             log_round(round_.entry, self.num_rounds, spent * (self.num_rounds - server_round))
             carrier.end_round(server_round)
+            if server_round == first and clients.exchanges:  # now evaluation is known, too
+                mean = round_.entry.waiting_seconds / clients.exchanges
+                carrier.check_speed(mean, clients.exchanges * (self.num_rounds - server_round))
+
+    def _exchanges_left(self, round_: Round, steps: int) -> int:
+        """Return how many exchanges it takes from this round on; in evaluation, at least one."""
+        per_round = self.strategy.exchanges_per_round(steps, len(round_.participants))
+        per_round += self.strategy.options.fraction_evaluate > 0.0
+        return per_round * (self.num_rounds - round_.plan.server_round + 1)
 
     # --- a round -------------------------------------------------------------------------
 

@@ -56,6 +56,10 @@ class SequentialSL(SplitStrategy):
                 break
         return finished
 
+    def exchanges_per_round(self, steps: int, participants: int) -> int:
+        """Count every client's turn."""
+        return participants * (steps + 1)
+
     def _take_turn(self, round_: Round, name: str) -> dict[str, FinishReply]:
         round_.begin_with(self.client_segment)
         replies, finished = round_.exchange({name: round_.first_request(self._optimizer)})

@@ -102,8 +102,10 @@ class Clients:
     def __init__(self, carrier: OpenCarrier, timeout: float) -> None:
         self.carrier = carrier
         self.clock: Clock | None = None
-        self._answered = 0.0  # when clients last had answered, by time.perf_counter
         """What is told of every exchange."""
+        self.exchanges = 0
+        """How many there have been."""
+        self._answered = 0.0  # when clients last had answered, by time.perf_counter
         self._grid = carrier.grid
         self._timeout = timeout
         self._node_of: dict[str, int] = {}
@@ -263,6 +265,7 @@ class Clients:
 
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
         """Account for what was sent, and tell the clock."""
+        self.exchanges += 1
         broadcast = _broadcast_bytes(sent.requests)
         for one in sent.traffic.values():
             entry.traffic.include(one)
