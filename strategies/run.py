@@ -20,6 +20,7 @@ from flsplit.message.arrays import to_record
 from flsplit.message.finish import FinishReply
 from flsplit.seeds import derive_seed
 from flsplit.server.clients import Clients
+from flsplit.server.fits import Fits
 from flsplit.strategies.checkpoint import Checkpoints
 from flsplit.strategies.evaluation import evaluate_clients
 from flsplit.strategies.fleet import make_clock
@@ -85,6 +86,8 @@ class Run:
     ) -> None:
         started, first = time.perf_counter(), self._rounds_done + 1
         self.result.arrays = self.strategy.arrays()
+        pools = self.strategy.server_pass.pools and not self.strategy.one_by_one
+        self._fits = Fits(self.strategy.server, pools=pools)
         if first == 1:
             self._evaluate_centrally(0)
         for server_round in range(first, self.num_rounds + 1):
@@ -137,6 +140,7 @@ class Run:
             upload_segment=strategy.gives_whole_model
             or (options.share_client_segments and server_round == self.num_rounds),
             min_clients=options.min_available_nodes,
+            fits=self._fits,
         )
 
     def _choose(self, server_round: int, clients: Clients) -> list[str]:
@@ -166,6 +170,7 @@ class Run:
             round_.entry,
             batch_size=evaluate_batch_size(options, self.evaluate_config),
             metrics=options.metrics,
+            fits=Fits(self.strategy.server, pools=False),
         )
 
     def _evaluate_centrally(self, server_round: int) -> None:

@@ -214,7 +214,7 @@ class Clients:
         left_out = {one.client for one in entry.left_out}
         replies, stateless = self._take_all(sent, _by_node(answers), entry, but=left_out)
         for name, error in stateless.items():
-            self._leave_out(name, sent.requests[name], error, entry)
+            self.leave_out(name, sent.requests[name], error, entry)
         self._close(replace(sent, started=max(sent.started, self._answered)), replies, entry)
         return replies
 
@@ -235,7 +235,7 @@ class Clients:
         lost = []
         for name, error in stateless.items():
             if held[name] is requests[name]:
-                self._leave_out(name, requests[name], error, entry)
+                self.leave_out(name, requests[name], error, entry)
             else:
                 lost.append(name)
         self._close(sent, replies, entry)
@@ -260,7 +260,7 @@ class Clients:
             except StateLostError as error:
                 stateless[name] = error
             except FlsplitError as error:
-                self._leave_out(name, request, error, entry)
+                self.leave_out(name, request, error, entry)
         return replies, stateless
 
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
@@ -284,7 +284,7 @@ class Clients:
         there = {name: one for name, one in requests.items() if name in self._node_of}
         for name, request in requests.items():
             if name not in there:
-                self._leave_out(name, request, _AwayError(_GONE), entry)
+                self.leave_out(name, request, _AwayError(_GONE), entry)
         return there
 
     def _without_what_is_held(self, name: str, request: Request) -> Request:
@@ -325,9 +325,10 @@ class Clients:
                 self._account(category.format("up"), array, traffic)
         return reply
 
-    def _leave_out(
+    def leave_out(
         self, name: str, request: Request, error: FlsplitError, entry: RoundEntry
     ) -> None:
+        """Note in the ledger that a client is out for the rest of the round."""
         step = getattr(request, "step", entry.steps)
         away = isinstance(error, _AwayError)
         entry.left_out.append(LeftOut(name, step, str(error), away))
