@@ -130,19 +130,28 @@ class Clients:
         Raises
         ------
         NotEnoughClientsError
-            If there are fewer after ``timeout`` seconds.
+            If there are fewer after ``timeout`` seconds, or at once where none can join: over a
+            grid in this process.
         """
-        deadline = time.monotonic() + self._timeout
+        timeout = self._timeout if self._sends else 0.0
+        deadline, told = time.monotonic() + timeout, False
         while len(names := self.discover()) < minimum:
-            if time.monotonic() > deadline:
-                refused = [f"node {node}: {why}" for node, why in self._unusable.items()]
+            if not self._sends or time.monotonic() > deadline:
                 raise NotEnoughClientsError(
-                    f"{len(names)} clients are connected after {self._timeout:g} s, expected at "
-                    f"least {minimum} (min_available_nodes, min_train_nodes)"
-                    + "".join(f"; {one}" for one in refused)
+                    f"{len(names)} clients are connected after {timeout:g} s, expected at "
+                    f"least {minimum} (min_available_nodes, min_train_nodes){self._refusals()}"
                 )
+            if not told:
+                logger.info(
+                    "waiting for %d clients, %d are connected%s",
+                    minimum, len(names), self._refusals(),
+                )  # fmt: skip
+                told = True
             time.sleep(_POLL_SECONDS)
         return names
+
+    def _refusals(self) -> str:
+        return "".join(f"; node {node}: {why}" for node, why in self._unusable.items())
 
     def _describe(self, nodes: list[int]) -> None:
         messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]

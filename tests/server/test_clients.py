@@ -154,7 +154,15 @@ def test_waiting_for_more_clients_than_there_are():
         clients.wait_for(2)
 
 
-def test_waiting_until_a_client_has_come():
+def test_in_this_process_nobody_is_waited_for():
+    grid = Script({7: "a"})
+    grid.in_process = True
+    with pytest.raises(NotEnoughClientsError, match=r"1 clients are connected after 0 s.*least 2"):
+        Clients(OpenCarrier(grid), timeout=3600).wait_for(2)
+
+
+def test_waiting_until_a_client_has_come(caplog):
+    caplog.set_level("INFO")
     clients, grid = make({7: "a"})
     ask = grid.get_node_ids
 
@@ -165,6 +173,7 @@ def test_waiting_until_a_client_has_come():
 
     grid.get_node_ids = come_late
     assert clients.wait_for(2) == ["a", "b"]
+    assert caplog.messages == ["waiting for 2 clients, 1 are connected"]
 
 
 # --- an exchange -----------------------------------------------------------------------------
