@@ -182,11 +182,10 @@ class Round:
         trains = bool(set(self.participants) - lost.keys())
         if not lost or (len(left) >= self.min_clients and trains):
             return True
-        reasons = "; ".join(f"client {name!r}: {reason}" for name, reason in lost.items())
         problem = (
             f"round {self.plan.server_round}: {len(left)} of {len(left | lost.keys())} clients are "
             f"left, expected {self.min_clients} or more (min_available_nodes) and one that trains. "
-            f"{reasons}"
+            f"{_by_reason(lost)}"
         )
         some_are_away = any(one.away for one in self.entry.left_out)
         if not some_are_away and lost.keys() <= set(self.clients.discover()):
@@ -276,3 +275,11 @@ def _uploads(reply: Reply) -> list[Batch]:
     if isinstance(reply, LocalReply):
         return list(reply.uploads.values())
     return [(reply.smashed, reply.labels)] if isinstance(reply, StepReply) else []
+
+
+def _by_reason(lost: Mapping[str, str]) -> str:
+    """Return who was lost and why; clients with the same reason stand together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in lost.items():
+        names.setdefault(reason, []).append(f"client {name!r}")
+    return "; ".join(f"{', '.join(clients)}: {reason}" for reason, clients in names.items())

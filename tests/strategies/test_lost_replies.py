@@ -314,8 +314,10 @@ def test_a_run_ends_when_nobody_is_left(strategy_class):
     def lose_all(requests, replies, count):
         replies.clear()
 
-    with pytest.raises(NotEnoughClientsError, match="0 of 3 clients"):
+    with pytest.raises(NotEnoughClientsError, match="0 of 3 clients") as caught:
         run_with(lose_all, strategy_class)
+    expected = "client '0', client '1', client '2': no answer within 3600 s"
+    assert str(caught.value).endswith(expected)
 
 
 def test_a_run_does_not_begin_with_too_few_clients():
