@@ -5,7 +5,8 @@
   notebook, a test) any Flower strategy would fail, so flsplit sets it there.
 * ``Grid.run`` must return a ``Run``, whose class is not public.
 * A message's id is given by the carrier, and ``Metadata`` has no setter for it.
-* The code of an ``Error`` that says "the ClientApp raised" is not public either.
+* The codes of an ``Error`` that say "the ClientApp raised" and "the node is away" are not public
+  either.
 """
 
 from flwr.app import Message
@@ -14,9 +15,17 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 CLIENT_RAISED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+NODE_AWAY = ErrorCode.NODE_UNAVAILABLE
 SERVER_NODE_ID = 1  # what Flower gives the ServerApp's node, too
 
-__all__ = ["CLIENT_RAISED", "SERVER_NODE_ID", "Run", "ensure_task_identity", "set_message_id"]
+__all__ = [
+    "CLIENT_RAISED",
+    "NODE_AWAY",
+    "SERVER_NODE_ID",
+    "Run",
+    "ensure_task_identity",
+    "set_message_id",
+]
 
 
 def ensure_task_identity(run_id: int) -> None:

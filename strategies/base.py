@@ -4,7 +4,7 @@ import copy
 import inspect
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -24,7 +24,7 @@ from flsplit.seeds import seeded
 from flsplit.server.aggregate import SegmentAggregator, Upload
 from flsplit.server.passes import PerClient, Pooled, ServerPass
 from flsplit.server.rules import GradientRule, check_rules
-from flsplit.server.segment import ServerSegment
+from flsplit.server.segment import Gradients, ServerSegment
 from flsplit.server.step import ClientBatch, StepResult, loss_weights
 from flsplit.strategies.checkpoint import (
     get_client_segment,
@@ -121,6 +121,10 @@ class SplitStrategy(Strategy):
                 round_.plan.server_round, uploads, self.client_segment.tensors
             )
             self.replace_client_segment(aggregated)
+
+    def exchanges_per_round(self, steps: int, participants: int) -> int:
+        """Return how many exchanges a round takes whose clients have up to ``steps`` steps."""
+        return steps + 1
 
     # --- Flower's interface --------------------------------------------------------------
 
@@ -318,7 +322,7 @@ class SplitStrategy(Strategy):
                 result = self.server_pass(segment, batches, weights)
                 for rule in self.rules:
                     result = rule(context, result)
-            check_finite(result, where)
+            check_finite(result, where, lambda: culprits(segment, batches))
         segment.step(result.server_gradients, result.server_lr_factor)
         round_.record_step(step, batches, result, started)
         return result
@@ -415,7 +419,21 @@ def backward_requests(
     }
 
 
-def check_finite(result: StepResult, where: str) -> None:
+def culprits(segment: ServerSegment, batches: list[ClientBatch]) -> list[str]:
+    """Return whose batches alone give gradients that are NaN or infinite; all if none does."""
+    found = []
+    for batch in batches:
+        try:
+            with segment.keeping_buffers():
+                own = Pooled()(segment, [batch], {batch.client: 1.0})
+        except FlsplitError:  # BatchNorm can't train on one row
+            continue
+        if not _all_finite(own.server_gradients):
+            found.append(batch.client)
+    return found or [batch.client for batch in batches]
+
+
+def check_finite(result: StepResult, where: str, culprits: Callable[[], list[str]]) -> None:
     """Raise NonFiniteError if a loss or gradient is NaN or infinite, naming client and step."""
     for client, loss in result.losses.items():
         gradient = result.cut_gradients[client]
@@ -428,10 +446,14 @@ def check_finite(result: StepResult, where: str) -> None:
                     f"{what} of client {client!r} is NaN or infinite ({where}); a smaller learning "
                     "rate may help. The server's weights are those of the step before"
                 )
-    gradients = [g for g in result.server_gradients if g is not None]
-    if not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+    if not _all_finite(result.server_gradients):
         raise NonFiniteError(
             f"a gradient of the server segment is NaN or infinite ({where}, clients "
-            f"{', '.join(map(repr, result.losses))}); the server's weights are those of the step "
+            f"{', '.join(map(repr, culprits()))}); the server's weights are those of the step "
             "before"
         )
+
+
+def _all_finite(gradients: Gradients) -> bool:
+    norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+    return bool(torch.isfinite(norm))

@@ -128,6 +128,10 @@ class DecoupledStrategy(SplitStrategy):
     def uploaded(self, client: str, smashed: Tensor, labels: Tensor) -> None:
         """Take note of an upload, after the server's step."""
 
+    def exchanges_per_round(self, steps: int, participants: int) -> int:
+        """Count one exchange: only a session takes a round in parts."""
+        return 1
+
     # --- a run ---------------------------------------------------------------------------
 
     def begin_run(self) -> None:

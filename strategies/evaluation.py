@@ -7,7 +7,9 @@ from flsplit.account.ledger import RoundEntry
 from flsplit.errors import FlsplitError, located
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.parts import SegmentArrays
+from flsplit.server.checks import Reply
 from flsplit.server.clients import Clients
+from flsplit.server.fits import Batch, Fits
 from flsplit.server.segment import ServerSegment
 from flsplit.strategies.scores import Scores
 
@@ -24,6 +26,7 @@ def evaluate_clients(
     *,
     batch_size: int,
     metrics: "Mapping[str, Metric]",
+    fits: Fits,
 ) -> dict[str, float]:
     """Return loss and metrics over all test samples of the clients ``names``.
 
@@ -43,6 +46,8 @@ def evaluate_clients(
         Test examples per exchange.
     metrics : mapping of str to torchmetrics.Metric
         Further metrics by name, updated with ``(logits, labels)``.
+    fits : Fits
+        Tells whose smashed data and labels the server segment can't take.
 
     Returns
     -------
@@ -66,6 +71,10 @@ def evaluate_clients(
         replies = clients.exchange(requests, entry)
         batch += 1
         remaining = []
+        misfits = fits.misfits(_uploads(replies))
+        for name, error in misfits.items():
+            clients.leave_out(name, requests[name], error, entry)
+            replies.pop(name)
         for name, reply in replies.items():
             if not isinstance(reply, EvaluateReply):
                 raise FlsplitError(
@@ -77,3 +86,12 @@ def evaluate_clients(
             if batch < reply.num_batches:
                 remaining.append(name)
     return scores.compute()
+
+
+def _uploads(replies: Mapping[str, Reply]) -> dict[str, list[Batch]]:
+    """Return the smashed data and labels of the clients that have test data."""
+    return {
+        name: [(reply.smashed, reply.labels)]
+        for name, reply in replies.items()
+        if isinstance(reply, EvaluateReply) and reply.num_batches
+    }

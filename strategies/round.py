@@ -1,7 +1,7 @@
 """One round under way: the clients in it, its plan and its ledger entry."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from flsplit.message.step import StepReply, StepRequest
 from flsplit.seeds import derive_seed
 from flsplit.server.checks import Reply, Request
 from flsplit.server.clients import Clients, Sent
+from flsplit.server.fits import Batch, Fits
 from flsplit.server.step import (
     ClientBatch,
     Shares,
@@ -46,6 +47,13 @@ class Round:
         Whether clients hand over their segment at the end.
     min_clients : int
         With fewer clients left, the round ends with an error.
+    fits : Fits, optional
+        Tells whose smashed data and labels the server segment can't take.
+    exchanges_left : callable, optional
+        In the first round of a run: takes how many steps the clients have, and returns how many
+        exchanges the run takes from here on.
+    ended : bool
+        Whether the round has ended early, because clients have disconnected.
     """
 
     clients: Clients
@@ -54,7 +62,10 @@ class Round:
     participants: list[str]
     upload_segment: bool
     min_clients: int
+    fits: Fits | None = None
+    exchanges_left: Callable[[int], int] | None = None
     entry: RoundEntry = field(init=False)
+    ended: bool = field(default=False, init=False)
     _rows: int = 0
     _loss: float = 0.0
     _classified: int = 0
@@ -109,19 +120,19 @@ class Round:
         ------
         NotEnoughClientsError
             If fewer than ``min_clients`` are left afterwards, though they are connected. Where
-            clients have disconnected, the round ends early instead: no steps are returned.
+            clients have disconnected or lost their host, the round ends early instead: no steps
+            are returned.
         """
-        replies = self.clients.exchange(requests, self.entry)
+        replies = self._exchange(requests)
         if not self._enough_are_left():
             replies = {n: r for n, r in replies.items() if isinstance(r, FinishReply)}
         steps = {n: r for n, r in replies.items() if isinstance(r, StepReply)}
         ends = {n: r for n, r in replies.items() if isinstance(r, FinishReply)}
-        self._check_speed(steps)
         return steps, ends
 
     def exchange_local(self, requests: Mapping[str, LocalRequest]) -> dict[str, LocalReply]:
         """Send requests for local steps and return the replies; fewer clients as in `exchange`."""
-        return self._local(self.clients.exchange(requests, self.entry))
+        return self._local(self._exchange(requests))
 
     def send_local(self, requests: Mapping[str, LocalRequest]) -> Sent:
         """Send requests for local steps whose replies :meth:`receive_local` returns later."""
@@ -129,42 +140,58 @@ class Round:
 
     def receive_local(self, sent: Sent) -> dict[str, LocalReply]:
         """Return the replies to what was sent; fewer clients as in `exchange`."""
-        return self._local(self.clients.receive(sent, self.entry))
+        return self._local(self._fitting(sent.requests, self.clients.receive(sent, self.entry)))
 
     def _local(self, replies: Mapping[str, Reply]) -> dict[str, LocalReply]:
         if not self._enough_are_left():
             return {}
         return {name: one for name, one in replies.items() if isinstance(one, LocalReply)}
 
-    def _check_speed(self, steps: Mapping[str, StepReply]) -> None:
-        """At the run's first step, let the carrier say if it is too slow for the rest."""
-        first = self.plan.server_round == 1 and self.entry.steps == 0
-        if first and steps:
-            per_round = max(reply.num_steps for reply in steps.values()) + 2
-            exchanges = per_round * self.plan.num_rounds
-            self.clients.carrier.check_speed(self.entry.waiting_seconds, exchanges)
+    def _exchange(self, requests: Mapping[str, Request]) -> dict[str, Reply]:
+        """Exchange; after the run's first, let the carrier say if it is too slow for the rest."""
+        before = self.entry.waiting_seconds
+        replies = self.clients.exchange(requests, self.entry)
+        steps = [r.num_steps for r in replies.values() if isinstance(r, StepReply | LocalReply)]
+        if self.exchanges_left and steps:
+            exchanges = self.exchanges_left(max(steps))
+            self.clients.carrier.check_speed(self.entry.waiting_seconds - before, exchanges)
+            self.exchanges_left = None
+        return self._fitting(requests, replies)
+
+    def _fitting(
+        self, requests: Mapping[str, Request], replies: Mapping[str, Reply]
+    ) -> dict[str, Reply]:
+        """Return the replies, without those that the server segment can't take."""
+        uploads = {name: _uploads(reply) for name, reply in replies.items()}
+        misfits = self.fits.misfits(uploads) if self.fits else {}
+        for name, error in misfits.items():
+            self.clients.leave_out(name, requests[name], error, self.entry)
+        return {name: reply for name, reply in replies.items() if name not in misfits}
 
     def _enough_are_left(self) -> bool:
         """Tell whether the round can go on.
 
-        Where clients have disconnected, it ends here, and the next one waits for them to return;
-        clients that are there and can't take part won't be able to next time either.
+        Where clients have disconnected or lost their host, it ends here, and the next one waits
+        for them to return; clients that are there and can't take part won't be able to next time
+        either.
         """
+        if self.ended:
+            return False
         lost = {one.client: one.reason for one in self.entry.left_out}
-        num_connected = self.clients.connected
-        num_left = num_connected - len(lost)
+        left = self.clients.connected - lost.keys()
         trains = bool(set(self.participants) - lost.keys())
-        if not lost or (num_left >= self.min_clients and trains):
+        if not lost or (len(left) >= self.min_clients and trains):
             return True
-        reasons = "; ".join(f"client {name!r}: {reason}" for name, reason in lost.items())
         problem = (
-            f"round {self.plan.server_round}: {num_left} of {num_connected} clients are left, "
-            f"expected {self.min_clients} or more (min_available_nodes) and one that trains. "
-            f"{reasons}"
+            f"round {self.plan.server_round}: {len(left)} of {len(left | lost.keys())} clients are "
+            f"left, expected {self.min_clients} or more (min_available_nodes) and one that trains. "
+            f"{_by_reason(lost)}"
         )
-        if lost.keys() <= set(self.clients.discover()):
+        some_are_away = any(one.away for one in self.entry.left_out)
+        if not some_are_away and lost.keys() <= set(self.clients.discover()):
             raise NotEnoughClientsError(problem)
         logger.warning("the round ends early: %s", problem)
+        self.ended = True
         return False
 
     # --- a server step -------------------------------------------------------------------
@@ -241,3 +268,18 @@ class Round:
         if self.clients.clock:
             self.entry.simulated_seconds = self.clients.clock.end_round()
         return self.entry
+
+
+def _uploads(reply: Reply) -> list[Batch]:
+    """Return the smashed data and labels in a reply of training."""
+    if isinstance(reply, LocalReply):
+        return list(reply.uploads.values())
+    return [(reply.smashed, reply.labels)] if isinstance(reply, StepReply) else []
+
+
+def _by_reason(lost: Mapping[str, str]) -> str:
+    """Return who was lost and why; clients with the same reason stand together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in lost.items():
+        names.setdefault(reason, []).append(f"client {name!r}")
+    return "; ".join(f"{', '.join(clients)}: {reason}" for reason, clients in names.items())

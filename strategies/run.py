@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from flsplit.message.arrays import to_record
 from flsplit.message.finish import FinishReply
 from flsplit.seeds import derive_seed
 from flsplit.server.clients import Clients
+from flsplit.server.fits import Fits
 from flsplit.strategies.checkpoint import Checkpoints
 from flsplit.strategies.evaluation import evaluate_clients
 from flsplit.strategies.fleet import make_clock
@@ -84,10 +86,14 @@ class Run:
     ) -> None:
         started, first = time.perf_counter(), self._rounds_done + 1
         self.result.arrays = self.strategy.arrays()
+        pools = self.strategy.server_pass.pools and not self.strategy.one_by_one
+        self._fits = Fits(self.strategy.server, pools=pools)
         if first == 1:
             self._evaluate_centrally(0)
         for server_round in range(first, self.num_rounds + 1):
             round_ = self._open(server_round, clients)
+            if server_round == first:
+                round_.exchanges_left = partial(self._exchanges_left, round_)
             finished = self.strategy.train_round(round_)
             self.strategy.end_round(round_, finished)
             for segment in self.strategy.server_segments():
@@ -105,6 +111,15 @@ class Run:
             log_round(round_.entry, self.num_rounds, spent * (self.num_rounds - server_round))
             if server_round < self.num_rounds:
                 carrier.end_round(server_round)
+            if server_round == first and clients.exchanges:  # now evaluation is known, too
+                mean = round_.entry.waiting_seconds / clients.exchanges
+                carrier.check_speed(mean, clients.exchanges * (self.num_rounds - server_round))
+
+    def _exchanges_left(self, round_: Round, steps: int) -> int:
+        """Return how many exchanges it takes from this round on; in evaluation, at least one."""
+        per_round = self.strategy.exchanges_per_round(steps, len(round_.participants))
+        per_round += self.strategy.options.fraction_evaluate > 0.0
+        return per_round * (self.num_rounds - round_.plan.server_round + 1)
 
     # --- a round -------------------------------------------------------------------------
 
@@ -126,6 +141,7 @@ class Run:
             upload_segment=strategy.gives_whole_model
             or (options.share_client_segments and server_round == self.num_rounds),
             min_clients=options.min_available_nodes,
+            fits=self._fits,
         )
 
     def _choose(self, server_round: int, clients: Clients) -> list[str]:
@@ -155,6 +171,7 @@ class Run:
             round_.entry,
             batch_size=evaluate_batch_size(options, self.evaluate_config),
             metrics=options.metrics,
+            fits=Fits(self.strategy.server, pools=False),
         )
 
     def _evaluate_centrally(self, server_round: int) -> None:

@@ -52,7 +52,13 @@ class SequentialSL(SplitStrategy):
         finished: dict[str, FinishReply] = {}
         for name in round_.participants:
             finished |= self._take_turn(round_, name)
+            if round_.ended:
+                break
         return finished
+
+    def exchanges_per_round(self, steps: int, participants: int) -> int:
+        """Count every client's turn."""
+        return participants * (steps + 1)
 
     def _take_turn(self, round_: Round, name: str) -> dict[str, FinishReply]:
         round_.begin_with(self.client_segment)

@@ -67,11 +67,15 @@ class Traffic:
 
 @dataclass
 class LeftOut:
-    """A client that was left out from some step of a round on, and why."""
+    """A client that was left out from some step of a round on, and why.
+
+    ``away`` tells that its node or host was lost, so that it may be back in the next round.
+    """
 
     client: str
     step: int
     reason: str
+    away: bool = False
 
 
 @dataclass

@@ -40,7 +40,7 @@ class LocalGrid(MessageGrid):
     Raises
     ------
     ConfigError
-        If ``num_clients`` is not at least 1.
+        If ``client_app`` is no ClientApp, or ``num_clients`` is not at least 1.
     """
 
     in_process = True
@@ -56,6 +56,11 @@ class LocalGrid(MessageGrid):
         state_dir: str | Path | None = None,
         progress: bool | None = None,
     ) -> None:
+        if not isinstance(client_app, ClientApp):
+            raise ConfigError(
+                f"client_app is {client_app!r}, expected a ClientApp, e.g. what "
+                "flsplit.client_app(model=…, cut=…, data=…) returns"
+            )
         if num_clients < 1:
             raise ConfigError(f"num_clients is {num_clients}, expected at least 1")
         store = ClientStore(Path(state_dir)) if state_dir else None

@@ -18,6 +18,7 @@ from flsplit.errors import (
     ProtocolError,
     StateLostError,
 )
+from flsplit.flower_internals import NODE_AWAY
 from flsplit.log import logger
 from flsplit.message.arrays import nbytes
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
@@ -31,7 +32,14 @@ from flsplit.message.types import DESCRIBE, EVALUATE, FINISH, LOCAL, SHAPE, STEP
 from flsplit.server.checks import Reply, Request, check_reply
 from flsplit.server.errands import exchange_of
 
+
+class _AwayError(FlsplitError):
+    """A client's node or host was lost; nothing is wrong with the client itself."""
+
+
 STATE_LOST = StateLostError.__name__  # how a client's Error says so
+
+_GONE = "its node is not connected any more"
 
 _POLL_SECONDS = 0.5  # Flower's grid has no event for a node that joins
 
@@ -94,8 +102,10 @@ class Clients:
     def __init__(self, carrier: OpenCarrier, timeout: float) -> None:
         self.carrier = carrier
         self.clock: Clock | None = None
-        self._answered = 0.0  # when clients last had answered, by time.perf_counter
         """What is told of every exchange."""
+        self.exchanges = 0
+        """How many there have been."""
+        self._answered = 0.0  # when clients last had answered, by time.perf_counter
         self._grid = carrier.grid
         self._timeout = timeout
         self._node_of: dict[str, int] = {}
@@ -120,19 +130,28 @@ class Clients:
         Raises
         ------
         NotEnoughClientsError
-            If there are fewer after ``timeout`` seconds.
+            If there are fewer after ``timeout`` seconds, or at once where none can join: over a
+            grid in this process.
         """
-        deadline = time.monotonic() + self._timeout
+        timeout = self._timeout if self._sends else 0.0
+        deadline, told = time.monotonic() + timeout, False
         while len(names := self.discover()) < minimum:
-            if time.monotonic() > deadline:
-                refused = [f"node {node}: {why}" for node, why in self._unusable.items()]
+            if not self._sends or time.monotonic() > deadline:
                 raise NotEnoughClientsError(
-                    f"{len(names)} clients are connected after {self._timeout:g} s, expected at "
-                    f"least {minimum} (min_available_nodes, min_train_nodes)"
-                    + "".join(f"; {one}" for one in refused)
+                    f"{len(names)} clients are connected after {timeout:g} s, expected at "
+                    f"least {minimum} (min_available_nodes, min_train_nodes){self._refusals()}"
                 )
+            if not told:
+                logger.info(
+                    "waiting for %d clients, %d are connected%s",
+                    minimum, len(names), self._refusals(),
+                )  # fmt: skip
+                told = True
             time.sleep(_POLL_SECONDS)
         return names
+
+    def _refusals(self) -> str:
+        return "".join(f"; node {node}: {why}" for node, why in self._unusable.items())
 
     def _describe(self, nodes: list[int]) -> None:
         messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]
@@ -154,9 +173,9 @@ class Clients:
             self._node_of[name] = node
 
     @property
-    def connected(self) -> int:
-        """How many clients were connected when last looked."""
-        return len(self._node_of)
+    def connected(self) -> set[str]:
+        """Who was connected when last looked."""
+        return set(self._node_of)
 
     # --- an exchange ---------------------------------------------------------------------
 
@@ -184,10 +203,11 @@ class Clients:
 
         A client answers in the order in which it was asked.
         """
+        requests = self._without_who_is_gone(requests, entry)
         traffic = {name: Traffic() for name in requests}
         messages = [self._message(name, one, traffic[name]) for name, one in requests.items()]
         started = time.perf_counter()
-        return Sent(dict(requests), traffic, started, list(self._grid.push_messages(messages)))
+        return Sent(requests, traffic, started, list(self._grid.push_messages(messages)))
 
     def receive(self, sent: Sent, entry: RoundEntry) -> dict[str, Reply]:
         """Return the answers to requests that were sent before, as :meth:`exchange` does.
@@ -203,7 +223,7 @@ class Clients:
         left_out = {one.client for one in entry.left_out}
         replies, stateless = self._take_all(sent, _by_node(answers), entry, but=left_out)
         for name, error in stateless.items():
-            self._leave_out(name, sent.requests[name], str(error), entry)
+            self.leave_out(name, sent.requests[name], error, entry)
         self._close(replace(sent, started=max(sent.started, self._answered)), replies, entry)
         return replies
 
@@ -211,6 +231,7 @@ class Clients:
         self, requests: Mapping[str, Request], entry: RoundEntry
     ) -> tuple[dict[str, Reply], list[str]]:
         """Return the replies, and which clients don't hold the segment they should hold."""
+        requests = self._without_who_is_gone(requests, entry)
         if not requests:
             return {}, []
         held = {name: self._without_what_is_held(name, one) for name, one in requests.items()}
@@ -223,7 +244,7 @@ class Clients:
         lost = []
         for name, error in stateless.items():
             if held[name] is requests[name]:
-                self._leave_out(name, requests[name], str(error), entry)
+                self.leave_out(name, requests[name], error, entry)
             else:
                 lost.append(name)
         self._close(sent, replies, entry)
@@ -248,11 +269,12 @@ class Clients:
             except StateLostError as error:
                 stateless[name] = error
             except FlsplitError as error:
-                self._leave_out(name, request, str(error), entry)
+                self.leave_out(name, request, error, entry)
         return replies, stateless
 
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
         """Account for what was sent, and tell the clock."""
+        self.exchanges += 1
         broadcast = _broadcast_bytes(sent.requests)
         for one in sent.traffic.values():
             entry.traffic.include(one)
@@ -263,6 +285,16 @@ class Clients:
             self.clock.exchanged(exchange, sent.started)
             entry.waiting_seconds += time.perf_counter() - told
         self._answered = time.perf_counter()
+
+    def _without_who_is_gone(
+        self, requests: Mapping[str, Request], entry: RoundEntry
+    ) -> dict[str, Request]:
+        """Return the requests that can be sent; clients whose node is gone are left out."""
+        there = {name: one for name, one in requests.items() if name in self._node_of}
+        for name, request in requests.items():
+            if name not in there:
+                self.leave_out(name, request, _AwayError(_GONE), entry)
+        return there
 
     def _without_what_is_held(self, name: str, request: Request) -> Request:
         if isinstance(request, LocalRequest) and request.auxiliary_held and name in self.holds:
@@ -282,11 +314,15 @@ class Clients:
     def _take(
         self, name: str, request: Request, by_node: Mapping[int, Message], traffic: Traffic
     ) -> Reply:
+        if name not in self._node_of:
+            raise _AwayError(_GONE)
         message = by_node.get(self._node_of[name])
         if message is None:
             raise ProtocolError(f"no answer within {self._timeout:g} s")
         if message.has_error():
             reason = message.error.reason or "an error without a reason"
+            if message.error.code == NODE_AWAY:
+                raise _AwayError(reason)
             raise StateLostError(reason) if STATE_LOST in reason else ProtocolError(reason)
         kind = _KINDS[type(request)]
         reply = kind.parse(message.content)
@@ -298,11 +334,15 @@ class Clients:
                 self._account(category.format("up"), array, traffic)
         return reply
 
-    def _leave_out(self, name: str, request: Request, reason: str, entry: RoundEntry) -> None:
+    def leave_out(
+        self, name: str, request: Request, error: FlsplitError, entry: RoundEntry
+    ) -> None:
+        """Note in the ledger that a client is out for the rest of the round."""
         step = getattr(request, "step", entry.steps)
-        entry.left_out.append(LeftOut(name, step, reason))
+        away = isinstance(error, _AwayError)
+        entry.left_out.append(LeftOut(name, step, str(error), away))
         logger.warning(
-            "client %r is left out of round %d from step %d on: %s", name, entry.round, step, reason
+            "client %r is left out of round %d from step %d on: %s", name, entry.round, step, error
         )
 
     # --- accounting ----------------------------------------------------------------------

@@ -165,6 +165,21 @@ TENSORS = {
     "infinity": (tensor("smashed-data", with_infinity), "values that are NaN or infinite"),
 }
 
+MISFITS = {
+    "rows of another shape": (
+        tensor("smashed-data", lambda t: t[:, :5]),
+        "can't take smashed data of shape (4, 5)",
+    ),
+    "float labels": (
+        tensor("labels", lambda t: t.float()),
+        "with labels of shape (4,) and dtype torch.float32",
+    ),
+    "labels of another shape": (
+        tensor("labels", lambda t: t.repeat(2, 1).T),
+        "with labels of shape (4, 2) and dtype torch.int64",
+    ),
+}
+
 COUNTS = {
     "another step": (field("reply", "step", 0), "step is 0, expected 1"),
     "no step": (without_field("reply", "step"), "field 'step' is missing"),
@@ -277,6 +292,30 @@ def test_a_reply_to_a_step_that_cannot_be_used(edit, reason, silent_step):
     assert_only_left_out(run(STEP, edit, step=1), silent_step, reason)
 
 
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("strategy", [PSL, SplitFedV1, SequentialSL])
+@pytest.mark.parametrize(("edit", "reason"), cases(MISFITS))
+def test_a_reply_that_does_not_fit_the_server_segment(edit, reason, strategy, step):
+    assert_misfit_left_out(run(STEP, edit, strategy, step), silent(STEP, strategy, step), reason)
+
+
+@pytest.mark.parametrize(("edit", "reason"), cases(MISFITS))
+def test_an_upload_that_does_not_fit_the_server_segment(edit, reason):
+    assert_misfit_left_out(run(LOCAL, edit, FSLSAGE), silent(LOCAL, FSLSAGE), reason)
+
+
+def assert_misfit_left_out(result, baseline, reason):
+    """As above, but the bytes did come."""
+    left = result.history[0].left_out[0]
+    assert left.client == "1"
+    assert reason in left.reason
+    assert_bit_equal(weights_of(result.arrays), weights_of(baseline.arrays))
+    found, expected = numbers(result), numbers(baseline)
+    for entry in found + expected:
+        del entry["logical-bytes"]
+    assert found == expected
+
+
 @pytest.mark.parametrize("strategy", [PSL, FSLSAGE])
 def test_a_client_can_not_take_more_local_steps_than_it_was_told(strategy):
     kind = STEP if strategy is PSL else LOCAL
@@ -376,6 +415,13 @@ def test_a_reply_to_an_evaluation_that_cannot_be_used(edit, reason):
     result = run(EVALUATE, edit)
     assert result.history[0].evaluation["num-examples"] == 11
     assert_only_left_out(result, silent(EVALUATE), reason)
+
+
+@pytest.mark.parametrize(("edit", "reason"), cases(MISFITS))
+def test_a_test_batch_that_does_not_fit_the_server_segment(edit, reason):
+    result = run(EVALUATE, edit)
+    assert result.history[0].evaluation["num-examples"] == 11
+    assert_misfit_left_out(result, silent(EVALUATE), reason)
 
 
 # --- who is there ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import nn
 
 from flsplit import CutError, LocalGrid, client_app
 from flsplit.errors import ConfigError, NotEnoughClientsError, SegmentMismatchError
+from flsplit.server.passes import PerClient
 from flsplit.strategies import PSL, SplitFedV1, SplitFedV2
 
 PARTS = make_parts([8, 8])
@@ -99,17 +100,35 @@ def test_smashed_data_that_the_server_segment_cannot_take(strategy):
         assert torch.equal(server_weights(run[0])[name], tensor)
 
 
-def test_clients_whose_smashed_data_differ_in_shape_are_both_named():
+def test_a_client_whose_smashed_data_do_not_fit_is_left_out():
     builds = {"0": plain_net, "1": halving_net}
 
     def build(context):
         return builds[str(context.node_config["partition-id"])]()
 
     run = set_up(PARTS, client={"model": build})
-    with pytest.raises(SegmentMismatchError) as caught:
-        train(run)
-    assert "client '1' has shape (4, 3), that of client '0' (4, 6)" in str(caught.value)
-    assert str(caught.value).startswith("round 1, step 0: ")
+    (left,) = train(run).history[0].left_out
+    assert (left.client, left.step) == ("1", 0)
+    assert "can't take smashed data of shape (4, 3)" in left.reason
+
+
+def test_rows_that_fit_but_cannot_be_concatenated_with_those_of_most_are_left_out():
+    class Narrow(nn.Module):
+        def forward(self, x):
+            return x[:, :, :3]
+
+    def build(context=None):
+        narrow = context and context.node_config["partition-id"] == 2
+        front = nn.Sequential(nn.Conv2d(1, 3, 3), Narrow() if narrow else nn.Identity())
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+        return nn.Sequential(OrderedDict(front=front, head=head))
+
+    parts = make_parts([8, 8, 8], normed_net)
+    pooled = train(set_up(parts, build=build)).history[0].left_out
+    assert [one.client for one in pooled] == ["2"]
+    assert "a row has shape (3, 3, 4), those of most clients have (3, 4, 4)" in pooled[0].reason
+    one_by_one = set_up(parts, build=build, server_pass=PerClient())
+    assert train(one_by_one).history[0].left_out == []
 
 
 def test_smashed_data_of_whole_numbers_are_refused_by_the_client():

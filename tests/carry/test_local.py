@@ -178,3 +178,8 @@ def test_a_second_run_on_one_grid_is_not_the_first_ones_continuation():
         return strategy.start(grid, initial, num_rounds=2).history.numbers()
 
     assert run() == run()
+
+
+def test_what_is_no_client_app_is_refused():
+    with pytest.raises(ConfigError, match=r"client_app is <function client_app .*a ClientApp"):
+        LocalGrid(client_app, 2)

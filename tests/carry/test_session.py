@@ -188,11 +188,13 @@ def serve_some(number):
     return serve
 
 
-def test_clients_of_a_lost_simulated_host_move_to_the_others(simulated):
+@pytest.mark.parametrize("needed", [1, len(SIZES)])
+def test_clients_of_a_lost_simulated_host_move_to_the_others(simulated, needed):
     simulated(2)
     grid = ThreadedGrid(make_app(), len(SIZES), serve={0: serve_some(20)})
     settings = SessionSettings(max_hosts=2, join_timeout=20.0)
-    result = start(make_strategy(session=settings), grid, num_rounds=4)
+    strategy = make_strategy(session=settings, min_available_nodes=needed)
+    result = start(strategy, grid, num_rounds=4)
     missed = [sorted({one.client for one in entry.left_out}) for entry in result.history]
     assert sorted(missed, key=len)[-1] in (["0", "2"], ["1", "3"])
     assert sum(map(bool, missed)) == 1

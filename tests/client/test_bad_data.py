@@ -342,6 +342,44 @@ def test_a_gradient_of_the_server_that_is_not_finite():
     assert_server_untouched(run)
 
 
+def test_only_the_client_is_named_whose_rows_make_a_gradient_of_the_server_infinite():
+    class Explode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * ctx.factor, None
+
+    class Exploding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            factor = torch.where(x.detach().max() > 5, torch.inf, 1.0)
+            return x.detach() * Explode.apply(self.weight, factor) + x
+
+    class Shift(nn.Module):
+        def forward(self, x):
+            return x + 9
+
+    def build(context=None):
+        net = plain_net()
+        net.middle.insert(0, Exploding())
+        if context and context.node_config["partition-id"] == 1:
+            net.front.append(Shift())
+        return net
+
+    run = set_up(make_parts([4, 4, 4]), build=build)
+    expected = r"gradient of the server segment is NaN.*round 1, step 0, clients '1'\)"
+    with pytest.raises(NonFiniteError, match=expected):
+        train(run)
+    assert_server_untouched(run)
+
+
 def test_a_gradient_inside_the_client_segment_that_is_not_finite_changes_no_weight():
     """The gradient that the server sends is finite; within the client segment it overflows."""
 

@@ -106,7 +106,7 @@ def test_a_node_is_asked_for_its_name_once():
     for _ in range(3):
         clients.discover()
     assert sorted(grid.asked(DESCRIBE)) == ["a", "b"]
-    assert clients.connected == 2
+    assert clients.connected == {"a", "b"}
 
 
 def test_nodes_come_and_go():
@@ -154,7 +154,15 @@ def test_waiting_for_more_clients_than_there_are():
         clients.wait_for(2)
 
 
-def test_waiting_until_a_client_has_come():
+def test_in_this_process_nobody_is_waited_for():
+    grid = Script({7: "a"})
+    grid.in_process = True
+    with pytest.raises(NotEnoughClientsError, match=r"1 clients are connected after 0 s.*least 2"):
+        Clients(OpenCarrier(grid), timeout=3600).wait_for(2)
+
+
+def test_waiting_until_a_client_has_come(caplog):
+    caplog.set_level("INFO")
     clients, grid = make({7: "a"})
     ask = grid.get_node_ids
 
@@ -165,6 +173,7 @@ def test_waiting_until_a_client_has_come():
 
     grid.get_node_ids = come_late
     assert clients.wait_for(2) == ["a", "b"]
+    assert caplog.messages == ["waiting for 2 clients, 1 are connected"]
 
 
 # --- an exchange -----------------------------------------------------------------------------
@@ -178,6 +187,17 @@ def test_replies_come_back_by_name_in_the_fixed_order():
     assert entry.left_out == []
     assert entry.client_seconds == 1.5
     assert set(grid.timeouts) == {5}
+
+
+def test_a_client_that_is_gone_by_now_is_left_out():
+    clients, grid = make({4: "a", 5: "b"})
+    del grid.names[5]
+    clients.discover()
+    replies, entry = exchange(clients, {"a": StepRequest(1, 2), "b": StepRequest(1, 2)})
+    assert list(replies) == ["a"]
+    (left,) = entry.left_out
+    assert (left.client, left.step) == ("b", 2)
+    assert left.reason == "its node is not connected any more"
 
 
 def test_nothing_to_ask_sends_nothing():

@@ -314,11 +314,40 @@ def test_a_run_ends_when_nobody_is_left(strategy_class):
     def lose_all(requests, replies, count):
         replies.clear()
 
-    with pytest.raises(NotEnoughClientsError, match="0 of 3 clients"):
+    with pytest.raises(NotEnoughClientsError, match="0 of 3 clients") as caught:
         run_with(lose_all, strategy_class)
+    expected = "client '0', client '1', client '2': no answer within 3600 s"
+    assert str(caught.value).endswith(expected)
 
 
 def test_a_run_does_not_begin_with_too_few_clients():
     with pytest.raises(NotEnoughClientsError, match=r"3 clients are connected.*at least 4"):
         run_split(PSL, plain_net, make_parts((4, 4, 4)), min_available_nodes=4,
                   start={"timeout": 0.0})  # fmt: skip
+
+
+class Leaving(FaultyGrid):
+    """From the second step on, clients 0 and 1 are gone; they can't be asked any more."""
+
+    def __init__(self, inner):
+        super().__init__(inner, lose("0", range(1, 99)))
+
+    def get_node_ids(self):
+        nodes = list(super().get_node_ids())
+        return nodes if self.count < 2 else nodes[2:]
+
+    def _name(self, node):
+        return str(list(self.inner.get_node_ids()).index(node))
+
+
+@pytest.mark.parametrize("strategy_class", ALL)
+def test_a_round_ends_early_when_clients_disconnect_and_the_next_waits_for_them(
+    strategy_class, caplog
+):
+    with pytest.raises(NotEnoughClientsError, match=r"1 clients are connected.*at least 3"):
+        run_split(
+            strategy_class, plain_net, make_parts((8, 8, 8)), min_available_nodes=3, wrap=Leaving,
+            start={"timeout": 0.0}, fraction_evaluate=0.0,
+        )  # fmt: skip
+    (early,) = [one for one in caplog.messages if "the round ends early" in one]
+    assert "2 of 3 clients are left, expected 3" in early

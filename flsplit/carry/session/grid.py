@@ -15,7 +15,7 @@ from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
 from flsplit.carry.session.settings import HOW_TO_SET, SessionSettings
 from flsplit.errors import ConfigError, FlsplitError
-from flsplit.flower_internals import CLIENT_RAISED, Run, set_message_id
+from flsplit.flower_internals import NODE_AWAY, Run, set_message_id
 from flsplit.log import logger
 from flsplit.wire import (
     DialError,
@@ -443,4 +443,5 @@ class SessionGrid(MessageGrid):
 
 
 def _error(message: Message, reason: str) -> Message:
-    return Message(Error(CLIENT_RAISED, reason), reply_to=message)
+    """Answer for a client whose host is not there."""
+    return Message(Error(NODE_AWAY, reason), reply_to=message)

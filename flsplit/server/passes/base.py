@@ -30,11 +30,15 @@ class ServerPass(ABC):
         Whether the server gradients are None until a rule combines the clients'.
     across_clients : bool
         Whether the pass needs several clients in a step.
+    pools : bool
+        Whether the clients' smashed data go through the segment together, and so must have rows of
+        one shape.
     """
 
     provides: frozenset[str] = frozenset()
     leaves_server_gradients: bool = False
     across_clients: bool = False
+    pools: bool = True
 
     @abstractmethod
     def __call__(

@@ -23,6 +23,8 @@ class PerClient(ServerPass):
         segment for each client of the step.
     """
 
+    pools = False
+
     def __init__(self, *, keep_gradients: bool = False) -> None:
         self.keep_gradients = keep_gradients
         self.provides = frozenset(
@@ -52,6 +54,7 @@ class PerClientFactored(ServerPass):
 
     provides = frozenset({GRADIENT_PRODUCTS})
     leaves_server_gradients = True
+    pools = False
 
     def __call__(
         self, segment: ServerSegment, batches: list[ClientBatch], weights: dict[str, float]

@@ -41,6 +41,7 @@ class PerClientProducts(ServerPass):
 
     provides = frozenset({GRADIENT_PRODUCTS})
     leaves_server_gradients = True
+    pools = False
 
     def __init__(self, groups: int = 2) -> None:
         if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:

@@ -1,0 +1,87 @@
+"""Whose smashed data and labels are not of the shape and kind that the server segment takes."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flsplit.errors import DataError, FlsplitError, SegmentMismatchError
+from flsplit.server.segment import ServerSegment
+
+Batch = tuple[Tensor, Tensor]
+"""Smashed data ``(b, ...)`` and labels ``(b, ...)``."""
+
+_Kind = tuple[torch.Size, torch.Size, torch.dtype]
+
+
+class Fits:
+    """Tells which clients' batches a server segment can't take, before it computes a step.
+
+    As long as all are of one shape and kind nothing is computed. Of others, a batch is tried.
+
+    Parameters
+    ----------
+    segment : ServerSegment
+        The server segment.
+    pools : bool
+        Whether the rows of a step go through it together, and so must be of one shape.
+    """
+
+    def __init__(self, segment: ServerSegment, *, pools: bool) -> None:
+        self._segment = segment
+        self._pools = pools
+        self._taken: set[_Kind] = set()
+
+    def misfits(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, FlsplitError]:
+        """Return whose batches don't fit, and why; nobody if no client's ever have.
+
+        Then client and server segments don't fit together, which the step will say.
+        """
+        kinds = {name: [_kind(*one) for one in of_client] for name, of_client in batches.items()}
+        if not self._taken and len({kind for known in kinds.values() for kind in known}) == 1:
+            self._taken |= set(next(known for known in kinds.values() if known))
+        found: dict[str, FlsplitError] = {}
+        for name, of_client in batches.items():
+            for one in of_client:
+                if name not in found and (error := self._problem(*one)):
+                    found[name] = error
+        if not self._taken:
+            return {}
+        return found | self._odd_rows({n: k for n, k in kinds.items() if k and n not in found})
+
+    def _problem(self, smashed: Tensor, labels: Tensor) -> FlsplitError | None:
+        """Try a batch of a new kind; which classes its labels are is not the question here."""
+        if (kind := _kind(smashed, labels)) in self._taken:
+            return None
+        segment, trains = self._segment, self._segment.module.training
+        segment.module.eval()
+        try:
+            with torch.no_grad(), segment.keeping_buffers():
+                logits = segment.forward(segment.receive(smashed))
+                segment.mean_loss(logits, torch.zeros_like(labels, device=segment.device))
+        except (SegmentMismatchError, DataError) as error:
+            return error
+        finally:
+            segment.module.train(trains)
+        self._taken.add(kind)
+        return None
+
+    def _odd_rows(self, kinds: Mapping[str, Sequence[_Kind]]) -> dict[str, FlsplitError]:
+        """Return whose rows can't be concatenated with those of most."""
+        rows = {name: tuple(of_client[0][0]) for name, of_client in kinds.items()}
+        if not self._pools or len(set(rows.values())) <= 1:
+            return {}
+        usual, _ = Counter(rows.values()).most_common(1)[0]
+        return {
+            name: SegmentMismatchError(
+                f"smashed-data: a row has shape {row}, those of most clients have {usual}: do the "
+                "clients' models and inputs differ?"
+            )
+            for name, row in rows.items()
+            if row != usual
+        }
+
+
+def _kind(smashed: Tensor, labels: Tensor) -> _Kind:
+    return smashed.shape[1:], labels.shape[1:], labels.dtype
