@@ -1,5 +1,6 @@
 """A plan for a fleet: what to choose, what a round then costs, and what the choice gains."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,13 @@ class Plan:
     ablations: Mapping[str, float]
 
     @property
-    def strategy_arguments(self) -> str:
-        """What to paste into a run's configuration."""
-        method = self.problem.method
-        return f"strategy = \"{method.name}\"\nstrategy-args = '{method.arguments}'"
+    def strategy_args(self) -> str:
+        """The strategy's arguments, with which a run trains as planned: a TOML inline table."""
+        training = self.problem.training
+        sizes = {"batch-size": training.batch_size, "local-steps": training.steps}
+        arguments = self.problem.method.arguments | sizes
+        # JSON's strings and numbers are TOML's, too
+        return "{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in arguments.items()) + "}"
 
 
 def make_plan(problem: Problem, draws: int = DRAWS) -> Plan:
@@ -113,8 +117,7 @@ def every_cut(plan: Plan) -> dict[str, float]:
 
 def format_plan(plan: Plan) -> str:
     """Return a plan as text."""
-    problem, solution = plan.problem, plan.solution
-    training = problem.training
+    problem, training = plan.problem, plan.problem.training
     parts = [
         f"{problem.profile.model} on {problem.fleet.num_devices} devices, {problem.method.name}, "
         f"{training.steps} x {training.batch_size} samples per device and round",
@@ -125,7 +128,7 @@ def format_plan(plan: Plan) -> str:
         parts.append("\n".join(_ablation_lines(plan)))
     parts.append("\n".join(_device_lines(plan)))
     if not problem.method.whole_model:
-        parts.append(f'to paste:\ncut = "{solution.place.cut}"\n{plan.strategy_arguments}')
+        parts.append("\n".join(_paste_lines(plan)))
     return "\n\n".join(parts)
 
 
@@ -174,6 +177,16 @@ def _device_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def _paste_lines(plan: Plan) -> list[str]:
+    return [
+        "to paste:",
+        f'cut = "{plan.solution.place.cut}"  # of the strategy and of the client_app',
+        "# the run config; strategy-args go before an app's own keys, such as batch-size",
+        f'strategy = "{plan.problem.method.name}"',
+        f"strategy-args = '{plan.strategy_args}'",
+    ]
+
+
 def _seconds(value: float) -> str:
     return f"{value:10.4f} s"
 
@@ -188,7 +201,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     return {
         "model": problem.profile.model,
         "strategy": problem.method.name,
-        "strategy_args": problem.method.arguments,
+        "strategy_args": plan.strategy_args,
         "batch_size": problem.training.batch_size,
         "steps": problem.training.steps,
         "cut": None if problem.method.whole_model else solution.place.cut,

@@ -23,6 +23,9 @@ from flsplit.wireless.profile import BACKWARD_PER_FORWARD, ModelProfile, Place
 BITS = 8
 """Bits per byte."""
 
+Argument = str | int | float
+"""An argument of a strategy."""
+
 
 class Where(Enum):
     """Where a stage happens, and in what its amount is."""
@@ -156,9 +159,9 @@ class Method:
         raise NotImplementedError
 
     @property
-    def arguments(self) -> str:
-        """The strategy's arguments, as a run's configuration has them."""
-        return "{}"
+    def arguments(self) -> dict[str, Argument]:
+        """The arguments that make the strategy this method, as a run's configuration has them."""
+        return {}
 
 
 def aggregated_rows(phi: float, batch_size: int) -> int:
@@ -209,9 +212,9 @@ class EPSL(Method):
         return _steps(work, self.phi)
 
     @property
-    def arguments(self) -> str:
+    def arguments(self) -> dict[str, Argument]:
         """The strategy's arguments."""
-        return f"{{phi = {self.phi}}}"
+        return {"phi": self.phi}
 
 
 @dataclass(frozen=True)
