@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from flsplit.auxiliary import LINEAR
 from flsplit.errors import ConfigError
 from flsplit.wireless.profile import BACKWARD_PER_FORWARD, ModelProfile, Place
 
@@ -135,6 +136,18 @@ class Work:
     def client_bits(self) -> int:
         """Bits of the client segment's parameters."""
         return BITS * self.place.client_bytes
+
+    @property
+    def auxiliary_flops(self) -> int:
+        """FLOPs of a sample's forward and backward pass through a linear auxiliary model."""
+        forward = 2 * self.place.activation_elements * self.profile.num_classes
+        return (1 + BACKWARD_PER_FORWARD) * forward
+
+    @property
+    def auxiliary_bits(self) -> int:
+        """Bits of a linear auxiliary model's parameters: weights and biases."""
+        params = self.profile.num_classes * (self.place.activation_elements + 1)
+        return BITS * self.place.element_bytes * params
 
 
 class Method:
@@ -288,7 +301,9 @@ class SequentialSL(Method):
 class FSLSAGE(Method):
     r"""FSL-SAGE: devices train against auxiliary models, which are aligned now and then.
 
-    With an auxiliary model of :math:`F_a, B_a` FLOPs and :math:`|w_a|` bits, in a round
+    The auxiliary model is the strategy's default, a linear classifier of the flattened smashed
+    data. For e elements per sample and c classes it has :math:`F_a = 2 e c, B_a = 2 F_a` (FLOPs
+    per sample) and :math:`|w_a|`, the bits of its :math:`c (e + 1)` parameters. In a round
 
     - a device does ``steps`` times client forward :math:`b F_c`, auxiliary :math:`b (F_a + B_a)`
       and client backward :math:`b B_c` (FLOPs), and uploads :math:`u = \lceil steps / q \rceil`
@@ -308,9 +323,6 @@ class FSLSAGE(Method):
         q (steps) and l (rounds).
     align_epochs, buffer_rows : int
         E, and N (samples per device).
-    auxiliary_flops_share, auxiliary_params_share : float
-        The auxiliary model's FLOPs and parameters by the server segment's, without unit. The
-        defaults are roughly those of the paper's: a stage of a ResNet-18 and a classifier.
 
     References
     ----------
@@ -322,8 +334,6 @@ class FSLSAGE(Method):
     align_interval: int = 10
     align_epochs: int = 100
     buffer_rows: int = 1000
-    auxiliary_flops_share: float = 0.5
-    auxiliary_params_share: float = 0.2
     name = "fsl-sage"
 
     def phases(self, work: Work) -> tuple[Phase, ...]:
@@ -333,7 +343,7 @@ class FSLSAGE(Method):
         uploads = math.ceil(steps / self.upload_interval)
         local = (
             Stage("client forward", Where.DEVICE, steps * rows * place.client_flops_forward),
-            Stage("auxiliary", Where.DEVICE, steps * rows * self._auxiliary_flops(place)),
+            Stage("auxiliary", Where.DEVICE, steps * rows * work.auxiliary_flops),
             Stage("client backward", Where.DEVICE, steps * rows * place.client_flops_backward),
             Stage("uplink", Where.UPLINK, uploads * rows * work.activation_bits),
         )
@@ -346,20 +356,25 @@ class FSLSAGE(Method):
             *_aggregation(work.client_bits),
         )
 
-    def _auxiliary_flops(self, place: Place) -> float:
-        forward = self.auxiliary_flops_share * place.server_flops_forward
-        return (1 + BACKWARD_PER_FORWARD) * forward
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """The strategy's arguments."""
+        return {
+            "auxiliary": LINEAR,
+            "upload-every": self.upload_interval,
+            "align-every": self.align_interval,
+            "align-epochs": self.align_epochs,
+            "buffer-size": self.buffer_rows,
+        }
 
     def _alignment(self, work: Work) -> tuple[Phase, Phase]:
         place, often = work.place, 1.0 / self.align_interval
         per_row = float(place.server_flops_forward + place.server_flops_backward)
-        per_row += 2 * self.align_epochs * self._auxiliary_flops(place)
+        per_row += 2 * self.align_epochs * work.auxiliary_flops
         flops = often * work.num_devices * self.buffer_rows * per_row
-        params = self.auxiliary_params_share * place.server_params
-        bits = often * BITS * place.element_bytes * params
         return (
             _server("alignment", flops),
-            Phase((Stage("auxiliary down", Where.DOWNLINK, bits),)),
+            Phase((Stage("auxiliary down", Where.DOWNLINK, often * work.auxiliary_bits),)),
         )
 
 

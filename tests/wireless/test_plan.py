@@ -5,7 +5,7 @@ from torch import nn
 
 from flsplit.strategies import make_strategy
 from flsplit.wireless import Problem, Training, make_plan, method_of
-from flsplit.wireless.rounds import METHODS
+from flsplit.wireless.rounds import FSLSAGE, METHODS
 
 
 @pytest.fixture
@@ -32,3 +32,8 @@ def test_what_is_to_be_pasted_trains_as_planned(name, plan_of):
 def test_arguments_to_paste(plan_of):
     plan = plan_of(method_of("epsl", 0.25), batch_size=4)
     assert plan.strategy_args == "{phi = 0.25, batch-size = 4, local-steps = 1}"
+    sage = FSLSAGE(upload_interval=2, align_interval=3, align_epochs=4, buffer_rows=64)
+    assert plan_of(sage, steps=6).strategy_args == (
+        '{auxiliary = "linear", upload-every = 2, align-every = 3, align-epochs = 4, '
+        "buffer-size = 64, batch-size = 64, local-steps = 6}"
+    )
