@@ -171,6 +171,10 @@ class Method:
         """Return what a round consists of."""
         raise NotImplementedError
 
+    def added_memory_bytes(self, work: Work) -> int:
+        """Return the bytes that a device needs besides `Place.client_memory_bytes`."""
+        return 0
+
     @property
     def arguments(self) -> dict[str, Argument]:
         """The arguments that make the strategy this method, as a run's configuration has them."""
@@ -355,6 +359,13 @@ class FSLSAGE(Method):
             *self._alignment(work),
             *_aggregation(work.client_bits),
         )
+
+    def added_memory_bytes(self, work: Work) -> int:
+        """Return the auxiliary model's bytes: ``(|w_a| + b Γ) / 8``, parameters and input.
+
+        It is never trained on a device, so there are neither gradients nor an optimizer.
+        """
+        return (work.auxiliary_bits + work.training.batch_size * work.activation_bits) // BITS
 
     @property
     def arguments(self) -> dict[str, Argument]:
