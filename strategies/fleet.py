@@ -54,12 +54,15 @@ def method_of(strategy: "SplitStrategy") -> Method:
     if strategy.hands_on:
         return SequentialSL()
     if upload_every := getattr(strategy, "upload_every", 0):  # a decoupled one
-        return FSLSAGE(upload_interval=upload_every)
-    if strategy.aggregator:
-        return SplitFed()
-    if isinstance(strategy.server_pass, AggregatingPass):
+        return FSLSAGE(
+            upload_interval=upload_every,
+            align_interval=getattr(strategy, "align_every", 0),  # CSE-FSL has no alignment
+            align_epochs=getattr(strategy, "align_epochs", 0),
+            buffer_rows=getattr(strategy, "buffer_size", 0),
+        )
+    if isinstance(strategy.server_pass, AggregatingPass) and strategy.server_pass.phi > 0:
         return EPSL(strategy.server_pass.phi)
-    return PSL()
+    return SplitFed() if strategy.aggregator else PSL()
 
 
 def _profile(strategy: "SplitStrategy", clients: Clients, server_round: int) -> ModelProfile:

@@ -324,7 +324,7 @@ class FSLSAGE(Method):
     Parameters
     ----------
     upload_interval, align_interval : int
-        q (steps) and l (rounds).
+        q (steps) and l (rounds); l = 0 for no alignment at all.
     align_epochs, buffer_rows : int
         E, and N (samples per device).
 
@@ -379,7 +379,7 @@ class FSLSAGE(Method):
         }
 
     def _alignment(self, work: Work) -> tuple[Phase, Phase]:
-        place, often = work.place, 1.0 / self.align_interval
+        place, often = work.place, 1.0 / self.align_interval if self.align_interval else 0.0
         per_row = float(place.server_flops_forward + place.server_flops_backward)
         per_row += 2 * self.align_epochs * work.auxiliary_flops
         flops = often * work.num_devices * self.buffer_rows * per_row

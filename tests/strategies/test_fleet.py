@@ -22,7 +22,8 @@ from flsplit.strategies import (
     SplitFedV1,
     SplitFedV2,
 )
-from flsplit.wireless import Device, Fleet, Radio, Server
+from flsplit.strategies.fleet import method_of
+from flsplit.wireless import Device, Fleet, Radio, Server, rounds
 
 FLEET = Fleet(
     devices=tuple(
@@ -174,3 +175,26 @@ def test_a_device_without_the_memory_for_the_cut_is_refused():
     )
     with pytest.raises(ValueError, match="fleet: no cut of Sequential fits"):
         times(PSL, fleet=small)
+
+
+@pytest.mark.parametrize(
+    ("strategy_class", "options", "expected"),
+    [
+        (PSL, {}, rounds.PSL()),
+        (PSL, {"client_strategy": FedAvg()}, rounds.SplitFed()),
+        (SplitFedV2, {}, rounds.SplitFed()),
+        (SequentialSL, {}, rounds.SequentialSL()),
+        (EPSL, {"phi": 0.25}, rounds.EPSL(0.25)),
+        (EPSL, {"phi": 0.25, "client_strategy": FedAvg()}, rounds.EPSL(0.25)),
+        (EPSL, {"phi": 0.0, "client_strategy": FedAvg()}, rounds.SplitFed()),
+        (
+            FSLSAGE,
+            {"upload_every": 2, "align_every": 3, "align_epochs": 4, "buffer_size": 50},
+            rounds.FSLSAGE(2, 3, 4, 50),
+        ),
+        (CSEFSL, {"upload_every": 2}, rounds.FSLSAGE(2, 0, 0, 0)),
+    ],
+)
+def test_the_nearest_latency_model_has_the_strategy_s_arguments(strategy_class, options, expected):
+    strategy = strategy_class(model=plain_net(), cut="front", **options)
+    assert method_of(strategy) == expected
