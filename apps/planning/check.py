@@ -52,7 +52,7 @@ def main() -> None:
     factors: dict[Freedom, list[float]] = {}
     failures = []
     for seed in range(options.fleets):
-        method = (EPSL(0.5), PSL(), SplitFed())[seed % 3]
+        method = (EPSL(0.5, replays=False), PSL(), SplitFed())[seed % 3]
         problem = Problem(drawn_fleet(seed), profile, method, Training())
         best = optimise(problem)
         if any(after > before for before, after in pairwise(best.history)):

@@ -31,7 +31,7 @@ from flsplit.wireless import (
 from flsplit.wireless.pictures import Sweep, draw_profile, draw_round, draw_sweeps
 
 METHODS: dict[str, Method] = {
-    "EPSL": EPSL(0.5),
+    "EPSL": EPSL(0.5, replays=False),  # the paper's count, as we understand it
     "PSL": PSL(),
     "SplitFed": SplitFed(),
     "SL": SequentialSL(),
@@ -134,7 +134,7 @@ def main() -> None:
             lambda value, seed: fleet(seed=seed),
             profile,
             options.seeds,
-            lambda phi: {**METHODS, "EPSL": EPSL(phi)},
+            lambda phi: {**METHODS, "EPSL": EPSL(phi, replays=False)},
         ),
     ]
     draw_sweeps(sweeps, options.out / "planning-sweeps.png")

@@ -122,7 +122,7 @@ def format_plan(plan: Plan) -> str:
         f"{problem.profile.model} on {problem.fleet.num_devices} devices, {problem.method.name}, "
         f"{training.steps} x {training.batch_size} samples per device and round",
         "\n".join(_cut_lines(plan)),
-        "\n".join(_stage_lines(plan)),
+        "\n".join([*_stage_lines(plan), *([f"({note})"] if (note := problem.method.note) else [])]),
     ]
     if plan.ablations:
         parts.append("\n".join(_ablation_lines(plan)))
@@ -202,6 +202,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "model": problem.profile.model,
         "strategy": problem.method.name,
         "strategy_args": plan.strategy_args,
+        "note": problem.method.note,
         "batch_size": problem.training.batch_size,
         "steps": problem.training.steps,
         "cut": None if problem.method.whole_model else solution.place.cut,

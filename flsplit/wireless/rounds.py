@@ -171,6 +171,11 @@ class Method:
         """Return what a round consists of."""
         raise NotImplementedError
 
+    @property
+    def note(self) -> str:
+        """What to know of what is charged; empty where there is nothing to say."""
+        return ""
+
     def added_memory_bytes(self, work: Work) -> int:
         """Return the bytes that a device needs besides `Place.client_memory_bytes`."""
         return 0
@@ -196,7 +201,8 @@ class EPSL(Method):
     With :math:`m = \lceil \varphi b \rceil` aggregated positions, a step has the phases
 
     - client forward :math:`b F_c` (FLOPs per device), uplink :math:`b \Gamma` (bits per device),
-    - server forward :math:`n b F_s`, server backward
+    - server forward :math:`n b F_s`, and with ``replays`` and :math:`m > 0` another
+      :math:`(m + n (b - m)) F_s`; server backward
       :math:`n b B_l + (m + n (b - m)) (B_s - B_l)` (FLOPs),
     - broadcast :math:`m \Gamma` (bits),
     - unicast :math:`(b - m) \Gamma` (bits per device), client backward :math:`b B_c` (FLOPs per
@@ -209,6 +215,10 @@ class EPSL(Method):
     ----------
     phi : float
         The share, without unit, from 0 (parallel split learning) to 1.
+    replays : bool
+        Whether rows go through the server segment a second time to be back-propagated, as in
+        `flsplit.server.passes.Replay`, which the strategy has by default. The paper's equations,
+        as we understand them, have one forward pass.
 
     References
     ----------
@@ -217,6 +227,7 @@ class EPSL(Method):
     """
 
     phi: float = 0.5
+    replays: bool = True
     name = "epsl"
 
     def __post_init__(self) -> None:
@@ -226,7 +237,14 @@ class EPSL(Method):
 
     def phases(self, work: Work) -> tuple[Phase, ...]:
         """Return what a round consists of."""
-        return _steps(work, self.phi)
+        return _steps(work, self.phi, self.replays)
+
+    @property
+    def note(self) -> str:
+        """Which forward passes are charged."""
+        if not self.replays or self.phi == 0.0:
+            return ""
+        return 'server forward has the second pass of aggregation = "replay"'
 
     @property
     def arguments(self) -> dict[str, Argument]:
@@ -442,7 +460,7 @@ def method_of(name: str, phi: float | None = None) -> Method:
     raise ConfigError(f"no latency model for {name!r} (there are {', '.join(METHODS)})")
 
 
-def _steps(work: Work, phi: float) -> tuple[Phase, ...]:
+def _steps(work: Work, phi: float, replays: bool = False) -> tuple[Phase, ...]:
     """Return the phases of a round's parallel steps; the formulas are in `EPSL`."""
     place, rows, bits = work.place, work.training.batch_size, work.activation_bits
     steps = work.training.steps
@@ -450,6 +468,7 @@ def _steps(work: Work, phi: float) -> tuple[Phase, ...]:
     all_rows = work.num_devices * rows
     last = work.profile.last_layer_flops_backward
     back_rows = shared + work.num_devices * (rows - shared)
+    forward_rows = all_rows + (back_rows if replays and shared else 0)
     backward = all_rows * last + back_rows * (place.server_flops_backward - last)
     up = (
         Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
@@ -462,7 +481,7 @@ def _steps(work: Work, phi: float) -> tuple[Phase, ...]:
     between = (Phase((*down, *up), steps - 1),) if steps > 1 else ()
     return (
         Phase(up),
-        _server("server forward", all_rows * place.server_flops_forward, steps),
+        _server("server forward", forward_rows * place.server_flops_forward, steps),
         _server("server backward", backward, steps),
         Phase((Stage("broadcast", Where.BROADCAST, shared * bits),), steps),
         *between,

@@ -41,6 +41,8 @@ AUXILIARY_DOWN, AUXILIARY_UP = 3.5, 2.625  # 84 bytes
 
 TURN = DOWN + (4 + 4) + 4 + (4 + 8 + 4 + 4) + 4 + (4 + 8) + UP
 
+EPSL_MORE = 2 * (6 * 180 - 2 * 240) / 540
+
 BY_HAND = {
     "psl": (PSL, {}, [DOWN + STEPS, STEPS]),
     "splitfed-v1": (SplitFedV1, {}, 2 * [DOWN + STEPS + UP]),
@@ -49,8 +51,15 @@ BY_HAND = {
     "sequential": (SequentialSL, {}, 2 * [2 * TURN]),
     # all rows are the mean of both clients' and broadcast: over links that takes as long
     "sglr": (SGLR, {"phi": 1.0, "shares": "equal"}, [DOWN + STEPS, STEPS]),
-    # of the server's 8 s per step, 2 of 8 rows save 240 FLOPs each
-    "epsl": (EPSL, {"phi": 0.5}, [DOWN + STEPS - 2 * 480 / 540, STEPS - 2 * 480 / 540]),
+    # of the server's 8 s per step, 2 of 8 rows save 240 FLOPs each; 6 go forward a second time
+    "epsl": (EPSL, {"phi": 0.5}, [DOWN + STEPS + EPSL_MORE, STEPS + EPSL_MORE]),
+    "epsl, phi 0": (EPSL, {"phi": 0.0}, [DOWN + STEPS, STEPS]),
+    # all rows go back
+    "epsl, shared delta": (
+        EPSL,
+        {"phi": 0.5, "aggregation": "shared_delta"},
+        [DOWN + STEPS, STEPS],
+    ),
     # uploads come after 4 s of the first local step; the server is ready before the clients
     "fsl-sage": (
         FSLSAGE,

@@ -32,10 +32,18 @@ UP = 4 + 8  # device 0: 400 FLOPs at 100 FLOP/s, 512 bits at 64 bit/s
 SERVER_FORWARD = 2.4  # 8 rows of 300 FLOPs at 1000 FLOP/s
 BY_HAND = {
     # backward 8 * 100 + (2 + 2 * 2) * 500 = 3800 FLOPs; 2 rows broadcast at 128 bit/s, 2 unicast
-    "epsl": (EPSL(0.5), 1, UP + SERVER_FORWARD + 3.8 + 2 + (2 + 8)),
+    "epsl, one forward pass": (
+        EPSL(0.5, replays=False),
+        1,
+        UP + SERVER_FORWARD + 3.8 + 2 + (2 + 8),
+    ),
+    # another 2 + 2 * 2 rows of 300 FLOPs forward
+    "epsl": (EPSL(0.5), 1, UP + SERVER_FORWARD + 1.8 + 3.8 + 2 + (2 + 8)),
+    "epsl, phi 0": (EPSL(0.0), 1, UP + SERVER_FORWARD + 4.8 + 0 + (4 + 8)),
     "psl": (PSL(), 1, UP + SERVER_FORWARD + 4.8 + 0 + (4 + 8)),
-    # phi = 1: backward 8 * 100 + 4 * 500 = 2800 FLOPs, 4 rows broadcast, nothing unicast
-    "epsl, phi 1": (EPSL(1.0), 1, UP + SERVER_FORWARD + 2.8 + 4 + 8),
+    # phi = 1: backward 8 * 100 + 4 * 500 = 2800 FLOPs, 4 rows broadcast, nothing unicast; another
+    # 4 rows of 300 FLOPs forward
+    "epsl, phi 1": (EPSL(1.0), 1, UP + SERVER_FORWARD + 1.2 + 2.8 + 4 + 8),
     "psl, 3 steps": (PSL(), 3, 3 * 31.2),
     # and 320 bits up at 64 bit/s, broadcast at 128 bit/s
     "splitfed": (SplitFed(), 1, 31.2 + 5 + 2.5),
@@ -101,7 +109,7 @@ def test_stages_by_hand(tiny_profile, linked_fleet):
         {
             "client forward": 4.0,
             "uplink": 8.0,
-            "server forward": 2.4,
+            "server forward": 4.2,
             "server backward": 3.8,
             "broadcast": 2.0,
             "unicast": 2.0,
