@@ -82,8 +82,14 @@ def ablations_of(problem: Problem, draws: int = DRAWS) -> dict[str, float]:
             problem, draws, subchannels=False, power=False
         )
     if len(problem.places) > 1:
+        middle = problem.places[len(problem.places) // 2]
+        found["fixed cut (the middle)"] = optimise(problem, Freedom(cut=middle.cut)).seconds
         found["random cut"] = _mean(problem, draws, random_cut=True)
     if problem.is_allocated and len(problem.places) > 1:
+        found["random subchannels, random cut"] = _mean(
+            problem, draws, subchannels=False, random_cut=True
+        )
+        found["even power, random cut"] = _mean(problem, draws, power=False, random_cut=True)
         found["random everything"] = _mean(
             problem, draws, subchannels=False, power=False, random_cut=True
         )

@@ -37,3 +37,27 @@ def test_arguments_to_paste(plan_of):
         '{auxiliary = "linear", upload-every = 2, align-every = 3, align-epochs = 4, '
         "buffer-size = 64, batch-size = 64, local-steps = 6}"
     )
+
+
+def test_ablations_are_all_combinations(plan_of, drawn_fleet):
+    plan = plan_of(method_of("psl"), drawn_fleet(3, 0), batch_size=4)
+    assert list(plan.ablations) == [
+        "random subchannels",
+        "even power",
+        "random subchannels, even power",
+        "fixed cut (the middle)",
+        "random cut",
+        "random subchannels, random cut",
+        "even power, random cut",
+        "random everything",
+    ]
+    assert min(plan.ablations.values()) >= plan.solution.seconds * (1 - 1e-6)
+
+
+def test_without_a_radio_only_the_cut_is_compared(plan_of):
+    """Round after "first" 31.2 s; "second", the middle of two, takes device 0 longer."""
+    plan = plan_of(method_of("psl"), batch_size=4)
+    assert list(plan.ablations) == ["fixed cut (the middle)", "random cut"]
+    assert plan.solution.seconds == pytest.approx(31.2)
+    # forward 14 and backward 28 s on device 0, 256 bits up 4 s and down 2 s; the server 1.2 s
+    assert plan.ablations["fixed cut (the middle)"] == pytest.approx(14 + 4 + 1.2 + 2 + 28)
