@@ -9,18 +9,8 @@ from itertools import pairwise, product
 import numpy as np
 from cell import draw_devices, resnet18
 
-from flsplit.wireless import (
-    EPSL,
-    PSL,
-    Fleet,
-    Freedom,
-    Problem,
-    Radio,
-    Server,
-    SplitFed,
-    Training,
-    optimise,
-)
+from flsplit.wireless import Fleet, Freedom, Problem, Radio, Server, Training, optimise
+from flsplit.wireless.rounds import EPSL, PSL, SplitFed
 
 TOLERANCE = 1e-6
 

@@ -20,9 +20,6 @@ from flwr.app import Context, RecordDict
 from flsplit import History
 from flsplit.processes import Simulation, simulation
 from flsplit.wireless import (
-    EPSL,
-    FSLSAGE,
-    PSL,
     Fleet,
     Method,
     ModelProfile,
@@ -33,6 +30,7 @@ from flsplit.wireless import (
     round_seconds,
 )
 from flsplit.wireless.rates import link_rates
+from flsplit.wireless.rounds import EPSL, FSLSAGE, PSL
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart"

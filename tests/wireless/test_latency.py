@@ -7,16 +7,10 @@ from flsplit.auxiliary import linear
 from flsplit.cut.flops import forward_flops
 from flsplit.errors import ConfigError
 from flsplit.wireless import (
-    EPSL,
-    FSLSAGE,
-    PSL,
     Device,
-    FedAvg,
     Fleet,
     Problem,
-    SequentialSL,
     Server,
-    SplitFed,
     Training,
     method_of,
     round_seconds,
@@ -24,7 +18,17 @@ from flsplit.wireless import (
 )
 from flsplit.wireless.latency import SERVER, RoundTerms, spans
 from flsplit.wireless.rates import link_rates
-from flsplit.wireless.rounds import METHODS, Work, aggregated_rows
+from flsplit.wireless.rounds import (
+    EPSL,
+    FSLSAGE,
+    METHODS,
+    PSL,
+    FedAvg,
+    SequentialSL,
+    SplitFed,
+    Work,
+    aggregated_rows,
+)
 
 # 4 samples, cut after "first": F_c = 100, B_c = 200, F_s = 300, B_s = 600, B_l = 100 FLOPs and
 # 128 bits per sample; client segments of 320 bits, models of 1600 bits.

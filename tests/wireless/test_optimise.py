@@ -5,19 +5,8 @@ import numpy as np
 import pytest
 
 from flsplit.cut import CutError
-from flsplit.wireless import (
-    EPSL,
-    FSLSAGE,
-    PSL,
-    FedAvg,
-    Freedom,
-    Problem,
-    SequentialSL,
-    SplitFed,
-    Training,
-    optimise,
-    round_seconds,
-)
+from flsplit.wireless import Freedom, Problem, Training, optimise, round_seconds
+from flsplit.wireless.rounds import EPSL, FSLSAGE, PSL, FedAvg, SequentialSL, SplitFed
 
 ABLATIONS = [
     Freedom(subchannels=False),
