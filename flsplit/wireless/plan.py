@@ -171,13 +171,13 @@ def _ablation_lines(plan: Plan) -> list[str]:
 
 
 def _device_lines(plan: Plan) -> list[str]:
-    lines = [f"{'device':<12}{'uplink':>14}{'downlink':>14}{'power':>10}  subchannels"]
+    lines = [f"{'device':<12}{'uplink':>14}{'downlink':>14}{'power':>12}  subchannels"]
     for device in _devices(plan):
         power, own = device["power_w"], device["subchannels"]
         lines.append(
             f"{device['name']:<12}{device['uplink_bps'] / 1e6:>7.2f} Mbit/s"
             f"{device['downlink_bps'] / 1e6:>7.2f} Mbit/s"
-            + (f"{1e3 * power:>7.1f} mW" if power is not None else f"{'-':>10}")
+            + (f"{1e3 * power:>9.4g} mW" if power is not None else f"{'-':>12}")
             + ("  " + ",".join(map(str, own)) if own is not None else "  -")
         )
     return lines

@@ -1,10 +1,13 @@
 """What a plan says, on the tiny model."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from torch import nn
 
 from flsplit.strategies import make_strategy
-from flsplit.wireless import Problem, Training, make_plan, method_of
+from flsplit.wireless import Problem, Training, format_plan, make_plan, method_of
 from flsplit.wireless.rounds import FSLSAGE, METHODS
 
 
@@ -61,3 +64,13 @@ def test_without_a_radio_only_the_cut_is_compared(plan_of):
     assert plan.solution.seconds == pytest.approx(31.2)
     # forward 14 and backward 28 s on device 0, 256 bits up 4 s and down 2 s; the server 1.2 s
     assert plan.ablations["fixed cut (the middle)"] == pytest.approx(14 + 4 + 1.2 + 2 + 28)
+
+
+def test_small_powers_are_not_printed_as_zero(plan_of, drawn_fleet):
+    plan = plan_of(method_of("psl"), drawn_fleet(3, 0), batch_size=4)
+    allocation = replace(plan.solution.allocation, power_w=np.full(12, 2.345e-6))
+    text = format_plan(replace(plan, solution=replace(plan.solution, allocation=allocation)))
+    share = [1e3 * 2.345e-6 * (allocation.owner == device).sum() for device in range(3)]
+    assert all(f"{power:.4g} mW" in text for power in share)
+    assert " 0 mW" not in text
+    assert " 0.0 mW" not in text
