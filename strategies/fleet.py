@@ -11,6 +11,7 @@ from flsplit.errors import ConfigError, located
 from flsplit.log import logger
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.server.clients import Clients
+from flsplit.server.passes import Replay, ServerPass
 from flsplit.server.passes.positions import AggregatingPass
 from flsplit.wireless.clock import Costs, FleetClock
 from flsplit.wireless.fleet_file import find_fleet
@@ -44,7 +45,12 @@ def make_clock(strategy: "SplitStrategy", clients: Clients, server_round: int) -
     return FleetClock(
         fleet,
         rates,
-        Costs(place, profile.last_layer_flops_backward, cache(strategy.auxiliary_flops)),
+        Costs(
+            place,
+            profile.last_layer_flops_backward,
+            cache(strategy.auxiliary_flops),
+            replays=_replays(strategy.server_pass),
+        ),
         wait=threading.Event().wait if options.realtime else None,
     )
 
@@ -54,12 +60,21 @@ def method_of(strategy: "SplitStrategy") -> Method:
     if strategy.hands_on:
         return SequentialSL()
     if upload_every := getattr(strategy, "upload_every", 0):  # a decoupled one
-        return FSLSAGE(upload_interval=upload_every)
-    if strategy.aggregator:
-        return SplitFed()
-    if isinstance(strategy.server_pass, AggregatingPass):
-        return EPSL(strategy.server_pass.phi)
-    return PSL()
+        return FSLSAGE(
+            upload_interval=upload_every,
+            align_interval=getattr(strategy, "align_every", 0),  # CSE-FSL has no alignment
+            align_epochs=getattr(strategy, "align_epochs", 0),
+            buffer_rows=getattr(strategy, "buffer_size", 0),
+        )
+    server_pass = strategy.server_pass
+    if isinstance(server_pass, AggregatingPass) and server_pass.phi > 0:
+        return EPSL(server_pass.phi, replays=_replays(server_pass))
+    return SplitFed() if strategy.aggregator else PSL()
+
+
+def _replays(server_pass: ServerPass) -> bool:
+    """Tell whether the pass sends all that it back-propagates forward a second time."""
+    return isinstance(server_pass, Replay) and server_pass.phi > 0
 
 
 def _profile(strategy: "SplitStrategy", clients: Clients, server_round: int) -> ModelProfile:

@@ -64,7 +64,8 @@ def test_plan(flsplit, tmp_path):
     assert "cut after " in output
     assert "server backward" in output
     assert "random subchannels" in output
-    assert "strategy = \"epsl\"\nstrategy-args = '{phi = 0.5}'" in output
+    table = "{phi = 0.5, batch-size = 64, local-steps = 1}"
+    assert f"strategy = \"epsl\"\nstrategy-args = '{table}'" in output
     assert (tmp_path / "a.png").stat().st_size > 0
 
 

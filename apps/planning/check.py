@@ -9,18 +9,8 @@ from itertools import pairwise, product
 import numpy as np
 from cell import draw_devices, resnet18
 
-from flsplit.wireless import (
-    EPSL,
-    PSL,
-    Fleet,
-    Freedom,
-    Problem,
-    Radio,
-    Server,
-    SplitFed,
-    Training,
-    optimise,
-)
+from flsplit.wireless import Fleet, Freedom, Problem, Radio, Server, Training, optimise
+from flsplit.wireless.rounds import EPSL, PSL, SplitFed
 
 TOLERANCE = 1e-6
 
@@ -52,7 +42,7 @@ def main() -> None:
     factors: dict[Freedom, list[float]] = {}
     failures = []
     for seed in range(options.fleets):
-        method = (EPSL(0.5), PSL(), SplitFed())[seed % 3]
+        method = (EPSL(0.5, replays=False), PSL(), SplitFed())[seed % 3]
         problem = Problem(drawn_fleet(seed), profile, method, Training())
         best = optimise(problem)
         if any(after > before for before, after in pairwise(best.history)):

@@ -15,17 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-import torch
 from flwr.app import Context, RecordDict
 
 from flsplit import History
-from flsplit.auxiliary import linear
-from flsplit.cut.flops import forward_flops
 from flsplit.processes import Simulation, simulation
 from flsplit.wireless import (
-    EPSL,
-    FSLSAGE,
-    PSL,
     Fleet,
     Method,
     ModelProfile,
@@ -36,6 +30,7 @@ from flsplit.wireless import (
     round_seconds,
 )
 from flsplit.wireless.rates import link_rates
+from flsplit.wireless.rounds import EPSL, FSLSAGE, PSL
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart"
@@ -52,20 +47,9 @@ class Case:
     arguments: str = ""
 
 
-def cases(profile: ModelProfile, cut: str) -> list[Case]:
-    """Return the methods, FSL-SAGE with the size of its auxiliary model."""
-    place = profile.place(cut)
-    auxiliary = linear(place.activation_shape, 10)
-    row = torch.empty(place.activation_shape, device="meta")
-    params = sum(parameter.numel() for parameter in auxiliary.parameters())
-    sage = FSLSAGE(
-        upload_interval=EVERY,
-        align_interval=1,
-        align_epochs=EPOCHS,
-        buffer_rows=BUFFER,
-        auxiliary_flops_share=forward_flops(auxiliary, row) / place.server_flops_forward,
-        auxiliary_params_share=params / place.server_params,
-    )
+def cases() -> list[Case]:
+    """Return the methods."""
+    sage = FSLSAGE(upload_interval=EVERY, align_interval=1, align_epochs=EPOCHS, buffer_rows=BUFFER)
     arguments = f"upload-every = {EVERY}, align-every = 1, align-epochs = {EPOCHS}, "
     arguments += f"buffer-size = {BUFFER}"
     return [
@@ -115,7 +99,7 @@ def main() -> None:
     profile = profile_model(build_model(context), (1, 8, 8))
     print("method     predicted    clock   played (s)   played by predicted   computed (s)")
     with tempfile.TemporaryDirectory() as folder, simulation(Path(folder)) as flower:
-        for case in cases(profile, CUT):
+        for case in cases():
             rounds = played(case, options, flower, fleet.num_devices)[1:]  # 1 sends segments out
             expected = predicted(case, fleet, profile, CUT)
             clock = mean(entry.simulated_seconds or 0.0 for entry in rounds)

@@ -13,25 +13,22 @@ import numpy as np
 from cell import draw_devices, resnet18
 
 from flsplit.wireless import (
-    EPSL,
-    PSL,
     Fleet,
     Freedom,
     Method,
     ModelProfile,
     Problem,
     Radio,
-    SequentialSL,
     Server,
-    SplitFed,
     Training,
     make_plan,
     optimise,
 )
 from flsplit.wireless.pictures import Sweep, draw_profile, draw_round, draw_sweeps
+from flsplit.wireless.rounds import EPSL, PSL, SequentialSL, SplitFed
 
 METHODS: dict[str, Method] = {
-    "EPSL": EPSL(0.5),
+    "EPSL": EPSL(0.5, replays=False),  # the paper's count, as we understand it
     "PSL": PSL(),
     "SplitFed": SplitFed(),
     "SL": SequentialSL(),
@@ -134,7 +131,7 @@ def main() -> None:
             lambda value, seed: fleet(seed=seed),
             profile,
             options.seeds,
-            lambda phi: {**METHODS, "EPSL": EPSL(phi)},
+            lambda phi: {**METHODS, "EPSL": EPSL(phi, replays=False)},
         ),
     ]
     draw_sweeps(sweeps, options.out / "planning-sweeps.png")

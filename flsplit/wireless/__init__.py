@@ -1,6 +1,7 @@
 """Planning for a network: the cut, subchannels and powers, and what a round then costs.
 
-Our model, after EPSL (https://arxiv.org/abs/2303.15991).
+Our model, after EPSL (https://arxiv.org/abs/2303.15991). The methods' latency models are in
+`flsplit.wireless.rounds`, since they are called as the strategies are.
 """
 
 from flsplit.wireless.clock import Costs, FleetClock
@@ -12,26 +13,12 @@ from flsplit.wireless.plan import Plan, format_plan, make_plan
 from flsplit.wireless.problem import Problem
 from flsplit.wireless.profile import ModelProfile, Place, profile_model
 from flsplit.wireless.rates import Allocation, Rates
-from flsplit.wireless.rounds import (
-    EPSL,
-    FSLSAGE,
-    PSL,
-    FedAvg,
-    Method,
-    SequentialSL,
-    SplitFed,
-    Training,
-    method_of,
-)
+from flsplit.wireless.rounds import Method, Training, method_of
 
 __all__ = [
-    "EPSL",
-    "FSLSAGE",
-    "PSL",
     "Allocation",
     "Costs",
     "Device",
-    "FedAvg",
     "Fleet",
     "FleetClock",
     "Freedom",
@@ -42,10 +29,8 @@ __all__ = [
     "Problem",
     "Radio",
     "Rates",
-    "SequentialSL",
     "Server",
     "Solution",
-    "SplitFed",
     "Training",
     "format_plan",
     "load_fleet",

@@ -27,11 +27,14 @@ class Costs:
         FLOPs of the backward pass through the model's last layer, where nothing is aggregated.
     auxiliary_flops : callable
         Returns the FLOPs of a row's forward pass through an auxiliary model.
+    replays : bool
+        Whether the rows that the server back-propagates go forward a second time for that.
     """
 
     place: Place
     last_layer_flops_backward: int
     auxiliary_flops: Callable[[], int]
+    replays: bool = False
 
     def leg_flops(self, leg: Leg) -> float:
         """Return what a device computes (FLOPs): rows by FLOPs per row, for each kind of pass."""
@@ -44,10 +47,11 @@ class Costs:
     def step_flops(self, rows: int, backward_rows: int) -> float:
         """Return what the server computes in a step (FLOPs).
 
-        ``rows F_s + rows B_l + backward_rows (B_s - B_l)``, as in `EPSL`.
+        ``rows F_s + rows B_l + backward_rows (B_s - B_l)``, as in `EPSL`, and another
+        ``backward_rows F_s`` where it replays.
         """
         place, last = self.place, self.last_layer_flops_backward
-        forward = rows * place.server_flops_forward
+        forward = (rows + self.replays * backward_rows) * place.server_flops_forward
         return float(forward + rows * last + backward_rows * (place.server_flops_backward - last))
 
     def alignment_flops(self, rows: int, epochs: int) -> float:

@@ -106,7 +106,7 @@ def draw_spans(axes: Axes, plan: Plan) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     cut = "whole model" if problem.method.whole_model else f"cut after {solution.place.cut}"
-    axes.set_title(f"{problem.method.name} {problem.method.arguments}, {cut}", fontsize=10)
+    axes.set_title(f"{problem.method.name} {plan.strategy_args}, {cut}", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     stages = dict.fromkeys(span.stage for span in found)
     axes.legend(

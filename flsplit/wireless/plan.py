@@ -1,5 +1,6 @@
 """A plan for a fleet: what to choose, what a round then costs, and what the choice gains."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,13 @@ class Plan:
     ablations: Mapping[str, float]
 
     @property
-    def strategy_arguments(self) -> str:
-        """What to paste into a run's configuration."""
-        method = self.problem.method
-        return f"strategy = \"{method.name}\"\nstrategy-args = '{method.arguments}'"
+    def strategy_args(self) -> str:
+        """The strategy's arguments, with which a run trains as planned: a TOML inline table."""
+        training = self.problem.training
+        sizes = {"batch-size": training.batch_size, "local-steps": training.steps}
+        arguments = self.problem.method.arguments | sizes
+        # JSON's strings and numbers are TOML's, too
+        return "{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in arguments.items()) + "}"
 
 
 def make_plan(problem: Problem, draws: int = DRAWS) -> Plan:
@@ -78,8 +82,14 @@ def ablations_of(problem: Problem, draws: int = DRAWS) -> dict[str, float]:
             problem, draws, subchannels=False, power=False
         )
     if len(problem.places) > 1:
+        middle = problem.places[len(problem.places) // 2]
+        found["fixed cut (the middle)"] = optimise(problem, Freedom(cut=middle.cut)).seconds
         found["random cut"] = _mean(problem, draws, random_cut=True)
     if problem.is_allocated and len(problem.places) > 1:
+        found["random subchannels, random cut"] = _mean(
+            problem, draws, subchannels=False, random_cut=True
+        )
+        found["even power, random cut"] = _mean(problem, draws, power=False, random_cut=True)
         found["random everything"] = _mean(
             problem, draws, subchannels=False, power=False, random_cut=True
         )
@@ -113,19 +123,18 @@ def every_cut(plan: Plan) -> dict[str, float]:
 
 def format_plan(plan: Plan) -> str:
     """Return a plan as text."""
-    problem, solution = plan.problem, plan.solution
-    training = problem.training
+    problem, training = plan.problem, plan.problem.training
     parts = [
         f"{problem.profile.model} on {problem.fleet.num_devices} devices, {problem.method.name}, "
         f"{training.steps} x {training.batch_size} samples per device and round",
         "\n".join(_cut_lines(plan)),
-        "\n".join(_stage_lines(plan)),
+        "\n".join([*_stage_lines(plan), *([f"({note})"] if (note := problem.method.note) else [])]),
     ]
     if plan.ablations:
         parts.append("\n".join(_ablation_lines(plan)))
     parts.append("\n".join(_device_lines(plan)))
     if not problem.method.whole_model:
-        parts.append(f'to paste:\ncut = "{solution.place.cut}"\n{plan.strategy_arguments}')
+        parts.append("\n".join(_paste_lines(plan)))
     return "\n\n".join(parts)
 
 
@@ -162,16 +171,26 @@ def _ablation_lines(plan: Plan) -> list[str]:
 
 
 def _device_lines(plan: Plan) -> list[str]:
-    lines = [f"{'device':<12}{'uplink':>14}{'downlink':>14}{'power':>10}  subchannels"]
+    lines = [f"{'device':<12}{'uplink':>14}{'downlink':>14}{'power':>12}  subchannels"]
     for device in _devices(plan):
         power, own = device["power_w"], device["subchannels"]
         lines.append(
             f"{device['name']:<12}{device['uplink_bps'] / 1e6:>7.2f} Mbit/s"
             f"{device['downlink_bps'] / 1e6:>7.2f} Mbit/s"
-            + (f"{1e3 * power:>7.1f} mW" if power is not None else f"{'-':>10}")
+            + (f"{1e3 * power:>9.4g} mW" if power is not None else f"{'-':>12}")
             + ("  " + ",".join(map(str, own)) if own is not None else "  -")
         )
     return lines
+
+
+def _paste_lines(plan: Plan) -> list[str]:
+    return [
+        "to paste:",
+        f'cut = "{plan.solution.place.cut}"  # of the strategy and of the client_app',
+        "# the run config; strategy-args go before an app's own keys, such as batch-size",
+        f'strategy = "{plan.problem.method.name}"',
+        f"strategy-args = '{plan.strategy_args}'",
+    ]
 
 
 def _seconds(value: float) -> str:
@@ -188,7 +207,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     return {
         "model": problem.profile.model,
         "strategy": problem.method.name,
-        "strategy_args": problem.method.arguments,
+        "strategy_args": plan.strategy_args,
+        "note": problem.method.note,
         "batch_size": problem.training.batch_size,
         "steps": problem.training.steps,
         "cut": None if problem.method.whole_model else solution.place.cut,

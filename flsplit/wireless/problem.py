@@ -64,13 +64,16 @@ class Problem:
         """Places that exceed some device's memory."""
         found = []
         for place in self.all_places:
-            needed = place.client_memory_bytes(
-                self.training.batch_size, self.training.optimizer_slots
-            )
+            needed = self._needed_bytes(place)
             short = tuple(d.name for d in self.fleet.devices if d.memory_bytes < needed)
             if short:
                 found.append(Excluded(place, short, needed))
         return tuple(found)
+
+    def _needed_bytes(self, place: Place) -> int:
+        training = self.training
+        segment = place.client_memory_bytes(training.batch_size, training.optimizer_slots)
+        return segment + self.method.added_memory_bytes(self._work(place))
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
@@ -94,5 +97,7 @@ class Problem:
 
     def phases(self, place: Place) -> tuple[Phase, ...]:
         """Return what a round consists of if the model is cut at a place."""
-        work = Work(self.profile, place, self.fleet.num_devices, self.training)
-        return self.method.phases(work)
+        return self.method.phases(self._work(place))
+
+    def _work(self, place: Place) -> Work:
+        return Work(self.profile, place, self.fleet.num_devices, self.training)

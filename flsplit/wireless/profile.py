@@ -115,6 +115,11 @@ class ModelProfile:
     end: Place
 
     @property
+    def num_classes(self) -> int:
+        """Elements of one sample's output, which are a classifier's classes."""
+        return self.end.activation_elements
+
+    @property
     def last_layer_flops_backward(self) -> int:
         """FLOPs (per sample) of the backward pass behind the last place to cut."""
         return self.places[-1].server_flops_backward

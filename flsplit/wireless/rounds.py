@@ -17,11 +17,15 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from flsplit.auxiliary import LINEAR
 from flsplit.errors import ConfigError
 from flsplit.wireless.profile import BACKWARD_PER_FORWARD, ModelProfile, Place
 
 BITS = 8
 """Bits per byte."""
+
+Argument = str | int | float
+"""An argument of a strategy."""
 
 
 class Where(Enum):
@@ -133,6 +137,18 @@ class Work:
         """Bits of the client segment's parameters."""
         return BITS * self.place.client_bytes
 
+    @property
+    def auxiliary_flops(self) -> int:
+        """FLOPs of a sample's forward and backward pass through a linear auxiliary model."""
+        forward = 2 * self.place.activation_elements * self.profile.num_classes
+        return (1 + BACKWARD_PER_FORWARD) * forward
+
+    @property
+    def auxiliary_bits(self) -> int:
+        """Bits of a linear auxiliary model's parameters: weights and biases."""
+        params = self.profile.num_classes * (self.place.activation_elements + 1)
+        return BITS * self.place.element_bytes * params
+
 
 class Method:
     """A method of training.
@@ -156,9 +172,18 @@ class Method:
         raise NotImplementedError
 
     @property
-    def arguments(self) -> str:
-        """The strategy's arguments, as a run's configuration has them."""
-        return "{}"
+    def note(self) -> str:
+        """What to know of what is charged; empty where there is nothing to say."""
+        return ""
+
+    def added_memory_bytes(self, work: Work) -> int:
+        """Return the bytes that a device needs besides `Place.client_memory_bytes`."""
+        return 0
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """The arguments that make the strategy this method, as a run's configuration has them."""
+        return {}
 
 
 def aggregated_rows(phi: float, batch_size: int) -> int:
@@ -176,7 +201,8 @@ class EPSL(Method):
     With :math:`m = \lceil \varphi b \rceil` aggregated positions, a step has the phases
 
     - client forward :math:`b F_c` (FLOPs per device), uplink :math:`b \Gamma` (bits per device),
-    - server forward :math:`n b F_s`, server backward
+    - server forward :math:`n b F_s`, and with ``replays`` and :math:`m > 0` another
+      :math:`(m + n (b - m)) F_s`; server backward
       :math:`n b B_l + (m + n (b - m)) (B_s - B_l)` (FLOPs),
     - broadcast :math:`m \Gamma` (bits),
     - unicast :math:`(b - m) \Gamma` (bits per device), client backward :math:`b B_c` (FLOPs per
@@ -189,6 +215,10 @@ class EPSL(Method):
     ----------
     phi : float
         The share, without unit, from 0 (parallel split learning) to 1.
+    replays : bool
+        Whether rows go through the server segment a second time to be back-propagated, as in
+        `flsplit.server.passes.Replay`, which the strategy has by default. The paper's equations,
+        as we understand them, have one forward pass.
 
     References
     ----------
@@ -197,6 +227,7 @@ class EPSL(Method):
     """
 
     phi: float = 0.5
+    replays: bool = True
     name = "epsl"
 
     def __post_init__(self) -> None:
@@ -206,12 +237,19 @@ class EPSL(Method):
 
     def phases(self, work: Work) -> tuple[Phase, ...]:
         """Return what a round consists of."""
-        return _steps(work, self.phi)
+        return _steps(work, self.phi, self.replays)
 
     @property
-    def arguments(self) -> str:
+    def note(self) -> str:
+        """Which forward passes are charged."""
+        if not self.replays or self.phi == 0.0:
+            return ""
+        return 'server forward has the second pass of aggregation = "replay"'
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
         """The strategy's arguments."""
-        return f"{{phi = {self.phi}}}"
+        return {"phi": self.phi}
 
 
 @dataclass(frozen=True)
@@ -285,7 +323,9 @@ class SequentialSL(Method):
 class FSLSAGE(Method):
     r"""FSL-SAGE: devices train against auxiliary models, which are aligned now and then.
 
-    With an auxiliary model of :math:`F_a, B_a` FLOPs and :math:`|w_a|` bits, in a round
+    The auxiliary model is the strategy's default, a linear classifier of the flattened smashed
+    data. For e elements per sample and c classes it has :math:`F_a = 2 e c, B_a = 2 F_a` (FLOPs
+    per sample) and :math:`|w_a|`, the bits of its :math:`c (e + 1)` parameters. In a round
 
     - a device does ``steps`` times client forward :math:`b F_c`, auxiliary :math:`b (F_a + B_a)`
       and client backward :math:`b B_c` (FLOPs), and uploads :math:`u = \lceil steps / q \rceil`
@@ -302,12 +342,9 @@ class FSLSAGE(Method):
     Parameters
     ----------
     upload_interval, align_interval : int
-        q (steps) and l (rounds).
+        q (steps) and l (rounds); l = 0 for no alignment at all.
     align_epochs, buffer_rows : int
         E, and N (samples per device).
-    auxiliary_flops_share, auxiliary_params_share : float
-        The auxiliary model's FLOPs and parameters by the server segment's, without unit. The
-        defaults are roughly those of the paper's: a stage of a ResNet-18 and a classifier.
 
     References
     ----------
@@ -319,8 +356,6 @@ class FSLSAGE(Method):
     align_interval: int = 10
     align_epochs: int = 100
     buffer_rows: int = 1000
-    auxiliary_flops_share: float = 0.5
-    auxiliary_params_share: float = 0.2
     name = "fsl-sage"
 
     def phases(self, work: Work) -> tuple[Phase, ...]:
@@ -330,7 +365,7 @@ class FSLSAGE(Method):
         uploads = math.ceil(steps / self.upload_interval)
         local = (
             Stage("client forward", Where.DEVICE, steps * rows * place.client_flops_forward),
-            Stage("auxiliary", Where.DEVICE, steps * rows * self._auxiliary_flops(place)),
+            Stage("auxiliary", Where.DEVICE, steps * rows * work.auxiliary_flops),
             Stage("client backward", Where.DEVICE, steps * rows * place.client_flops_backward),
             Stage("uplink", Where.UPLINK, uploads * rows * work.activation_bits),
         )
@@ -343,20 +378,32 @@ class FSLSAGE(Method):
             *_aggregation(work.client_bits),
         )
 
-    def _auxiliary_flops(self, place: Place) -> float:
-        forward = self.auxiliary_flops_share * place.server_flops_forward
-        return (1 + BACKWARD_PER_FORWARD) * forward
+    def added_memory_bytes(self, work: Work) -> int:
+        """Return the auxiliary model's bytes: ``(|w_a| + b Γ) / 8``, parameters and input.
+
+        It is never trained on a device, so there are neither gradients nor an optimizer.
+        """
+        return (work.auxiliary_bits + work.training.batch_size * work.activation_bits) // BITS
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """The strategy's arguments."""
+        return {
+            "auxiliary": LINEAR,
+            "upload-every": self.upload_interval,
+            "align-every": self.align_interval,
+            "align-epochs": self.align_epochs,
+            "buffer-size": self.buffer_rows,
+        }
 
     def _alignment(self, work: Work) -> tuple[Phase, Phase]:
-        place, often = work.place, 1.0 / self.align_interval
+        place, often = work.place, 1.0 / self.align_interval if self.align_interval else 0.0
         per_row = float(place.server_flops_forward + place.server_flops_backward)
-        per_row += 2 * self.align_epochs * self._auxiliary_flops(place)
+        per_row += 2 * self.align_epochs * work.auxiliary_flops
         flops = often * work.num_devices * self.buffer_rows * per_row
-        params = self.auxiliary_params_share * place.server_params
-        bits = often * BITS * place.element_bytes * params
         return (
             _server("alignment", flops),
-            Phase((Stage("auxiliary down", Where.DOWNLINK, bits),)),
+            Phase((Stage("auxiliary down", Where.DOWNLINK, often * work.auxiliary_bits),)),
         )
 
 
@@ -413,7 +460,7 @@ def method_of(name: str, phi: float | None = None) -> Method:
     raise ConfigError(f"no latency model for {name!r} (there are {', '.join(METHODS)})")
 
 
-def _steps(work: Work, phi: float) -> tuple[Phase, ...]:
+def _steps(work: Work, phi: float, replays: bool = False) -> tuple[Phase, ...]:
     """Return the phases of a round's parallel steps; the formulas are in `EPSL`."""
     place, rows, bits = work.place, work.training.batch_size, work.activation_bits
     steps = work.training.steps
@@ -421,6 +468,7 @@ def _steps(work: Work, phi: float) -> tuple[Phase, ...]:
     all_rows = work.num_devices * rows
     last = work.profile.last_layer_flops_backward
     back_rows = shared + work.num_devices * (rows - shared)
+    forward_rows = all_rows + (back_rows if replays and shared else 0)
     backward = all_rows * last + back_rows * (place.server_flops_backward - last)
     up = (
         Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
@@ -433,7 +481,7 @@ def _steps(work: Work, phi: float) -> tuple[Phase, ...]:
     between = (Phase((*down, *up), steps - 1),) if steps > 1 else ()
     return (
         Phase(up),
-        _server("server forward", all_rows * place.server_flops_forward, steps),
+        _server("server forward", forward_rows * place.server_flops_forward, steps),
         _server("server backward", backward, steps),
         Phase((Stage("broadcast", Where.BROADCAST, shared * bits),), steps),
         *between,

@@ -22,7 +22,8 @@ from flsplit.strategies import (
     SplitFedV1,
     SplitFedV2,
 )
-from flsplit.wireless import Device, Fleet, Radio, Server
+from flsplit.strategies.fleet import method_of
+from flsplit.wireless import Device, Fleet, Radio, Server, rounds
 
 FLEET = Fleet(
     devices=tuple(
@@ -40,6 +41,8 @@ AUXILIARY_DOWN, AUXILIARY_UP = 3.5, 2.625  # 84 bytes
 
 TURN = DOWN + (4 + 4) + 4 + (4 + 8 + 4 + 4) + 4 + (4 + 8) + UP
 
+EPSL_MORE = 2 * (6 * 180 - 2 * 240) / 540
+
 BY_HAND = {
     "psl": (PSL, {}, [DOWN + STEPS, STEPS]),
     "splitfed-v1": (SplitFedV1, {}, 2 * [DOWN + STEPS + UP]),
@@ -48,8 +51,15 @@ BY_HAND = {
     "sequential": (SequentialSL, {}, 2 * [2 * TURN]),
     # all rows are the mean of both clients' and broadcast: over links that takes as long
     "sglr": (SGLR, {"phi": 1.0, "shares": "equal"}, [DOWN + STEPS, STEPS]),
-    # of the server's 8 s per step, 2 of 8 rows save 240 FLOPs each
-    "epsl": (EPSL, {"phi": 0.5}, [DOWN + STEPS - 2 * 480 / 540, STEPS - 2 * 480 / 540]),
+    # of the server's 8 s per step, 2 of 8 rows save 240 FLOPs each; 6 go forward a second time
+    "epsl": (EPSL, {"phi": 0.5}, [DOWN + STEPS + EPSL_MORE, STEPS + EPSL_MORE]),
+    "epsl, phi 0": (EPSL, {"phi": 0.0}, [DOWN + STEPS, STEPS]),
+    # all rows go back
+    "epsl, shared delta": (
+        EPSL,
+        {"phi": 0.5, "aggregation": "shared_delta"},
+        [DOWN + STEPS, STEPS],
+    ),
     # uploads come after 4 s of the first local step; the server is ready before the clients
     "fsl-sage": (
         FSLSAGE,
@@ -174,3 +184,26 @@ def test_a_device_without_the_memory_for_the_cut_is_refused():
     )
     with pytest.raises(ValueError, match="fleet: no cut of Sequential fits"):
         times(PSL, fleet=small)
+
+
+@pytest.mark.parametrize(
+    ("strategy_class", "options", "expected"),
+    [
+        (PSL, {}, rounds.PSL()),
+        (PSL, {"client_strategy": FedAvg()}, rounds.SplitFed()),
+        (SplitFedV2, {}, rounds.SplitFed()),
+        (SequentialSL, {}, rounds.SequentialSL()),
+        (EPSL, {"phi": 0.25}, rounds.EPSL(0.25)),
+        (EPSL, {"phi": 0.25, "client_strategy": FedAvg()}, rounds.EPSL(0.25)),
+        (EPSL, {"phi": 0.0, "client_strategy": FedAvg()}, rounds.SplitFed()),
+        (
+            FSLSAGE,
+            {"upload_every": 2, "align_every": 3, "align_epochs": 4, "buffer_size": 50},
+            rounds.FSLSAGE(2, 3, 4, 50),
+        ),
+        (CSEFSL, {"upload_every": 2}, rounds.FSLSAGE(2, 0, 0, 0)),
+    ],
+)
+def test_the_nearest_latency_model_has_the_strategy_s_arguments(strategy_class, options, expected):
+    strategy = strategy_class(model=plain_net(), cut="front", **options)
+    assert method_of(strategy) == expected

@@ -4,6 +4,8 @@ A row costs device 0 1 s forward and 2 s backward, and 2 s up and 1 s down; devi
 A row costs the server 0.3 s forward, and 0.6 s backward of which 0.1 s for the last layer.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from flsplit.account.clock import Errand, Exchange, Leg
@@ -96,6 +98,7 @@ def test_flops_by_hand(tiny_profile):
     work = Leg(forward_rows=2, backward_rows=3, auxiliary_rows=4)
     assert costs.leg_flops(work) == 2 * 100 + 3 * 200 + 4 * 3 * 7
     assert costs.step_flops(8, 6) == 8 * 300 + 8 * 100 + 6 * 500
+    assert replace(costs, replays=True).step_flops(8, 6) == 14 * 300 + 8 * 100 + 6 * 500
     assert costs.alignment_flops(10, 2) == 10 * (300 + 600 + 2 * 2 * 3 * 7)
 
 

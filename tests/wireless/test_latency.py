@@ -1,19 +1,16 @@
 """Rounds of the tiny model on two linked devices, worked out by hand."""
 
 import pytest
+import torch
 
+from flsplit.auxiliary import linear
+from flsplit.cut.flops import forward_flops
 from flsplit.errors import ConfigError
 from flsplit.wireless import (
-    EPSL,
-    FSLSAGE,
-    PSL,
     Device,
-    FedAvg,
     Fleet,
     Problem,
-    SequentialSL,
     Server,
-    SplitFed,
     Training,
     method_of,
     round_seconds,
@@ -21,7 +18,17 @@ from flsplit.wireless import (
 )
 from flsplit.wireless.latency import SERVER, RoundTerms, spans
 from flsplit.wireless.rates import link_rates
-from flsplit.wireless.rounds import METHODS, aggregated_rows
+from flsplit.wireless.rounds import (
+    EPSL,
+    FSLSAGE,
+    METHODS,
+    PSL,
+    FedAvg,
+    SequentialSL,
+    SplitFed,
+    Work,
+    aggregated_rows,
+)
 
 # 4 samples, cut after "first": F_c = 100, B_c = 200, F_s = 300, B_s = 600, B_l = 100 FLOPs and
 # 128 bits per sample; client segments of 320 bits, models of 1600 bits.
@@ -29,10 +36,18 @@ UP = 4 + 8  # device 0: 400 FLOPs at 100 FLOP/s, 512 bits at 64 bit/s
 SERVER_FORWARD = 2.4  # 8 rows of 300 FLOPs at 1000 FLOP/s
 BY_HAND = {
     # backward 8 * 100 + (2 + 2 * 2) * 500 = 3800 FLOPs; 2 rows broadcast at 128 bit/s, 2 unicast
-    "epsl": (EPSL(0.5), 1, UP + SERVER_FORWARD + 3.8 + 2 + (2 + 8)),
+    "epsl, one forward pass": (
+        EPSL(0.5, replays=False),
+        1,
+        UP + SERVER_FORWARD + 3.8 + 2 + (2 + 8),
+    ),
+    # another 2 + 2 * 2 rows of 300 FLOPs forward
+    "epsl": (EPSL(0.5), 1, UP + SERVER_FORWARD + 1.8 + 3.8 + 2 + (2 + 8)),
+    "epsl, phi 0": (EPSL(0.0), 1, UP + SERVER_FORWARD + 4.8 + 0 + (4 + 8)),
     "psl": (PSL(), 1, UP + SERVER_FORWARD + 4.8 + 0 + (4 + 8)),
-    # phi = 1: backward 8 * 100 + 4 * 500 = 2800 FLOPs, 4 rows broadcast, nothing unicast
-    "epsl, phi 1": (EPSL(1.0), 1, UP + SERVER_FORWARD + 2.8 + 4 + 8),
+    # phi = 1: backward 8 * 100 + 4 * 500 = 2800 FLOPs, 4 rows broadcast, nothing unicast; another
+    # 4 rows of 300 FLOPs forward
+    "epsl, phi 1": (EPSL(1.0), 1, UP + SERVER_FORWARD + 1.2 + 2.8 + 4 + 8),
     "psl, 3 steps": (PSL(), 3, 3 * 31.2),
     # and 320 bits up at 64 bit/s, broadcast at 128 bit/s
     "splitfed": (SplitFed(), 1, 31.2 + 5 + 2.5),
@@ -41,12 +56,13 @@ BY_HAND = {
     "sequential": (SequentialSL(), 1, 27.6 + 15.6 + (5 + 2.5) + (2.5 + 1.25)),
     # 1600 and 3200 FLOPs at 100 FLOP/s, 1600 bits at 64 bit/s, broadcast at 128 bit/s
     "fedavg": (FedAvg(), 1, 16 + 32 + 25 + 12.5),
-    # 5 steps of 4 * (100 + 450 + 200) FLOPs, one upload; the server trains on 8 rows; half of
-    # 2 * 10 * (300 + 600 + 2 * 450) FLOPs; half of 8 parameters; 320 bits up and broadcast
+    # a linear auxiliary model from 4 to 1: 8 + 16 FLOPs, 5 parameters.
+    # 5 steps of 4 * (100 + 24 + 200) FLOPs, one upload; the server trains on 8 rows; half of
+    # 2 * 10 * (300 + 600 + 2 * 24) FLOPs; half of 160 bits; 320 bits up and broadcast
     "fsl-sage": (
         FSLSAGE(upload_interval=5, align_interval=2, align_epochs=1, buffer_rows=10),
         5,
-        (150 + 8) + SERVER_FORWARD + 4.8 + 18 + 1 + 5 + 2.5,
+        (64.8 + 8) + SERVER_FORWARD + 4.8 + 9.48 + 0.625 + 5 + 2.5,
     ),
 }
 
@@ -97,7 +113,7 @@ def test_stages_by_hand(tiny_profile, linked_fleet):
         {
             "client forward": 4.0,
             "uplink": 8.0,
-            "server forward": 2.4,
+            "server forward": 4.2,
             "server backward": 3.8,
             "broadcast": 2.0,
             "unicast": 2.0,
@@ -122,6 +138,15 @@ def test_who_does_what_when(tiny_profile, linked_fleet):
     assert times["1", "uplink"] == pytest.approx((2.0, 6.0))
     assert times[SERVER, "server forward"] == pytest.approx((12.0, 14.4))
     assert times["1", "client backward"] == pytest.approx((21.2, 25.2))
+
+
+def test_the_auxiliary_model_is_the_strategy_s_default(resnet18):
+    place = resnet18.place("layer2")
+    work = Work(resnet18, place, 5, Training())
+    auxiliary = linear(place.activation_shape, 7)
+    row = torch.empty(place.activation_shape, device="meta")
+    assert work.auxiliary_flops == 3 * forward_flops(auxiliary, row)
+    assert work.auxiliary_bits == 32 * sum(p.numel() for p in auxiliary.parameters())
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,8 @@ import numpy as np
 import pytest
 
 from flsplit.cut import CutError
-from flsplit.wireless import (
-    EPSL,
-    PSL,
-    FedAvg,
-    Freedom,
-    Problem,
-    SequentialSL,
-    SplitFed,
-    Training,
-    optimise,
-    round_seconds,
-)
+from flsplit.wireless import Freedom, Problem, Training, optimise, round_seconds
+from flsplit.wireless.rounds import EPSL, FSLSAGE, PSL, FedAvg, SequentialSL, SplitFed
 
 ABLATIONS = [
     Freedom(subchannels=False),
@@ -92,3 +82,18 @@ def test_cuts_that_exceed_a_device_s_memory(drawn_fleet, resnet18):
     fleet = replace(fleet, devices=(tiny, *fleet.devices[3:]))
     with pytest.raises(CutError, match=r"no cut of resnet18 fits .* than device 2 may use"):
         optimise(Problem(fleet, resnet18, PSL(), Training()))
+
+
+def test_auxiliary_models_need_memory_too(linked_fleet, tiny_profile):
+    """Cut after "first", a segment takes 2 * 40 bytes.
+
+    FSL-SAGE's auxiliary model has 5 parameters and 4 samples of 16 bytes as its input: 84 bytes.
+    """
+    small = tuple(replace(device, memory_bytes=163.0) for device in linked_fleet.devices)
+    fleet = replace(linked_fleet, devices=small)
+    psl, sage = (
+        Problem(fleet, tiny_profile, method, Training(batch_size=4))
+        for method in (PSL(), FSLSAGE())
+    )
+    assert [one.place.cut for one in psl.excluded] == ["second"]
+    assert [one.needed_bytes for one in sage.excluded] == [164, 2 * 120 + 4 * (3 + 4 * 2)]

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from flsplit.errors import ConfigError
-from flsplit.wireless import EPSL, PSL, Problem, Training
+from flsplit.wireless import Problem, Training
 from flsplit.wireless.latency import RoundTerms
 from flsplit.wireless.power import EVEN, WATER
+from flsplit.wireless.rounds import EPSL, PSL
 from flsplit.wireless.subchannels import Cell, at_random, exact, greedy, improved
 
 
