@@ -8,6 +8,7 @@ from typing import Literal
 
 from flwr.serverapp import Grid
 
+from flsplit.carry.local import LocalGrid
 from flsplit.carry.session.grid import NoHostError, SessionGrid
 from flsplit.carry.session.settings import SessionSettings
 from flsplit.errors import FlsplitError, NotEnoughClientsError
@@ -115,7 +116,11 @@ def open_carrier(
         If ``carrier`` is ``session`` and no node can dial back.
     """
     if carrier == "flower" or getattr(grid, "in_process", False):
-        yield OpenCarrier(grid)
+        try:
+            yield OpenCarrier(grid)
+        finally:
+            if isinstance(grid, LocalGrid):
+                grid.end_run()
         return
     _wait_for_a_node(grid, timeout)
     session = SessionGrid(

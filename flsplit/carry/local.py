@@ -108,6 +108,11 @@ class LocalGrid(MessageGrid):
         """Call the ClientApp with each message and return the replies; there is no timeout."""
         return self.pull_messages(self.push_messages(messages))
 
+    def end_run(self) -> None:
+        """Take the progress bar away; the next run gets its own."""
+        if self._bar:
+            self._bar.stop()
+
     def _deliver(self, message: Message) -> str:
         node_id = message.metadata.dst_node_id
         if node_id not in self._contexts:
@@ -124,19 +129,23 @@ class _RoundBar:
     """A progress bar that learns of rounds from the messages passing by."""
 
     def __init__(self) -> None:
-        self._progress = Progress(transient=True)
-        self._task: TaskID | None = None
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
 
     def watch(self, message: Message) -> None:
         config = message.content.get("config")
         if not (isinstance(config, ConfigRecord) and "num-rounds" in config):
             return
         current, total = cast(int, config["server-round"]), cast(int, config["num-rounds"])
-        if self._task is None:
+        if self._progress is None:
+            self._progress = Progress(transient=True)
             self._task = self._progress.add_task("training", total=total)
             self._progress.start()
         self._progress.update(
             self._task, completed=current - 1, description=f"round {current}/{total}"
         )
-        if current == total:
+
+    def stop(self) -> None:
+        if self._progress:
             self._progress.stop()
+        self._progress = None

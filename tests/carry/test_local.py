@@ -24,6 +24,7 @@ from reference import (
 )
 
 from flsplit import LocalGrid, client_app
+from flsplit.carry import local
 from flsplit.errors import ConfigError
 from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
 
@@ -183,3 +184,50 @@ def test_a_second_run_on_one_grid_is_not_the_first_ones_continuation():
 def test_what_is_no_client_app_is_refused():
     with pytest.raises(ConfigError, match=r"client_app is <function client_app .*a ClientApp"):
         LocalGrid(client_app, 2)
+
+
+class Bar:
+    """Notes what becomes of a progress bar."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def add_task(self, _name, total):
+        self.events.append(f"of {total}")
+
+    def start(self):
+        self.events.append("start")
+
+    def update(self, _task, completed, description):
+        if description not in self.events:
+            self.events.append(description)
+
+    def stop(self):
+        self.events.append("stop")
+
+
+def test_the_progress_bar_lasts_as_long_as_a_run_however_that_ends(monkeypatch):
+    events = []
+    monkeypatch.setattr(local, "Progress", lambda transient: Bar(events))
+    parts = make_parts((8, 8))
+    grid = LocalGrid(split_app(plain_net, parts), 2, progress=True)
+    model = plain_net()
+
+    def train(evaluate_fn=None, **options):
+        events.clear()
+        strategy = SplitFedV2(model=model, cut=CUT, server_lr=0.1, local_steps=1, **options)
+        strategy.start(grid, ArrayRecord(model.state_dict()), 2, evaluate_fn=evaluate_fn)
+
+    expected = ["of 2", "start", "round 1/2", "round 2/2", "stop"]
+    train()
+    assert events == expected
+    train()
+    assert events == expected
+
+    def fail(server_round, _arrays):
+        if server_round == 1:
+            raise RuntimeError("as it was asked to")
+
+    with pytest.raises(RuntimeError, match="asked to"):
+        train(evaluate_fn=fail)
+    assert events == ["of 2", "start", "round 1/2", "stop"]
