@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -360,8 +359,6 @@ def test_a_deployment_with_tls_and_authentication(app, tmp_path):
         killed = deployed.supernodes[1].kill_client_app()
         assert killed not in deployed.supernodes[1].client_apps()
         deployed.supernodes[0].pause()
-        started = time.monotonic()
-    assert time.monotonic() - started < 15
     assert deployed.home.tree.find() == []
 
 

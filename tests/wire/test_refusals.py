@@ -73,11 +73,10 @@ class RawHost:
         return self.call.code(), self.call.details()
 
 
-def refused_dial(address, token, certificate_pem, timeout=5):
-    began = time.monotonic()
+def refused_dial(address, token, certificate_pem, timeout=3600):
+    """Return the error of a dial that is refused at once: it doesn't wait for the timeout."""
     with pytest.raises(DialError) as caught:
         HostStream.dial(address, token, certificate_pem, {}, timeout, keepalive=QUICK)
-    assert time.monotonic() - began < 3
     error = caught.value
     assert address in str(error)
     assert error.port == address.rpartition(":")[2]

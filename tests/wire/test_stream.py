@@ -162,10 +162,8 @@ def test_sending_waits_for_a_slow_host_and_then_gives_up():
         server.receive(5)
         message = make_tensor_message(bytes(20 * 2**20))
         server.send("a", ENVELOPE, message)
-        began = time.monotonic()
         with pytest.raises(TimeoutError, match=r"0.3 s"):
             server.send("a", ENVELOPE, message, timeout=0.3)
-        assert time.monotonic() - began < 3
         # It was only slow: once it reads, all goes on.
         next(iter(stream))
         server.send("a", ENVELOPE, make_tensor_message(), timeout=5)
