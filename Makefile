@@ -20,7 +20,7 @@ ARGS       ?=
 
 .PHONY: help
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{ printf "  make %-18s %s\n", $$1, $$2 }'
 
 .PHONY: env
 env: $(STAMP) ## Create the environment, or bring it up to date
@@ -50,6 +50,10 @@ compare: $(STAMP) ## Compare the methods: digits, 3 kinds of labels, 3 seeds
 .PHONY: compare-quick
 compare-quick: $(STAMP) ## The same, shorter, with fewer methods
 	@$(BIN)/python apps/compare/compare.py --quick --alpha 0.1 inf --out runs/compare-quick $(ARGS)
+
+.PHONY: compare-decoupled
+compare-decoupled: $(STAMP) ## Compare FSL-SAGE and CSE-FSL with SplitFed and FedAvg by bytes
+	@$(BIN)/python apps/compare/decoupled.py --out runs/compare-decoupled $(ARGS)
 
 .PHONY: test
 test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, several at a time
