@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flsplit.cut import Split
-from flsplit.errors import ConfigError, DataError, SegmentMismatchError
+from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
 from flsplit.server.segment import check_labels
 
 LINEAR, FIRST_STAGE, GIVEN = "linear", "first-stage", "given"
@@ -23,8 +23,6 @@ KINDS = (LINEAR, FIRST_STAGE, GIVEN)
 BuildAuxiliary = Callable[[tuple[int, ...], int], nn.Module]
 """Takes the shape of one row of smashed data and the number of classes, returns a module that
 turns smashed data ``(b, *shape)`` into logits ``(b, num_classes)``."""
-
-_TORCH_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 class MeanOverRest(nn.Module):
@@ -60,7 +58,7 @@ def first_stage(parts: Split, shape: Sequence[int], num_classes: int) -> nn.Modu
         with torch.no_grad():
             features = MeanOverRest()(stage(_rows(shape, stage)))
         width = int(features.shape[1])
-    except _TORCH_ERRORS as error:
+    except TORCH_ERRORS as error:
         raise ConfigError(
             f"auxiliary='first-stage': {name!r} alone can't take smashed data of shape "
             f"{(1, *shape)}: {error}; use 'linear', or give a function of your own"
@@ -138,7 +136,7 @@ def _check_fits(module: nn.Module, shape: Sequence[int], num_classes: int) -> No
     try:
         with torch.no_grad():
             logits = module.eval()(rows)
-    except _TORCH_ERRORS as error:
+    except TORCH_ERRORS as error:
         raise SegmentMismatchError(
             f"the auxiliary model can't take smashed data of shape {tuple(rows.shape)}: {error}"
         ) from error
@@ -159,7 +157,7 @@ def auxiliary_loss(module: nn.Module, smashed: Tensor, labels: Tensor) -> Tensor
     """Return an auxiliary model's mean cross-entropy; errors say which shape didn't fit."""
     try:
         logits = module(smashed.clone())  # an in-place first operation fails on a leaf
-    except _TORCH_ERRORS as error:
+    except TORCH_ERRORS as error:
         if "more than 1 value per channel" in str(error):
             raise DataError(
                 "BatchNorm in the auxiliary model can't train on a batch of one (smashed data "
@@ -171,7 +169,7 @@ def auxiliary_loss(module: nn.Module, smashed: Tensor, labels: Tensor) -> Tensor
     check_labels(logits, labels)
     try:
         return functional.cross_entropy(logits, labels)
-    except _TORCH_ERRORS as error:
+    except TORCH_ERRORS as error:
         raise DataError(
             f"the auxiliary model's cross-entropy can't take logits of shape "
             f"{tuple(logits.shape)} with labels of shape {tuple(labels.shape)} and dtype "

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+TORCH_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What torch raises for shapes and dtypes that it can't take."""
+
 
 class FlsplitError(Exception):
     """Base class of every error that flsplit raises on purpose."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flsplit.errors import ConfigError
+from flsplit.errors import TORCH_ERRORS, ConfigError
 from flsplit.message.evaluate import EvaluateReply
-from flsplit.server.segment import TORCH_ERRORS, ServerSegment
+from flsplit.server.segment import ServerSegment
 from flsplit.server.step import count_correct
 
 if TYPE_CHECKING:

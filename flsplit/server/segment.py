@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from flsplit.errors import ConfigError, DataError, SegmentMismatchError
+from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
 from flsplit.message.arrays import check_like
 from flsplit.server.optimizer import make_optimizer, make_scheduler
 
@@ -19,10 +19,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 Gradients = list[Tensor | None]
 """One gradient per trainable parameter of the server segment, None where there is none."""
-
-
-TORCH_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-"""What torch raises for shapes and dtypes that it can't take."""
 
 
 class ServerSegment:
