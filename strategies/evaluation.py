@@ -7,9 +7,8 @@ from flsplit.account.ledger import RoundEntry
 from flsplit.errors import FlsplitError, located
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.parts import SegmentArrays
-from flsplit.server.checks import Reply
 from flsplit.server.clients import Clients
-from flsplit.server.fits import Batch, Fits
+from flsplit.server.fits import Fits, leave_out_misfits
 from flsplit.server.segment import ServerSegment
 from flsplit.strategies.scores import Scores
 
@@ -69,12 +68,9 @@ def evaluate_clients(
             for name in remaining
         }
         replies = clients.exchange(requests, entry)
+        replies = leave_out_misfits(fits, clients, requests, replies, entry)
         batch += 1
         remaining = []
-        misfits = fits.misfits(_uploads(replies))
-        for name, error in misfits.items():
-            clients.leave_out(name, requests[name], error, entry)
-            replies.pop(name)
         for name, reply in replies.items():
             if not isinstance(reply, EvaluateReply):
                 raise FlsplitError(
@@ -86,12 +82,3 @@ def evaluate_clients(
             if batch < reply.num_batches:
                 remaining.append(name)
     return scores.compute()
-
-
-def _uploads(replies: Mapping[str, Reply]) -> dict[str, list[Batch]]:
-    """Return the smashed data and labels of the clients that have test data."""
-    return {
-        name: [(reply.smashed, reply.labels)]
-        for name, reply in replies.items()
-        if isinstance(reply, EvaluateReply) and reply.num_batches
-    }

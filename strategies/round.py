@@ -18,7 +18,7 @@ from flsplit.message.step import StepReply, StepRequest
 from flsplit.seeds import derive_seed
 from flsplit.server.checks import Reply, Request
 from flsplit.server.clients import Clients, Sent
-from flsplit.server.fits import Batch, Fits
+from flsplit.server.fits import Fits, leave_out_misfits
 from flsplit.server.step import (
     ClientBatch,
     Shares,
@@ -47,7 +47,7 @@ class Round:
         Whether clients hand over their segment at the end.
     min_clients : int
         With fewer clients left, the round ends with an error.
-    fits : Fits, optional
+    fits : Fits
         Tells whose smashed data and labels the server segment can't take.
     exchanges_left : callable, optional
         In the first round of a run: takes how many steps the clients have, and returns how many
@@ -62,7 +62,7 @@ class Round:
     participants: list[str]
     upload_segment: bool
     min_clients: int
-    fits: Fits | None = None
+    fits: Fits
     exchanges_left: Callable[[int], int] | None = None
     entry: RoundEntry = field(init=False)
     ended: bool = field(default=False, init=False)
@@ -140,7 +140,10 @@ class Round:
 
     def receive_local(self, sent: Sent) -> dict[str, LocalReply]:
         """Return the replies to what was sent; fewer clients as in `exchange`."""
-        return self._local(self._fitting(sent.requests, self.clients.receive(sent, self.entry)))
+        replies: Mapping[str, Reply] = self.clients.receive(sent, self.entry)
+        return self._local(
+            leave_out_misfits(self.fits, self.clients, sent.requests, replies, self.entry)
+        )
 
     def _local(self, replies: Mapping[str, Reply]) -> dict[str, LocalReply]:
         if not self._enough_are_left():
@@ -156,17 +159,7 @@ class Round:
             exchanges = self.exchanges_left(max(steps))
             self.clients.carrier.check_speed(self.entry.waiting_seconds - before, exchanges)
             self.exchanges_left = None
-        return self._fitting(requests, replies)
-
-    def _fitting(
-        self, requests: Mapping[str, Request], replies: Mapping[str, Reply]
-    ) -> dict[str, Reply]:
-        """Return the replies, without those that the server segment can't take."""
-        uploads = {name: _uploads(reply) for name, reply in replies.items()}
-        misfits = self.fits.misfits(uploads) if self.fits else {}
-        for name, error in misfits.items():
-            self.clients.leave_out(name, requests[name], error, self.entry)
-        return {name: reply for name, reply in replies.items() if name not in misfits}
+        return leave_out_misfits(self.fits, self.clients, requests, replies, self.entry)
 
     def _enough_are_left(self) -> bool:
         """Tell whether the round can go on.
@@ -268,13 +261,6 @@ class Round:
         if self.clients.clock:
             self.entry.simulated_seconds = self.clients.clock.end_round()
         return self.entry
-
-
-def _uploads(reply: Reply) -> list[Batch]:
-    """Return the smashed data and labels in a reply of training."""
-    if isinstance(reply, LocalReply):
-        return list(reply.uploads.values())
-    return [(reply.smashed, reply.labels)] if isinstance(reply, StepReply) else []
 
 
 def _by_reason(lost: Mapping[str, str]) -> str:

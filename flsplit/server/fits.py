@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from flsplit.account.ledger import RoundEntry
 from flsplit.errors import DataError, FlsplitError, SegmentMismatchError
+from flsplit.message.evaluate import EvaluateReply
+from flsplit.message.local import LocalReply
+from flsplit.message.step import StepReply
+from flsplit.server.checks import Reply, Request
+from flsplit.server.clients import Clients
 from flsplit.server.segment import ServerSegment
 
 Batch = tuple[Tensor, Tensor]
@@ -81,6 +87,32 @@ class Fits:
             for name, row in rows.items()
             if row != usual
         }
+
+
+def leave_out_misfits(
+    fits: Fits,
+    clients: Clients,
+    requests: Mapping[str, Request],
+    replies: Mapping[str, Reply],
+    entry: RoundEntry,
+) -> dict[str, Reply]:
+    """Return the replies, without those that the server segment can't take."""
+    misfits = fits.misfits({name: _uploads(reply) for name, reply in replies.items()})
+    for name, error in misfits.items():
+        clients.leave_out(name, requests[name], error, entry)
+    return {name: reply for name, reply in replies.items() if name not in misfits}
+
+
+def _uploads(reply: Reply) -> list[Batch]:
+    """Return the smashed data and labels in a reply."""
+    match reply:
+        case LocalReply():
+            return list(reply.uploads.values())
+        case StepReply():
+            return [(reply.smashed, reply.labels)]
+        case EvaluateReply() if reply.num_batches:  # else it has no test data
+            return [(reply.smashed, reply.labels)]
+    return []
 
 
 def _kind(smashed: Tensor, labels: Tensor) -> _Kind:
