@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,12 @@ class Run:
     def _rounds_done(self) -> int:
         return self.result.history[-1].round if self.result.history else 0
 
+    @cached_property
+    def _fits(self) -> Fits:
+        """What training has shown to fit together; evaluation is judged by itself."""
+        pools = self.strategy.server_pass.pools and not self.strategy.one_by_one
+        return Fits(self.strategy.server, pools=pools)
+
     def _do_rounds(
         self,
         carrier: OpenCarrier,
@@ -86,8 +92,6 @@ class Run:
     ) -> None:
         started, first = time.perf_counter(), self._rounds_done + 1
         self.result.arrays = self.strategy.arrays()
-        pools = self.strategy.server_pass.pools and not self.strategy.one_by_one
-        self._fits = Fits(self.strategy.server, pools=pools)
         if first == 1:
             self._evaluate_centrally(0)
         for server_round in range(first, self.num_rounds + 1):
