@@ -107,14 +107,19 @@ def test_handing_over_to_a_new_session_changes_no_number(hosts, simulated):
     assert len(grid.pushed) == 3 * (hosts or len(SIZES))
 
 
-def test_no_session_is_opened_after_the_last_round():
-    def serve_once(app, message, context):
-        calls.append(message)
-        serve = serve_session if len(calls) == 1 else refuse
-        return serve(app, message, context)
-
+def serve_once():
+    """Return what serves a node's first session, and refuses further ones."""
     calls = []
-    grid = ThreadedGrid(make_app(), 1, serve={0: serve_once})
+
+    def serve(app, message, context):
+        calls.append(message)
+        return (serve_session if len(calls) == 1 else refuse)(app, message, context)
+
+    return serve
+
+
+def test_no_session_is_opened_after_the_last_round():
+    grid = ThreadedGrid(make_app(), 1, serve={0: serve_once()})
     settings = SessionSettings(session_rounds=1, join_timeout=20.0)
     result = start(make_strategy(session=settings), grid, num_rounds=1)
     assert [entry.round for entry in result.history] == [1]
@@ -137,14 +142,8 @@ def test_a_handover_waits_for_nodes_that_are_away_just_then(monkeypatch):
 
 
 def test_a_handover_without_nodes_ends_the_run_after_its_timeout():
-    def serve_once(app, message, context):
-        calls.append(message)
-        serve = serve_session if len(calls) == 1 else refuse
-        return serve(app, message, context)
-
-    calls = []
     settings = SessionSettings(session_rounds=1, join_timeout=20.0)
-    grid = ThreadedGrid(make_app(), 1, serve={0: serve_once})
+    grid = ThreadedGrid(make_app(), 1, serve={0: serve_once()})
     session = session_grid.SessionGrid(grid, settings)
     with session, pytest.raises(NoHostError, match="session-address"):
         session.end_round(1, timeout=0.3)
