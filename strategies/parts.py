@@ -16,8 +16,10 @@ NextRequest = Callable[[int, int], LocalRequest]
 class FurtherParts:
     """Asks for the local steps after the first part, and yields the clients' replies in order.
 
-    Requests are sent before the ones before them are answered. What a client may be ahead of the
-    server is bounded, and so is what piles up at the server.
+    The order is part by part, and by client within a part. A reply is yielded as soon as it and
+    those before it are there, whatever the clients after it are at. Requests are sent before the
+    ones before them are answered. What a client may be ahead of the server is bounded, and so is
+    what piles up at the server.
 
     Parameters
     ----------
@@ -35,27 +37,28 @@ class FurtherParts:
         self._round, self._request = round_, request
         self._num_steps = {name: reply.num_steps for name, reply in first.items()}
         self._asked = {name: reply.steps_done for name, reply in first.items()}
-        self._sent: deque[Sent] = deque()
-        self._send()
+        self._sent: dict[str, deque[Sent]] = {name: deque() for name in first}
+        for _ in range(AHEAD):  # a host that serves many clients works in the order of requests
+            for name in first:
+                self._send(name)
 
     def __iter__(self) -> Iterator[dict[str, LocalReply]]:
-        """Yield a part's replies; the clients are at work on the next parts meanwhile."""
-        while self._sent:
-            sent = self._sent.popleft()
-            replies = self._round.receive_local(sent)
-            for name in sent.requests.keys() - replies.keys():
-                self._asked.pop(name, None)
-            self._send()
-            yield replies
+        """Yield a client's reply; all clients are at work on the next parts meanwhile."""
+        while any(self._sent.values()):
+            for name, sent in self._sent.items():
+                if sent:
+                    yield self._receive(name)
 
-    def _send(self) -> None:
-        while len(self._sent) < AHEAD:
-            requests = {
-                name: self._request(step, self._num_steps[name])
-                for name, step in self._asked.items()
-                if step < self._num_steps[name]
-            }
-            if not requests:
-                return
-            self._asked |= {n: one.end(self._num_steps[n]) for n, one in requests.items()}
-            self._sent.append(self._round.send_local(requests))
+    def _receive(self, name: str) -> dict[str, LocalReply]:
+        """Return a client's next reply, none if it is left out, and ask for one more part."""
+        replies = self._round.receive_local(self._sent[name].popleft())
+        if name in replies:
+            self._send(name)
+        return replies
+
+    def _send(self, name: str) -> None:
+        step, num_steps = self._asked[name], self._num_steps[name]
+        if step < num_steps:
+            request = self._request(step, num_steps)
+            self._asked[name] = request.end(num_steps)
+            self._sent[name].append(self._round.send_local({name: request}))

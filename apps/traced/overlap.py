@@ -30,6 +30,7 @@ APP = Path(__file__).parent
 WARM_UP = 1  # rounds that are not counted
 
 Span = dict[str, Any]
+Work = tuple[float, float, float]  # seconds: the busier client's, the server's, the round's
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Traced:
     arrivals: list[tuple[float, str]]
     history: History
 
-    def work(self, server_round: int) -> tuple[float, float, float]:
+    def work(self, server_round: int) -> Work:
         """Return the busier client's, the server's and all seconds of a round."""
         mine = [one for one in self.spans if one["round"] == server_round]
         clients = [sum(map(seconds, spans)) for spans in by_node(mine).values()]
@@ -57,10 +58,10 @@ def main() -> None:
         default=[0.03, 0.06, 0.12],
         help="seconds of a client's step",
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--local-steps", type=int, default=20)
     parser.add_argument("--upload-every", type=int, default=5)
-    parser.add_argument("--align-every", type=int, default=4)
+    parser.add_argument("--align-every", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("overlap-results"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -120,24 +121,32 @@ def by_node(spans: list[Span]) -> dict[str, list[Span]]:
 
 
 def table(apart: Traced, beside: Traced) -> str:
-    """Return a row per round: what the sides did, what the round took, and how that compares."""
+    """Return a row per round: what the sides did, what the round took, and how that compares.
+
+    The last row is their mean. The first round isn't counted.
+    """
     lines = [
         "| round | without overlap: clients, s | server, s | round, s "
         "| with overlap: clients, s | server, s | round, s "
         "| over the slower of the two | over the slower alone |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    own, alone = [], []
+    works = []
     for entry in beside.history[WARM_UP:]:
-        before, after = apart.work(entry.round), beside.work(entry.round)
-        own.append(after[2] / max(after[:2]) - 1)
-        alone.append(after[2] / max(before[:2]) - 1)
-        figures = " | ".join(f"{one:.2f}" for one in (*before, *after))
+        works.append((apart.work(entry.round), beside.work(entry.round)))
         aligned = " (alignment)" if "cosine-after-alignment" in entry.metrics else ""
-        lines.append(f"| {entry.round}{aligned} | {figures} | {own[-1]:+.0%} | {alone[-1]:+.0%} |")
-    medians = f"{statistics.median(own):+.0%} | {statistics.median(alone):+.0%}"
-    lines.append(f"| median |{' |' * 6} {medians} |")
-    return "\n".join(lines)
+        lines.append(row(f"{entry.round}{aligned}", [works[-1]]))
+    return "\n".join([*lines, row("mean", works)])
+
+
+def row(name: str, works: list[tuple[Work, Work]]) -> str:
+    """Return a row with means over rounds; the slower side is that of each round."""
+    before, after = (list(zip(*own, strict=True)) for own in zip(*works, strict=True))
+    means = " | ".join(f"{statistics.mean(column):.2f}" for column in (*before, *after))
+    own = sum(max(work[:2]) for _, work in works)
+    alone = sum(max(work[:2]) for work, _ in works)
+    took = sum(after[2])
+    return f"| {name} | {means} | {took / own - 1:+.0%} | {took / alone - 1:+.0%} |"
 
 
 # --- the picture -----------------------------------------------------------------------------

@@ -105,7 +105,7 @@ class Clients:
         """What is told of every exchange."""
         self.exchanges = 0
         """How many there have been."""
-        self._answered = 0.0  # when clients last had answered, by time.perf_counter
+        self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
         self._grid = carrier.grid
         self._timeout = timeout
         self._node_of: dict[str, int] = {}
@@ -224,7 +224,8 @@ class Clients:
         replies, stateless = self._take_all(sent, _by_node(answers), entry, but=left_out)
         for name, error in stateless.items():
             self.leave_out(name, sent.requests[name], error, entry)
-        self._close(replace(sent, started=max(sent.started, self._answered)), replies, entry)
+        busy_until = [self._answered.get(name, 0.0) for name in sent.requests]
+        self._close(replace(sent, started=max([sent.started, *busy_until])), replies, entry)
         return replies
 
     def _ask(
@@ -284,7 +285,7 @@ class Clients:
             exchange = exchange_of(sent.requests, replies, sent.traffic, broadcast)
             self.clock.exchanged(exchange, sent.started)
             entry.waiting_seconds += time.perf_counter() - told
-        self._answered = time.perf_counter()
+        self._answered |= dict.fromkeys(sent.requests, time.perf_counter())
 
     def _without_who_is_gone(
         self, requests: Mapping[str, Request], entry: RoundEntry

@@ -273,8 +273,8 @@ def test_clients_are_asked_for_further_parts_before_the_server_works_on_the_firs
     options = {"batch_size": 1, "upload_every": 1, "rounds": 1, "app_options": {"mods": [count]}}
     run_split(Watched, plain_net, make_parts((8, 8)), **options)
 
-    parts = seen[::2]  # by the first client's server steps; two clients have taken so many parts
-    assert parts == [2 * min(1 + AHEAD + done, 8) for done in range(8)]
+    ahead = 2 * (1 + AHEAD)  # two clients' first parts and those asked for before the first step
+    assert seen == [ahead] * 2 + [min(ahead + 1 + done, 2 * 8) for done in range(2 * 7)]
 
 
 class FailsOnce(TensorDataset):
