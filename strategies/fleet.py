@@ -33,7 +33,7 @@ def make_clock(strategy: "SplitStrategy", clients: Clients, server_round: int) -
     if not options.fleet:
         return None
     fleet = find_fleet(options.fleet)
-    clients.wait_for(strategy.least_clients())
+    clients.directory.wait_for(strategy.least_clients())
     with located("fleet"):
         profile = _profile(strategy, clients, server_round)
         place = profile.place(options.cut)
@@ -80,7 +80,7 @@ def _replays(server_pass: ServerPass) -> bool:
 def _profile(strategy: "SplitStrategy", clients: Clients, server_round: int) -> ModelProfile:
     """Profile the model on inputs as the clients have them."""
     request = ShapeRequest(server_round, strategy.options.cut)
-    for name in clients.discover():
+    for name in clients.directory.discover():
         reply = clients.exchange({name: request}, RoundEntry(server_round)).get(name)
         if isinstance(reply, ShapeReply):
             example = torch.empty((1, *reply.input_shape), dtype=reply.input_dtype, device="meta")

@@ -171,7 +171,7 @@ class Round:
         if self.ended:
             return False
         lost = {one.client: one.reason for one in self.entry.left_out}
-        left = self.clients.connected - lost.keys()
+        left = set(self.clients.directory.node_of) - lost.keys()
         trains = bool(set(self.participants) - lost.keys())
         if not lost or (len(left) >= self.min_clients and trains):
             return True
@@ -181,7 +181,7 @@ class Round:
             f"{_by_reason(lost)}"
         )
         some_are_away = any(one.away for one in self.entry.left_out)
-        if not some_are_away and lost.keys() <= set(self.clients.discover()):
+        if not some_are_away and lost.keys() <= set(self.clients.directory.discover()):
             raise NotEnoughClientsError(problem)
         logger.warning("the round ends early: %s", problem)
         self.ended = True

@@ -129,7 +129,7 @@ class Run:
 
     def _open(self, server_round: int, clients: Clients) -> Round:
         strategy, options = self.strategy, self.strategy.options
-        clients.wait_for(strategy.least_clients())
+        clients.directory.wait_for(strategy.least_clients())
         if not options.server_scheduler:
             for segment in strategy.server_segments():
                 segment.set_lr(at_round(options.server_lr, server_round))
@@ -153,10 +153,12 @@ class Run:
         seed = derive_seed(options.seed, "clients", server_round)
         if strategy.aggregator:
             arrays = strategy.aggregated_tensors()
-            return strategy.aggregator.configure(server_round, arrays, clients.discover, seed)
+            return strategy.aggregator.configure(
+                server_round, arrays, clients.directory.discover, seed
+            )
         if options.fraction_train == 0.0:
             return []
-        names = clients.discover()
+        names = clients.directory.discover()
         count = max(int(len(names) * options.fraction_train), options.min_train_nodes)
         return sample(names, count, seed)
 
@@ -164,7 +166,7 @@ class Run:
         options = self.strategy.options
         if options.fraction_evaluate == 0.0:
             return
-        names = round_.clients.discover()
+        names = round_.clients.directory.discover()
         count = max(int(len(names) * options.fraction_evaluate), options.min_evaluate_nodes)
         seed = derive_seed(options.seed, "evaluate", round_.plan.server_round)
         round_.entry.evaluation = evaluate_clients(

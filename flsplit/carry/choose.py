@@ -1,6 +1,5 @@
 """Choosing the carrier of a run: a session where one can be opened, else Flower's messages."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Literal
 from flwr.serverapp import Grid
 
 from flsplit.carry.local import LocalGrid
+from flsplit.carry.polling import polling
 from flsplit.carry.session.grid import NoHostError, SessionGrid
 from flsplit.carry.session.settings import SessionSettings
 from flsplit.errors import FlsplitError, NotEnoughClientsError
@@ -18,8 +18,6 @@ Carrier = Literal["auto", "session", "flower"]
 
 MAX_FALLBACK_SECONDS = 600.0
 """How long a run over Flower's messages may be predicted to take, if a session was wanted."""
-
-_POLL_SECONDS = 0.5  # Flower's grid has no event for a node that connects
 
 
 class TooSlowError(FlsplitError):
@@ -142,11 +140,10 @@ def _wait_for_a_node(grid: Grid, timeout: float) -> None:
     if list(grid.get_node_ids()):
         return
     logger.info("waiting for SuperNodes: none is connected")
-    deadline = time.monotonic() + timeout
-    while not list(grid.get_node_ids()):
-        if time.monotonic() > deadline:
-            raise NotEnoughClientsError(
-                f"0 clients are connected after {timeout:g} s, expected at least 1; are SuperNodes "
-                "running, and connected to this SuperLink?"
-            )
-        time.sleep(_POLL_SECONDS)
+    for _ in polling(timeout):
+        if list(grid.get_node_ids()):
+            return
+    raise NotEnoughClientsError(
+        f"0 clients are connected after {timeout:g} s, expected at least 1; are SuperNodes "
+        "running, and connected to this SuperLink?"
+    )

@@ -2,14 +2,14 @@
 
 from contextlib import nullcontext
 
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flsplit.client.cache import ClientCache
 from flsplit.client.spec import client_name
 from flsplit.client.state import ClientState
-from flsplit.flower_internals import CLIENT_RAISED
 from flsplit.log import logger
+from flsplit.message.raised import raised
 from flsplit.message.types import EVALUATE, FINISH, LOCAL, SHAPE, STEP
 from flsplit.storage import ClientStore, RoundFolder
 
@@ -70,8 +70,7 @@ class Cohort:
             return self._app(message, context)
         except Exception as error:
             logger.exception("client %r", client_name(context))
-            reason = f"{type(error).__name__}: {error}"
-            return Message(Error(CLIENT_RAISED, reason), reply_to=message)
+            return raised(message, error)
 
     def _needs_restoring(self, name: str, message: Message, context: Context) -> bool:
         """Tell whether a client is new here, or has been in the round that begins already."""

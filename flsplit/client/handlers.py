@@ -6,7 +6,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from flsplit.client.cache import borrow_client
@@ -14,11 +14,11 @@ from flsplit.client.client import Client
 from flsplit.client.local import row_shapes, train_locally
 from flsplit.client.spec import ClientSpec, client_name
 from flsplit.errors import FlsplitError
-from flsplit.flower_internals import CLIENT_RAISED
 from flsplit.log import logger
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.finish import FinishReply, FinishRequest
 from flsplit.message.local import LocalRequest
+from flsplit.message.raised import raised
 from flsplit.message.shape import ShapeRequest
 from flsplit.message.step import StepReply, StepRequest
 
@@ -121,8 +121,10 @@ def answering_errors(handler: Handler) -> Handler:
             return handler(message, context)
         except Exception as error:
             expected = isinstance(error, FlsplitError)
-            reason = f"{type(error).__name__}: {error}"
-            logger.error("client %r: %s", client_name(context), reason, exc_info=not expected)
-            return Message(Error(CLIENT_RAISED, reason), reply_to=message)
+            reply = raised(message, error)
+            logger.error(
+                "client %r: %s", client_name(context), reply.error.reason, exc_info=not expected
+            )
+            return reply
 
     return answer

@@ -71,7 +71,7 @@ def content_of(name, message):
 def make(names, answer=None, timeout=5):
     grid = Script(names, answer)
     clients = Clients(OpenCarrier(grid), timeout)
-    clients.discover()
+    clients.directory.discover()
     return clients, grid
 
 
@@ -98,25 +98,25 @@ def test_clients_have_a_fixed_order_whatever_their_node_ids(names):
     for _ in range(5):
         order = torch.randperm(len(names), generator=rng).tolist()
         clients, _ = make({1000 - index * 7: names[index] for index in order})
-        assert clients.discover() == names
+        assert clients.directory.discover() == names
 
 
 def test_a_node_is_asked_for_its_name_once():
     clients, grid = make({7: "a", 8: "b"})
     for _ in range(3):
-        clients.discover()
+        clients.directory.discover()
     assert sorted(grid.asked(DESCRIBE)) == ["a", "b"]
-    assert clients.connected == {"a", "b"}
+    assert set(clients.directory.node_of) == {"a", "b"}
 
 
 def test_nodes_come_and_go():
     clients, grid = make({7: "a", 8: "b"})
     grid.names[9] = "c"
-    assert clients.discover() == ["a", "b", "c"]
+    assert clients.directory.discover() == ["a", "b", "c"]
     del grid.names[8]
-    assert clients.discover() == ["a", "c"]
+    assert clients.directory.discover() == ["a", "c"]
     grid.names[5] = "b"  # back, with another node id
-    assert clients.discover() == ["a", "b", "c"]
+    assert clients.directory.discover() == ["a", "b", "c"]
     replies, _ = exchange(clients, {"b": StepRequest(1, 0)})
     assert replies["b"].client == "b"
     assert grid.sent[-1][1].metadata.dst_node_id == 5
@@ -149,9 +149,9 @@ def test_two_nodes_of_one_name():
 
 def test_waiting_for_more_clients_than_there_are():
     clients, _ = make({7: "a"}, timeout=0)
-    assert clients.wait_for(1) == ["a"]
+    assert clients.directory.wait_for(1) == ["a"]
     with pytest.raises(NotEnoughClientsError, match=r"1 clients are connected after 0 s.*least 2"):
-        clients.wait_for(2)
+        clients.directory.wait_for(2)
 
 
 def test_in_this_process_nobody_is_waited_for():
@@ -172,7 +172,7 @@ def test_waiting_until_a_client_has_come(caplog):
         return [7]
 
     grid.get_node_ids = come_late
-    assert clients.wait_for(2) == ["a", "b"]
+    assert clients.directory.wait_for(2) == ["a", "b"]
     assert caplog.messages == ["waiting for 2 clients, 1 are connected"]
 
 
@@ -192,7 +192,7 @@ def test_replies_come_back_by_name_in_the_fixed_order():
 def test_a_client_that_is_gone_by_now_is_left_out():
     clients, grid = make({4: "a", 5: "b"})
     del grid.names[5]
-    clients.discover()
+    clients.directory.discover()
     replies, entry = exchange(clients, {"a": StepRequest(1, 2), "b": StepRequest(1, 2)})
     assert list(replies) == ["a"]
     (left,) = entry.left_out

@@ -11,6 +11,7 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from flsplit.carry.grid import MessageGrid
+from flsplit.carry.polling import polling
 from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
 from flsplit.carry.session.settings import HOW_TO_SET, SessionSettings
@@ -435,11 +436,12 @@ class SessionGrid(MessageGrid):
 
     def _wait_for_nodes(self) -> None:
         """Wait until all nodes have handed their session message back."""
-        waiting, deadline = set(self._invited.values()), time.monotonic() + _END_SECONDS
-        while waiting and time.monotonic() < deadline:
+        waiting = set(self._invited.values())
+        for _ in polling(_END_SECONDS, every=_LOOK_SECONDS / 5):
             for message in self._grid.pull_messages(list(waiting)):
                 waiting.discard(message.metadata.reply_to_message_id)
-            time.sleep(_LOOK_SECONDS / 5)
+            if not waiting:
+                return
 
 
 def _error(message: Message, reason: str) -> Message:

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flsplit.carry.cohort import Cohort
 from flsplit.carry.session.invitation import Invitation
 from flsplit.carry.session.settings import HOW_TO_SET
 from flsplit.errors import ConfigError, ProtocolError
-from flsplit.flower_internals import CLIENT_RAISED
 from flsplit.log import logger
+from flsplit.message.raised import raised
 from flsplit.storage import ClientStore
 from flsplit.wire import DialError, Envelope, HostStream, StreamEnded, WireError
 
@@ -44,8 +44,7 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
             max_message_bytes=invitation.max_step_bytes,
         )
     except (ConfigError, DialError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        return Message(Error(CLIENT_RAISED, reason), reply_to=message)
+        return raised(message, error)
     with stream:
         served = _serve(stream, clients)
     ending = stream.ending
@@ -143,9 +142,11 @@ def _send(stream: HostStream, envelope: Envelope, request: Message, reply: Messa
     try:
         stream.send(envelope, reply)
     except WireError as error:
-        reason = f"the answer can't be sent: {error} (session-max-step-bytes; {HOW_TO_SET})"
-        logger.error("client %r: %s", envelope.client, reason)
-        stream.send(envelope, Message(Error(CLIENT_RAISED, reason), reply_to=request))
+        problem = ConfigError(
+            f"the answer can't be sent: {error} (session-max-step-bytes; {HOW_TO_SET})"
+        )
+        logger.error("client %r: %s", envelope.client, problem)
+        stream.send(envelope, raised(request, problem))
 
 
 def _reply(message: Message, *, served: int) -> Message:

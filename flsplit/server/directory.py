@@ -1,0 +1,105 @@
+"""Which clients are there: their names, their nodes, and their fixed order."""
+
+import re
+from collections.abc import Iterable
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from flsplit.carry.polling import polling
+from flsplit.errors import ConfigError, NotEnoughClientsError, ProtocolError
+from flsplit.log import logger
+from flsplit.message.fields import record, value
+from flsplit.message.types import DESCRIBE
+from flsplit.server.answers import by_node
+
+
+class Directory:
+    """The clients behind a Grid, by name.
+
+    Parameters
+    ----------
+    grid : Grid
+        What asks nodes for their clients' names.
+    timeout : float
+        Seconds to wait for answers, and for nodes to connect.
+    """
+
+    def __init__(self, grid: Grid, timeout: float) -> None:
+        self._grid = grid
+        self._timeout = timeout
+        self._can_join = not getattr(grid, "in_process", False)
+        self._unusable: dict[int, str] = {}
+        self.node_of: dict[str, int] = {}
+        """The nodes of the clients that were connected when last looked."""
+
+    def discover(self) -> list[str]:
+        """Return the names of the connected clients, in their fixed order."""
+        nodes = set(self._grid.get_node_ids())
+        self.node_of = {name: node for name, node in self.node_of.items() if node in nodes}
+        if unknown := nodes - set(self.node_of.values()):
+            self._describe(sorted(unknown))
+        return in_order(self.node_of)
+
+    def wait_for(self, minimum: int) -> list[str]:
+        """Return the connected clients once there are at least ``minimum``.
+
+        Raises
+        ------
+        NotEnoughClientsError
+            If there are fewer after ``timeout`` seconds, or at once where none can join: over a
+            grid in this process.
+        """
+        timeout, told = self._timeout if self._can_join else 0.0, False
+        for _ in polling(timeout):
+            if len(names := self.discover()) >= minimum:
+                return names
+            if self._can_join and not told:
+                logger.info(
+                    "waiting for %d clients, %d are connected%s",
+                    minimum, len(names), self._refusals(),
+                )  # fmt: skip
+                told = True
+        raise NotEnoughClientsError(
+            f"{len(self.node_of)} clients are connected after {timeout:g} s, expected at "
+            f"least {minimum} (min_available_nodes, min_train_nodes){self._refusals()}"
+        )
+
+    def _refusals(self) -> str:
+        return "".join(f"; node {node}: {why}" for node, why in self._unusable.items())
+
+    def _describe(self, nodes: list[int]) -> None:
+        messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]
+        answers = self._grid.send_and_receive(messages, timeout=self._timeout)
+        for node, message in by_node(answers, messages).items():
+            try:
+                name = _described(message)
+            except ProtocolError as error:
+                if self._unusable.get(node) != str(error):
+                    logger.warning("node %d can't be used: %s", node, error)
+                self._unusable[node] = str(error)
+                continue
+            self._unusable.pop(node, None)
+            if self.node_of.get(name, node) != node:
+                raise ConfigError(
+                    f"two nodes call themselves client {name!r}; give each its own partition-id or "
+                    "client-name in its node config"
+                )
+            self.node_of[name] = node
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names in the fixed order: ``"2"`` before ``"10"``, ``"01"`` always before ``"1"``."""
+    return sorted(names, key=_natural)
+
+
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
+
+
+def _described(message: Message) -> str:
+    """Return the client's name in a reply to ``query.describe``."""
+    if message.has_error():
+        raise ProtocolError(message.error.reason)
+    return value(record(message.content, "reply", ConfigRecord), "client", str)
