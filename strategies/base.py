@@ -192,8 +192,8 @@ class SplitStrategy(Strategy):
         return run.execute(grid)
 
     def summary(self) -> None:
-        """Log the strategy's options as a tree."""
-        log_summary(self)
+        """Log the strategy's arguments as a tree."""
+        log_summary(self, own_argument_names(type(self)))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -396,12 +396,17 @@ class SplitStrategy(Strategy):
 
 def argument_names(cls: type[SplitStrategy]) -> list[str]:
     """Return the arguments that a strategy's constructor takes, its own ones first."""
+    return own_argument_names(cls) + option_names()
+
+
+def own_argument_names(cls: type[SplitStrategy]) -> list[str]:
+    """Return the arguments that a strategy takes beside the options of all."""
     own: list[str] = []
     for one in cls.__mro__:
         if "__init__" in vars(one) and issubclass(one, SplitStrategy):
             parameters = list(inspect.signature(one.__init__).parameters.values())[1:]
             own += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return own + option_names()
+    return own
 
 
 def backward_requests(

@@ -89,6 +89,7 @@ class DecoupledStrategy(SplitStrategy):
         self.upload_every = whole("upload_every", upload_every, 1)
         of_kind("overlap", overlap, bool)
         self.overlap = overlap
+        self.auxiliary = auxiliary
         self._given = None if isinstance(auxiliary, str) else auxiliary
         if self._given is None:
             self._kind = one_of("auxiliary", auxiliary, (LINEAR, FIRST_STAGE))

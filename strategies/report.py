@@ -1,7 +1,9 @@
 """What a run logs: the strategy's options at the start, one line per round."""
 
 import datetime
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord
@@ -9,6 +11,8 @@ from torch import nn
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.log import logger
+from flsplit.server.passes import ServerPass
+from flsplit.server.rules import GradientRule
 
 if TYPE_CHECKING:
     from flsplit.strategies.base import SplitStrategy
@@ -24,12 +28,16 @@ def log_start(strategy: "SplitStrategy", num_rounds: int, arrays: ArrayRecord) -
     strategy.summary()
 
 
-def log_summary(strategy: "SplitStrategy") -> None:
-    """Log the options as a tree, as Flower's strategies do."""
+def log_summary(strategy: "SplitStrategy", own_arguments: list[str]) -> None:
+    """Log the arguments as a tree, as Flower's strategies do."""
     options = strategy.options
     logger.info("\t├──> Cut after %r:", options.cut)
     logger.info("\t│\t├── client segment: %s parameters", _count(strategy.parts.client))
     logger.info("\t│\t└── server segment: %s parameters", _count(strategy.parts.server))
+    if own := _kept_arguments(strategy, own_arguments):
+        logger.info("\t├──> %s:", type(strategy).__name__)
+        for name, value in own.items():
+            logger.info("\t│\t├── %s: %s", name, _show(value))
     logger.info("\t└──> Options that are not at their default:")
     for name, value in _chosen(options).items():
         logger.info("\t\t├── %s: %s", name, _show(value))
@@ -45,6 +53,11 @@ def _chosen(options: "SplitOptions") -> dict[str, object]:
         if one.name not in ("model", "cut", "seed") and value != default:
             chosen[one.name] = value
     return chosen
+
+
+def _kept_arguments(thing: object, names: Iterable[str]) -> dict[str, object]:
+    """Return what a thing was made with, as far as it keeps it under the argument's name."""
+    return {name: vars(thing)[name] for name in names if name in vars(thing)}
 
 
 def log_round(entry: RoundEntry, num_rounds: int, seconds_left: float) -> None:
@@ -72,12 +85,15 @@ def _count(module: nn.Module) -> str:
 
 
 def _show(value: object) -> str:
-    if isinstance(value, (str, int, float, type(None))):
+    if isinstance(value, list):
+        return ", ".join(map(_show, value))
+    if isinstance(value, (str, int, float, tuple, type(None))):
         return repr(value)
-    name = getattr(value, "__name__", None)
-    return (
-        str(name) if name else type(value).__name__ if not isinstance(value, tuple) else repr(value)
-    )
+    if isinstance(value, GradientRule | ServerPass):
+        kept = _kept_arguments(value, signature(type(value)).parameters)
+        shown = ", ".join(f"{name}={_show(one)}" for name, one in kept.items())
+        return f"{type(value).__name__}({shown})"
+    return str(getattr(value, "__name__", type(value).__name__))
 
 
 def _bytes(count: int) -> str:

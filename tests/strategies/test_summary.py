@@ -1,0 +1,46 @@
+"""What a strategy logs of itself."""
+
+import logging
+
+import pytest
+from torch import nn
+
+from flsplit.strategies import CSEFSL, EPSL, FSLSAGE, GAPSL, PSL, SGLR
+
+
+def lines_of(strategy, caplog):
+    caplog.set_level(logging.INFO, logger="flwr")
+    strategy.summary()
+    return [record.getMessage().strip("\t│├└─> ") for record in caplog.records]
+
+
+def make(cls, **options):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    return cls(model=model, cut="0", local_steps=3, seed=7, **options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "expected"),
+    [
+        (EPSL, {"server_lr": 0.1, "phi": 0.25}, "server_pass: Replay(phi=0.25)"),
+        (SGLR, {"phi": 0.4}, "rules: CutGradientAveraging(phi=0.4"),
+        (SGLR, {"alpha": 1.5}, "SplitLr(alpha=1.5)"),
+        (GAPSL, {"server_lr": 0.1, "eta": 0.3}, "rules: LeaderAlignment(eta=0.3, k_min="),
+        (FSLSAGE, {"server_lr": 0.1, "align_every": 4}, "align_every: 4"),
+        (FSLSAGE, {"server_lr": 0.1}, "upload_every: 5"),
+        (CSEFSL, {"server_lr": 0.1, "auxiliary": "first-stage"}, "auxiliary: 'first-stage'"),
+        (PSL, {"server_lr": 0.1}, "local_steps: 3"),
+    ],
+)
+def test_a_summary_says_what_the_method_was_given(cls, options, expected, caplog):
+    lines = lines_of(make(cls, **options), caplog)
+
+    assert any(expected in line for line in lines), lines
+    assert "client segment: 16 parameters" in lines
+    assert "seed: 7" in lines
+
+
+def test_a_summary_leaves_out_options_at_their_default(caplog):
+    lines = lines_of(make(PSL, server_lr=0.1), caplog)
+
+    assert not any("batch_size" in line or "PSL:" in line for line in lines)
