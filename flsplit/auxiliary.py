@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from flsplit.cut import Split
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
-from flsplit.server.segment import check_labels
+from flsplit.labels import check_labels
 
 LINEAR, FIRST_STAGE, GIVEN = "linear", "first-stage", "given"
 KINDS = (LINEAR, FIRST_STAGE, GIVEN)

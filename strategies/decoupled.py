@@ -11,7 +11,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
-from flsplit.account.memory import Activations, measuring_activations, state_bytes
 from flsplit.auxiliary import (
     FIRST_STAGE,
     GIVEN,
@@ -33,6 +32,7 @@ from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import one_of, whole
 from flsplit.server.step import ClientBatch
 from flsplit.strategies.base import SplitStrategy
+from flsplit.strategies.held import HeldMemory
 from flsplit.strategies.options import of_kind
 from flsplit.strategies.parts import FurtherParts
 from flsplit.strategies.round import Round
@@ -141,8 +141,6 @@ class DecoupledStrategy(SplitStrategy):
         self._classes = 0
         self._held: dict[str, int] = {}
         self.ended: dict[str, LocalReply] = {}
-        self._memory: dict[str, dict[str, int]] = {}
-        self._server_memory = Activations()
         self.initial: dict[str, Tensor] = {}
 
     def new_auxiliary(self) -> nn.Module:
@@ -192,7 +190,7 @@ class DecoupledStrategy(SplitStrategy):
 
     def train_round(self, round_: Round) -> dict[str, FinishReply]:
         """Let the clients take their local steps, and step on what they upload."""
-        self.ended, self._memory, self._server_memory = {}, {}, Activations()
+        self.ended, self._memory = {}, HeldMemory(self.server)
         self._make_auxiliary(round_)
         lost = {one.client for one in round_.entry.left_out}
         names = [name for name in round_.participants if name not in lost]
@@ -226,7 +224,7 @@ class DecoupledStrategy(SplitStrategy):
             self._step_on(round_, replies)
         # Who ended first depends on the carrier; the order of a sum must not.
         self.ended = {n: self.ended[n] for n in round_.participants if n in self.ended}
-        self._measure_memory(round_)
+        round_.record_metrics(self._memory.metrics(self.ended))
 
     def _exchange(
         self, round_: Round, requests: Mapping[str, LocalRequest]
@@ -291,20 +289,15 @@ class DecoupledStrategy(SplitStrategy):
             for index, (name, reply) in enumerate(replies.items())
             for step in reply.uploads
         ]
-        for name, reply in replies.items():
-            known = self._memory.setdefault(name, dict(reply.memory))
-            known |= {what: n for what, n in reply.memory.items() if n}
+        self._memory.take(replies)
         for step, _, name in sorted(order):
             reply = replies[name]
             batch = ClientBatch(name, *reply.uploads[step], reply.num_examples)
             self._step_on_one(round_, step, reply.num_steps, batch.to(self.server))
 
     def _step_on_one(self, round_: Round, step: int, steps: int, batch: ClientBatch) -> None:
-        first = self._server_memory.nbytes == 0
-        with measuring_activations(self._server_memory, self.server.module, active=first):
+        with self._memory.measuring(batch):
             result = self.segment_step(self.server, round_, step, steps, [batch])
-        if first:
-            self._smashed_bytes = batch.smashed.nbytes
         round_.entry.steps += 1
         where = f"round {round_.plan.server_round}, step {step}, client {batch.client!r}"
         with located(where), seeded(self._emulation_seed(round_, step, batch), self.device):
@@ -327,25 +320,6 @@ class DecoupledStrategy(SplitStrategy):
                 "%d): of their smashed data only the first batch's goes up",
                 self.upload_every, len(rarely), rarely[0], replies[rarely[0]].num_steps,
             )  # fmt: skip
-
-    # --- memory --------------------------------------------------------------------------
-
-    def _measure_memory(self, round_: Round) -> None:
-        """Report what the client that needs most holds, and what the whole model would take.
-
-        The smashed data, which both sides may keep, is counted once for the whole model.
-        """
-        if not (self.ended and self._server_memory.nbytes):
-            return
-        client = max((self._memory[name] for name in self.ended), key=lambda m: sum(m.values()))
-        server = state_bytes(self.server.module, self.server.optimizer)
-        activations = client["activations"] + self._server_memory.nbytes - self._smashed_bytes
-        round_.record_metrics(
-            {
-                "client-memory-bytes": sum(client.values()),
-                "whole-model-memory-bytes": client["segment"] + server + activations,
-            }
-        )
 
     # --- checkpoints ---------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
+from flsplit.labels import check_labels
 from flsplit.message.arrays import check_like
 from flsplit.server.optimizer import make_optimizer, make_scheduler
 
@@ -176,24 +177,6 @@ class ServerSegment:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
-
-
-def check_labels(logits: Tensor, labels: Tensor) -> None:
-    """Raise DataError if class labels (integers, beside logits ``(b, C, ...)``) are out of range.
-
-    On a GPU torch would end the process instead of raising. ``-100``, torch's index for labels
-    to ignore, passes.
-    """
-    is_class_index = not labels.is_floating_point() and logits.ndim == labels.ndim + 1
-    if not is_class_index or labels.numel() == 0:
-        return
-    num_classes = logits.shape[1]
-    wrong = (labels >= num_classes) | ((labels < 0) & (labels != -100))
-    if bool(wrong.any()):
-        raise DataError(
-            f"label {int(labels[wrong][0])} is out of range: the model has {num_classes} classes, "
-            f"0 to {num_classes - 1}"
-        )
 
 
 def split_rows(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
