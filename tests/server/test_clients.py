@@ -151,14 +151,14 @@ def test_waiting_for_more_clients_than_there_are():
     clients, _ = make({7: "a"}, timeout=0)
     assert clients.directory.wait_for(1) == ["a"]
     with pytest.raises(NotEnoughClientsError, match=r"1 clients are connected after 0 s.*least 2"):
-        clients.directory.wait_for(2)
+        clients.directory.directory.wait_for(2)
 
 
 def test_in_this_process_nobody_is_waited_for():
     grid = Script({7: "a"})
     grid.in_process = True
     with pytest.raises(NotEnoughClientsError, match=r"1 clients are connected after 0 s.*least 2"):
-        Clients(OpenCarrier(grid), timeout=3600).wait_for(2)
+        Clients(OpenCarrier(grid), timeout=3600).directory.wait_for(2)
 
 
 def test_waiting_until_a_client_has_come(caplog):
