@@ -168,11 +168,10 @@ def _changes(cell: Cell, terms: RoundTerms, rates: Rates, owner: Owner) -> NDArr
     changes = []
     for late in np.unique(terms.by_device(rates).argmax(axis=1)):
         taken, back = _pairs(cell, owner, int(late))
-        source = owner[taken]
-        swaps = np.column_stack([np.full_like(taken, late), taken, source, back])
-        moves = swaps[several[source]]
-        moves[:, 3] = -1
-        changes += [swaps, np.unique(moves, axis=0)]
+        moved = np.unique(taken[several[owner[taken]]])
+        for subchannels, given in ((taken, back), (moved, np.full_like(moved, -1))):
+            to = np.full_like(subchannels, late)
+            changes.append(np.column_stack([to, subchannels, owner[subchannels], given]))
     return np.concatenate(changes)
 
 
