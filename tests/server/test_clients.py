@@ -151,7 +151,7 @@ def test_waiting_for_more_clients_than_there_are():
     clients, _ = make({7: "a"}, timeout=0)
     assert clients.directory.wait_for(1) == ["a"]
     with pytest.raises(NotEnoughClientsError, match=r"1 clients are connected after 0 s.*least 2"):
-        clients.directory.directory.wait_for(2)
+        clients.directory.wait_for(2)
 
 
 def test_in_this_process_nobody_is_waited_for():
