@@ -1,5 +1,6 @@
 """Transmit power: water-filling, and the powers that make the slowest device fastest."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flsplit.wireless.channel import Array
+from flsplit.wireless.search import falling_root, golden_section
 
 Owned = NDArray[np.bool_]
 Subchannels = NDArray[np.int64]
 
-_GOLDEN = (5**0.5 - 1) / 2
 _NO_FLOOR_W = 1e300
 
 
@@ -83,8 +84,10 @@ class Basin:
             floor_w = np.where(owned, np.minimum(1.0 / snr_per_watt, _NO_FLOOR_W), np.inf)
         self._order = np.argsort(floor_w, axis=1)
         self._floor_w = np.take_along_axis(floor_w, self._order, axis=1)
+        self._sums_w = np.cumsum(self._floor_w, axis=1)
         self._logs = np.cumsum(np.log2(self._floor_w), axis=1)
         self._counts = np.arange(1, owned.shape[1] + 1)
+        self._rows = np.arange(len(owned))
 
     def pour(self, budget_w: Array) -> Array:
         """Return the powers (W) that carry most with ``budget_w`` (W) in all: water-filling.
@@ -107,14 +110,27 @@ class Basin:
 
         The level w (W) is the one at which ``sum_k log2(max(1, w a_k))`` is ``bits``.
         """
-        with np.errstate(over="ignore"):
-            levels_w = np.exp2((bits[:, None] + self._logs) / self._counts)
+        levels_w = self._levels_of_bits(bits)
         return self._powers(np.take_along_axis(levels_w, self._last(levels_w), axis=1))
+
+    def carry_together(self, bits: Array) -> float:
+        """Return the sum of `carry`'s powers (W): ``sum_k (w - 1/a_k)`` where under water.
+
+        Quicker, since a search for powers mostly asks for no more than that.
+        """
+        levels_w = self._levels_of_bits(bits)
+        last = self._last(levels_w)[:, 0]
+        level_w, sum_w = levels_w[self._rows, last], self._sums_w[self._rows, last]
+        return float(np.maximum((last + 1) * level_w - sum_w, 0.0).sum())
+
+    def _levels_of_bits(self, bits: Array) -> Array:
+        """Return the level (W) if a subchannel were the highest under water."""
+        with np.errstate(over="ignore"):
+            return np.asarray(np.exp2((bits[:, None] + self._logs) / self._counts))
 
     def _levels_of_budgets(self, budget_w: Array) -> Array:
         """Return the level (W) if a subchannel were the highest under water."""
-        sums_w = np.cumsum(self._floor_w, axis=1)
-        return np.asarray((budget_w[:, None] + sums_w) / self._counts)
+        return np.asarray((budget_w[:, None] + self._sums_w) / self._counts)
 
     def _last(self, levels_w: Array) -> Subchannels:
         """Return the highest subchannel whose floor lies below its level; the lowest if none."""
@@ -279,24 +295,17 @@ class _Search:
 
     def shortest(self, deadline: Deadline, at_least_bps: Array) -> float:
         """Return the shortest time (s) of a deadline while rates are at least so (bit/s)."""
-        from scipy.optimize import brentq  # takes long to import, and measured links need none
 
         def excess(seconds: float) -> float:
             """Return by how much (ratio, logarithmic) the total power is exceeded."""
             rates = np.maximum(deadline.needed_bps(seconds), at_least_bps)
-            power = float(self.powers(np.minimum(rates, self.greatest_bps)).sum())
-            return float(np.log(power / self.total_w))
+            rates = np.minimum(rates, self.greatest_bps)
+            power = self.basin.carry_together(rates / self.bandwidth_hz)
+            return math.log(power / self.total_w)
 
-        low = deadline.seconds(self.greatest_bps)
-        if excess(low) <= 0:
-            return low
-        high = deadline.seconds(self.scaled_bps)
-        while excess(high) > 0:  # at_least_bps leaves others less than scaled_bps, or rounding
-            high *= 2.0
-            if not np.isfinite(high):
-                return high
-        found = float(brentq(excess, low, high, xtol=1e-300, rtol=1e-14))
-        return found if excess(found) <= 0 else found * (1 + 1e-13)
+        # at_least_bps may leave others less than scaled_bps: then it is longer than the second
+        bounds = deadline.seconds(self.greatest_bps), deadline.seconds(self.scaled_bps)
+        return falling_root(excess, *bounds)
 
     def needed(self, deadline: Deadline) -> Array:
         """Return the rates (bit/s) of the shortest deadline."""
@@ -315,22 +324,6 @@ class _Search:
 
         low = self.shortest(second, np.zeros_like(self.greatest_bps)) * (1 + 1e-12)
         high = second.seconds(np.maximum(self.needed(first), 1e-300))
-        best = _golden_section(total, low, high) if high > low else low
+        best = golden_section(total, low, high) if high > low else low
         both = np.maximum(first.needed_bps(shortest_first(best)), second.needed_bps(best))
         return np.minimum(both, self.greatest_bps)
-
-
-def _golden_section(function: Callable[[float], float], low: float, high: float) -> float:
-    """Return where a convex function is least between two bounds."""
-    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-    at_left, at_right = function(left), function(right)
-    while high - low > 1e-6 * high:
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - _GOLDEN * (high - low)
-            at_left = function(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + _GOLDEN * (high - low)
-            at_right = function(right)
-    return high
