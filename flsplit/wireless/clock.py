@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from flsplit.account.clock import Errand, Exchange, Leg
 from flsplit.errors import ConfigError
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.profile import BACKWARD_PER_FORWARD, Place
 from flsplit.wireless.rates import Rates
 from flsplit.wireless.rounds import BITS
+
+if TYPE_CHECKING:  # plans go without the ledger, and so without Flower
+    from flsplit.account.clock import Errand, Exchange, Leg
 
 Wait = Callable[[float], object]
 """Waits for a number of seconds; `threading.Event.wait` can be interrupted."""
@@ -36,7 +39,7 @@ class Costs:
     auxiliary_flops: Callable[[], int]
     replays: bool = False
 
-    def leg_flops(self, leg: Leg) -> float:
+    def leg_flops(self, leg: "Leg") -> float:
         """Return what a device computes (FLOPs): rows by FLOPs per row, for each kind of pass."""
         flops = leg.forward_rows * self.place.client_flops_forward
         flops += leg.backward_rows * self.place.client_flops_backward
@@ -112,7 +115,7 @@ class FleetClock:
         self._client_at: dict[str, float] = {}
         self._arrived: dict[tuple[str, int], float] = {}
 
-    def exchanged(self, exchange: Exchange, started: float) -> None:
+    def exchanged(self, exchange: "Exchange", started: float) -> None:
         """Let clients receive, compute and send; see `flsplit.account.Clock`."""
         took = 0.0
         for name, errand in exchange.errands.items():
@@ -127,7 +130,7 @@ class FleetClock:
             self._server_at = max([self._server_at, *ready])
         self._play(started, took)
 
-    def _after(self, errand: Errand, name: str, at: float) -> float:
+    def _after(self, errand: "Errand", name: str, at: float) -> float:
         """Return when a client (s) that begins at a time (s) has done its errand.
 
         Bits by the downlink's bit/s, then for each leg FLOPs by the device's FLOP/s and bits by
