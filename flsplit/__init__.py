@@ -41,3 +41,8 @@ def __getattr__(name: str) -> Any:
     if name not in _OF_RUNS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_OF_RUNS[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Return what there is, imported or not."""
+    return sorted(__all__)

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from flsplit.auxiliary import LINEAR
 from flsplit.errors import ConfigError
 from flsplit.wireless.profile import BACKWARD_PER_FORWARD, ModelProfile, Place
 
@@ -387,8 +388,6 @@ class FSLSAGE(Method):
     @property
     def arguments(self) -> dict[str, Argument]:
         """The strategy's arguments."""
-        from flsplit.auxiliary import LINEAR  # with Flower, which other plans go without
-
         return {
             "auxiliary": LINEAR,
             "upload-every": self.upload_interval,
