@@ -14,8 +14,9 @@ from flsplit.server.clients import Clients
 from flsplit.server.passes import Replay, ServerPass
 from flsplit.server.passes.positions import AggregatingPass
 from flsplit.wireless.clock import Costs, FleetClock
+from flsplit.wireless.descent import Freedom
 from flsplit.wireless.fleet_file import find_fleet
-from flsplit.wireless.optimise import Freedom, optimise
+from flsplit.wireless.optimise import optimise
 from flsplit.wireless.problem import Problem
 from flsplit.wireless.profile import ModelProfile, profile_model
 from flsplit.wireless.rounds import EPSL, FSLSAGE, PSL, Method, SequentialSL, SplitFed, Training

@@ -5,10 +5,11 @@ Our model, after EPSL (https://arxiv.org/abs/2303.15991). The methods' latency m
 """
 
 from flsplit.wireless.clock import Costs, FleetClock
+from flsplit.wireless.descent import Freedom
 from flsplit.wireless.fleet import Device, Fleet, Radio, Server
 from flsplit.wireless.fleet_file import load_fleet
 from flsplit.wireless.latency import round_seconds, stage_breakdown
-from flsplit.wireless.optimise import Freedom, Solution, optimise
+from flsplit.wireless.optimise import Solution, optimise
 from flsplit.wireless.plan import Plan, format_plan, make_plan
 from flsplit.wireless.problem import Problem
 from flsplit.wireless.profile import ModelProfile, Place, profile_model

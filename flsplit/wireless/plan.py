@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from flsplit.wireless.descent import Freedom
 from flsplit.wireless.latency import round_seconds, stage_breakdown
-from flsplit.wireless.optimise import Freedom, Solution, optimise
+from flsplit.wireless.optimise import Optimiser, Solution
 from flsplit.wireless.problem import Problem
 
 DRAWS = 3
@@ -66,45 +67,46 @@ def make_plan(problem: Problem, draws: int = DRAWS) -> Plan:
     CutError
         If no cut fits into the devices' memory.
     """
-    solution = optimise(problem)
+    optimiser = Optimiser(problem)
+    solution = optimiser.solve()
     phases = problem.phases(solution.place)
     stages = stage_breakdown(phases, problem.fleet, solution.rates)
-    return Plan(problem, solution, stages, ablations_of(problem, draws))
+    return Plan(problem, solution, stages, ablations_of(optimiser, draws))
 
 
-def ablations_of(problem: Problem, draws: int = DRAWS) -> dict[str, float]:
+def ablations_of(optimiser: Optimiser, draws: int = DRAWS) -> dict[str, float]:
     """Return rounds (s) without parts of the optimisation, by what they lack."""
-    found = {}
+    problem, found = optimiser.problem, {}
     if problem.is_allocated:
-        found["random subchannels"] = _mean(problem, draws, subchannels=False)
-        found["even power"] = optimise(problem, Freedom(power=False)).seconds
+        found["random subchannels"] = _mean(optimiser, draws, subchannels=False)
+        found["even power"] = optimiser.solve(Freedom(power=False)).seconds
         found["random subchannels, even power"] = _mean(
-            problem, draws, subchannels=False, power=False
+            optimiser, draws, subchannels=False, power=False
         )
     if len(problem.places) > 1:
         middle = problem.places[len(problem.places) // 2]
-        found["fixed cut (the middle)"] = optimise(problem, Freedom(cut=middle.cut)).seconds
-        found["random cut"] = _mean(problem, draws, random_cut=True)
+        found["fixed cut (the middle)"] = optimiser.solve(Freedom(cut=middle.cut)).seconds
+        found["random cut"] = _mean(optimiser, draws, random_cut=True)
     if problem.is_allocated and len(problem.places) > 1:
         found["random subchannels, random cut"] = _mean(
-            problem, draws, subchannels=False, random_cut=True
+            optimiser, draws, subchannels=False, random_cut=True
         )
-        found["even power, random cut"] = _mean(problem, draws, power=False, random_cut=True)
+        found["even power, random cut"] = _mean(optimiser, draws, power=False, random_cut=True)
         found["random everything"] = _mean(
-            problem, draws, subchannels=False, power=False, random_cut=True
+            optimiser, draws, subchannels=False, power=False, random_cut=True
         )
     return found
 
 
-def _mean(problem: Problem, draws: int, *, random_cut: bool = False, **fixed: bool) -> float:
+def _mean(optimiser: Optimiser, draws: int, *, random_cut: bool = False, **fixed: bool) -> float:
     """Return the mean round (s) of random choices."""
     total = 0.0
     for seed in range(draws):
         cut = None
         if random_cut:
-            places = problem.places
+            places = optimiser.problem.places
             cut = places[int(np.random.default_rng([seed, 1]).integers(len(places)))].cut
-        total += optimise(problem, Freedom(cut=cut, **fixed), seed=seed).seconds
+        total += optimiser.solve(Freedom(cut=cut, **fixed), seed).seconds
     return total / draws
 
 
