@@ -11,7 +11,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -20,59 +19,39 @@ from flwr.app import Context, RecordDict
 from flsplit import History
 from flsplit.processes import Simulation, simulation
 from flsplit.wireless import (
-    Fleet,
-    Method,
-    ModelProfile,
     Problem,
     Training,
     load_fleet,
     profile_model,
     round_seconds,
 )
+from flsplit.wireless.plan import inline_table
 from flsplit.wireless.rates import link_rates
-from flsplit.wireless.rounds import EPSL, FSLSAGE, PSL
+from flsplit.wireless.rounds import EPSL, FSLSAGE, PSL, Argument
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart"
-BATCH, STEPS = 32, 4
-EVERY, EPOCHS, BUFFER = 2, 10, 64  # FSL-SAGE: uploads, alignment
+TRAINING = Training(batch_size=32, steps=4)
+METHODS = (
+    PSL(),
+    EPSL(0.5),
+    FSLSAGE(upload_interval=2, align_interval=1, align_epochs=10, buffer_rows=64),
+)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A method and the arguments of its strategy, as in a run config."""
-
-    name: str
-    method: Method
-    arguments: str = ""
-
-
-def cases() -> list[Case]:
-    """Return the methods."""
-    sage = FSLSAGE(upload_interval=EVERY, align_interval=1, align_epochs=EPOCHS, buffer_rows=BUFFER)
-    arguments = f"upload-every = {EVERY}, align-every = 1, align-epochs = {EPOCHS}, "
-    arguments += f"buffer-size = {BUFFER}"
-    return [
-        Case("psl", PSL()),
-        Case("epsl", EPSL(0.5), "phi = 0.5"),
-        Case("fsl-sage", sage, arguments),
-    ]
-
-
-def predicted(case: Case, fleet: Fleet, profile: ModelProfile, cut: str) -> float:
+def predicted(problem: Problem, cut: str) -> float:
     """Return how long a round should take (s)."""
-    problem = Problem(fleet, profile, case.method, Training(batch_size=BATCH, steps=STEPS))
-    return round_seconds(problem.phases(profile.place(cut)), fleet, link_rates(fleet))
+    phases = problem.phases(problem.profile.place(cut))
+    return round_seconds(phases, problem.fleet, link_rates(problem.fleet))
 
 
-def played(case: Case, options: argparse.Namespace, flower: Simulation, num: int) -> History:
-    """Run the quickstart with a method, and return its history."""
+def played(problem: Problem, options: argparse.Namespace, flower: Simulation) -> History:
+    """Run the quickstart as planned, and return its history."""
     with tempfile.TemporaryDirectory() as folder:
-        common = f"local-steps = {STEPS}, drop-last = true, fraction-evaluate = 0.0"
+        common: dict[str, Argument] = {"drop-last": True, "fraction-evaluate": 0.0}
         config: Mapping[str, str | int | float | bool] = {
-            "strategy": case.name,
-            "strategy-args": f"{{{common}{', ' if case.arguments else ''}{case.arguments}}}",
-            "batch-size": BATCH,
+            "strategy": problem.method.name,
+            "strategy-args": inline_table(problem.arguments | common),
             "num-server-rounds": options.rounds,
             "alpha": 100.0,  # so that everybody has batches of the same size
             "carrier": "session",
@@ -80,7 +59,7 @@ def played(case: Case, options: argparse.Namespace, flower: Simulation, num: int
             "realtime": True,
             "output-dir": folder,
         }
-        run = flower.run_app(QUICKSTART, num, config, timeout=1800)
+        run = flower.run_app(QUICKSTART, problem.fleet.num_devices, config, timeout=1800)
         if not run.completed:
             raise SystemExit(run.log)
         return History.load(Path(folder) / "history.jsonl")
@@ -99,14 +78,15 @@ def main() -> None:
     profile = profile_model(build_model(context), (1, 8, 8))
     print("method     predicted    clock   played (s)   played by predicted   computed (s)")
     with tempfile.TemporaryDirectory() as folder, simulation(Path(folder)) as flower:
-        for case in cases():
-            rounds = played(case, options, flower, fleet.num_devices)[1:]  # 1 sends segments out
-            expected = predicted(case, fleet, profile, CUT)
+        for method in METHODS:
+            problem = Problem(fleet, profile, method, TRAINING)
+            rounds = played(problem, options, flower)[1:]  # the first sends segments out
+            expected = predicted(problem, CUT)
             clock = mean(entry.simulated_seconds or 0.0 for entry in rounds)
             passed = mean(entry.seconds for entry in rounds)
             computed = mean(entry.client_seconds + entry.server_seconds for entry in rounds)
             print(
-                f"{case.name:9}{expected:11.3f}{clock:9.3f}{passed:9.3f}{passed / expected:18.3f}"
+                f"{method.name:9}{expected:11.3f}{clock:9.3f}{passed:9.3f}{passed / expected:18.3f}"
                 f"{computed:19.3f}",
                 flush=True,
             )

@@ -11,6 +11,7 @@ from flsplit.wireless.descent import Freedom
 from flsplit.wireless.latency import round_seconds, stage_breakdown
 from flsplit.wireless.optimise import Optimiser, Solution
 from flsplit.wireless.problem import Problem
+from flsplit.wireless.rounds import Argument
 
 DRAWS = 3
 """How often what an ablation leaves to chance is drawn."""
@@ -40,11 +41,13 @@ class Plan:
     @property
     def strategy_args(self) -> str:
         """The strategy's arguments, with which a run trains as planned: a TOML inline table."""
-        training = self.problem.training
-        sizes = {"batch-size": training.batch_size, "local-steps": training.steps}
-        arguments = self.problem.method.arguments | sizes
-        # JSON's strings and numbers are TOML's, too
-        return "{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in arguments.items()) + "}"
+        return inline_table(self.problem.arguments)
+
+
+def inline_table(arguments: Mapping[str, Argument]) -> str:
+    """Return arguments as a TOML inline table, as `strategy-args` takes it."""
+    # JSON's strings, numbers and booleans are TOML's, too
+    return "{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in arguments.items()) + "}"
 
 
 def make_plan(problem: Problem, draws: int = DRAWS) -> Plan:

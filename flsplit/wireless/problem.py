@@ -6,7 +6,7 @@ from functools import cached_property
 from flsplit.cut import CutError
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.profile import ModelProfile, Place
-from flsplit.wireless.rounds import Method, Phase, Training, Work
+from flsplit.wireless.rounds import Argument, Method, Phase, Training, Work
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,12 @@ class Problem:
                 f"device {', '.join(least.devices[:5])} may use"
             )
         return places
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """The strategy's arguments, with which a run trains as planned."""
+        sizes = {"batch-size": self.training.batch_size, "local-steps": self.training.steps}
+        return self.method.arguments | sizes
 
     def phases(self, place: Place) -> tuple[Phase, ...]:
         """Return what a round consists of if the model is cut at a place."""
