@@ -9,7 +9,7 @@ from itertools import pairwise, product
 import numpy as np
 from cell import draw_devices, resnet18
 
-from flsplit.wireless import Fleet, Freedom, Problem, Radio, Server, Training, optimise
+from flsplit.wireless import Fleet, Freedom, Optimiser, Problem, Radio, Server, Training
 from flsplit.wireless.rounds import EPSL, PSL, SplitFed
 
 TOLERANCE = 1e-6
@@ -44,14 +44,15 @@ def main() -> None:
     for seed in range(options.fleets):
         method = (EPSL(0.5, replays=False), PSL(), SplitFed())[seed % 3]
         problem = Problem(drawn_fleet(seed), profile, method, Training())
-        best = optimise(problem)
+        optimiser = Optimiser(problem)
+        best = optimiser.solve()
         if any(after > before for before, after in pairwise(best.history)):
             failures.append(f"fleet {seed} goes up: {best.history}")
         for subchannels, power, cut in product((True, False), (True, False), cuts):
             freedom = Freedom(subchannels, power, cut)
             if freedom == Freedom():
                 continue
-            factor = optimise(problem, freedom, seed).seconds / best.seconds
+            factor = optimiser.solve(freedom, seed).seconds / best.seconds
             factors.setdefault(freedom, []).append(factor)
             if factor < 1 - TOLERANCE:
                 failures.append(f"fleet {seed} ({method.name}) is beaten by {freedom}: {factor}")

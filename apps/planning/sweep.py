@@ -17,12 +17,12 @@ from flsplit.wireless import (
     Freedom,
     Method,
     ModelProfile,
+    Optimiser,
     Problem,
     Radio,
     Server,
     Training,
     make_plan,
-    optimise,
 )
 from flsplit.wireless.pictures import Sweep, draw_profile, draw_round, draw_sweeps
 from flsplit.wireless.rounds import EPSL, PSL, SequentialSL, SplitFed
@@ -59,11 +59,11 @@ def fleet(
     )
 
 
-def plain_seconds(problem: Problem, seed: int) -> float:
+def plain_seconds(optimiser: Optimiser, seed: int) -> float:
     """Return the mean round (s) over all cuts with random subchannels and even power."""
     seconds = [
-        optimise(problem, Freedom(subchannels=False, power=False, cut=place.cut), seed).seconds
-        for place in problem.places
+        optimiser.solve(Freedom(subchannels=False, power=False, cut=place.cut), seed).seconds
+        for place in optimiser.problem.places
     ]
     return float(np.mean(seconds))
 
@@ -82,9 +82,9 @@ def sweep(
     for value in values:
         fleets = [make(value, seed) for seed in range(seeds)]
         for name, method in methods(value).items():
-            problems = [Problem(one, profile, method, Training()) for one in fleets]
-            best = [optimise(problem).seconds for problem in problems]
-            worst = [plain_seconds(problem, seed) for seed, problem in enumerate(problems)]
+            own = [Optimiser(Problem(one, profile, method, Training())) for one in fleets]
+            best = [optimiser.solve().seconds for optimiser in own]
+            worst = [plain_seconds(optimiser, seed) for seed, optimiser in enumerate(own)]
             optimised.setdefault(name, []).append(float(np.mean(best)))
             plain.setdefault(name, []).append(float(np.mean(worst)))
     return Sweep(title, values, optimised, plain)

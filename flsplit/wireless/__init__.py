@@ -9,7 +9,7 @@ from flsplit.wireless.descent import Freedom
 from flsplit.wireless.fleet import Device, Fleet, Radio, Server
 from flsplit.wireless.fleet_file import load_fleet
 from flsplit.wireless.latency import round_seconds, stage_breakdown
-from flsplit.wireless.optimise import Solution, optimise
+from flsplit.wireless.optimise import Optimiser, Solution, optimise
 from flsplit.wireless.plan import Plan, format_plan, make_plan
 from flsplit.wireless.problem import Problem
 from flsplit.wireless.profile import ModelProfile, Place, profile_model
@@ -25,6 +25,7 @@ __all__ = [
     "Freedom",
     "Method",
     "ModelProfile",
+    "Optimiser",
     "Place",
     "Plan",
     "Problem",
