@@ -4,7 +4,7 @@ import numpy as np
 from decoupled_methods import DECOUPLED
 from jobs import Run
 from matplotlib.axes import Axes
-from measured import AFTER, BEFORE, COSINE
+from measured import AFTER, BEFORE, COSINE, series_of
 from methods import METHODS
 from pictures import style_of
 from report import Finals, converged
@@ -39,7 +39,6 @@ def by_round(runs: list[Run], metric: str) -> dict[int, float]:
     """Return a metric's mean over the seeds, for each round that has it."""
     values: dict[int, list[float]] = {}
     for run in converged(runs):
-        series = run.get("series", {}).get(metric, {"rounds": [], "values": []})
-        for round_, value in zip(series["rounds"], series["values"], strict=True):
+        for round_, value in series_of(run, metric).items():
             values.setdefault(round_, []).append(value)
     return {round_: float(np.mean(found)) for round_, found in sorted(values.items())}

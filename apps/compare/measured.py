@@ -33,6 +33,12 @@ def measured(history: History, spent: Mapping[int, float], clients: int) -> dict
     }
 
 
+def series_of(run: dict[str, Any], metric: str) -> dict[int, float]:
+    """Return a metric by round; nothing where the ledger, or a run of long ago, has none."""
+    kept = run.get("series", {}).get(metric, {"rounds": [], "values": []})
+    return dict(zip(kept["rounds"], kept["values"], strict=True))
+
+
 def count_server_cpu(strategy: SplitStrategy) -> dict[int, float]:
     """Return a dictionary that fills with the CPU seconds of each round's server steps.
 
