@@ -11,7 +11,8 @@ from flsplit.strategies import CSEFSL, FSLSAGE
 Q = 5  # every fifth mini-batch goes up
 L = 5  # rounds between alignments: with the default of 10, a run of 20 rounds would have one
 
-# Server rates as SplitFed V2's: there, too, the server steps for each client in turn.
+# Server rates as SplitFed V2's: there, too, the server steps for each client in turn. Small client
+# rates: FSL-SAGE's auxiliary models are as they were drawn until the first alignment.
 _GRID = pairs([0.003, 0.01, 0.03], [0.001, 0.01])
 
 
@@ -34,7 +35,7 @@ DECOUPLED = {
     ),
     "cse-fsl": _cse_fsl(
         "CSE-FSL",
-        "the same, but clients train the auxiliary models, which are averaged every round",
+        "the same, but clients train the auxiliary models, whose averages take their place",
     ),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 
 from clients import memory_rows
+from decoupled_methods import L, Q
 from finding import Finding
 from findings import findings, summary, tried
 from methods import METHODS
@@ -17,8 +18,8 @@ from report import Finals, alpha_name, table
 from studies import main_part, studies_in, study_rows
 
 VARIED = (
-    "<p>Each value is tuned by itself, with the same six points. What is not varied is as it is "
-    "above: q=5, l=5, a linear auxiliary model.</p>"
+    "<p>Each value is tuned by itself, with the same six points. What is not varied is as in the "
+    f"table above: q={Q}, l={L}, a linear auxiliary model.</p>"
 )
 NAMES = {"digits": "handwritten digits (scikit-learn)", "mnist": "MNIST", "cifar10": "CIFAR-10"}
 

@@ -8,15 +8,7 @@ from jobs import Run
 from methods import METHODS
 
 LAST = 3  # rounds that a run's accuracy is the mean of: a single one is noisy
-TEXTS = {
-    "method",
-    "auxiliary model",
-    "learning rates",
-    "expected",
-    "where",
-    "measured",
-    "verdict",
-}  # columns
+TEXTS = {"learning rates", "where", "measured", "verdict"}  # columns, beside the first
 Finals = dict[str, list[Run]]  # each method's runs, one per seed
 
 
@@ -77,7 +69,7 @@ def row_of(method: str, runs: list[Run], target: float) -> dict[str, str]:
 def markdown(rows: list[dict[str, str]]) -> str:
     """Return rows as a markdown table."""
     names = list(rows[0])
-    lines = [names, ["---" if name in TEXTS else "---:" for name in names]]
+    lines = [names, ["---" if name in TEXTS | {names[0]} else "---:" for name in names]]
     lines += [list(row.values()) for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

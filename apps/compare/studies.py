@@ -25,15 +25,12 @@ def studies_in(finals: Finals) -> Studies:
 
 def study_rows(title: str, values: Finals, target: float) -> list[dict[str, str]]:
     """Return a row for each value, in the study's order."""
-    return [
-        {title: name} | without_method(row_of(STUDIES[title][name], runs, target))
-        for name, runs in values.items()
-    ]
-
-
-def without_method(row: dict[str, str]) -> dict[str, str]:
-    """Return the other columns."""
-    return {name: text for name, text in row.items() if name != "method"}
+    rows = []
+    for name, runs in values.items():
+        row = row_of(STUDIES[title][name], runs, target)
+        del row["method"]  # it is the study's, and the value says the rest
+        rows.append({title: name} | row)
+    return rows
 
 
 def draw_study(axes: Axes, title: str, values: Finals) -> None:
