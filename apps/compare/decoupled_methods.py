@@ -46,6 +46,9 @@ ABLATIONS = {
     **{f"cse-fsl-q{q}": _cse_fsl(f"CSE-FSL q={q}", f"q={q}", q) for q in (1, 2, 10)},
     **{f"fsl-sage-l{n}": _fsl_sage(f"FSL-SAGE l={n}", f"l={n}", align_every=n) for n in (1, 2, 10)},
     "fsl-sage-never": _fsl_sage("FSL-SAGE, never aligned", "no alignment", align_every=0),
+    "fsl-sage-in-round": _fsl_sage(
+        "FSL-SAGE, aligned in the round", "aligned from the first round on", align="in_round"
+    ),
     "fsl-sage-pooled": _fsl_sage(
         "FSL-SAGE, pooled", "mean of each channel, linear", auxiliary=pooled_classifier
     ),
@@ -67,7 +70,7 @@ STUDIES = {  # what is varied, and each value's method
     },
     "FSL-SAGE: l": {
         "l=1": "fsl-sage-l1", "l=2": "fsl-sage-l2", "l=5": "fsl-sage", "l=10": "fsl-sage-l10",
-        "never": "fsl-sage-never",
+        "never": "fsl-sage-never", "l=5, in the round": "fsl-sage-in-round",
     },
     AUXILIARY: {
         "pooled": "fsl-sage-pooled", "first stage": "fsl-sage-first-stage", "linear": "fsl-sage",

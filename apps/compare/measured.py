@@ -57,7 +57,7 @@ def count_server_cpu(strategy: SplitStrategy) -> dict[int, float]:
 
         return wrapper
 
-    for name in ("segment_step", "before_local_steps"):
+    for name in ("segment_step", "before_local_steps", "after_peek"):  # two places of alignments
         if hasattr(strategy, name):
             setattr(strategy, name, counted(getattr(strategy, name)))
     return spent

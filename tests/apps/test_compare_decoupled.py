@@ -60,6 +60,18 @@ def test_a_run_keeps_cosines_and_memory():
     assert list(series_of(run, CLIENT_MEMORY)) == list(series_of(run, WHOLE_MEMORY)) == [1, 2, 3]
 
 
+def test_alignments_are_server_seconds():
+    aligned, never = (trained(f"fsl-sage-{how}", rounds=2) for how in ("l1", "never"))
+
+    assert aligned["server-seconds"][1] > 3 * never["server-seconds"][1]
+
+
+def test_in_the_round_alignments_begin_with_the_first():
+    run = trained("fsl-sage-in-round", rounds=2)
+
+    assert list(series_of(run, BEFORE)) == [1]
+
+
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
