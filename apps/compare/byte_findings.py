@@ -32,7 +32,7 @@ def _against(other: str, alpha: float, finals: Finals, target: float) -> Finding
     both = ours.keys() & theirs.keys()
     if both:
         times = np.mean([theirs[seed] for seed in both]) / np.mean([ours[seed] for seed in both])
-        measured += f", {times:.1f} times as many (in the paper {PAPER[other] / PAPER_OURS:.1f})"
+        measured += f": {times:.1f} times FSL-SAGE's (in the paper {PAPER[other] / PAPER_OURS:.1f})"
     return Finding(EXPECTED, alpha_name(alpha), measured, _verdict(ours, theirs))
 
 

@@ -161,7 +161,7 @@ def test_fewer_bytes(ours, theirs, verdict):
 def test_how_many_times_is_told_beside_the_papers():
     (found,) = fewer_bytes(0.1, {"fsl-sage": [a_run(10)], "fedavg": [a_run(25)]}, 85.0)
 
-    assert "2.5 times as many (in the paper 5.7)" in found.measured
+    assert "2.5 times FSL-SAGE's (in the paper 5.7)" in found.measured
 
 
 def test_all_of_it_is_written(tmp_path):
