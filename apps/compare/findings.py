@@ -3,14 +3,13 @@
 import math
 from collections.abc import Iterator
 
+import byte_findings
 import numpy as np
-from byte_findings import fewer_bytes
 from finding import Finding, verdict_on
 from methods import METHODS
 from report import Finals, alpha_name, by_accuracy, converged, final_accuracy, mean, spread
 
 TOLERANCE = 2.0  # points that EPSL may be below PSL
-
 
 GAPSL = (
     "GAPSL above PSL where labels are skewed (its paper: 63.3 against 47.3 %, CIFAR-10, VGG-16, "
@@ -31,15 +30,18 @@ TRIED = {
     "dropped clients skip their step and taking the mean of the kept gradients instead of their "
     "sum both helped, but not above PSL; averaged client segments did more, but not above SFL. "
     "Not tried: mini-batches, runs and a network as large as the paper's. The numbers are in "
-    "docs/comparison.md, under “Why GAPSL doesn't win here”."
+    "docs/comparison.md, under “Why GAPSL doesn't win here”.",
+    byte_findings.EXPECTED: byte_findings.TRIED,
 }
 """By what was expected: what was tried to find out why it didn't come."""
 
 
 def findings(finals: dict[float, Finals], target: float) -> list[Finding]:
     """Return what can be said from the runs there are."""
-    found = [one for alpha, own in finals.items() for one in _of_alpha(alpha, own)]
-    return found + [one for alpha, own in finals.items() for one in fewer_bytes(alpha, own, target)]
+    found: list[Finding] = []
+    for alpha, own in finals.items():
+        found += [*_of_alpha(alpha, own), *byte_findings.fewer_bytes(alpha, own, target)]
+    return found
 
 
 def tried(expected: str, found: list[Finding]) -> str:
