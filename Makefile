@@ -52,8 +52,9 @@ compare-quick: $(STAMP) ## The same, shorter, with fewer methods
 	@$(BIN)/python apps/compare/compare.py --quick --alpha 0.1 inf --out runs/compare-quick $(ARGS)
 
 .PHONY: compare-decoupled
-compare-decoupled: $(STAMP) ## Compare FSL-SAGE and CSE-FSL with SplitFed and FedAvg by bytes
-	@$(BIN)/python apps/compare/decoupled.py --out runs/compare-decoupled $(ARGS)
+compare-decoupled: $(STAMP) ## FSL-SAGE, CSE-FSL and what changes them, SplitFed, FedAvg: bytes
+	@$(BIN)/python apps/compare/compare.py --methods decoupled ablations --alpha 0.1 1 inf \
+		--out runs/compare-decoupled $(ARGS)
 
 .PHONY: test
 test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, several at a time

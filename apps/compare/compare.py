@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from jobs import Book, Job, Run, tuning_jobs
-from methods import COMPARED, METHODS, QUICK
+from methods import GROUPS, METHODS, expand
 from results import write_results
 from task import load
 from training import Setting
@@ -130,7 +130,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--alpha", type=float, nargs="+", default=[0.1], help="inf is IID")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="see methods.py")
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *GROUPS], metavar="METHOD",
+        help="methods or groups of methods.py",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, help="20 where --quick is not given")
     parser.add_argument("--local-steps", type=int, default=20, help="mini-batches per round")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -143,7 +146,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, fewer methods"
     )
     options = parser.parse_args(arguments)
-    options.methods = options.methods or (QUICK if options.quick else COMPARED)
+    options.methods = expand(options.methods or ["quick" if options.quick else "compared"])
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else 20)
     options.target = options.target or PRESETS[options.dataset][2]
     options.command = command(list(sys.argv[1:] if arguments is None else arguments))

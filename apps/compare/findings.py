@@ -2,32 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+import byte_findings
 import numpy as np
+from finding import Finding, verdict_on
 from methods import METHODS
 from report import Finals, alpha_name, by_accuracy, converged, final_accuracy, mean, spread
 
 TOLERANCE = 2.0  # points that EPSL may be below PSL
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was measured about an expectation.
-
-    Attributes
-    ----------
-    expected, where, measured : str
-        What was expected, for which labels, what came.
-    verdict : {'agrees', 'disagrees', 'not told apart'}
-        The last where the mean difference is within its standard deviation over seeds.
-    """
-
-    expected: str
-    where: str
-    measured: str
-    verdict: str
-
 
 GAPSL = (
     "GAPSL above PSL where labels are skewed (its paper: 63.3 against 47.3 %, CIFAR-10, VGG-16, "
@@ -48,14 +30,18 @@ TRIED = {
     "dropped clients skip their step and taking the mean of the kept gradients instead of their "
     "sum both helped, but not above PSL; averaged client segments did more, but not above SFL. "
     "Not tried: mini-batches, runs and a network as large as the paper's. The numbers are in "
-    "docs/comparison.md, under “Why GAPSL doesn't win here”."
+    "docs/comparison.md, under “Why GAPSL doesn't win here”.",
+    byte_findings.EXPECTED: byte_findings.TRIED,
 }
 """By what was expected: what was tried to find out why it didn't come."""
 
 
-def findings(finals: dict[float, Finals]) -> list[Finding]:
+def findings(finals: dict[float, Finals], target: float) -> list[Finding]:
     """Return what can be said from the runs there are."""
-    return [one for alpha, own in finals.items() for one in _of_alpha(alpha, own)]
+    found: list[Finding] = []
+    for alpha, own in finals.items():
+        found += [*_of_alpha(alpha, own), *byte_findings.fewer_bytes(alpha, own, target)]
+    return found
 
 
 def tried(expected: str, found: list[Finding]) -> str:
@@ -100,10 +86,7 @@ def _of_alpha(alpha: float, finals: Finals) -> Iterator[Finding]:
 
 def _above(expected: str, where: str, finals: Finals, method: str) -> Finding:
     points = differences(finals, method)
-    verdict = "agrees" if np.mean(points) > 0 else "disagrees"
-    if len(points) > 1 and abs(np.mean(points)) <= np.std(points, ddof=1):
-        verdict = "not told apart"
-    return Finding(expected, where, _versus_psl(finals, method, points), verdict)
+    return Finding(expected, where, _versus_psl(finals, method, points), verdict_on(points))
 
 
 def _not_far_below(where: str, finals: Finals) -> Finding:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS, Rates
+from method import Rates
+from methods import METHODS
 from training import Setting
 
 Run = dict[str, Any]

@@ -1,44 +1,14 @@
 """The methods that are compared, and the learning rates each is tried with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from decoupled_methods import ABLATIONS, DECOUPLED
 from flwr.serverapp.strategy import FedAvg
+from method import Method, Rates, made_with, pairs
 
 from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SequentialSL, SplitFedV1, SplitFedV2
-
-Rates = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method.
-
-    Attributes
-    ----------
-    title : str
-        How pages call it.
-    says : str
-        What it does, for the page.
-    shares_clients : bool
-        Whether all clients have the same client segment at a round's end.
-    make : callable or None
-        Makes the strategy from the common options; None is FedAvg on the unsplit model.
-    grid : list of dict
-        Six points: the same budget for every method.
-    """
-
-    title: str
-    says: str
-    shares_clients: bool
-    make: Callable[..., Any] | None
-    grid: list[Rates]
-
-
-def _with(cls: type, **fixed: Any) -> Callable[..., Any]:
-    return lambda **options: cls(**fixed, **options)
 
 
 def _with_fedavg(cls: type, **fixed: Any) -> Callable[..., Any]:
@@ -46,21 +16,17 @@ def _with_fedavg(cls: type, **fixed: Any) -> Callable[..., Any]:
     return lambda **options: cls(client_strategy=FedAvg(), **fixed, **options)
 
 
-def _pairs(server: list[float], client: list[float]) -> list[Rates]:
-    return [{"server_lr": s, "client_lr": c} for s, c in product(server, client)]
-
-
 def _one(rates: list[float]) -> list[Rates]:
     return [{"server_lr": rate, "client_lr": rate} for rate in rates]
 
 
 # A client segment that is never averaged does better with small steps, where labels are skewed.
-_OWN = _pairs([0.03, 0.1, 0.3], [0.001, 0.01])
-_SUM = _pairs([0.003, 0.01, 0.03], [0.001, 0.01])  # a sum over ten clients, not a mean
+_OWN = pairs([0.03, 0.1, 0.3], [0.001, 0.01])
+_SUM = pairs([0.003, 0.01, 0.03], [0.001, 0.01])  # a sum over ten clients, not a mean
 _SGLR = [{"client_lr": lr, "alpha": a} for lr, a in product([0.003, 0.01, 0.03], [1.0, 1.5])]
-_SHARED = _pairs([0.03, 0.1, 0.3], [0.01, 0.03])
-_SUM_SHARED = _pairs([0.003, 0.01, 0.03], [0.01, 0.03])
-_TURNS = _pairs([0.003, 0.01, 0.03], [0.01, 0.03])  # ten server steps where others do one
+_SHARED = pairs([0.03, 0.1, 0.3], [0.01, 0.03])
+_SUM_SHARED = pairs([0.003, 0.01, 0.03], [0.01, 0.03])
+_TURNS = pairs([0.003, 0.01, 0.03], [0.01, 0.03])  # ten server steps where others do one
 _WHOLE = _one([0.005, 0.01, 0.02, 0.04, 0.06, 0.08])  # FedAvg, and V1, which computes the same
 
 _ALIGNED = "the server steps with the clients whose gradients agree with a leader's"
@@ -101,6 +67,7 @@ METHODS = {
         None,
         _WHOLE,
     ),
+    **DECOUPLED,
     "psl": Method(
         "PSL",
         "one server step on all clients' smashed data together; clients keep their segments",
@@ -119,35 +86,35 @@ METHODS = {
         "EPSL φ=0.5",
         "PSL; half of each mini-batch is aggregated over clients before it goes back",
         False,
-        _with(EPSL, phi=0.5),
+        made_with(EPSL, phi=0.5),
         _OWN,
     ),
     "epsl-1": Method(
         "EPSL φ=1",
         "the same with the whole mini-batch",
         False,
-        _with(EPSL, phi=1.0),
+        made_with(EPSL, phi=1.0),
         _OWN,
     ),
     "gapsl-eta-1": Method(
         "GAPSL η=-1",
         f"PSL; {_ALIGNED}; a lenient threshold",
         False,
-        _with(GAPSL, eta=-1.0),
+        made_with(GAPSL, eta=-1.0),
         _SUM,
     ),
     "gapsl-eta0": Method(
         "GAPSL η=0",
         f"PSL; {_ALIGNED}; the default threshold, which keeps about half",
         False,
-        _with(GAPSL, eta=0.0),
+        made_with(GAPSL, eta=0.0),
         _SUM,
     ),
     "gapsl-eta0.3": Method(
         "GAPSL η=0.3",
         f"PSL; {_ALIGNED}; a strict threshold",
         False,
-        _with(GAPSL, eta=0.3),
+        made_with(GAPSL, eta=0.3),
         _SUM,
     ),
     # Variants, to find out why a method does as it does.
@@ -155,14 +122,14 @@ METHODS = {
         "GAPSL η=0, mean",
         "GAPSL; the mean of the kept gradients instead of their sum",
         False,
-        _with(GAPSL, loss_reduction="mean"),
+        made_with(GAPSL, loss_reduction="mean"),
         _OWN,
     ),
     "gapsl-skip": Method(
         "GAPSL η=0, skip",
         "GAPSL; clients that are not kept do not step either",
         False,
-        _with(GAPSL, excluded_clients="skip"),
+        made_with(GAPSL, excluded_clients="skip"),
         _SUM,
     ),
     "gapsl-sfl": Method(
@@ -183,7 +150,7 @@ METHODS = {
         "SGLR φ=0",
         "SGLR without averaged gradients: only the server's rate is scaled",
         False,
-        _with(SGLR, phi=0.0),
+        made_with(SGLR, phi=0.0),
         _SGLR,
     ),
     "sglr-sfl": Method(
@@ -193,9 +160,20 @@ METHODS = {
         _with_fedavg(SGLR),
         _SGLR,
     ),
+    **ABLATIONS,
 }
 VARIANTS = [
-    "gapsl-mean", "gapsl-skip", "gapsl-sfl", "gapsl-eta-1-sfl", "sglr-phi0", "sglr-sfl",
+    "gapsl-mean", "gapsl-skip", "gapsl-sfl", "gapsl-eta-1-sfl", "sglr-phi0", "sglr-sfl", *ABLATIONS,
 ]  # fmt: skip
 COMPARED = [name for name in METHODS if name not in VARIANTS]
-QUICK = [name for name in COMPARED if name not in ("epsl-1", "gapsl-eta-1", "gapsl-eta0.3")]
+GROUPS = {  # what --methods takes for several of them
+    "compared": COMPARED,
+    "quick": [name for name in COMPARED if name not in ("epsl-1", "gapsl-eta-1", "gapsl-eta0.3")],
+    "decoupled": [*DECOUPLED, "splitfed-v1", "splitfed-v2", "fedavg"],
+    "ablations": list(ABLATIONS),
+}
+
+
+def expand(names: list[str]) -> list[str]:
+    """Return each method that is named, itself or by a group of it, once."""
+    return list(dict.fromkeys(one for name in names for one in GROUPS.get(name, [name])))

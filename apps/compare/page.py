@@ -8,23 +8,26 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-from findings import Finding, findings, summary, tried
+from clients import memory_rows
+from decoupled_methods import L, Q
+from finding import Finding
+from findings import findings, summary, tried
 from methods import METHODS
-from pictures import DRAWINGS, draw_alone
+from panels import Panel, cosine_panels, main_panels, study_panels, write_svg
 from report import Finals, alpha_name, table
+from studies import main_part, studies_in, study_rows
 
+VARIED = (
+    "<p>Each value is tuned by itself, with the same six points. What is not varied is as in the "
+    f"table above: q={Q}, l={L}, a linear auxiliary model.</p>"
+)
 NAMES = {"digits": "handwritten digits (scikit-learn)", "mnist": "MNIST", "cifar10": "CIFAR-10"}
-CAPTIONS = {
-    "accuracies": "Accuracy at the end. Small dots are seeds, diamonds their means.",
-    "rounds": "Accuracy after each round.",
-    "bytes": "The same against what was sent, on a logarithmic scale.",
-}
 
 
 def write_page(options: argparse.Namespace, finals: dict[float, Finals], path: Path) -> None:
     """Write the page."""
     template = Template((Path(__file__).parent / "page.html").read_text())
-    methods = {method for own in finals.values() for method in own}
+    methods = {method for own in finals.values() for method in main_part(own)}
     title = f"{len(methods)} ways to train together on {NAMES[options.dataset]}"
     lead = (
         f"{options.clients} clients train with {options.rounds} rounds of {options.local_steps} "
@@ -35,7 +38,7 @@ def write_page(options: argparse.Namespace, finals: dict[float, Finals], path: P
         title=escape(title),
         lead=escape(lead),
         links=_links(finals),
-        expectations=_expectations(findings(finals)),
+        expectations=_expectations(findings(finals, options.target)),
         sections="\n".join(_section(options, alpha, own) for alpha, own in finals.items()),
         methods="\n".join(_method(name) for name in METHODS if name in methods),
         first_seed=options.seeds[0],
@@ -85,12 +88,21 @@ def _card(expected: str, found: list[Finding]) -> str:
 
 
 def _section(options: argparse.Namespace, alpha: float, finals: Finals) -> str:
-    pictures = "".join(_figure(finals, alpha, drawing) for drawing in DRAWINGS)
-    return (
-        f'<h2 id="{_anchor(alpha)}">{escape(_heading(alpha))}</h2>\n<p>{escape(summary(finals))}'
-        f'</p>\n<div class="pictures">{pictures}</div>\n'
-        f'<div class="scroll">{_table(table(finals, options.target))}</div>'
-    )
+    main = main_part(finals)
+    where = alpha_name(alpha)
+    parts = [
+        f'<h2 id="{_anchor(alpha)}">{escape(_heading(alpha))}</h2>',
+        f"<p>{escape(summary(main))}</p>",
+        _figures(main_panels(finals) + cosine_panels(finals), where),
+        _table(table(main, options.target)),
+    ]
+    if held := memory_rows(finals):
+        parts += [f"<h3>What a client holds ({escape(where)})</h3>", _table(held)]
+    if studies := studies_in(finals):
+        parts += [f"<h3>One thing varied at a time ({escape(where)})</h3>", VARIED]
+        parts.append(_figures(study_panels(finals), where))
+    parts += [_table(study_rows(title, own, options.target)) for title, own in studies.items()]
+    return "\n".join(parts)
 
 
 def _heading(alpha: float) -> str:
@@ -100,14 +112,18 @@ def _heading(alpha: float) -> str:
     return f"{alpha_name(alpha)}: {degree} labels"
 
 
-def _figure(finals: Finals, alpha: float, drawing: str) -> str:
+def _figures(panels: list[Panel], where: str) -> str:
+    return f'<div class="pictures">{"".join(_figure(one, where) for one in panels)}</div>'
+
+
+def _figure(panel: Panel, where: str) -> str:
     file = io.BytesIO()
-    draw_alone(finals, drawing, file)
+    write_svg(panel, file)
     data = base64.b64encode(file.getvalue()).decode()
-    text = f"{alpha_name(alpha)}. {CAPTIONS[drawing]}"
+    text = f"{where}. {panel.caption}"
     return (
         f'<figure><img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{escape(CAPTIONS[drawing])}</figcaption></figure>"
+        f"<figcaption>{escape(panel.caption)}</figcaption></figure>"
     )
 
 
@@ -117,7 +133,8 @@ def _table(rows: list[dict[str, str]]) -> str:
         "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row.values()) + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{whole}</div>'
 
 
 def _method(name: str) -> str:

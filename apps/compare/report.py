@@ -8,7 +8,7 @@ from jobs import Run
 from methods import METHODS
 
 LAST = 3  # rounds that a run's accuracy is the mean of: a single one is noisy
-TEXTS = {"method", "learning rates", "expected", "where", "measured", "verdict"}  # columns
+TEXTS = {"learning rates", "where", "measured", "verdict"}  # columns, beside the first
 Finals = dict[str, list[Run]]  # each method's runs, one per seed
 
 
@@ -20,6 +20,12 @@ def final_accuracy(run: Run) -> float:
 def rounds_to(run: Run, target: float) -> int | None:
     """Return the first round with at least ``target`` percent, None if there is none."""
     return next((i for i, a in enumerate(run["accuracy"], 1) if 100 * a >= target), None)
+
+
+def bytes_to(run: Run, target: float) -> int | None:
+    """Return the bytes of the rounds up to the first with at least ``target`` percent."""
+    rounds = rounds_to(run, target)
+    return run["bytes"][rounds - 1] if rounds else None
 
 
 def converged(runs: Sequence[Run]) -> list[Run]:
@@ -34,13 +40,36 @@ def by_accuracy(finals: Finals) -> list[str]:
 
 def table(finals: Finals, target: float) -> list[dict[str, str]]:
     """Return a row per method, the most accurate first; keys are the columns' names."""
-    return [_row(method, finals[method], target) for method in by_accuracy(finals)]
+    return [row_of(method, finals[method], target) for method in by_accuracy(finals)]
+
+
+def row_of(method: str, runs: list[Run], target: float) -> dict[str, str]:
+    """Return a method's row."""
+    good = converged(runs)
+    reached = [(run, r) for run in good if (r := rounds_to(run, target))]
+    steps = METHODS[method].make is not None  # the unsplit model needs no server step
+    rounds = [r for _, r in reached]
+    megabytes = [run["bytes"][r - 1] / 1e6 for run, r in reached]
+    seconds = [sum(run["server-seconds"][:r]) for run, r in reached]
+    return {
+        "method": METHODS[method].title,
+        "accuracy, %": _accuracy(runs),
+        f"rounds to {target:g} %": _reached(runs, rounds, "{:.1f}"),
+        f"MB to {target:g} %": _reached(runs, megabytes, "{:.1f}"),
+        f"server CPU s to {target:g} %": _reached(runs, seconds, "{:.2f}") if steps else "-",
+        "MB up": _mean_of(good, lambda run: run["up"] / 1e6, "{:.1f}"),
+        "MB down": _mean_of(good, lambda run: run["down"] / 1e6, "{:.1f}"),
+        "rows back-propagated": _mean_of(good, lambda run: run["rows"], "{:,.0f}")
+        if steps
+        else "-",
+        "learning rates": _rates(method, runs[0]),
+    }
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
     """Return rows as a markdown table."""
     names = list(rows[0])
-    lines = [names, ["---" if name in TEXTS else "---:" for name in names]]
+    lines = [names, ["---" if name in TEXTS | {names[0]} else "---:" for name in names]]
     lines += [list(row.values()) for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -59,30 +88,6 @@ def spread(values: Sequence[float], shape: str = "{:.1f}") -> str:
     """Return mean ± sample standard deviation."""
     deviation = " ± " + shape.format(np.std(values, ddof=1)) if len(values) > 1 else ""
     return shape.format(np.mean(values)) + deviation
-
-
-def _row(method: str, runs: list[Run], target: float) -> dict[str, str]:
-    good = converged(runs)
-    reached = [(run, r) for run in good if (r := rounds_to(run, target))]
-    steps = METHODS[method].make is not None  # the unsplit model needs no server step
-    seconds = [sum(run["server-seconds"][:r]) for run, r in reached]
-
-    def to_target(values: Sequence[float], shape: str) -> str:
-        return _reached(values, len(runs), shape)
-
-    return {
-        "method": METHODS[method].title,
-        "accuracy, %": _accuracy(runs),
-        f"rounds to {target:g} %": to_target([r for _, r in reached], "{:.1f}"),
-        f"MB to {target:g} %": to_target([r["bytes"][n - 1] / 1e6 for r, n in reached], "{:.0f}"),
-        f"server CPU s to {target:g} %": to_target(seconds, "{:.2f}") if steps else "-",
-        "MB up": _mean_of(good, lambda run: run["up"] / 1e6, "{:.1f}"),
-        "MB down": _mean_of(good, lambda run: run["down"] / 1e6, "{:.1f}"),
-        "rows back-propagated": _mean_of(good, lambda run: run["rows"], "{:,.0f}")
-        if steps
-        else "-",
-        "learning rates": _rates(method, runs[0]),
-    }
 
 
 def _rates(method: str, run: Run) -> str:
@@ -108,8 +113,9 @@ def _mean_of(runs: list[Run], what: Callable[[Run], float], shape: str) -> str:
     return shape.format(mean(runs, what)) if runs else "-"
 
 
-def _reached(values: Sequence[float], runs: int, shape: str) -> str:
+def _reached(runs: list[Run], values: Sequence[float], shape: str) -> str:
+    """Return mean and spread over the runs that reached the target, and how many if not all."""
     if not values:
         return "not reached"
-    part = "" if len(values) == runs else f" ({len(values)} of {runs})"
-    return shape.format(float(np.mean(values))) + part
+    part = "" if len(values) == len(runs) else f" ({len(values)} of {len(runs)})"
+    return spread(values, shape) + part

@@ -3,15 +3,18 @@
 import argparse
 import math
 
+from clients import memory_rows
 from findings import findings, summary
 from jobs import Book
 from page import write_page
-from pictures import draw_together
+from panels import cosine_panels, study_panels, write_grid, write_together
 from report import Finals, alpha_name, markdown, table
+from studies import main_part, studies_in, study_rows
 
 COLUMNS = (
     "Accuracy: mean over the clients' models and the last three rounds ± standard deviation over "
-    "seeds. Bytes are logical, of training. Server CPU seconds are those of its steps. "
+    "seeds. Bytes are logical, of training. Server CPU seconds are those of its steps and "
+    "alignments. "
     "(2 of 3): only these runs reached it. A learning rate with * is at an end of those that "
     "were tried."
 )
@@ -37,14 +40,28 @@ def finished(options: argparse.Namespace, book: Book, alpha: float) -> Finals:
 def _write_markdown(options: argparse.Namespace, finals: dict[float, Finals]) -> None:
     lines = ["# Results\n", f"    {options.command}\n", f"{setting_text(options)} {COLUMNS}\n"]
     for alpha, own in finals.items():
-        picture = options.out / picture_name(options.dataset, alpha)
-        draw_together(own, alpha, picture)
-        lines += [f"## {alpha_name(alpha)}\n", summary(own) + "\n"]
-        lines += [markdown(table(own, options.target)), f"![accuracy]({picture.name})\n"]
-    found = findings(finals)
+        lines += _of_alpha(options, alpha, own)
+    found = findings(finals, options.target)
     if found:
         lines += ["## Expected and measured\n", markdown([vars(one) for one in found])]
     (options.out / "results.md").write_text("\n".join(lines))
+
+
+def _of_alpha(options: argparse.Namespace, alpha: float, finals: Finals) -> list[str]:
+    """Write an alpha's pictures and return its lines."""
+    main, name = main_part(finals), picture_name(options.dataset, alpha)
+    write_together(finals, alpha, options.out / f"{name}.png")
+    lines = [f"## {alpha_name(alpha)}\n", summary(main) + "\n"]
+    lines += [markdown(table(main, options.target)), f"![accuracy]({name}.png)\n"]
+    if held := memory_rows(finals):
+        lines += ["### What a client holds\n", markdown(held)]
+    for kind, panels in ("cosines", cosine_panels(finals)), ("studies", study_panels(finals)):
+        if panels:
+            write_grid(panels, options.out / f"{name}-{kind}.png")
+            lines.append(f"![{kind}]({name}-{kind}.png)\n")
+    for title, values in studies_in(finals).items():
+        lines += [f"### {title}\n", markdown(study_rows(title, values, options.target))]
+    return lines
 
 
 def setting_text(options: argparse.Namespace) -> str:
@@ -57,5 +74,5 @@ def setting_text(options: argparse.Namespace) -> str:
 
 
 def picture_name(dataset: str, alpha: float) -> str:
-    """Return the file name of an alpha's picture."""
-    return f"{dataset}-{'iid' if math.isinf(alpha) else f'dirichlet-{alpha:g}'}.png"
+    """Return what the file names of an alpha's pictures begin with."""
+    return f"{dataset}-{'iid' if math.isinf(alpha) else f'dirichlet-{alpha:g}'}"

@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from methods import METHODS, Rates
+from measured import count_server_cpu, measured
+from method import Rates
+from methods import METHODS
 from task import CUT, Parts, build_model, partition
 from torch.nn import functional
 from torch.optim import SGD
@@ -19,7 +20,6 @@ from torch.utils.data import TensorDataset
 
 from flsplit import LocalGrid, client_app
 from flsplit.seeds import generator, seeded
-from flsplit.strategies import SplitStrategy
 
 MOMENTUM = partial(SGD, momentum=0.9)
 
@@ -77,7 +77,7 @@ def _train_split(
 
     app = client_app(
         model=lambda: build_model(setting.dataset), cut=CUT, data=data, optimizer=MOMENTUM,
-        device="cpu",
+        device="cpu", auxiliary=METHODS[method].auxiliary,
     )  # fmt: skip
     make = METHODS[method].make
     assert make is not None
@@ -91,44 +91,7 @@ def _train_split(
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=rounds,
     )
-    history = result.history
-    logical = [entry.traffic.logical for entry in history]
-    return {
-        "accuracy": history.series("accuracy")[1],
-        "bytes": history.bytes_so_far(),
-        "up": sum(_ending(one, "up") for one in logical),
-        "down": sum(n for one in logical for name, n in one.items() if "-down" in name),
-        "gradients-down": sum(_starting(one, "gradients-down") for one in logical),
-        "rows": sum(entry.rows for entry in history),
-        "server-seconds": [spent[entry.round] for entry in history],
-        "metrics": {k: v for k, v in history[-1].metrics.items() if k.count(".") == 1},
-    }
-
-
-def count_server_cpu(strategy: SplitStrategy) -> dict[int, float]:
-    """Return a dictionary that fills with the CPU seconds of each round's server steps.
-
-    The ledger has wall time, which means little where two runs share a machine.
-    """
-    spent: dict[int, float] = defaultdict(float)
-    step = strategy.segment_step
-
-    def counted(segment: Any, round_: Any, *rest: Any) -> Any:
-        started = time.process_time()
-        result = step(segment, round_, *rest)
-        spent[round_.entry.round] += time.process_time() - started
-        return result
-
-    strategy.segment_step = counted  # type: ignore[method-assign]
-    return spent
-
-
-def _ending(counts: dict[str, int], end: str) -> int:
-    return sum(n for k, n in counts.items() if k.endswith(end) and not k.startswith("evaluation"))
-
-
-def _starting(counts: dict[str, int], start: str) -> int:
-    return sum(n for name, n in counts.items() if name.startswith(start))
+    return measured(result.history, spent, setting.clients)
 
 
 def _train_whole(

@@ -30,9 +30,9 @@ def test_a_row():
 
     assert row["method"] == "PSL"
     assert row["accuracy, %"] == "85.0 ± 7.1"  # 90 and 80; their sample deviation is √50
-    assert row["rounds to 85 %"] == "3.5"
-    assert row["MB to 85 %"] == "35"
-    assert row["server CPU s to 85 %"] == "1.75"
+    assert row["rounds to 85 %"] == "3.5 ± 0.7"
+    assert row["MB to 85 %"] == "35.0 ± 7.1"
+    assert row["server CPU s to 85 %"] == "1.75 ± 0.35"
     assert row["learning rates"] == "server 0.1, client 0.01"
 
 
@@ -68,7 +68,7 @@ def test_verdicts(accuracies, verdict):
     psl = [a_run(0.5, seed=seed) for seed in (0, 1)]
     gapsl = [a_run(accuracy, seed=seed) for seed, accuracy in enumerate(accuracies)]
 
-    (found,) = findings({0.1: {"psl": psl, "gapsl-eta0": gapsl}})
+    (found,) = findings({0.1: {"psl": psl, "gapsl-eta0": gapsl}}, 85.0)
 
     assert found.verdict == verdict
     assert ("docs/comparison.md" in tried(found.expected, [found])) == (verdict != "agrees")
@@ -77,7 +77,7 @@ def test_verdicts(accuracies, verdict):
 def test_epsl_on_iid_data():
     psl, epsl = [a_run(0.9, rows=160)], [a_run(0.89, rows=88)]
 
-    accuracy, cost = findings({math.inf: {"psl": psl, "epsl-0.5": epsl}})
+    accuracy, cost = findings({math.inf: {"psl": psl, "epsl-0.5": epsl}}, 85.0)
 
     assert accuracy.verdict == cost.verdict == "agrees"
     assert cost.measured == "0.55 of PSL's rows, 0.55 of its gradient bytes down"

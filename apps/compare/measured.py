@@ -1,0 +1,84 @@
+"""What is kept of a run over flsplit: sums, and numbers of each round."""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from flsplit.account import History
+from flsplit.strategies import SplitStrategy
+from flsplit.strategies.round import Round
+
+# Those of the ledger's metrics that are kept for every round that has them.
+COSINE = "auxiliary-cosine"
+BEFORE, AFTER = "cosine-before-alignment", "cosine-after-alignment"
+CLIENT_MEMORY, WHOLE_MEMORY = "client-memory-bytes", "whole-model-memory-bytes"
+SERIES = (COSINE, BEFORE, AFTER, CLIENT_MEMORY, WHOLE_MEMORY)
+
+
+def measured(history: History, spent: Mapping[int, float], clients: int) -> dict[str, Any]:
+    """Return what is kept; ``spent`` are the server's CPU seconds by round."""
+    logical = [entry.traffic.logical for entry in history]
+    return {
+        "accuracy": history.series("accuracy")[1],
+        "bytes": history.bytes_so_far(),
+        "up": sum(_ending(one, "up") for one in logical),
+        "down": sum(n for one in logical for name, n in one.items() if "-down" in name),
+        "gradients-down": sum(_starting(one, "gradients-down") for one in logical),
+        "rows": sum(entry.rows for entry in history),
+        "server-seconds": [spent[entry.round] for entry in history],
+        "metrics": {k: v for k, v in history[-1].metrics.items() if k.count(".") == 1},
+        "series": _series(history),
+        "auxiliary-bytes": logical[0].get("auxiliary-down", 0) // clients,
+    }
+
+
+def series_of(run: dict[str, Any], metric: str) -> dict[int, float]:
+    """Return a metric by round; nothing where the ledger, or a run of long ago, has none."""
+    kept = run.get("series", {}).get(metric, {"rounds": [], "values": []})
+    return dict(zip(kept["rounds"], kept["values"], strict=True))
+
+
+def count_server_cpu(strategy: SplitStrategy) -> dict[int, float]:
+    """Return a dictionary that fills with the CPU seconds of each round's server steps.
+
+    Those of alignments are in it, too. The ledger has wall time, which means little where two
+    runs share a machine.
+    """
+    spent: dict[int, float] = defaultdict(float)
+
+    def counted(work: Any) -> Any:
+        def wrapper(*given: Any) -> Any:
+            (round_,) = (one for one in given if isinstance(one, Round))
+            started = time.process_time()
+            result = work(*given)
+            spent[round_.entry.round] += time.process_time() - started
+            return result
+
+        return wrapper
+
+    for name in ("segment_step", "before_local_steps", "after_peek"):  # two places of alignments
+        if hasattr(strategy, name):
+            setattr(strategy, name, counted(getattr(strategy, name)))
+    return spent
+
+
+def _series(history: History) -> dict[str, dict[str, list[float]]]:
+    """Return the rounds that have a metric, and its values there, for those that are kept."""
+    found = {}
+    for metric in SERIES:
+        having = [entry for entry in history if metric in entry.metrics]
+        if having:
+            found[metric] = {
+                "rounds": [entry.round for entry in having],
+                "values": [entry.metrics[metric] for entry in having],
+            }
+    return found
+
+
+def _ending(counts: dict[str, int], end: str) -> int:
+    return sum(n for k, n in counts.items() if k.endswith(end) and not k.startswith("evaluation"))
+
+
+def _starting(counts: dict[str, int], start: str) -> int:
+    return sum(n for name, n in counts.items() if name.startswith(start))
