@@ -19,9 +19,12 @@ from pathlib import Path
 from jobs import Book, Job, Run, tuning_jobs
 from methods import GROUPS, METHODS, expand
 from results import write_results
+from simulated import check_fleet
 from task import load
 from training import Setting
 from workers import Workers
+
+from flsplit.errors import FlsplitError
 
 PRESETS = {  # training and test examples, accuracy to reach
     "digits": (1400, 397, 85.0),
@@ -119,6 +122,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
     return Setting(
         options.dataset, options.data_dir, options.clients, options.rounds, options.local_steps,
         options.batch_size, options.train_size or train_size, options.test_size or test_size,
+        options.fleet,
     )  # fmt: skip
 
 
@@ -140,12 +144,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-size", type=int, default=0, help="0: 20000, or all digits")
     parser.add_argument("--test-size", type=int, default=0, help="0: 5000, or all digits")
     parser.add_argument("--target", type=float, help="accuracy to reach, %% (85; cifar10: 40)")
+    parser.add_argument("--fleet", default="", help="simulate the time on it: a TOML file")
     parser.add_argument("--workers", type=int, default=2, help="processes; results are the same")
     parser.add_argument("--out", type=Path, default=Path("compare-results"))
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, fewer methods"
     )
     options = parser.parse_args(arguments)
+    try:
+        if options.fleet:
+            check_fleet(options.fleet, options.clients)
+    except FlsplitError as error:
+        parser.error(str(error))
     options.methods = expand(options.methods or ["quick" if options.quick else "compared"])
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else 20)
     options.target = options.target or PRESETS[options.dataset][2]

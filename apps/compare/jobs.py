@@ -9,6 +9,7 @@ from typing import Any
 
 from method import Rates
 from methods import METHODS
+from simulated import digest
 from training import Setting
 
 Run = dict[str, Any]
@@ -42,6 +43,7 @@ class Book:
 
     def __init__(self, path: Path, setting: Setting) -> None:
         self.path, self.setting = path, setting
+        self._fleet = digest(setting.fleet) if setting.fleet else ""
         self.runs: list[Run] = []
         if path.exists():
             self.runs = [json.loads(line) for line in _whole_lines(path)]
@@ -83,8 +85,10 @@ class Book:
         return [run for run in found if run]
 
     def _key(self, job: Job) -> Run:
-        common = {name: value for name, value in vars(self.setting).items() if name != "data_dir"}
-        return job.key() | common
+        places = ("data_dir", "fleet")
+        common = {name: value for name, value in vars(self.setting).items() if name not in places}
+        fleet = {"fleet": self._fleet} if self._fleet and not job.tuning else {}
+        return job.key() | common | fleet
 
 
 def tuning_jobs(method: str, alpha: float, seed: int) -> list[Job]:

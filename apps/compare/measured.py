@@ -13,6 +13,7 @@ from flsplit.strategies.round import Round
 COSINE = "auxiliary-cosine"
 BEFORE, AFTER = "cosine-before-alignment", "cosine-after-alignment"
 CLIENT_MEMORY, WHOLE_MEMORY = "client-memory-bytes", "whole-model-memory-bytes"
+SIMULATED = "simulated-seconds"
 SERIES = (COSINE, BEFORE, AFTER, CLIENT_MEMORY, WHOLE_MEMORY)
 
 
@@ -29,6 +30,7 @@ def measured(history: History, spent: Mapping[int, float], clients: int) -> dict
         "server-seconds": [spent[entry.round] for entry in history],
         "metrics": {k: v for k, v in history[-1].metrics.items() if k.count(".") == 1},
         "series": _series(history),
+        **_simulated(history),
         "auxiliary-bytes": logical[0].get("auxiliary-down", 0) // clients,
     }
 
@@ -74,6 +76,12 @@ def _series(history: History) -> dict[str, dict[str, list[float]]]:
                 "values": [entry.metrics[metric] for entry in having],
             }
     return found
+
+
+def _simulated(history: History) -> dict[str, Any]:
+    """Return the seconds at the end of each round, if the run was given a fleet."""
+    times = history.simulated_so_far()
+    return {} if None in times else {SIMULATED: times}
 
 
 def _ending(counts: dict[str, int], end: str) -> int:

@@ -14,12 +14,18 @@ from finding import Finding
 from findings import findings, summary, tried
 from methods import METHODS
 from panels import Panel, cosine_panels, main_panels, study_panels, write_svg
-from report import Finals, alpha_name, table
+from report import Finals, alpha_name, has_seconds, table
 from studies import main_part, studies_in, study_rows
 
 VARIED = (
     "<p>Each value is tuned by itself, with the same six points. What is not varied is as in the "
     f"table above: q={Q}, l={L}, a linear auxiliary model.</p>"
+)
+TIMED = (
+    "<li>Simulated seconds are what training would take on the fleet of the command below: each "
+    "run's clock adds up computing and sending, from the rows computed and the bytes sent "
+    "(docs/planning.md). Evaluation takes no time. The fleet is made up, and another one puts the "
+    "methods in another order.</li>"
 )
 NAMES = {"digits": "handwritten digits (scikit-learn)", "mnist": "MNIST", "cifar10": "CIFAR-10"}
 
@@ -44,6 +50,7 @@ def write_page(options: argparse.Namespace, finals: dict[float, Finals], path: P
         first_seed=options.seeds[0],
         target=f"{options.target:g}",
         num_seeds=len(options.seeds),
+        timed=TIMED if any(map(has_seconds, finals.values())) else "",
         command=escape(options.command),
         flsplit=version("flsplit"),
         torch=version("torch"),

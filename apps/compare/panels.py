@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import matplotlib as mpl
+from against import BYTES, ROUNDS, SECONDS
 from cosines import draw_cosines, has_cosines
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pictures import DRAWINGS, draw_one
-from report import Finals, alpha_name
+from pictures import draw_accuracies, draw_curves
+from report import Finals, alpha_name, has_seconds
 from studies import draw_study, main_part, studies_in
 
-CAPTIONS = {
-    "accuracies": "Accuracy at the end. Small dots are seeds, diamonds their means.",
-    "rounds": "Accuracy after each round.",
-    "bytes": "The same against what was sent, on a logarithmic scale.",
+ACCURACIES = "Accuracy at the end. Small dots are seeds, diamonds their means."
+CURVES = {
+    "rounds": (ROUNDS, "Accuracy after each round."),
+    "bytes": (BYTES, "The same against what was sent, on a logarithmic scale."),
+    "seconds": (SECONDS, "The same against the time that it would take on the fleet."),
 }
 COSINES = (
     "How near the gradients of auxiliary models come to the true ones (1 is the same direction). "
@@ -35,9 +37,11 @@ class Panel(NamedTuple):
 def main_panels(finals: Finals) -> list[Panel]:
     """Return those of the methods beside each other."""
     main = main_part(finals)
-    return [
-        Panel(one, CAPTIONS[one], partial(draw_one, drawing=one, finals=main)) for one in DRAWINGS
-    ]
+    panels = [Panel("accuracies", ACCURACIES, partial(draw_accuracies, finals=main))]
+    for name, (against, caption) in CURVES.items():
+        if against is not SECONDS or has_seconds(main):
+            panels.append(Panel(name, caption, partial(draw_curves, finals=main, against=against)))
+    return panels
 
 
 def cosine_panels(finals: Finals) -> list[Panel]:
@@ -74,9 +78,10 @@ def write_svg(panel: Panel, file: BinaryIO) -> None:
 
 def write_together(finals: Finals, alpha: float, path: Path) -> None:
     """Write one picture with the methods beside each other, and one legend for all."""
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
-    places = figure.subplots(1, 3, width_ratios=(1, 1.1, 1.1))
-    for panel, axes in zip(main_panels(finals), places, strict=True):
+    panels = main_panels(finals)
+    figure = Figure(figsize=(4.3 * len(panels), 4.8), layout="constrained")
+    places = figure.subplots(1, len(panels), width_ratios=(1, *[1.1] * (len(panels) - 1)))
+    for panel, axes in zip(panels, places, strict=True):
         panel.draw(axes)
     places[0].set_title(alpha_name(alpha), loc="left")
     figure.legend(*places[1].get_legend_handles_labels(), loc="outside lower center", ncols=6)

@@ -1,11 +1,11 @@
-"""Drawings: accuracies with every seed, and accuracy against rounds and bytes."""
+"""Drawings: accuracies with every seed, and curves of accuracy."""
 
 from typing import Any
 
 import numpy as np
+from against import Against
 from jobs import Run
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
 from methods import METHODS
 from report import Finals, by_accuracy, converged, final_accuracy
 
@@ -16,18 +16,9 @@ OWN = (
     "#f1b6da", "#7f7f7f",
 )  # fmt: skip
 LINES = ("-", "--", "-.", ":")
-DRAWINGS = ("accuracies", "rounds", "bytes")
 
 
-def draw_one(axes: Axes, drawing: str, finals: Finals) -> None:
-    """Draw one of ``DRAWINGS``."""
-    if drawing == "accuracies":
-        _draw_accuracies(axes, finals)
-    else:
-        _draw_curves(axes, finals, by_bytes=drawing == "bytes")
-
-
-def _draw_accuracies(axes: Axes, finals: Finals) -> None:
+def draw_accuracies(axes: Axes, finals: Finals) -> None:
     """Draw each seed as a small dot and the mean as a large one, the best on top."""
     methods = [method for method in by_accuracy(finals) if converged(finals[method])]
     for place, method in enumerate(reversed(methods)):
@@ -40,41 +31,27 @@ def _draw_accuracies(axes: Axes, finals: Finals) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_curves(axes: Axes, finals: Finals, *, by_bytes: bool) -> None:
+def draw_curves(axes: Axes, finals: Finals, against: Against) -> None:
+    """Draw each method's accuracy against something."""
     for method in by_accuracy(finals):
         if converged(finals[method]):
             label = METHODS[method].title
-            draw_curve(axes, finals[method], label, style_of(method), by_bytes=by_bytes)
-    label_axes(axes, by_bytes=by_bytes)
+            draw_curve(axes, finals[method], label, style_of(method), against)
+    against.label_axes(axes)
 
 
 def draw_curve(
-    axes: Axes, runs: list[Run], label: str, style: dict[str, Any], *, by_bytes: bool
+    axes: Axes, runs: list[Run], label: str, style: dict[str, Any], against: Against
 ) -> None:
     """Draw the mean over seeds, and a band of ± one standard deviation."""
     good = converged(runs)
     accuracy = 100 * np.array([run["accuracy"] for run in good])
     middle = accuracy.mean(0)
     deviation = accuracy.std(0, ddof=1) if len(good) > 1 else np.zeros_like(middle)
-    sent = np.mean([run["bytes"] for run in good], axis=0) / 1e6
-    x = sent if by_bytes else np.arange(1, len(middle) + 1)
+    x = against.mean(good)
     axes.plot(x, middle, label=label, **style)
     band = {"color": style["color"], "alpha": 0.06, "lw": 0}
     axes.fill_between(x, middle - deviation, middle + deviation, **band)
-
-
-def label_axes(axes: Axes, *, by_bytes: bool) -> None:
-    """Say what the axes of such curves are."""
-    if by_bytes:
-        axes.set(xscale="log", xlabel="MB sent for training (logical)")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.set(xlabel="round")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(ylabel="test accuracy, %")
-    axes.grid(alpha=0.3)
 
 
 def style_of(method: str) -> dict[str, str]:

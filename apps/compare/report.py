@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from jobs import Run
+from measured import SIMULATED
 from methods import METHODS
 
 LAST = 3  # rounds that a run's accuracy is the mean of: a single one is noisy
@@ -40,23 +41,32 @@ def by_accuracy(finals: Finals) -> list[str]:
 
 def table(finals: Finals, target: float) -> list[dict[str, str]]:
     """Return a row per method, the most accurate first; keys are the columns' names."""
-    return [row_of(method, finals[method], target) for method in by_accuracy(finals)]
+    timed = has_seconds(finals)
+    return [row_of(method, finals[method], target, timed=timed) for method in by_accuracy(finals)]
 
 
-def row_of(method: str, runs: list[Run], target: float) -> dict[str, str]:
-    """Return a method's row."""
+def has_seconds(finals: Finals) -> bool:
+    """Tell whether runs were timed on a fleet."""
+    return any(SIMULATED in run for runs in finals.values() for run in runs)
+
+
+def row_of(method: str, runs: list[Run], target: float, *, timed: bool = False) -> dict[str, str]:
+    """Return a method's row, with the time on a fleet if that was simulated."""
     good = converged(runs)
     reached = [(run, r) for run in good if (r := rounds_to(run, target))]
     steps = METHODS[method].make is not None  # the unsplit model needs no server step
     rounds = [r for _, r in reached]
     megabytes = [run["bytes"][r - 1] / 1e6 for run, r in reached]
     seconds = [sum(run["server-seconds"][:r]) for run, r in reached]
+    simulated = [run[SIMULATED][r - 1] for run, r in reached if SIMULATED in run]
+    on_fleet = {f"simulated s to {target:g} %": _reached(runs, simulated, "{:.1f}")}
     return {
         "method": METHODS[method].title,
         "accuracy, %": _accuracy(runs),
         f"rounds to {target:g} %": _reached(runs, rounds, "{:.1f}"),
         f"MB to {target:g} %": _reached(runs, megabytes, "{:.1f}"),
         f"server CPU s to {target:g} %": _reached(runs, seconds, "{:.2f}") if steps else "-",
+        **(on_fleet if timed else {}),
         "MB up": _mean_of(good, lambda run: run["up"] / 1e6, "{:.1f}"),
         "MB down": _mean_of(good, lambda run: run["down"] / 1e6, "{:.1f}"),
         "rows back-propagated": _mean_of(good, lambda run: run["rows"], "{:,.0f}")

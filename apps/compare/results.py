@@ -14,7 +14,7 @@ from studies import main_part, studies_in, study_rows
 COLUMNS = (
     "Accuracy: mean over the clients' models and the last three rounds ± standard deviation over "
     "seeds. Bytes are logical, of training. Server CPU seconds are those of its steps and "
-    "alignments. "
+    "alignments; simulated seconds are those of the whole training on the fleet. "
     "(2 of 3): only these runs reached it. A learning rate with * is at an end of those that "
     "were tried."
 )

@@ -1,9 +1,10 @@
 """What came of varying one thing at a time: a table and a drawing of each such study."""
 
 import matplotlib as mpl
+from against import BYTES
 from decoupled_methods import ABLATIONS, STUDIES
 from matplotlib.axes import Axes
-from pictures import draw_curve, label_axes
+from pictures import draw_curve
 from report import Finals, converged, row_of
 
 Studies = dict[str, Finals]  # by title, with the values' names in the place of methods
@@ -38,6 +39,6 @@ def draw_study(axes: Axes, title: str, values: Finals) -> None:
     colors = mpl.colormaps["viridis"].resampled(len(values) + 1)
     for place, (name, runs) in enumerate(values.items()):
         if converged(runs):
-            draw_curve(axes, runs, name, {"color": colors(place)}, by_bytes=True)
+            draw_curve(axes, runs, name, {"color": colors(place)}, BYTES)
     axes.set_title(title, loc="left")
-    label_axes(axes, by_bytes=True)
+    BYTES.label_axes(axes)

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from measured import count_server_cpu, measured
+from measured import SIMULATED, count_server_cpu, measured
 from method import Rates
 from methods import METHODS
+from simulated import fedavg_seconds
 from task import CUT, Parts, build_model, partition
 from torch.nn import functional
 from torch.optim import SGD
@@ -20,13 +21,14 @@ from torch.utils.data import TensorDataset
 
 from flsplit import LocalGrid, client_app
 from flsplit.seeds import generator, seeded
+from flsplit.wireless import Training
 
 MOMENTUM = partial(SGD, momentum=0.9)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods have in common."""
+    """What all methods have in common; runs of full length are timed on the fleet, if any."""
 
     dataset: str
     data_dir: str
@@ -36,6 +38,7 @@ class Setting:
     batch_size: int
     train_size: int
     test_size: int
+    fleet: str = ""
 
     def rounds_of(self, *, tuning: bool) -> int:
         """Return how many rounds a run has: for tuning a fifth."""
@@ -63,6 +66,8 @@ def train(
         model = build_model(setting.dataset)
     started = time.process_time()
     run = _train_whole if METHODS[method].make is None else _train_split
+    if tuning:
+        setting = replace(setting, fleet="")
     found = run(setting, method, rates, seed, rounds, parts.train, judged, model)
     return found | {"cpu-seconds": time.process_time() - started}
 
@@ -83,7 +88,8 @@ def _train_split(
     assert make is not None
     strategy = make(
         model=model, cut=CUT, server_optimizer=MOMENTUM, batch_size=setting.batch_size,
-        local_steps=setting.local_steps, drop_last=True, seed=seed, device="cpu", **rates,
+        local_steps=setting.local_steps, drop_last=True, seed=seed, device="cpu",
+        fleet=setting.fleet, **rates,
     )  # fmt: skip
     spent = count_server_cpu(strategy)
     result = strategy.start(
@@ -151,7 +157,20 @@ def _train_whole(
         "rows": 0,
         "server-seconds": [0.0] * rounds,
         "metrics": {},
+        **_simulated(setting, model, trained[0], rounds),
     }
+
+
+def _simulated(
+    setting: Setting, model: torch.nn.Module, data: TensorDataset, rounds: int
+) -> dict[str, Any]:
+    """Return the seconds at the end of each round on the fleet; all rounds are alike."""
+    if not setting.fleet:
+        return {}
+    training = Training(batch_size=setting.batch_size, steps=setting.local_steps)
+    inputs = tuple(data.tensors[0].shape[1:])
+    seconds = fedavg_seconds(setting.fleet, model, inputs, training)
+    return {SIMULATED: [seconds * r for r in range(1, rounds + 1)]}
 
 
 def batch_at(
