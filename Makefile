@@ -55,7 +55,7 @@ compare-quick: $(STAMP) ## The same, shorter, with fewer methods
 
 .PHONY: compare-decoupled
 compare-decoupled: $(STAMP) ## FSL-SAGE, CSE-FSL and what changes them, SplitFed, FedAvg: bytes
-	@$(BIN)/python apps/compare/compare.py --methods decoupled ablations --alpha 0.1 1 inf \
+	@$(BIN)/python apps/compare/compare.py --methods decoupled ablations --alpha 1 \
 		--out runs/compare-decoupled $(ARGS)
 
 .PHONY: test

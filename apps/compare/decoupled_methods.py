@@ -3,7 +3,7 @@
 from typing import Any
 
 from method import Method, made_with, pairs
-from task import pooled_classifier, server_segment_again
+from task import pooled_classifier
 
 from flsplit.auxiliary import FIRST_STAGE
 from flsplit.strategies import CSEFSL, FSLSAGE
@@ -55,9 +55,6 @@ ABLATIONS = {
     "fsl-sage-first-stage": _fsl_sage(
         "FSL-SAGE, first stage", "the server's first stage, pooled, linear", auxiliary=FIRST_STAGE
     ),
-    "fsl-sage-whole": _fsl_sage(
-        "FSL-SAGE, whole segment", "as the server segment", auxiliary=server_segment_again
-    ),
 }
 
 AUXILIARY = "FSL-SAGE: the auxiliary model"
@@ -74,6 +71,5 @@ STUDIES = {  # what is varied, and each value's method
     },
     AUXILIARY: {
         "pooled": "fsl-sage-pooled", "first stage": "fsl-sage-first-stage", "linear": "fsl-sage",
-        "whole segment": "fsl-sage-whole",
     },
 }  # fmt: skip

@@ -15,7 +15,6 @@ from flsplit.auxiliary import MeanOverRest
 
 CUT = "conv1"
 NUM_CLASSES = 10
-CHANNELS = 8  # of the smashed data
 INPUTS = {  # channels, the first layer's stride, height and width before the head
     "digits": (1, 1, 4),
     "mnist": (1, 2, 7),
@@ -120,33 +119,24 @@ def deal_by_label(
 def build_model(dataset: str) -> nn.Module:
     """Return a small convolutional network; the clients compute up to ``conv1``."""
     channels, stride, size = INPUTS[dataset]
-    conv1 = nn.Sequential(
-        nn.Conv2d(channels, CHANNELS, 5, stride=stride, padding=2),
-        nn.GroupNorm(4, CHANNELS),
-        nn.ReLU(),
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Sequential(
+                nn.Conv2d(channels, 8, 5, stride=stride, padding=2), nn.GroupNorm(4, 8), nn.ReLU()
+            ),
+            conv2=nn.Sequential(
+                nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.GroupNorm(4, 16), nn.ReLU()
+            ),
+            head=nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(16 * size * size, 64),
+                nn.ReLU(),
+                nn.Linear(64, NUM_CLASSES),
+            ),
+        )
     )
-    return nn.Sequential(OrderedDict(conv1=conv1, **_server_layers(size)))
 
 
 def pooled_classifier(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Return a very small auxiliary model: the mean of each channel, and a linear layer."""
     return nn.Sequential(MeanOverRest(), nn.Linear(shape[0], num_classes))
-
-
-def server_segment_again(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Return an auxiliary model as large as it gets: what the server has, with other weights."""
-    return nn.Sequential(OrderedDict(_server_layers(shape[-1] // 2)))
-
-
-def _server_layers(size: int) -> dict[str, nn.Module]:
-    return {
-        "conv2": nn.Sequential(
-            nn.Conv2d(CHANNELS, 16, 3, stride=2, padding=1), nn.GroupNorm(4, 16), nn.ReLU()
-        ),
-        "head": nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(16 * size * size, 64),
-            nn.ReLU(),
-            nn.Linear(64, NUM_CLASSES),
-        ),
-    }

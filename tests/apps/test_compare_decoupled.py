@@ -79,7 +79,6 @@ def test_in_the_round_alignments_begin_with_the_first():
         ("cse-fsl", 8 * 8 * 8 * 10 + 10),
         ("fsl-sage-pooled", 8 * 10 + 10),
         ("fsl-sage-first-stage", 8 * 16 * 9 + 16 + 32 + 16 * 10 + 10),
-        ("fsl-sage-whole", 8 * 16 * 9 + 16 + 32 + 256 * 64 + 64 + 64 * 10 + 10),
     ],
 )
 def test_both_sides_have_the_auxiliary_model(method, parameters):
