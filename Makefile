@@ -45,12 +45,12 @@ run: $(STAMP) ## Run an app in a simulation (APP=apps/quickstart SUPERNODES=10 A
 # --data-dir /path/to/data" takes other data.
 .PHONY: compare
 compare: $(STAMP) ## Compare the methods: digits, 3 kinds of labels, 3 seeds
-	@$(BIN)/python apps/compare/compare.py --alpha 0.1 0.5 inf --fleet apps/compare/fleet.toml \
+	@$(BIN)/python apps/compare/compare.py --alpha 0.1 0.5 inf --fleet apps/quickstart/fleet.toml \
 		--out runs/compare $(ARGS)
 
 .PHONY: compare-quick
 compare-quick: $(STAMP) ## The same, shorter, with fewer methods
-	@$(BIN)/python apps/compare/compare.py --quick --alpha 0.1 inf --fleet apps/compare/fleet.toml \
+	@$(BIN)/python apps/compare/compare.py --quick --alpha 0.1 inf --fleet apps/quickstart/fleet.toml \
 		--out runs/compare-quick $(ARGS)
 
 .PHONY: compare-decoupled

@@ -44,5 +44,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return what there is, imported or not."""
-    return sorted(__all__)
+    """Return what there is, and what would be imported."""
+    return sorted({*globals(), *__all__})

@@ -55,8 +55,8 @@ class CSEFSL(DecoupledStrategy):
         of_kind("average_auxiliary", average_auxiliary, bool)
         if auxiliary_lr is not None and not callable(auxiliary_lr):
             auxiliary_lr = number("auxiliary_lr", auxiliary_lr, 0.0)
-        self.uploads_auxiliary = average_auxiliary
-        self._auxiliary_lr = auxiliary_lr
+        self.average_auxiliary = self.uploads_auxiliary = average_auxiliary
+        self.auxiliary_lr = auxiliary_lr
         super().__init__(**options)
 
     def begin_run(self) -> None:
@@ -70,9 +70,9 @@ class CSEFSL(DecoupledStrategy):
         self._copy = self.new_auxiliary()
         self._copy.load_state_dict(self._averaged or self.initial)
 
-    def auxiliary_lr(self, round_: Round) -> float:
+    def auxiliary_lr_in(self, round_: Round) -> float:
         """Return the round's learning rate."""
-        given = self._auxiliary_lr
+        given = self.auxiliary_lr
         return round_.plan.lr if given is None else at_round(given, round_.plan.server_round)
 
     def auxiliary_of(self, client: str) -> Sent:

@@ -108,7 +108,7 @@ class DecoupledStrategy(SplitStrategy):
     def auxiliary_of(self, client: str) -> Sent:
         """Return the auxiliary model that a client is to work with now."""
 
-    def auxiliary_lr(self, round_: Round) -> float:
+    def auxiliary_lr_in(self, round_: Round) -> float:
         """Return the learning rate with which clients train their auxiliary models."""
         return 0.0
 
@@ -253,7 +253,7 @@ class DecoupledStrategy(SplitStrategy):
                 num_classes=self._classes,
                 version=sent.version,
                 train=self.trains_auxiliary,
-                lr=self.auxiliary_lr(round_),
+                lr=self.auxiliary_lr_in(round_),
             ),
         )
 

@@ -75,12 +75,12 @@ class FSLSAGE(DecoupledStrategy):
         self.align_epochs = whole("align_epochs", align_epochs, 1)
         self.buffer_size = whole("buffer_size", buffer_size, 1)
         self.align = one_of("align", align, (BEFORE_ROUND, IN_ROUND))
-        self._optimizer_lr = number("auxiliary_lr", auxiliary_lr, 0.0)
+        self.auxiliary_lr = number("auxiliary_lr", auxiliary_lr, 0.0)
         if not callable(auxiliary_optimizer):
             raise ConfigError(
                 f"auxiliary_optimizer is {auxiliary_optimizer!r}, expected something to call"
             )
-        self._optimizer = auxiliary_optimizer
+        self.auxiliary_optimizer = auxiliary_optimizer
         super().__init__(**options)
         self._check_buffer(self.options.batch_size)
 
@@ -131,7 +131,7 @@ class FSLSAGE(DecoupledStrategy):
 
     def _new(self) -> AlignedAuxiliary:
         return AlignedAuxiliary(
-            self.new_auxiliary(), self._optimizer, self._optimizer_lr, self.buffer_size
+            self.new_auxiliary(), self.auxiliary_optimizer, self.auxiliary_lr, self.buffer_size
         )
 
     def _is_due(self, round_: Round) -> bool:

@@ -54,6 +54,7 @@ class SplitFedV1(ParallelStrategy):
 
     def __init__(self, *, server_strategy: Strategy | None = None, **options: Any) -> None:
         of_kind("server_strategy", server_strategy, Strategy | None)
+        self.server_strategy = server_strategy
         super().__init__(**options)
         self.server_aggregator = (
             SegmentAggregator(server_strategy, self.buffer_names()) if server_strategy else None

@@ -6,5 +6,5 @@ from flsplit.flower_internals import CLIENT_RAISED
 
 
 def raised(message: Message, error: Exception) -> Message:
-    """Answer a message with an exception, in one line, as Flower's runtime does."""
+    """Answer a message with an exception's kind and text, and the code that Flower gives it."""
     return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)

@@ -301,7 +301,7 @@ class _Search:
             rates = np.maximum(deadline.needed_bps(seconds), at_least_bps)
             rates = np.minimum(rates, self.greatest_bps)
             power = self.basin.carry_together(rates / self.bandwidth_hz)
-            return math.log(power / self.total_w)
+            return math.log(power / self.total_w) if power > 0 else -math.inf
 
         # at_least_bps may leave others less than scaled_bps: then it is longer than the second
         bounds = deadline.seconds(self.greatest_bps), deadline.seconds(self.scaled_bps)

@@ -1,5 +1,6 @@
 """Looks for numbers: where a falling function reaches zero, where a convex one is least."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -20,9 +21,9 @@ def falling_root(function: Function, low: float, high: float) -> float:
     Parameters
     ----------
     function : callable
-        Falls.
+        Falls, and is not NaN. Where it is zero or less it may be minus infinity.
     low, high : float
-        Positive bounds to look between; above ``high`` where it isn't enough.
+        Positive, finite bounds to look between; above ``high`` where it isn't enough.
 
     Returns
     -------
@@ -65,7 +66,7 @@ def _share(newest: Point, opposite: Point, third: Point) -> float:
     """Return how far to go from the newest point to the one on the other side."""
     (a, fa), (b, fb), (c, fc) = newest, opposite, third
     x, y = (a - b) / (c - b), (fa - fb) / (fc - fb)
-    if y**2 >= x or (1 - y) ** 2 >= 1 - x:
+    if not math.isfinite(y) or y**2 >= x or (1 - y) ** 2 >= 1 - x:
         return 0.5
     return fa / (fb - fa) * fc / (fb - fc) + (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
 

@@ -1,6 +1,7 @@
 """FSL-SAGE: what it computes, against a twin and by hand; what it sends; what it refuses."""
 
 import logging
+import time
 
 import pytest
 import torch
@@ -275,6 +276,37 @@ def test_clients_are_asked_for_further_parts_before_the_server_works_on_the_firs
 
     ahead = 2 * (1 + AHEAD)  # two clients' first parts and those asked for before the first step
     assert seen == [ahead] * 2 + [min(ahead + 1 + done, 2 * 8) for done in range(2 * 7)]
+
+
+class Watch:
+    """A clock that notes whose exchange began when, and when it was told."""
+
+    def __init__(self):
+        self.seen = []
+
+    def exchanged(self, exchange, started):
+        self.seen.append((tuple(exchange.errands), started, time.perf_counter()))
+
+    def stepped(self, uploads, rows, backward_rows, started):
+        pass
+
+    aligned = stepped
+
+    def end_round(self):
+        return 0.0
+
+
+def test_a_client_s_part_begins_when_its_own_last_part_has_ended(monkeypatch):
+    watch = Watch()
+    monkeypatch.setattr("flsplit.strategies.run.make_clock", lambda *_: watch)
+    options = {"batch_size": 1, "upload_every": 1, "rounds": 1}
+    run_split(InParts, plain_net, make_parts((8, 8)), **options)
+
+    mine, others = (
+        [times for names, *times in watch.seen if names == (client,)][-7:] for client in "10"
+    )
+    for (_, ended), (began, _), (_, other_ended) in zip(mine, mine[1:], others[1:], strict=False):
+        assert ended < began < other_ended  # what the other takes is not waited for
 
 
 class FailsOnce(TensorDataset):

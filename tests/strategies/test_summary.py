@@ -1,11 +1,22 @@
 """What a strategy logs of itself."""
 
 import logging
+from functools import partial
 
 import pytest
 from torch import nn
 
-from flsplit.strategies import CSEFSL, EPSL, FSLSAGE, GAPSL, PSL, SGLR
+from flsplit.strategies import (
+    CSEFSL,
+    EPSL,
+    FSLSAGE,
+    GAPSL,
+    PSL,
+    SGLR,
+    make_strategy,
+    strategy_names,
+)
+from flsplit.strategies.base import own_argument_names
 
 
 def lines_of(strategy, caplog):
@@ -38,6 +49,17 @@ def test_a_summary_says_what_the_method_was_given(cls, options, expected, caplog
     assert any(expected in line for line in lines), lines
     assert "client segment: 16 parameters" in lines
     assert "seed: 7" in lines
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_a_summary_names_all_arguments_of_a_method(name, caplog):
+    required = {} if name == "sglr" else {"server_lr": 0.1}
+    cls = type(make(partial(make_strategy, name), **required))
+    text = "\n".join(lines_of(make(cls, **required), caplog))
+
+    chosen_by = {"aggregation": "Replay(", "low_memory": "PerClientFactored("}  # the pass says it
+    for argument in own_argument_names(cls):
+        assert chosen_by.get(argument, argument) in text, argument
 
 
 def test_a_summary_leaves_out_options_at_their_default(caplog):

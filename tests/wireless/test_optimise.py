@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from flsplit.cut import CutError
-from flsplit.wireless import Freedom, Problem, Training, optimise, round_seconds
+from flsplit.wireless import Freedom, Optimiser, Problem, Training, optimise, round_seconds
 from flsplit.wireless.rounds import EPSL, FSLSAGE, PSL, FedAvg, SequentialSL, SplitFed
 
 ABLATIONS = [
@@ -97,3 +97,21 @@ def test_auxiliary_models_need_memory_too(linked_fleet, tiny_profile):
     )
     assert [one.place.cut for one in psl.excluded] == ["second"]
     assert [one.needed_bytes for one in sage.excluded] == [164, 2 * 120 + 4 * (3 + 4 * 2)]
+
+
+def test_one_optimiser_finds_what_new_ones_find(drawn_fleet, resnet18):
+    problem = Problem(drawn_fleet(6, 1), resnet18, EPSL(0.5), Training())
+    asked = [(freedom, seed) for freedom in [Freedom(), *ABLATIONS] for seed in (0, 1)]
+    alone = [optimise(problem, *one).seconds for one in asked]
+
+    for order in (asked, asked[::-1]):
+        optimiser = Optimiser(problem)
+        found = {one: optimiser.solve(*one).seconds for one in order}
+        assert [found[one] for one in asked] == alone
+
+
+def test_seeds_draw_other_subchannels(drawn_fleet, resnet18):
+    optimiser = Optimiser(Problem(drawn_fleet(6, 1), resnet18, EPSL(0.5), Training()))
+    drawn = Freedom(subchannels=False)
+
+    assert optimiser.solve(drawn, 0).seconds != optimiser.solve(drawn, 1).seconds

@@ -29,6 +29,23 @@ def test_water_filling_by_hand():
     assert Basin(snr, owned).carry(np.array([bits])) == pytest.approx(powers)
 
 
+def test_the_sum_of_powers_is_that_of_the_powers():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        owned = rng.random((4, 9)) < 0.6
+        owned[:, 0] = True
+        basin = Basin(np.exp(rng.normal(0, 3, (4, 9))), owned)
+        bits = rng.exponential(5.0, 4)
+        assert basin.carry_together(bits) == pytest.approx(basin.carry(bits).sum())
+
+
+def test_powers_too_small_to_count_are_no_error():
+    owned = np.eye(2, dtype=bool)
+    deadline = Deadline(1.0, np.zeros(2), 1.0)
+    powers = control_power(np.full((2, 2), 1e-15), owned, np.ones(2), 1.0, 1.0, [deadline])
+    assert (powers >= 0).all()
+
+
 def test_what_is_not_owned_gets_nothing():
     owned = np.array([[True, False, True]])
     powers = water_powers(floors(4, 1, 2), owned, np.array([4.0]))  # level (4 + 4 + 2) / 2
