@@ -3,14 +3,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flsplit.cut import CutError, Split, cuts, split
-from flsplit.errors import FlsplitError
-
 if TYPE_CHECKING:
     from flsplit.account import History, draw_histories
     from flsplit.app import client_app
     from flsplit.carry.local import LocalGrid
     from flsplit.carry.session import SessionSettings
+    from flsplit.cut import CutError, Split, cuts, split
+    from flsplit.errors import FlsplitError
 
 __version__ = "0.1.0"
 
@@ -27,20 +26,25 @@ __all__ = [
     "split",
 ]
 
-_OF_RUNS = {
-    "History": "flsplit.account",
-    "LocalGrid": "flsplit.carry.local",
-    "SessionSettings": "flsplit.carry.session",
-    "client_app": "flsplit.app",
-    "draw_histories": "flsplit.account",
+_MODULES = {
+    "flsplit.account": ("History", "draw_histories"),
+    "flsplit.app": ("client_app",),
+    "flsplit.carry.local": ("LocalGrid",),
+    "flsplit.carry.session": ("SessionSettings",),
+    "flsplit.cut": ("CutError", "Split", "cuts", "split"),
+    "flsplit.errors": ("FlsplitError",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what only runs need, and Flower with it, once it is asked for: plans go without."""
-    if name not in _OF_RUNS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_OF_RUNS[name]), name)
+    """Import a name once it is asked for.
+
+    The command line needs few of them: it answers without PyTorch, and plans without Flower.
+    """
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,6 @@
 """The command line: ``flsplit profile``, ``flsplit plan``, ``flsplit bench …``."""
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ def profile(
     picture: Picture = None,
 ) -> None:
     """Show what every cut of MODEL means for a client: parameters, FLOPs, smashed data, memory."""
+    gc.disable()  # see plan
     from flsplit.wireless.measure import effective_flops, measure
     from flsplit.wireless.models import input_shape, load_model
     from flsplit.wireless.profile import profile_model
@@ -101,6 +103,7 @@ def plan(
     picture: Picture = None,
 ) -> None:
     """Choose cut, subchannels and powers for FLEET, so that a round is as short as possible."""
+    gc.disable()  # imports make a great many objects and no garbage: looking for it takes a while
     from flsplit.wireless.fleet_file import load_fleet
     from flsplit.wireless.models import input_shape, load_model
     from flsplit.wireless.plan import format_plan, make_plan, plan_to_json

@@ -1,3 +1,5 @@
+"""What is imported, and when."""
+
 import subprocess
 import sys
 
@@ -21,6 +23,16 @@ def test_plans_are_made_without_what_takes_long_to_import():
             [sys.executable, "-c", code], capture_output=True, text=True, check=False
         )
         assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_command_line_answers_without_torch():
+    code = """
+import sys
+import flsplit.cli
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_names_that_are_imported_late_are_there():
