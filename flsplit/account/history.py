@@ -22,7 +22,9 @@ class History(list[RoundEntry]):
     def save(self, path: str | Path) -> Path:
         """Write the history to ``path`` (JSON lines) and return the path."""
         path = Path(path)
-        path.write_text("".join(json.dumps(entry.to_json()) + "\n" for entry in self))
+        path.write_text(
+            "".join(json.dumps(entry.to_json(), allow_nan=False) + "\n" for entry in self)
+        )
         return path
 
     @classmethod

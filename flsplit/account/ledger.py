@@ -1,5 +1,6 @@
 """The ledger: what every round sent, computed and reached."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -146,8 +147,11 @@ class RoundEntry:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry for the history file."""
+        """Return the entry for the history file; JSON has no NaN and no infinity, but null."""
         return self.numbers() | {
+            "loss": _nullable(self.loss),
+            "evaluation": {name: _nullable(one) for name, one in self.evaluation.items()},
+            "metrics": {name: _nullable(one) for name, one in self.metrics.items()},
             "wire-bytes": self.traffic.wire,
             "seconds": self.seconds,
             "server-seconds": self.server_seconds,
@@ -168,14 +172,14 @@ class RoundEntry:
             "rows",
             "loss",
             "accuracy",
-            "evaluation",
-            "metrics",
             "restarted",
         )
         times = ("seconds", "server-seconds", "client-seconds", "waiting-seconds")
         return cls(
             **{name: data[name] for name in plain},
             **{name.replace("-", "_"): data[name] for name in times},
+            evaluation=_numbers(data["evaluation"]),
+            metrics=_numbers(data["metrics"]),
             traffic=traffic,
             left_out=[LeftOut(**one) for one in data["left-out"]],
             simulated_seconds=data.get("simulated-seconds"),  # older files have none
@@ -201,3 +205,11 @@ class RoundEntry:
         for name, number in self.metrics.items():
             record[name] = number
         return record
+
+
+def _nullable(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _numbers(nullable: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if one is None else one for name, one in nullable.items()}

@@ -120,6 +120,23 @@ def test_a_history_of_before_there_were_fleets_is_read(result, tmp_path):
     assert History.load(path).numbers() == result.history.numbers()
 
 
+def test_numbers_that_are_not_finite_are_null_in_the_file(result, tmp_path):
+    history = History.load(result.history.save(tmp_path / "history.jsonl"))
+    history[0].evaluation["loss"] = math.nan
+    history[0].metrics["ratio"] = math.inf
+    path = history.save(tmp_path / "diverged.jsonl")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    first = json.loads(path.read_text().splitlines()[0], parse_constant=refuse)
+    assert (first["evaluation"]["loss"], first["metrics"]["ratio"]) == (None, None)
+    loaded = History.load(path)
+    assert math.isnan(loaded[0].evaluation["loss"])
+    assert math.isnan(loaded[0].metrics["ratio"])
+    assert loaded[1].numbers() == history[1].numbers()
+
+
 def test_a_metric_is_drawn_against_rounds_and_bytes(result, tmp_path):
     svg = draw_histories({"PSL": result.history}, tmp_path / "loss.svg", metric="loss").read_text()
     for text in ("round", "test loss", "kB sent for training (logical)", "PSL"):
