@@ -33,6 +33,10 @@ Model = Annotated[
 Classes = Annotated[
     int | None, typer.Option(min=1, help="Number of classes, passed on as num_classes.")
 ]
+Sample = Annotated[
+    str,
+    typer.Option("--input", help="Shape of one sample, and dtype if not the model's: 7:int64."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Picture = Annotated[Path | None, typer.Option(help="Also draw a picture there (.png, .svg, .pdf).")]
 
@@ -41,7 +45,7 @@ Picture = Annotated[Path | None, typer.Option(help="Also draw a picture there (.
 def profile(
     model: Model,
     classes: Classes = None,
-    shape: Annotated[str, typer.Option("--input", help="Shape of one sample.")] = "3x224x224",
+    shape: Sample = "3x224x224",
     every: Annotated[
         bool, typer.Option("--all", help="Show each place, also those that differ in nothing.")
     ] = False,
@@ -54,13 +58,13 @@ def profile(
     """Show what every cut of MODEL means for a client: parameters, FLOPs, smashed data, memory."""
     gc.disable()  # see plan
     from flsplit.wireless.measure import effective_flops, measure
-    from flsplit.wireless.models import input_shape, load_model
+    from flsplit.wireless.models import example_input, load_model
     from flsplit.wireless.profile import profile_model
     from flsplit.wireless.profile_table import format_profile, profile_to_json
 
     with _errors():
         network = load_model(model, classes)
-        found = profile_model(network, input_shape(shape), model)
+        found = profile_model(network, example_input(shape), model)
         rows = found.rows(every)
         times = measure(network, found) if measured else None
         if as_json:
@@ -83,7 +87,7 @@ def plan(
         str, typer.Option(help="A torchvision model (resnet18) or module:function of your own.")
     ],
     classes: Classes = None,
-    shape: Annotated[str, typer.Option("--input", help="Shape of one sample.")] = "3x224x224",
+    shape: Sample = "3x224x224",
     strategy: Annotated[
         str,
         typer.Option(
@@ -105,7 +109,7 @@ def plan(
     """Choose cut, subchannels and powers for FLEET, so that a round is as short as possible."""
     gc.disable()  # imports make a great many objects and no garbage: looking for it takes a while
     from flsplit.wireless.fleet_file import load_fleet
-    from flsplit.wireless.models import input_shape, load_model
+    from flsplit.wireless.models import example_input, load_model
     from flsplit.wireless.plan import format_plan, make_plan, plan_to_json
     from flsplit.wireless.problem import Problem
     from flsplit.wireless.profile import profile_model
@@ -115,7 +119,7 @@ def plan(
         method = method_of(strategy, phi)
         training = Training(batch_size=batch_size, steps=steps, optimizer_slots=optimizer_slots)
         devices = load_fleet(fleet)
-        found = profile_model(load_model(model, classes), input_shape(shape), model)
+        found = profile_model(load_model(model, classes), example_input(shape), model)
         made = make_plan(Problem(devices, found, method, training))
         print(json.dumps(plan_to_json(made), indent=2) if as_json else format_plan(made))
         if picture is not None:

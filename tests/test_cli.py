@@ -15,6 +15,10 @@ def small_model(num_classes=3):
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, num_classes))
 
 
+def token_model(num_classes=3):
+    return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(28, num_classes))
+
+
 def nothing():
     return 5
 
@@ -96,9 +100,20 @@ def test_plan_for_50_devices(flsplit, tmp_path):
     assert len(plan["devices"]) == 50
 
 
+def test_samples_may_be_indices(flsplit):
+    arguments = ("test_cli:token_model", "--input", "7:int64", "--all", "--measure")
+    places = json.loads(flsplit("profile", *arguments, "--json").stdout)
+
+    sizes = [(place["params"], place["activation_elements"]) for place in places]
+    assert sizes == [(36, 28), (36, 28), (36 + 28 * 3 + 3, 3)]
+    plan = flsplit("plan", FLEET, "--model", "test_cli:token_model", "--input", "7:int64").stdout
+    assert "cut after" in plan
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["profile", "resnet18", "--input", "3:number"], "'number' is no dtype of torch"),
         (["profile", "resnet19"], "torchvision has no model 'resnet19'"),
         (["profile", "resnet18", "--input", "big"], "input 'big' is no shape"),
         (["profile", "no_such_module:f"], "can't be imported"),

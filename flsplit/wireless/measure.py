@@ -47,7 +47,8 @@ def measure(
     """
     watch = _Watch(model, [place.cut for place in profile.places])
     device = next(model.parameters()).device
-    batch = torch.randn((batch_size, *profile.input_shape), device=device)
+    batch = torch.rand((batch_size, *profile.input_shape), device=device)
+    batch = batch.to(profile.input_dtype)  # zeros, where samples are indices
     model.train()
     try:
         passes = [watch.run(batch, profile.end.cut) for _ in range(repeats + 1)][1:]

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from flsplit.errors import ConfigError
 from flsplit.vision import load_torchvision
@@ -42,18 +43,31 @@ def load_model(name: str, classes: int | None = None) -> nn.Module:
     return model
 
 
-def input_shape(text: str) -> tuple[int, ...]:
-    """Return the shape of one sample that ``text``, such as ``3x64x64``, says.
+def example_input(text: str) -> Tensor | tuple[int, ...]:
+    """Return what ``text`` says of one sample: a shape, ``3x64x64``, maybe a dtype, ``7:int64``.
+
+    Returns
+    -------
+    Tensor or tuple of int
+        A batch of one sample, without data; the shape of a sample where no dtype is given, which
+        is then the model's.
 
     Raises
     ------
     ConfigError
         If it says something else.
     """
-    sizes = text.split("x")
+    shape, has_dtype, name = text.partition(":")
+    sizes = shape.split("x")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise ConfigError(f"input {text!r} is no shape of a sample, expected such as 3x64x64")
-    return tuple(int(size) for size in sizes)
+    row = tuple(int(size) for size in sizes)
+    if not has_dtype:
+        return row
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"input {text!r}: {name!r} is no dtype of torch, expected such as int64")
+    return torch.empty((1, *row), dtype=dtype, device="meta")
 
 
 def _torchvision(name: str) -> Callable[..., Any]:

@@ -103,6 +103,8 @@ class ModelProfile:
         What the model is called.
     input_shape : tuple of int
         Shape of one sample.
+    input_dtype : torch.dtype
+        Its dtype.
     places : tuple of Place
         Where it can be cut.
     end : Place
@@ -111,6 +113,7 @@ class ModelProfile:
 
     model: str
     input_shape: tuple[int, ...]
+    input_dtype: torch.dtype
     places: tuple[Place, ...]
     end: Place
 
@@ -211,7 +214,7 @@ def profile_model(
         saved_bytes=kept.total_bytes,
         through=kept.last_module,
     )
-    return ModelProfile(name, tuple(sample.shape), places, end)
+    return ModelProfile(name, tuple(sample.shape), sample.dtype, places, end)
 
 
 def _sample(example_input: Tensor | Sequence[int], dtype: torch.dtype) -> Tensor:

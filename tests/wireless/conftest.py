@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from flsplit.vision import load_torchvision
 from flsplit.wireless import Device, Fleet, ModelProfile, Place, Radio, Server, profile_model
@@ -28,6 +29,7 @@ def tiny_profile():
     return ModelProfile(
         model="tiny",
         input_shape=(3,),
+        input_dtype=torch.float32,
         places=(place("first", 10, 100, 4), place("second", 30, 350, 2)),
         end=place("third", 50, 400, 1),
     )
