@@ -44,6 +44,7 @@ num-nodes = 2
 """
 
 APP = """
+import os
 import sys
 import time
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -58,7 +59,8 @@ def query(message, context):
     if context.run_config["end"] == "never":
         time.sleep(600)
     partition = context.node_config["partition-id"]
-    return Message(RecordDict({"me": ConfigRecord({"partition": partition})}), reply_to=message)
+    me = ConfigRecord({"partition": partition, "process": os.getpid()})
+    return Message(RecordDict({"me": me}), reply_to=message)
 
 @server.main()
 def main(grid, context):
@@ -66,8 +68,9 @@ def main(grid, context):
         time.sleep(0.1)
     ask = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes]
     print("ASKING", context.run_config["text"], context.run_config["number"])
-    replies = list(grid.send_and_receive(ask))
-    print("ANSWERED", sorted(r.content["me"]["partition"] for r in replies if r.has_content()))
+    found = [r.content["me"] for r in grid.send_and_receive(ask) if r.has_content()]
+    print("ANSWERED", sorted(me["partition"] for me in found))
+    print("PROCESSES", len({me["process"] for me in found}))
     print("PYTHON", sys.executable)
     if context.run_config["end"] == "failed":
         raise RuntimeError("as it was asked to")
@@ -334,12 +337,10 @@ def test_a_deployment_with_tls_and_authentication(app, tmp_path):
         ids = [supernode.node_id for supernode in deployed.supernodes]
         assert len(set(ids)) == 2
 
-        run = deployed.start_app(app)
-        pids = [supernode.wait_for_client_app() for supernode in deployed.supernodes]
-        finished = run.finish()
+        finished = deployed.run_app(app)
         assert finished.completed, finished.log
         assert "ANSWERED [0, 1]" in finished.log
-        assert len(set(pids)) == 2
+        assert "PROCESSES 2" in finished.log
 
         # A key that nobody registered is turned away.
         stranger = deployed.supernodes[0]
@@ -355,7 +356,7 @@ def test_a_deployment_with_tls_and_authentication(app, tmp_path):
         stranger.start()
         assert [supernode.node_id for supernode in deployed.supernodes] == ids
 
-        run = deployed.start_app(app, {"end": "never"})
+        deployed.start_app(app, {"end": "never"})
         killed = deployed.supernodes[1].kill_client_app()
         assert killed not in deployed.supernodes[1].client_apps()
         deployed.supernodes[0].pause()
