@@ -43,9 +43,7 @@ def test_a_deployed_run_that_raises_or_is_stopped_ends_everywhere(
     quickstart, failing_app, tmp_path
 ):
     with deployment(tmp_path, NUM_CLIENTS) as flower:
-        failed = flower.start_app(failing_app, CHANGES)
-        failed.wait_for_log("round 1/")
-        finished = failed.finish()
+        finished = flower.run_app(failing_app, CHANGES)
         assert finished.status == "finished:failed"
         assert "as it was asked to" in finished.details + finished.log
         wait_until(lambda: everything_has_ended(flower), "the end of the failed run", 120)
