@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from measured import SIMULATED
 from method import Rates
 from methods import METHODS
 from simulated import digest
@@ -49,11 +50,14 @@ class Book:
             self.runs = [json.loads(line) for line in _whole_lines(path)]
 
     def find(self, job: Job) -> Run | None:
-        """Return a finished run, or None."""
+        """Return a finished run, or None.
+
+        Without a fleet any will do, and the time that it would take on one is left out.
+        """
         key = self._key(job)
         for run in self.runs:
             if all(run.get(name) == value for name, value in key.items()):
-                return run
+                return run if self._fleet else {k: v for k, v in run.items() if k != SIMULATED}
         return None
 
     def missing(self, jobs: Iterable[Job]) -> list[Job]:

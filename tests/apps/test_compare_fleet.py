@@ -78,6 +78,16 @@ def test_table_and_page_have_the_time_where_there_is_a_fleet(folder):
     assert not any("simulated s to" in text or "would take on" in text for text in without)
 
 
+def test_timed_runs_serve_a_comparison_without_a_fleet(tmp_path):
+    out = ["--out", str(tmp_path)]
+    fleet = write_fleet(tmp_path / "fleet.toml", 8)
+    assert compare.main([*ARGUMENTS, *out, "--methods", "psl", "--fleet", fleet]) == 0
+    assert compare.main([*ARGUMENTS, *out, "--methods", "psl", "fedavg"]) == 0
+
+    assert len(finals_in(tmp_path, "psl")) == 1  # it was not run again
+    assert "simulated s to" not in (tmp_path / "results.md").read_text()
+
+
 def test_a_fleet_of_another_size_is_refused(tmp_path, capsys):
     fleet = write_fleet(tmp_path / "fleet.toml", 1)
     with pytest.raises(SystemExit):
