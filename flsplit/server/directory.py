@@ -7,11 +7,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flsplit.carry.polling import polling
-from flsplit.errors import ConfigError, NotEnoughClientsError, ProtocolError
+from flsplit.errors import ConfigError, FlsplitError, NotEnoughClientsError
 from flsplit.log import logger
 from flsplit.message.fields import record, value
 from flsplit.message.types import DESCRIBE
-from flsplit.server.answers import by_node
+from flsplit.server.answers import by_node, raise_error
 
 
 class Directory:
@@ -74,7 +74,7 @@ class Directory:
         for node, message in by_node(answers, messages).items():
             try:
                 name = _described(message)
-            except ProtocolError as error:
+            except FlsplitError as error:
                 if self._unusable.get(node) != str(error):
                     logger.warning("node %d can't be used: %s", node, error)
                 self._unusable[node] = str(error)
@@ -100,6 +100,5 @@ def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
 
 def _described(message: Message) -> str:
     """Return the client's name in a reply to ``query.describe``."""
-    if message.has_error():
-        raise ProtocolError(message.error.reason)
+    raise_error(message)
     return value(record(message.content, "reply", ConfigRecord), "client", str)
