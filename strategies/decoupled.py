@@ -32,7 +32,7 @@ from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import one_of, whole
 from flsplit.server.step import ClientBatch
 from flsplit.strategies.base import SplitStrategy
-from flsplit.strategies.held import HeldMemory
+from flsplit.strategies.memory import HeldMemory
 from flsplit.strategies.options import of_kind
 from flsplit.strategies.parts import FurtherParts
 from flsplit.strategies.round import Round

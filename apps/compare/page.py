@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-from clients import memory_rows
 from decoupled_methods import L, Q
 from finding import Finding
 from findings import findings, summary, tried
+from memory import memory_rows
 from methods import METHODS
 from panels import Panel, cosine_panels, main_panels, study_panels, write_svg
 from report import Finals, alpha_name, has_seconds, table

@@ -3,9 +3,9 @@
 import argparse
 import math
 
-from clients import memory_rows
 from findings import findings, summary
 from jobs import Book
+from memory import memory_rows
 from page import write_page
 from panels import cosine_panels, study_panels, write_grid, write_together
 from report import Finals, alpha_name, markdown, table

@@ -5,10 +5,10 @@ import math
 import compare
 import pytest
 from byte_findings import fewer_bytes
-from clients import memory_rows
 from cosines import by_round, has_cosines
 from jobs import Book, Job, tuning_jobs
 from measured import AFTER, BEFORE, CLIENT_MEMORY, COSINE, WHOLE_MEMORY, series_of
+from memory import memory_rows
 from methods import GROUPS, METHODS
 from results import write_results
 from studies import main_part, studies_in, study_rows
