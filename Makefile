@@ -63,13 +63,11 @@ test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, s
 	@$(BIN)/python -m pytest -m 'not e2e' --numprocesses 2 --dist loadfile $(ARGS)
 	@$(BIN)/python -m pytest -m e2e --numprocesses 3 --dist worksteal $(ARGS)
 
-# mypy doesn't know that strategies/ is imported as flsplit.strategies, so it gets a copy laid out so.
 .PHONY: lint
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	rm -rf build/typed && mkdir -p build/typed && cp -R flsplit build/typed && cp -R strategies build/typed/flsplit
-	cd build/typed && ../../$(BIN)/python -m mypy --strict --config-file ../../pyproject.toml -p flsplit
+	$(BIN)/python -m mypy --strict -p flsplit
 
 .PHONY: format
 format: $(STAMP) ## Mend style and format where ruff can
