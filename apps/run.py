@@ -19,7 +19,7 @@ import signal
 import sys
 from pathlib import Path
 
-from flsplit.processes import FlowerHome, simulation_config, without_colours
+from flsplit.processes import FlowerHome, FlowerRun, simulation_config, without_colours
 
 HOMES = Path(__file__).resolve().parents[1] / ".flwr-home"
 
@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with FlowerHome(home_path, env) as home:
             home.start_simulation_superlink()
-            run = home.start_run(
+            run = FlowerRun(
+                home,
                 options.app,
                 options.run_config,
                 [simulation_config(options.num_supernodes), *options.federation_config],

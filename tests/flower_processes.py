@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flsplit.processes import (
+    FinishedRun,
     FlowerHome,
+    FlowerRun,
     ProcessTree,
     deployment,
-    run_app,
     simulation,
     tree,
     wait_until,
@@ -18,6 +19,7 @@ from flsplit.processes.certificates import make_node_key
 __all__ = [
     "REPOSITORY",
     "FlowerHome",
+    "FlowerRun",
     "ProcessTree",
     "deployment",
     "flower_home",
@@ -36,3 +38,9 @@ def flower_home(path: Path, env: Mapping[str, str] | None = None) -> Iterator[Fl
     """Give a Flower home in ``path/flwr-home`` with ports of its own; nothing runs in it yet."""
     with FlowerHome(path / "flwr-home", env) as home:
         yield home
+
+
+def run_app(app_dir: Path, path: Path, num_supernodes: int = 2) -> FinishedRun:
+    """Simulate one app on a SuperLink of its own, with its home in ``path``."""
+    with simulation(path, num_supernodes) as started:
+        return started.run_app(app_dir)

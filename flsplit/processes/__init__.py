@@ -15,10 +15,10 @@ context is left, or the starter dies.
 """
 
 from flsplit.processes.deployment import Deployment, SuperNode, deployment
+from flsplit.processes.flower_process import FlowerProcess
+from flsplit.processes.flower_run import FinishedRun, FlowerRun
 from flsplit.processes.home import FlowerHome
-from flsplit.processes.process import FlowerProcess
-from flsplit.processes.run import FinishedRun, Run
-from flsplit.processes.simulation import Simulation, run_app, simulation, simulation_config
+from flsplit.processes.simulation import Simulation, simulation, simulation_config
 from flsplit.processes.tree import ProcessTree
 from flsplit.processes.waiting import free_ports, wait_until, without_colours
 
@@ -27,13 +27,12 @@ __all__ = [
     "FinishedRun",
     "FlowerHome",
     "FlowerProcess",
+    "FlowerRun",
     "ProcessTree",
-    "Run",
     "Simulation",
     "SuperNode",
     "deployment",
     "free_ports",
-    "run_app",
     "simulation",
     "simulation_config",
     "wait_until",

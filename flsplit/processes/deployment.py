@@ -5,32 +5,32 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flsplit.processes.certificates import make_certificates, make_node_key
-from flsplit.processes.home import FlowerHome, RunConfig
-from flsplit.processes.process import FlowerProcess
-from flsplit.processes.run import FinishedRun, Run
+from flsplit.processes.certificates import make_certificate_files, make_node_key
+from flsplit.processes.flower_process import FlowerProcess
+from flsplit.processes.flower_run import FinishedRun, FlowerRun, RunConfig
+from flsplit.processes.home import FlowerHome
 from flsplit.processes.waiting import RUN_TIMEOUT, START_TIMEOUT, free_ports, wait_until
 
 
-@dataclass
-class SuperNode:
-    """A SuperNode, the ClientApp processes that it starts, and how to disturb them."""
+class SuperNode(FlowerProcess):
+    """A SuperNode, the ClientApp processes that it starts, and how to disturb them.
 
-    name: str
-    home: FlowerHome
-    command: list[str]
-    env: dict[str, str]
-    node_id: int = 0
-    process: FlowerProcess = field(init=False, repr=False)
-    _killed: bool = field(default=False, init=False, repr=False)
+    Attributes
+    ----------
+    node_id : int
+        Flower's id of the node, once it was online.
+    """
+
+    node_id = 0
+    _killed = False
 
     def start(self, wait: bool = True) -> None:
         """Start the process; unless told otherwise, wait until the SuperLink has taken it in."""
-        self.process = self.home.start(self.name, self.command, self.env)
+        super().start()
         if wait:
             self.wait_online()
 
@@ -43,7 +43,7 @@ class SuperNode:
 
         def ask() -> bool:
             try:
-                online = self.process.wait_for_log(r"SuperNode ID: (\d+)", timeout)
+                online = self.wait_for_log(r"SuperNode ID: (\d+)", timeout)
             except RuntimeError as error:
                 refused = self._killed and "Failed to activate SuperNode" in str(error)
                 taken = "address already in use" in str(error)
@@ -61,7 +61,7 @@ class SuperNode:
 
     def client_apps(self) -> list[int]:
         """Return the ids of its living ClientApp processes."""
-        return self.process.tree.find("flwr-clientapp")
+        return self.tree.find("flwr-clientapp")
 
     def wait_for_client_app(self, timeout: float = START_TIMEOUT) -> int:
         """Wait until it has a living ClientApp process, and return that one's id."""
@@ -82,20 +82,8 @@ class SuperNode:
 
     def kill(self) -> None:
         """End it and its ClientApps at once."""
-        self.process.kill()
+        super().kill()
         self._killed = True
-
-    def stop(self) -> None:
-        """End it as ``SIGTERM`` does."""
-        self.process.stop()
-
-    def pause(self) -> None:
-        """Halt it and its ClientApps."""
-        self.process.pause()
-
-    def resume(self) -> None:
-        """Let it and its ClientApps go on."""
-        self.process.resume()
 
     def restart(self) -> None:
         """Stop it, start it anew, and wait until it is back; after :meth:`kill`, use `start`."""
@@ -116,9 +104,9 @@ class Deployment:
         app_dir: Path,
         run_config: RunConfig | None = None,
         echo: Callable[[str], object] | None = None,
-    ) -> Run:
+    ) -> FlowerRun:
         """Start an app and return the run that is under way."""
-        return self.home.start_run(app_dir, run_config or {}, echo=echo)
+        return FlowerRun(self.home, app_dir, run_config or {}, echo=echo)
 
     def run_app(
         self,
@@ -148,7 +136,7 @@ def deployment(
     num_supernodes : int
         How many SuperNodes.
     tls : bool
-        Whether the SuperLink has a certificate, for 127.0.0.1, from an authority made for it.
+        Whether the SuperLink has a certificate, for 127.0.0.1, which all others trust.
     auth : bool
         Whether SuperNodes show a key that was registered; needs `tls`.
     node_configs : sequence of mappings, optional
@@ -168,25 +156,23 @@ def deployment(
         )
 
     with FlowerHome(path / "flwr-home", env) as home:
-        authority = None
+        options, trust = ["--insecure"], ["--insecure"]
+        certificate = None
         if tls:
-            authority, certificate, key = make_certificates(path / "certificates")
-            options = ["--ssl-ca-certfile", str(authority)]
+            certificate, key = make_certificate_files(path / "certificates")
+            options = ["--ssl-ca-certfile", str(certificate)]
             options += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
-            if auth:
-                options.append("--enable-supernode-auth")
-        else:
-            options = ["--insecure"]
-        superlink = home.start_superlink(options, authority)
+            trust = ["--root-certificates", str(certificate)]
+        if auth:
+            options.append("--enable-supernode-auth")
+        superlink = home.start_superlink(options, certificate)
 
         supernodes = []
-        for i, (port, config) in enumerate(
-            zip(free_ports(num_supernodes), node_configs, strict=True)
-        ):
+        ports = free_ports(num_supernodes)
+        for i, (port, config) in enumerate(zip(ports, node_configs, strict=True)):
             name = f"supernode-{i}"
-            command = ["flower-supernode", "--superlink", f"127.0.0.1:{home.port}"]
+            command = ["flower-supernode", "--superlink", f"127.0.0.1:{home.port}", *trust]
             command += ["--host", "127.0.0.1", "--port", str(port)]
-            command += ["--root-certificates", str(authority)] if authority else ["--insecure"]
             if config:
                 pairs = [f"{name}={json.dumps(value)}" for name, value in config.items()]
                 command += ["--node-config", " ".join(pairs)]
@@ -195,10 +181,11 @@ def deployment(
                 home.flwr("supernode", "register", str(public), check=True)
                 command += ["--auth-supernode-private-key", str(private)]
             # Each has a home of its own, as on machines of their own: all unpack the same app.
-            node_home = {"FLWR_HOME": str(path / f"{name}-home")}
-            supernodes.append(SuperNode(name, home, command, node_home))
+            node_env = {**home.env, "FLWR_HOME": str(path / f"{name}-home")}
+            supernodes.append(SuperNode(name, command, node_env, home.log_path(name)))
         for supernode in supernodes:
             supernode.start(wait=False)
+            home.started.append(supernode)
         for supernode in supernodes:
             supernode.wait_online()
         yield Deployment(home, superlink, supernodes)

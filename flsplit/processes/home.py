@@ -7,21 +7,17 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import urllib.error
 import urllib.request
-import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from flsplit.processes import tree
-from flsplit.processes.process import FlowerProcess
-from flsplit.processes.run import Run
+from flsplit.processes.flower_process import FlowerProcess
 from flsplit.processes.tree import ProcessTree
 from flsplit.processes.waiting import START_TIMEOUT, free_ports, wait_until
-
-RunConfig = Mapping[str, bool | int | float | str]
 
 
 class FlowerHome:
@@ -66,7 +62,8 @@ class FlowerHome:
         # A simulation must not land on a Ray cluster that happens to run here.
         self.env.pop("RAY_ADDRESS", None)
         self._guard: subprocess.Popen[bytes] | None = None
-        self._started: list[FlowerProcess] = []
+        self.started: list[FlowerProcess] = []
+        """What is waited for at the end."""
 
     def __enter__(self) -> Self:
         """Make the folder and start the guard."""
@@ -92,61 +89,39 @@ class FlowerHome:
         assert self._guard.stdin is not None
         self._guard.stdin.close()
         self._guard.wait()
-        for process in self._started:
+        for process in self.started:
             process.wait()
-
-    def connect(self, address: str, root_certificates: Path | None = None) -> None:
-        """Write the configuration that makes ``flwr`` use the SuperLink at `address`."""
-        trust = (
-            f"root-certificates = {json.dumps(str(root_certificates))}"
-            if root_certificates
-            else "insecure = true"
-        )
-        (self.path / "config.toml").write_text(
-            f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "{address}"\n{trust}\n'
-        )
 
     def start(
         self, name: str, command: list[str], env: Mapping[str, str] | None = None
     ) -> FlowerProcess:
         """Start a process in this home; its output goes to ``logs/<name>.log``."""
-        log_path = self.path / "logs" / f"{name}.log"
-        process = FlowerProcess(name, command, {**self.env, **(env or {})}, log_path)
-        self._started.append(process)
+        process = FlowerProcess(name, command, {**self.env, **(env or {})}, self.log_path(name))
+        process.start()
+        self.started.append(process)
         return process
+
+    def log_path(self, name: str) -> Path:
+        """Return where the output of a process goes."""
+        return self.path / "logs" / f"{name}.log"
 
     def start_superlink(
         self, options: list[str], root_certificates: Path | None = None
     ) -> FlowerProcess:
-        """Start a SuperLink on this home's port, wait until it answers, and connect ``flwr`` to it.
+        """Start a SuperLink on this home's port, wait until it answers, and tell ``flwr`` of it.
 
         Parameters
         ----------
         options : list of str
             Options of ``flower-superlink`` besides its address.
         root_certificates : Path, optional
-            The certificate of the authority that signed the SuperLink's; without TLS by default.
+            What ``flwr`` trusts; without TLS by default.
         """
-        scheme = "https" if root_certificates else "http"
-        context = (
-            ssl.create_default_context(cafile=root_certificates) if root_certificates else None
-        )
-
+        address = ["--host", "127.0.0.1", "--port"]
         for attempt in (1, 2, 3):
-            superlink = self.start(
-                "superlink",
-                ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), *options],
-            )
-
-            def answers(superlink: FlowerProcess = superlink) -> bool:
-                superlink.check()
-                url = f"{scheme}://127.0.0.1:{self.port}/health"
-                try:
-                    with urllib.request.urlopen(url, timeout=5, context=context) as reply:
-                        return bool(reply.status == 200) and superlink.alive
-                except (urllib.error.URLError, OSError):
-                    return False
-
+            command = ["flower-superlink", *address, str(self.port), *options]
+            superlink = self.start("superlink", command)
+            answers = partial(self._answers, superlink, root_certificates)
             try:
                 wait_until(answers, "the SuperLink", START_TIMEOUT)
             except RuntimeError:
@@ -158,8 +133,27 @@ class FlowerHome:
                 self.env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(self.port)
             else:
                 break
-        self.connect(f"127.0.0.1:{self.port}", root_certificates)
+        trust = "insecure = true"
+        if root_certificates:
+            trust = f"root-certificates = {json.dumps(str(root_certificates))}"
+        (self.path / "config.toml").write_text(
+            '[superlink]\ndefault = "own"\n\n'
+            f'[superlink.own]\naddress = "127.0.0.1:{self.port}"\n{trust}\n'
+        )
         return superlink
+
+    def _answers(self, superlink: FlowerProcess, root_certificates: Path | None) -> bool:
+        superlink.check()
+        url, context = f"http://127.0.0.1:{self.port}/health", None
+        if root_certificates:
+            url = url.replace("http:", "https:")
+            context = ssl.create_default_context(cafile=root_certificates)
+        try:
+            with urllib.request.urlopen(url, timeout=5, context=context) as reply:
+                # Alive: otherwise it was somebody else's who answered on this port.
+                return bool(reply.status == 200) and superlink.alive
+        except OSError:
+            return False
 
     def start_simulation_superlink(self) -> FlowerProcess:
         """Start the SuperLink that ``flwr run`` would start for simulations."""
@@ -190,36 +184,3 @@ class FlowerHome:
             return run["status"], run["status-details"]
         except (ValueError, LookupError):
             return "unknown", (answer.stdout + answer.stderr).strip()
-
-    def start_run(
-        self,
-        app: Path,
-        run_config: RunConfig | Iterable[str] = (),
-        federation_config: Iterable[str] = (),
-        echo: Callable[[str], object] | None = None,
-    ) -> Run:
-        """Start an app on this home's SuperLink.
-
-        Parameters
-        ----------
-        app : Path
-            The app's folder.
-        run_config : mapping, or strings as ``flwr run --run-config`` takes them
-            What to change in the app's configuration.
-        federation_config : iterable of str
-            As ``flwr run --federation-config`` takes them.
-        echo : callable, optional
-            Called with each line of the log as it comes.
-        """
-        if isinstance(run_config, Mapping):
-            overrides = self.path / f"run-config-{uuid.uuid4().hex}.toml"
-            # A string in JSON is one in TOML, and so are numbers and true and false.
-            lines = [f"{json.dumps(k)} = {json.dumps(v)}\n" for k, v in run_config.items()]
-            overrides.write_text("".join(lines))
-            run_config = [str(overrides)] if run_config else []
-        arguments = [str(app)]
-        for text in run_config:
-            arguments += ["--run-config", text]
-        for text in federation_config:
-            arguments += ["--federation-config", text]
-        return Run(self, arguments, echo)

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flsplit.processes.home import FlowerHome, RunConfig
-from flsplit.processes.process import FlowerProcess
-from flsplit.processes.run import FinishedRun, Run
+from flsplit.processes.flower_process import FlowerProcess
+from flsplit.processes.flower_run import FinishedRun, FlowerRun, RunConfig
+from flsplit.processes.home import FlowerHome
 from flsplit.processes.waiting import RUN_TIMEOUT
 
 
@@ -22,23 +22,24 @@ class Simulation:
 
     home: FlowerHome
     superlink: FlowerProcess
+    num_supernodes: int = 2
 
     def start_app(
         self,
         app_dir: Path,
-        num_supernodes: int = 2,
+        num_supernodes: int | None = None,
         run_config: RunConfig | None = None,
         federation_config: Iterable[str] = (),
         echo: Callable[[str], object] | None = None,
-    ) -> Run:
+    ) -> FlowerRun:
         """Start an app and return the run that is under way."""
-        federation = [simulation_config(num_supernodes), *federation_config]
-        return self.home.start_run(app_dir, run_config or {}, federation, echo)
+        federation = [simulation_config(num_supernodes or self.num_supernodes), *federation_config]
+        return FlowerRun(self.home, app_dir, run_config or {}, federation, echo)
 
     def run_app(
         self,
         app_dir: Path,
-        num_supernodes: int = 2,
+        num_supernodes: int | None = None,
         run_config: RunConfig | None = None,
         federation_config: Iterable[str] = (),
         timeout: float = RUN_TIMEOUT,
@@ -49,20 +50,9 @@ class Simulation:
 
 
 @contextmanager
-def simulation(path: Path, env: Mapping[str, str] | None = None) -> Iterator[Simulation]:
+def simulation(
+    path: Path, num_supernodes: int = 2, env: Mapping[str, str] | None = None
+) -> Iterator[Simulation]:
     """Start a SuperLink for simulations with its home in `path`."""
     with FlowerHome(path / "flwr-home", env) as home:
-        yield Simulation(home, home.start_simulation_superlink())
-
-
-def run_app(
-    app_dir: Path,
-    path: Path,
-    num_supernodes: int = 2,
-    run_config: RunConfig | None = None,
-    timeout: float = RUN_TIMEOUT,
-    env: Mapping[str, str] | None = None,
-) -> FinishedRun:
-    """Simulate one app on a SuperLink of its own, with its home in `path`."""
-    with simulation(path, env) as started:
-        return started.run_app(app_dir, num_supernodes, run_config, timeout=timeout)
+        yield Simulation(home, home.start_simulation_superlink(), num_supernodes)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.flower_processes import flower_home
+from tests.flower_processes import FlowerRun, flower_home
 
 FLWR = """#!{python}
 import json, pathlib, sys
@@ -46,7 +46,7 @@ def home(tmp_path):
 
 def test_the_run_is_started_again(home, tmp_path):
     lines = []
-    run = home(2).start_run(tmp_path, echo=lines.append)
+    run = FlowerRun(home(2), tmp_path, echo=lines.append)
 
     run.wait_for_log("TRAINING")
     finished = run.finish(timeout=60)
@@ -57,7 +57,7 @@ def test_the_run_is_started_again(home, tmp_path):
 
 
 def test_it_is_not_started_a_fourth_time(home, tmp_path):
-    finished = home(1).start_run(tmp_path).finish(timeout=60)
+    finished = FlowerRun(home(1), tmp_path).finish(timeout=60)
 
     # Number 4 would have completed.
     assert (finished.run_id, finished.status) == (3, "finished:failed")

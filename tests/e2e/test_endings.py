@@ -54,4 +54,4 @@ def test_a_deployed_run_that_raises_or_is_stopped_ends_everywhere(
         assert stopped.finish().status == "finished:stopped"
         wait_until(lambda: everything_has_ended(flower), "the end of the stopped run", 120)
         for supernode in flower.supernodes:
-            assert supernode.process.alive
+            assert supernode.alive

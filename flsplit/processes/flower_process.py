@@ -28,25 +28,23 @@ class FlowerProcess:
     def __init__(
         self, name: str, command: list[str], env: Mapping[str, str], log_path: Path
     ) -> None:
-        self.name = name
-        self.log_path = log_path
+        self.name, self.command = name, command
+        self._env, self._log_path = env, log_path
+
+    def start(self) -> None:
+        """Start it, or start it again after it has ended; `log` begins anew."""
         self.tree = ProcessTree()
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("ab") as log:
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_path.open("ab") as log:
             self._log_start = log.tell()
             self._popen = subprocess.Popen(
-                command,
-                env={**env, **self.tree.env},
+                self.command,
+                env={**self._env, **self.tree.env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._popen.pid
 
     @property
     def alive(self) -> bool:
@@ -56,7 +54,7 @@ class FlowerProcess:
     @property
     def log(self) -> str:
         """Its output until now, without colours."""
-        text = self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
+        text = self._log_path.read_bytes()[self._log_start :].decode(errors="replace")
         return without_colours(text)
 
     def check(self) -> None:

@@ -1,17 +1,19 @@
 """A run that is under way on a SuperLink, and how it ended."""
 
+import json
 import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from flsplit.processes.home import FlowerHome
 from flsplit.processes.waiting import START_TIMEOUT, wait_until, without_colours
 
-if TYPE_CHECKING:
-    from flsplit.processes.home import FlowerHome
+RunConfig = Mapping[str, bool | int | float | str]
 
 # Ray gives itself 30 s to start, which can't be changed; a busy or cold machine may need more.
 RAY_DID_NOT_START = re.compile(
@@ -52,8 +54,8 @@ class FinishedRun:
         return self.status == "finished:completed"
 
 
-class Run:
-    """A run that is under way, and its log.
+class FlowerRun:
+    """A run of an app that is under way on a home's SuperLink, and its log.
 
     A simulation in which Ray did not start in time has done nothing yet; it is started again,
     twice at most.
@@ -62,21 +64,40 @@ class Run:
     ----------
     home : FlowerHome
         Where it runs.
-    arguments : list of str
-        The arguments of ``flwr run``.
+    app : Path
+        The app's folder.
+    run_config : mapping, or strings as ``flwr run --run-config`` takes them
+        What to change in the app's configuration.
+    federation_config : iterable of str
+        As ``flwr run --federation-config`` takes them.
     echo : callable, optional
-        Called with each line as it comes.
+        Called with each line of the log as it comes.
     """
 
     def __init__(
-        self, home: "FlowerHome", arguments: list[str], echo: Callable[[str], object] | None = None
+        self,
+        home: FlowerHome,
+        app: Path,
+        run_config: RunConfig | Iterable[str] = (),
+        federation_config: Iterable[str] = (),
+        echo: Callable[[str], object] | None = None,
     ) -> None:
+        if isinstance(run_config, Mapping):
+            overrides = home.path / f"run-config-{uuid.uuid4().hex}.toml"
+            # A string in JSON is one in TOML, and so are numbers and true and false.
+            lines = [f"{json.dumps(k)} = {json.dumps(v)}\n" for k, v in run_config.items()]
+            overrides.write_text("".join(lines))
+            run_config = [str(overrides)] if run_config else []
+        self._command = ["flwr", "run", str(app), "--stream"]
+        for text in run_config:
+            self._command += ["--run-config", text]
+        for text in federation_config:
+            self._command += ["--federation-config", text]
         self._home = home
         self._started = time.monotonic()
         self._lines: list[str] = []
         self._news = threading.Condition()
         self._open = True
-        self._command = ["flwr", "run", *arguments, "--stream"]
         self._reader = threading.Thread(
             target=self._read, args=(self._launch(), echo or (lambda _line: None)), daemon=True
         )
