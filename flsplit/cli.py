@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from flsplit.bench.cli import bench
+from flsplit.bench.commands import bench
 from flsplit.errors import FlsplitError
 
 app = typer.Typer(

@@ -41,10 +41,10 @@ def carriers(
     flower: Annotated[bool, typer.Option(hidden=True)] = True,
 ) -> None:
     """Seconds per exchange, deployed and simulated: Flower's messages, sessions, a gRPC echo."""
-    from flsplit.bench.carriers import measure_carriers
+    from flsplit.bench.exchange_times import SETTINGS, measure_carriers
     from flsplit.bench.figures import carriers_json, carriers_table, write_json
 
-    settings = chosen(only, ("deployed", "simulated"), "only")
+    settings = chosen(only, SETTINGS, "only")
     with _reporting() as say:
         figures = measure_carriers(clients, floats, steps, say, settings, flower)
         Console().print(carriers_table(figures))
@@ -62,7 +62,7 @@ def train(
 ) -> None:
     """Seconds per training step over sessions and LocalGrid, beside a plain torch loop."""
     from flsplit.bench.figures import steps_json, steps_table, write_json
-    from flsplit.bench.train import MEASURES, measure_training
+    from flsplit.bench.step_times import MEASURES, measure_training
 
     counts = numbers(clients, "clients")
     names = chosen(only, MEASURES, "only")

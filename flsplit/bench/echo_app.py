@@ -20,6 +20,7 @@ ECHO = "train.echo"
 WARM_UP = 1  # exchanges of Flower's messages that are not counted
 SESSION_WARM_UP = 20
 
+# The keys of the run config and their defaults.
 CONFIG: UserConfig = {"carrier": "session", "clients": 2, "floats": 1, "steps": 1, "output": ""}
 
 _CONNECT_SECONDS = 120.0
@@ -52,13 +53,13 @@ def server_app() -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         config: Any = context.run_config
-        wait_for_nodes(grid, config["clients"])
+        _wait_for_nodes(grid, config["clients"])
         with _carrier(grid, config["carrier"]) as (carrier, warm_up):
-            nodes = wait_for_nodes(carrier, config["clients"])
+            nodes = _wait_for_nodes(carrier, config["clients"])
             payload = bytes(4 * config["floats"])
-            seconds = [exchange(carrier, nodes, payload) for _ in range(warm_up + config["steps"])]
+            seconds = [_exchange(carrier, nodes, payload) for _ in range(warm_up + config["steps"])]
             # Over Flower's messages this would cost another exchange, and actors vary.
-            hosts = count_hosts(carrier, nodes) if carrier is not grid else 0
+            hosts = _count_hosts(carrier, nodes) if carrier is not grid else 0
         measured = {"seconds": seconds[warm_up:], "hosts": hosts}
         Path(config["output"]).write_text(json.dumps(measured))
 
@@ -74,8 +75,7 @@ def _carrier(grid: Grid, name: str) -> Iterator[tuple[Grid, int]]:
             yield session, SESSION_WARM_UP
 
 
-def wait_for_nodes(grid: Grid, count: int) -> list[int]:
-    """Return the nodes once there are as many as expected."""
+def _wait_for_nodes(grid: Grid, count: int) -> list[int]:
     deadline = time.monotonic() + _CONNECT_SECONDS
     while len(nodes := sorted(grid.get_node_ids())) < count:
         if time.monotonic() > deadline:
@@ -84,30 +84,27 @@ def wait_for_nodes(grid: Grid, count: int) -> list[int]:
     return nodes
 
 
-def count_hosts(grid: Grid, nodes: list[int]) -> int:
-    """Return how many processes serve the nodes."""
+def _count_hosts(grid: Grid, nodes: list[int]) -> int:
     asked = [Message(RecordDict(), node, "query.process") for node in nodes]
     replies = grid.send_and_receive(asked)
     return len({one.content.config_records["me"]["pid"] for one in replies if one.has_content()})
 
 
-def exchange(grid: Grid, nodes: list[int], payload: bytes) -> float:
+def _exchange(grid: Grid, nodes: list[int], payload: bytes) -> float:
     """Send the payload to all nodes and get it back; return the seconds that this took."""
     started = time.perf_counter()
-    messages = [Message(_content(payload), node, ECHO) for node in nodes]
+    array = Array("float32", (len(payload) // 4,), "flsplit.raw", payload)
+    messages = [
+        Message(RecordDict({"payload": ArrayRecord({"0": array})}), node, ECHO) for node in nodes
+    ]
     replies = list(grid.send_and_receive(messages))
     seconds = time.perf_counter() - started
-    good = [one for one in replies if one.has_content() and _payload(one) == payload]
+    good = [
+        one
+        for one in replies
+        if one.has_content() and one.content.array_records["payload"]["0"].data == payload
+    ]
     if len(good) != len(nodes):
         errors = [one.error.reason for one in replies if one.has_error()]
         raise BenchError(f"{len(good)} of {len(nodes)} clients echoed: {errors}")
     return seconds
-
-
-def _content(payload: bytes) -> RecordDict:
-    array = Array("float32", (len(payload) // 4,), "flsplit.raw", payload)
-    return RecordDict({"payload": ArrayRecord({"0": array})})
-
-
-def _payload(message: Message) -> bytes:
-    return message.content.array_records["payload"]["0"].data

@@ -1,26 +1,18 @@
 """``flsplit bench carriers``: what one exchange takes over Flower's messages and over a session."""
 
-import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from flsplit.bench import echo
-from flsplit.bench.app_folder import check_completed, write_app
+from flsplit.bench import echo_app
 from flsplit.bench.figures import Exchanges
 from flsplit.bench.grpc_echo import measure_echo
-from flsplit.processes import FinishedRun, deployment, simulation
+from flsplit.bench.measuring_app import measuring
 
-RunApp = Callable[[Mapping[str, Any]], FinishedRun]
+SETTINGS = ("deployed", "simulated")
 
-DEPLOYED_CLIENTS, DEPLOYED_FLOATS = 2, 100_000
-SIMULATED_CLIENTS, SIMULATED_FLOATS = 10, 10_000
-
+_CLIENTS = {"deployed": 2, "simulated": 10}
+_FLOATS = {"deployed": 100_000, "simulated": 10_000}
 # An exchange of Flower's messages takes seconds in a deployment, a tenth in a simulation.
-FLOWER_STEPS = {"deployed": 5, "simulated": 50}
-
-_RUN_TIMEOUT = 900.0
+_FLOWER_STEPS = {"deployed": 5, "simulated": 50}
 
 
 def measure_carriers(
@@ -28,7 +20,7 @@ def measure_carriers(
     floats: int | None,
     steps: int,
     say: Callable[[str], object],
-    settings: Sequence[str] = ("deployed", "simulated"),
+    settings: Sequence[str] = SETTINGS,
     flower: bool = True,
 ) -> dict[str, Exchanges]:
     """Return the seconds of exchanges by carrier, e.g. ``session-deployed``.
@@ -49,66 +41,21 @@ def measure_carriers(
     """
     figures: dict[str, Exchanges] = {}
     for setting in settings:
-        deployed = setting == "deployed"
-        size = {
-            "clients": clients or (DEPLOYED_CLIENTS if deployed else SIMULATED_CLIENTS),
-            "floats": floats or (DEPLOYED_FLOATS if deployed else SIMULATED_FLOATS),
-        }
-        with tempfile.TemporaryDirectory(prefix="flsplit-bench-") as temporary:
-            folder = Path(temporary)
-            say(f"starting Flower ({setting}, {size['clients']} clients)")
-            measure = _deployed if deployed else _simulated
-            counts = {"session": steps} | (
-                {"flower": min(steps, FLOWER_STEPS[setting])} if flower else {}
-            )
-            measured = measure(folder, size, counts, say)
+        count, size = clients or _CLIENTS[setting], floats or _FLOATS[setting]
+        counts = {"session": steps}
+        if flower:
+            counts["flower"] = min(steps, _FLOWER_STEPS[setting])
+        say(f"starting Flower ({setting}, {count} clients)")
+        measured = {}
+        with measuring(setting, count, echo_app) as measure:
+            for carrier, number in counts.items():
+                say(f"measuring {number} exchanges, carrier {carrier}")
+                measured[carrier] = measure({"carrier": carrier, "floats": size, "steps": number})
         hosts = measured["session"]["hosts"]
         for carrier in sorted(counts):
             seconds = measured[carrier]["seconds"]
-            figures[f"{carrier}-{setting}"] = Exchanges(seconds, **size, hosts=hosts)
+            figures[f"{carrier}-{setting}"] = Exchanges(seconds, count, size, hosts)
         say(f"measuring an echo over gRPC alone, {hosts} processes")
-        echoed = measure_echo(hosts, size["clients"], size["floats"], steps)
-        figures[f"grpc-echo-{setting}"] = Exchanges(echoed, **size, hosts=hosts)
+        echoed = measure_echo(hosts, count, size, steps)
+        figures[f"grpc-echo-{setting}"] = Exchanges(echoed, count, size, hosts)
     return figures
-
-
-def _deployed(
-    folder: Path, size: Mapping[str, int], counts: Mapping[str, int], say: Callable[[str], object]
-) -> dict[str, Any]:
-    with deployment(folder / "flower", size["clients"]) as flower:
-
-        def run(config: Mapping[str, Any]) -> FinishedRun:
-            return flower.run_app(folder / "app", config, timeout=_RUN_TIMEOUT)
-
-        return _measure(folder, run, size, counts, say)
-
-
-def _simulated(
-    folder: Path, size: Mapping[str, int], counts: Mapping[str, int], say: Callable[[str], object]
-) -> dict[str, Any]:
-    with simulation(folder / "flower") as flower:
-
-        def run(config: Mapping[str, Any]) -> FinishedRun:
-            return flower.run_app(folder / "app", size["clients"], config, timeout=_RUN_TIMEOUT)
-
-        return _measure(folder, run, size, counts, say)
-
-
-def _measure(
-    folder: Path,
-    run: RunApp,
-    size: Mapping[str, int],
-    counts: Mapping[str, int],
-    say: Callable[[str], object],
-) -> dict[str, Any]:
-    """Run the app once per carrier; return what it has written."""
-    app = f"{echo.__name__}:"
-    write_app(folder / "app", f"{app}client_app", f"{app}server_app", echo.CONFIG)
-    measured = {}
-    for carrier, steps in counts.items():
-        say(f"measuring {steps} exchanges, carrier {carrier}")
-        output = folder / f"{carrier}.json"
-        finished = run({**size, "carrier": carrier, "steps": steps, "output": str(output)})
-        check_completed(finished, carrier)
-        measured[carrier] = json.loads(output.read_text())
-    return measured

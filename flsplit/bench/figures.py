@@ -47,22 +47,15 @@ class Exchanges:
         """The median."""
         return statistics.median(self.seconds)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures for the JSON file."""
-        return {
-            "median_s": self.median,
-            "min_s": min(self.seconds),
-            "max_s": max(self.seconds),
-            "steps": len(self.seconds),
-            "clients": self.clients,
-            "floats": self.floats,
-            "hosts": self.hosts,
-        }
-
 
 def carriers_table(carriers: Mapping[str, Exchanges]) -> Table:
     """Return the carriers' figures with their ratios to Flower's messages and to the echo."""
-    table = Table(title="Seconds per exchange of all clients", caption=_sizes(carriers))
+    settings = {name.rpartition("-")[2]: one for name, one in carriers.items()}
+    sizes = (
+        f"{setting}: {one.clients} clients on {one.hosts} hosts, {one.floats} floats each way"
+        for setting, one in settings.items()
+    )
+    table = Table(title="Seconds per exchange of all clients", caption="\n".join(sizes))
     table.add_column("carrier", no_wrap=True)
     for name in ("steps", "median", "min", "max", "Flower's / this", "this / echo"):
         table.add_column(name, justify="right")
@@ -77,32 +70,32 @@ def carriers_table(carriers: Mapping[str, Exchanges]) -> Table:
     return table
 
 
-def _sizes(carriers: Mapping[str, Exchanges]) -> str:
-    """Return what the exchanges of each setting consist of."""
-    settings = {name.rpartition("-")[2]: one for name, one in carriers.items()}
-    return "\n".join(
-        f"{setting}: {one.clients} clients on {one.hosts} hosts, {one.floats} floats each way"
-        for setting, one in settings.items()
-    )
-
-
 def ratios(carriers: Mapping[str, Exchanges], name: str) -> tuple[float | None, float | None]:
     """Return how many times faster than Flower's messages, and slower than the echo, one is."""
     setting = name.rpartition("-")[2]
     flower, echo = carriers.get(f"flower-{setting}"), carriers.get(f"grpc-echo-{setting}")
     median = carriers[name].median
-    faster = flower.median / median if flower else None
-    slower = median / echo.median if echo else None
-    return faster, slower
+    return flower.median / median if flower else None, median / echo.median if echo else None
 
 
 def carriers_json(carriers: Mapping[str, Exchanges]) -> dict[str, Any]:
     """Return all figures for the JSON file."""
-    written = {}
+    written: dict[str, dict[str, Any]] = {}
     for name, one in carriers.items():
         faster, slower = ratios(carriers, name)
-        more = {"times_faster_than_flower": faster, "times_the_echo": slower}
-        written[name] = one.to_json() | {k: v for k, v in more.items() if v is not None}
+        written[name] = {
+            "median_s": one.median,
+            "min_s": min(one.seconds),
+            "max_s": max(one.seconds),
+            "steps": len(one.seconds),
+            "clients": one.clients,
+            "floats": one.floats,
+            "hosts": one.hosts,
+        }
+        if faster is not None:
+            written[name]["times_faster_than_flower"] = faster
+        if slower is not None:
+            written[name]["times_the_echo"] = slower
     return {"carriers": written, "machine": machine()}
 
 
@@ -114,59 +107,47 @@ def steps_table(per_step: Mapping[str, Mapping[int, Sequence[float]]]) -> Table:
     for clients in counts:
         table.add_column(f"{clients} client{'s' if clients > 1 else ''}", justify="right")
         table.add_column("times the floor", justify="right")
+    floor = per_step.get("floor", {})
     for name, figures in per_step.items():
         cells = [name]
         for clients in counts:
-            cells += _step_cells(figures.get(clients), per_step.get("floor", {}).get(clients))
+            if seconds := figures.get(clients):
+                median = statistics.median(seconds)
+                cells.append(f"{median:.4f} ({min(seconds):.4f} to {max(seconds):.4f})")
+            else:
+                cells.append("")
+            known = seconds and clients in floor
+            cells.append(f"{median / statistics.median(floor[clients]):.2f}" if known else "")
         table.add_row(*cells)
     return table
-
-
-def _step_cells(seconds: Sequence[float] | None, floor: Sequence[float] | None) -> list[str]:
-    if not seconds:
-        return ["", ""]
-    median = statistics.median(seconds)
-    times = f"{median / statistics.median(floor):.2f}" if floor else ""
-    return [f"{median:.4f} ({min(seconds):.4f} to {max(seconds):.4f})", times]
 
 
 def steps_json(
     per_step: Mapping[str, Mapping[int, Sequence[float]]], notes: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return all figures for the JSON file."""
-
-    def each(pick: Any) -> dict[str, dict[str, float]]:
-        return {
+    picks: dict[str, Any] = {"seconds_per_step": statistics.median, "min_s": min, "max_s": max}
+    written: dict[str, Any] = {
+        key: {
             name: {str(clients): pick(seconds) for clients, seconds in figures.items()}
             for name, figures in per_step.items()
         }
-
-    return {
-        "seconds_per_step": each(statistics.median),
-        "min_s": each(min),
-        "max_s": each(max),
-        "notes": dict(notes),
-        "machine": machine(),
+        for key, pick in picks.items()
     }
+    return written | {"notes": dict(notes), "machine": machine()}
 
 
 def machine() -> dict[str, Any]:
     """Return what the figures depend on: cores, system, versions."""
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     return {
-        "cores": num_cores(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "grpc": grpc.__version__,
         "flwr": flwr.__version__,
     }
-
-
-def num_cores() -> int:
-    """Return how many processor cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def write_json(path: Path | None, data: Mapping[str, Any]) -> None:

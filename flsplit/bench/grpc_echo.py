@@ -17,7 +17,7 @@ import grpc
 from flsplit.bench.figures import BenchError
 from flsplit.wire.credentials import SESSION_NAME, make_certificate
 
-_METHOD = ("flsplit.Bench", "Echo")
+_SERVICE, _METHOD = "flsplit.Bench", "Echo"
 _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 _START_SECONDS = 180.0
 _WARM_UP = 20
@@ -39,12 +39,12 @@ def measure_echo(processes: int, clients: int, floats: int, steps: int) -> list[
     steps : int
         How many exchanges, besides the warm-up.
     """
-    server = _Server(processes)
+    server = _EchoServer(processes)
     workers = [_start_worker(server) for _ in range(processes)]
     try:
-        outboxes = server.wait_for_hosts()
+        server.wait_for_hosts()
         payload = bytes(4 * floats)
-        seconds = [server.exchange(outboxes, payload, clients) for _ in range(_WARM_UP + steps)]
+        seconds = [server.exchange(payload, clients) for _ in range(_WARM_UP + steps)]
     finally:
         server.close()
         for worker in workers:
@@ -53,8 +53,7 @@ def measure_echo(processes: int, clients: int, floats: int, steps: int) -> list[
     return seconds[_WARM_UP:]
 
 
-def _start_worker(server: "_Server") -> "subprocess.Popen[bytes]":
-    """Start a process that dials in; it ends when its stream does."""
+def _start_worker(server: "_EchoServer") -> "subprocess.Popen[bytes]":
     worker = subprocess.Popen(
         [sys.executable, "-m", __name__, server.address], stdin=subprocess.PIPE
     )
@@ -64,7 +63,7 @@ def _start_worker(server: "_Server") -> "subprocess.Popen[bytes]":
     return worker
 
 
-class _Server:
+class _EchoServer:
     """Sends payloads to all processes that have dialled in, and counts what comes back."""
 
     def __init__(self, processes: int) -> None:
@@ -74,14 +73,11 @@ class _Server:
         self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
         made = make_certificate(["127.0.0.1"])
         self.certificate = made.certificate_pem
-        pool = ThreadPoolExecutor(2 * processes + 2)
-        self._server = grpc.server(pool, options=_OPTIONS)
-        self._pool = pool
+        self._pool = ThreadPoolExecutor(2 * processes + 2)
+        self._server = grpc.server(self._pool, options=_OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(self._serve)
-        service, method = _METHOD
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(service, {method: handler}),)
-        )
+        service = grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler})
+        self._server.add_generic_rpc_handlers((service,))
         credentials = grpc.ssl_server_credentials([(made.key_pem, made.certificate_pem)])
         port = self._server.add_secure_port("127.0.0.1:0", credentials)
         self.address = f"127.0.0.1:{port}"
@@ -98,27 +94,23 @@ class _Server:
         for echoed in requests:
             self._arrived.put(len(echoed))
 
-    def wait_for_hosts(self) -> list[_Queue]:
-        """Return what leads to each process, once all are there."""
+    def wait_for_hosts(self) -> None:
         for _ in range(self._processes):
             try:
                 self._outboxes.append(self._joined.get(timeout=_START_SECONDS))
             except queue.Empty:
                 raise BenchError(f"no process has dialled in {_START_SECONDS:g} s") from None
-        return self._outboxes
 
-    def exchange(self, outboxes: list[_Queue], payload: bytes, clients: int) -> float:
-        """Return the seconds until all clients' payloads are back."""
+    def exchange(self, payload: bytes, clients: int) -> float:
         started = time.perf_counter()
         for client in range(clients):
-            outboxes[client % len(outboxes)].put(payload)
+            self._outboxes[client % self._processes].put(payload)
         for _ in range(clients):
             if self._arrived.get(timeout=_START_SECONDS) != len(payload):
                 raise BenchError("the echo came back shorter than it was sent")
         return time.perf_counter() - started
 
     def close(self) -> None:
-        """End all streams."""
         for outbox in self._outboxes:
             outbox.put(None)
         self._server.stop(grace=1.0).wait()
@@ -131,8 +123,7 @@ def _echo(address: str, certificate: bytes) -> None:
     options = [*_OPTIONS, ("grpc.ssl_target_name_override", SESSION_NAME)]
     replies: _Queue = queue.SimpleQueue()
     with grpc.secure_channel(address, credentials, options=options) as channel:
-        service, method = _METHOD
-        call = channel.stream_stream(f"/{service}/{method}")(iter(replies.get, None))
+        call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")(iter(replies.get, None))
         for payload in call:
             replies.put(payload)
         replies.put(None)

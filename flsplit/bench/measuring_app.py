@@ -1,20 +1,24 @@
-"""A Flower app in a temporary folder, made of a ClientApp and a ServerApp of this package."""
+"""Apps that measure: run in a real deployment or simulation, they write down what they found."""
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from flsplit.bench.figures import BenchError
-from flsplit.processes import FinishedRun
+from flsplit.processes import FinishedRun, deployment, simulation
 
-RunConfig = Mapping[str, bool | int | float | str]
-"""The keys of a run config and their defaults."""
+Measure = Callable[[Mapping[str, Any]], Any]
+"""Runs the app with a run config; returns what its ServerApp has written to ``output``."""
 
 _PYPROJECT = """\
 [project]
 name = "flsplit-bench"
 version = "1.0.0"
-description = "Measures carriers."
+description = "Measures."
 license = "Apache-2.0"
 dependencies = ["flwr>=1.41"]
 
@@ -31,36 +35,51 @@ clientapp = "flsplit_bench.client_app:app"
 [tool.flwr.app.config]
 """
 
-# Flower looks for a plain assignment in the source before it loads an app.
-_SOURCE = "from {module} import {function}\n\napp = {function}()\n"
 
-
-def write_app(folder: Path, client: str, server: str, config: RunConfig) -> Path:
-    """Write an app whose ClientApp and ServerApp are what two functions return.
+@contextmanager
+def measuring(
+    setting: str, clients: int, module: ModuleType, timeout: float = 900.0
+) -> Iterator[Measure]:
+    """Start Flower, and yield what runs an app there.
 
     Parameters
     ----------
-    folder : Path
-        Where to; it is made.
-    client, server : str
-        The functions, as ``module:function``.
-    config : mapping
-        The run config's keys and their defaults.
+    setting : {'deployed', 'simulated'}
+        SuperNodes as processes, or one SuperLink that simulates them.
+    clients : int
+        How many.
+    module : module
+        Has the functions ``client_app`` and ``server_app``, and ``CONFIG``: the keys of the run
+        config and their defaults, ``clients`` and ``output`` among them.
+    timeout : float
+        Seconds that a run may take.
     """
+    with tempfile.TemporaryDirectory(prefix="flsplit-bench-") as temporary:
+        folder = Path(temporary)
+        app = _write_app(folder / "app", module)
+        start: Any = deployment if setting == "deployed" else simulation
+        with start(folder / "flower", clients) as flower:
+
+            def measure(config: Mapping[str, Any]) -> Any:
+                output = folder / "measured.json"
+                config = {"clients": clients, "output": str(output), **config}
+                finished: FinishedRun = flower.run_app(app, run_config=config, timeout=timeout)
+                if not finished.completed:
+                    tail = "\n".join(finished.log.splitlines()[-60:])
+                    raise BenchError(f"the run is {finished.status} {finished.details}\n{tail}")
+                return json.loads(output.read_text())
+
+            yield measure
+
+
+def _write_app(folder: Path, module: ModuleType) -> Path:
     package = folder / "flsplit_bench"
     package.mkdir(parents=True)
-    lines = [f"{key} = {json.dumps(value)}\n" for key, value in config.items()]
-    (folder / "pyproject.toml").write_text(_PYPROJECT + "".join(lines))
+    config = [f"{key} = {json.dumps(value)}\n" for key, value in module.CONFIG.items()]
+    (folder / "pyproject.toml").write_text(_PYPROJECT + "".join(config))
     (package / "__init__.py").touch()
-    for name, found in (("client_app", client), ("server_app", server)):
-        module, _, function = found.partition(":")
-        source = _SOURCE.format(module=module, function=function)
+    for name in ("client_app", "server_app"):
+        # Flower looks for a plain assignment in the source before it loads an app.
+        source = f"from {module.__name__} import {name}\n\napp = {name}()\n"
         (package / f"{name}.py").write_text(source)
     return folder
-
-
-def check_completed(finished: FinishedRun, what: str) -> None:
-    """Raise BenchError with the end of the log if a run did not complete."""
-    if not finished.completed:
-        tail = "\n".join(finished.log.splitlines()[-60:])
-        raise BenchError(f"{what}: the run is {finished.status} {finished.details}\n{tail}")

@@ -14,7 +14,7 @@ from nvflare.collab import CollabRecipe, collab
 from nvflare.recipe import SimEnv
 from torch.nn import functional
 
-from flsplit.bench import training, workload
+from flsplit.bench import training_app, workload
 from flsplit.bench.figures import BenchError
 
 _START_SECONDS = 180.0
@@ -29,7 +29,7 @@ class NVFlareClient:
         self._clients = clients
         self._ready = False
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # in the client's process, where its name is known
         torch.set_num_threads(1)
         torch.manual_seed(0)
         number = int(collab.site_name.rpartition("-")[2]) - 1
@@ -73,7 +73,7 @@ class NVFlareServer:
         gradients: list[Any] = [None] * len(clients)
         times = []
         with ThreadPoolExecutor(len(clients)) as pool:
-            for _ in range(training.WARM_UP + self._steps):
+            for _ in range(training_app.WARM_UP + self._steps):
                 asked = [
                     pool.submit(contextvars.copy_context().run, client.step, gradient)
                     for client, gradient in zip(clients, gradients, strict=True)
@@ -87,17 +87,12 @@ class NVFlareServer:
                 loss = functional.cross_entropy(segment(torch.cat(leaves)), labels)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
+                # Those of a client's own mean loss, as flsplit sends them.
                 gradients = [
                     leaf.grad.numpy() * len(leaves) for leaf in leaves if leaf.grad is not None
                 ]
                 times.append(time.perf_counter())
         Path(self._output).write_text(json.dumps(times))
-
-
-def own_gradient(leaf: torch.Tensor, clients: int) -> Any:
-    """Return the gradient of a client's own mean loss, as flsplit sends it."""
-    assert leaf.grad is not None
-    return (leaf.grad * clients).numpy()
 
 
 def measure(clients: int, steps: int, folder: Path) -> list[float]:
@@ -112,5 +107,5 @@ def measure(clients: int, steps: int, folder: Path) -> list[float]:
     recipe.execute(SimEnv(num_clients=clients, workspace_root=str(folder / "workspace")))
     if not output.exists():
         raise BenchError(f"NVFlare's simulation has failed; its logs are in {folder}")
-    times = json.loads(output.read_text())[training.WARM_UP - 1 :]
+    times = json.loads(output.read_text())[training_app.WARM_UP - 1 :]
     return [after - before for before, after in itertools.pairwise(times)]

@@ -9,13 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
-from flsplit.bench import training, workload
+from flsplit.bench import training_app, workload
 from flsplit.bench.figures import machine
-from flsplit.bench.train import run_training
-from flsplit.processes import simulation
+from flsplit.bench.measuring_app import measuring
 
 _SECONDS_PER_CLIENT_AND_STEP = 0.1  # far more than it takes
-_MIB = 2**20
 
 Curve = list[tuple[int, int]]
 """Steps done, and bytes of memory."""
@@ -52,25 +50,14 @@ class Steady:
 
 def measure_steady(clients: int, steps: int, say: Callable[[str], object]) -> Steady:
     """Simulate many steps with the quickstart's network and note the memory on the way."""
-    with tempfile.TemporaryDirectory(prefix="flsplit-bench-") as temporary:
-        folder = Path(temporary)
-        (folder / "memory").mkdir()
-        config = {
-            "clients": clients,
-            "steps": steps,
-            "workload": workload.QUICKSTART,
-            "memory-dir": str(folder / "memory"),
-        }
-        timeout = 300 + clients * steps * _SECONDS_PER_CLIENT_AND_STEP
-        with simulation(folder / "flower") as flower:
+    timeout = 300 + clients * steps * _SECONDS_PER_CLIENT_AND_STEP
+    with tempfile.TemporaryDirectory(prefix="flsplit-bench-") as folder:
+        config = {"steps": steps, "workload": workload.QUICKSTART, "memory-dir": folder}
+        with measuring("simulated", clients, training_app, timeout) as measure:
             say(f"{steps} steps of {clients} simulated clients")
-            measured = run_training(
-                folder,
-                config,
-                lambda app, config: flower.run_app(app, clients, config, timeout=timeout),
-            )
+            measured = measure(config)
         memory = {"server": [(step, size) for step, size in measured["memory"]]}
-        for number, path in enumerate(sorted((folder / "memory").iterdir())):
+        for number, path in enumerate(sorted(Path(folder).iterdir())):
             memory[f"host {number}"] = last_of_each_step(path.read_text())
     return Steady(clients, measured["seconds"], memory)
 
@@ -83,19 +70,16 @@ def last_of_each_step(text: str) -> Curve:
 
 def memory_table(measured: Steady) -> Table:
     """Return the memory at some points of the run."""
-    marks = (0, training.MEMORY_EVERY, len(measured.seconds) // 2, len(measured.seconds))
-    median = statistics.median(measured.seconds)
+    marks = (0, training_app.MEMORY_EVERY, len(measured.seconds) // 2, len(measured.seconds))
+    median = statistics.median(measured.seconds) * 1000
     table = Table(
-        title=f"Memory in MiB, {measured.clients} clients; {median * 1000:.1f} ms per step, "
-        f"{median * 1000 / measured.clients:.2f} ms per step and client"
+        title=f"Memory in MiB, {measured.clients} clients; {median:.1f} ms per step, "
+        f"{median / measured.clients:.2f} ms per step and client"
     )
     table.add_column("process")
     for mark in marks:
         table.add_column(f"step {mark}", justify="right")
     for name, curve in measured.memory.items():
-        table.add_row(name, *(f"{_at(curve, mark) / _MIB:.1f}" for mark in marks))
+        sizes = [[size for step, size in curve if step <= mark][-1] for mark in marks]
+        table.add_row(name, *(f"{size / 2**20:.1f}" for size in sizes))
     return table
-
-
-def _at(curve: Curve, step: int) -> int:
-    return [size for done, size in curve if done <= step][-1]

@@ -16,17 +16,17 @@ from flwr.app import ArrayRecord, Context, Message, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid, ServerApp
+from torch.optim import Optimizer
 
 from flsplit.app import client_app as split_client_app
 from flsplit.bench import workload
 from flsplit.carry.session import SessionSettings
 from flsplit.message.types import STEP
-from flsplit.server.rules import GradientRule
-from flsplit.server.step import StepContext, StepResult
 
 WARM_UP = 5  # steps that are not counted
 MEMORY_EVERY = 100  # steps
 
+# The keys of the run config and their defaults.
 CONFIG: UserConfig = {
     "workload": workload.IMAGES,
     "strategy": "psl",
@@ -67,21 +67,36 @@ def server_app() -> ServerApp:
     return app
 
 
-class Stopwatch(GradientRule):
-    """A gradient rule that changes nothing and notes when each step has come so far."""
+class Stopwatch:
+    """Notes when the server's optimizer steps, which it does once in a step of the method.
+
+    Parameters
+    ----------
+    memory : bool
+        Whether to note this process's memory on the way.
+
+    Attributes
+    ----------
+    memory : list of (int, int)
+        Steps done, and bytes.
+    """
 
     def __init__(self, *, memory: bool = False) -> None:
-        self._memory = memory
+        self._with_memory = memory
         self._times: list[float] = []
         self.memory: list[tuple[int, int]] = []
-        """Steps done, and this process's memory in bytes."""
 
-    def __call__(self, context: StepContext, result: StepResult) -> StepResult:
+    def adam(self, parameters: Any, lr: float) -> Optimizer:
+        """Return an optimizer whose steps are noted."""
+        optimizer = torch.optim.Adam(parameters, lr=lr)
+        optimizer.register_step_pre_hook(self.note)
+        return optimizer
+
+    def note(self, *_hooked: object) -> None:
         """Note the time."""
-        if self._memory and len(self._times) % MEMORY_EVERY == 0:
+        if self._with_memory and len(self._times) % MEMORY_EVERY == 0:
             self.memory.append((len(self._times), resident_bytes()))
         self._times.append(time.perf_counter())
-        return result
 
     def seconds(self) -> list[float]:
         """Return the seconds from step to step, without the warm-up."""
@@ -100,7 +115,7 @@ def train(grid: Grid, config: Mapping[str, Any]) -> Stopwatch:
         model=model,
         cut=workload.CUT,
         server_lr=workload.LR,
-        server_optimizer=torch.optim.Adam,
+        server_optimizer=watch.adam,
         batch_size=workload.BATCH_SIZE,
         local_steps=config["steps"] + WARM_UP,
         drop_last=True,
@@ -108,7 +123,6 @@ def train(grid: Grid, config: Mapping[str, Any]) -> Stopwatch:
         min_available_nodes=config["clients"],
         min_train_nodes=config["clients"],
         device="cpu",
-        rules=[watch],
         carrier=config["carrier"],
         session=SessionSettings(max_hosts=config["max-hosts"]),
     )

@@ -4,6 +4,7 @@
 4 MiB per batch. ``quickstart`` is the small network of the quickstart app on digits as they are.
 """
 
+import itertools
 from collections import OrderedDict
 from functools import cache
 
@@ -32,8 +33,8 @@ def build_model(context: Context) -> nn.Module:
 
 def network(workload: str) -> nn.Module:
     """Return a workload's network, whole."""
-    client, server = _images() if workload == IMAGES else _quickstart()
-    return nn.Sequential(OrderedDict(client=client, server=server))
+    halves = _images() if workload == IMAGES else _quickstart()
+    return nn.Sequential(OrderedDict(zip((CUT, "server"), halves, strict=True)))
 
 
 def load_partition(context: Context) -> TensorDataset:
@@ -68,43 +69,33 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def _images() -> tuple[nn.Module, nn.Module]:
-    client = nn.Sequential(
-        *_convolution(3, 32, stride=1),
-        *_convolution(32, 64, stride=2),
-        *_convolution(64, 128, stride=1),
-    )
+    def convolutions(*channels: int, strides: tuple[int, ...]) -> list[nn.Module]:
+        layers: list[nn.Module] = []
+        for (before, after), stride in zip(itertools.pairwise(channels), strides, strict=True):
+            conv = nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
+            layers += [conv, nn.ReLU()]
+        return layers
+
+    client = nn.Sequential(*convolutions(3, 32, 64, 128, strides=(1, 2, 1)))
     server = nn.Sequential(
-        *_convolution(128, 256, stride=2),
-        *_convolution(256, 256, stride=2),
-        *_convolution(256, 512, stride=2),
-        nn.Flatten(),
-        nn.Linear(512 * 2 * 2, 10),
+        *convolutions(128, 256, 256, 512, strides=(2, 2, 2)),
+        *(nn.Flatten(), nn.Linear(512 * 2 * 2, 10)),
     )
     return client, server
-
-
-def _convolution(in_channels: int, out_channels: int, *, stride: int) -> list[nn.Module]:
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
-    return [conv, nn.ReLU()]
 
 
 def _quickstart() -> tuple[nn.Module, nn.Module]:
-    client = _stage(1, 16, halve=False)
+    def stage(in_channels: int, out_channels: int, halved: bool) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+            nn.GroupNorm(num_groups=8, num_channels=out_channels),
+            nn.ReLU(),
+            nn.MaxPool2d(2) if halved else nn.Identity(),
+        )
+
+    client = stage(1, 16, halved=False)
     server = nn.Sequential(
-        _stage(16, 32, halve=True),
-        _stage(32, 64, halve=False),
-        nn.Flatten(),
-        nn.Linear(64 * 16, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
+        *(stage(16, 32, halved=True), stage(32, 64, halved=False)),
+        *(nn.Flatten(), nn.Linear(64 * 16, 128), nn.ReLU(), nn.Linear(128, 10)),
     )
     return client, server
-
-
-def _stage(in_channels: int, out_channels: int, *, halve: bool) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
-        nn.GroupNorm(num_groups=8, num_channels=out_channels),
-        nn.ReLU(),
-        nn.MaxPool2d(2) if halve else nn.Identity(),
-    )
