@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,6 @@ from flsplit.account.ledger import RoundEntry
 
 class History(list[RoundEntry]):
     """The entries of a run, round by round."""
-
-    def __init__(self, entries: Iterable[RoundEntry] = ()) -> None:
-        super().__init__(entries)
 
     def numbers(self) -> list[dict[str, Any]]:
         """Return what must be the same on every carrier: all but measured times and wire bytes."""

@@ -153,37 +153,29 @@ class RoundEntry:
             "evaluation": {name: _nullable(one) for name, one in self.evaluation.items()},
             "metrics": {name: _nullable(one) for name, one in self.metrics.items()},
             "wire-bytes": self.traffic.wire,
+            **self._times(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "RoundEntry":
+        """Return the entry in a line of a history file, which may lack what is newer than it."""
+        given = {name.replace("-", "_"): value for name, value in data.items()}
+        traffic = Traffic()
+        traffic.logical |= given.pop("logical_bytes")
+        traffic.wire |= given.pop("wire_bytes")
+        for name in ("evaluation", "metrics"):
+            numbers = given[name].items()
+            given[name] = {key: math.nan if one is None else one for key, one in numbers}
+        given["left_out"] = [LeftOut(**one) for one in given["left_out"]]
+        return cls(traffic=traffic, **given)
+
+    def _times(self) -> dict[str, float]:
+        return {
             "seconds": self.seconds,
             "server-seconds": self.server_seconds,
             "client-seconds": self.client_seconds,
             "waiting-seconds": self.waiting_seconds,
         }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "RoundEntry":
-        """Return the entry in a line of a history file."""
-        traffic = Traffic()
-        traffic.logical |= data["logical-bytes"]
-        traffic.wire |= data["wire-bytes"]
-        plain = (
-            "round",
-            "participants",
-            "steps",
-            "rows",
-            "loss",
-            "accuracy",
-            "restarted",
-        )
-        times = ("seconds", "server-seconds", "client-seconds", "waiting-seconds")
-        return cls(
-            **{name: data[name] for name in plain},
-            **{name.replace("-", "_"): data[name] for name in times},
-            evaluation=_numbers(data["evaluation"]),
-            metrics=_numbers(data["metrics"]),
-            traffic=traffic,
-            left_out=[LeftOut(**one) for one in data["left-out"]],
-            simulated_seconds=data.get("simulated-seconds"),  # older files have none
-        )
 
     def train_metrics(self) -> MetricRecord:
         """Return the round as the MetricRecord of Flower's ``Result.train_metrics_clientapp``."""
@@ -198,18 +190,13 @@ class RoundEntry:
             if logical or self.traffic.wire[name]:
                 record[f"logical-bytes-{name}"] = logical
                 record[f"wire-bytes-{name}"] = self.traffic.wire[name]
-        for name in ("seconds", "server-seconds", "client-seconds", "waiting-seconds"):
-            record[name] = float(getattr(self, name.replace("-", "_")))
+        times = self._times()
         if self.simulated_seconds is not None:
-            record["simulated-seconds"] = self.simulated_seconds
-        for name, number in self.metrics.items():
+            times["simulated-seconds"] = self.simulated_seconds
+        for name, number in (times | self.metrics).items():
             record[name] = number
         return record
 
 
 def _nullable(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
-
-
-def _numbers(nullable: dict[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if one is None else one for name, one in nullable.items()}

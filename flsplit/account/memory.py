@@ -1,6 +1,6 @@
 """What training a part of a model takes: its state, and what a batch leaves for backward."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -37,12 +37,9 @@ def measuring_activations(
             found.seen[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, _same) if active else nullcontext():
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks if active else nullcontext():
         yield
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def state_bytes(module: nn.Module, optimizer: Optimizer | None) -> int:
@@ -50,10 +47,6 @@ def state_bytes(module: nn.Module, optimizer: Optimizer | None) -> int:
     kept: list[Tensor] = [*module.parameters(), *module.buffers()]
     if optimizer is not None:
         kept += [p for group in optimizer.param_groups for p in group["params"]]  # gradients
-        kept += list(_tensors(optimizer.state.values()))
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        kept += [value for value in states if isinstance(value, Tensor)]
     return sum(tensor.nbytes for tensor in kept)
-
-
-def _tensors(states: Iterable[dict[str, object]]) -> Iterator[Tensor]:
-    for state in states:
-        yield from (value for value in state.values() if isinstance(value, Tensor))
