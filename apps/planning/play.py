@@ -17,7 +17,7 @@ from statistics import mean
 from flwr.app import Context, RecordDict
 
 from flsplit import History
-from flsplit.processes import Simulation, simulation
+from flsplit.processes import Federation, simulation
 from flsplit.wireless import (
     Problem,
     Training,
@@ -45,7 +45,7 @@ def predicted(problem: Problem, cut: str) -> float:
     return round_seconds(phases, problem.fleet, link_rates(problem.fleet))
 
 
-def played(problem: Problem, options: argparse.Namespace, flower: Simulation) -> History:
+def played(problem: Problem, options: argparse.Namespace, flower: Federation) -> History:
     """Run the quickstart as planned, and return its history."""
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Argument] = {"drop-last": True, "fraction-evaluate": 0.0}
@@ -59,7 +59,7 @@ def played(problem: Problem, options: argparse.Namespace, flower: Simulation) ->
             "realtime": True,
             "output-dir": folder,
         }
-        run = flower.run_app(QUICKSTART, problem.fleet.num_devices, config, timeout=1800)
+        run = flower.run_app(QUICKSTART, config, timeout=1800)
         if not run.completed:
             raise SystemExit(run.log)
         return History.load(Path(folder) / "history.jsonl")
@@ -77,7 +77,10 @@ def main() -> None:
     context = Context(1, 1, {}, RecordDict(), {"dataset": "digits"})
     profile = profile_model(build_model(context), (1, 8, 8))
     print("method     predicted    clock   played (s)   played by predicted   computed (s)")
-    with tempfile.TemporaryDirectory() as folder, simulation(Path(folder)) as flower:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        simulation(Path(folder), fleet.num_devices) as flower,
+    ):
         for method in METHODS:
             problem = Problem(fleet, profile, method, TRAINING)
             rounds = played(problem, options, flower)[1:]  # the first sends segments out

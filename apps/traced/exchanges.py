@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flsplit import History
-from flsplit.processes import Deployment, deployment
+from flsplit.processes import Federation, deployment
 
 APP = Path(__file__).parent
 WARM_UP = 1  # rounds that are not counted: the first also asks for shapes
@@ -42,7 +42,7 @@ def main() -> None:
             print(row(steps, run(flower, folder, steps, options)), flush=True)
 
 
-def run(flower: Deployment, folder: Path, steps: int, options: argparse.Namespace) -> Path:
+def run(flower: Federation, folder: Path, steps: int, options: argparse.Namespace) -> Path:
     """Run the app and return the folder with its ledger and trace."""
     folder.mkdir()
     config = {

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flsplit import History
-from flsplit.processes import Deployment, deployment
+from flsplit.processes import Federation, deployment
 
 APP = Path(__file__).parent
 WARM_UP = 1  # rounds that are not counted
@@ -85,7 +85,7 @@ def write(apart: Traced, beside: Traced, path: Path) -> None:
 
 
 def run(
-    flower: Deployment, folder: Path, pace: float, options: argparse.Namespace, *, overlap: bool
+    flower: Federation, folder: Path, pace: float, options: argparse.Namespace, *, overlap: bool
 ) -> Traced:
     """Run the app and return its trace."""
     folder.mkdir(parents=True)

@@ -87,7 +87,7 @@ def steady(
     with _reporting() as say:
         measured = measure_steady(clients, steps, say)
         Console().print(memory_table(measured))
-        write_json(json, measured.to_json())
+        write_json(json, measured)
 
 
 def numbers(text: str, option: str) -> list[int]:

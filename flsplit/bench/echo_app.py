@@ -3,8 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +52,20 @@ def server_app() -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         config: Any = context.run_config
+        payload = bytes(4 * config["floats"])
         _wait_for_nodes(grid, config["clients"])
-        with _carrier(grid, config["carrier"]) as (carrier, warm_up):
+        with ExitStack() as stack:
+            carrier, warm_up, hosts = grid, WARM_UP, 0
+            if config["carrier"] == "session":
+                carrier, warm_up = stack.enter_context(SessionGrid(grid)), SESSION_WARM_UP
             nodes = _wait_for_nodes(carrier, config["clients"])
-            payload = bytes(4 * config["floats"])
             seconds = [_exchange(carrier, nodes, payload) for _ in range(warm_up + config["steps"])]
-            # Over Flower's messages this would cost another exchange, and actors vary.
-            hosts = _count_hosts(carrier, nodes) if carrier is not grid else 0
+            if carrier is not grid:  # otherwise it would cost an exchange more, and actors vary
+                hosts = _count_hosts(carrier, nodes)
         measured = {"seconds": seconds[warm_up:], "hosts": hosts}
         Path(config["output"]).write_text(json.dumps(measured))
 
     return app
-
-
-@contextmanager
-def _carrier(grid: Grid, name: str) -> Iterator[tuple[Grid, int]]:
-    if name == "flower":
-        yield grid, WARM_UP
-    else:
-        with SessionGrid(grid) as session:
-            yield session, SESSION_WARM_UP
 
 
 def _wait_for_nodes(grid: Grid, count: int) -> list[int]:

@@ -39,90 +39,72 @@ def measure_echo(processes: int, clients: int, floats: int, steps: int) -> list[
     steps : int
         How many exchanges, besides the warm-up.
     """
-    server = _EchoServer(processes)
-    workers = [_start_worker(server) for _ in range(processes)]
+    joined: queue.SimpleQueue[_Queue] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+    pool = ThreadPoolExecutor(2 * processes + 2)  # each stream is read and written by a thread
+
+    def serve(requests: Any, context: Any) -> Iterator[bytes]:
+        outbox: _Queue = queue.SimpleQueue()
+        pool.submit(read, requests)
+        joined.put(outbox)
+        while (payload := outbox.get()) is not None:
+            yield payload
+
+    def read(requests: Any) -> None:
+        for echoed in requests:
+            arrived.put(len(echoed))
+
+    def exchange(outboxes: list[_Queue], payload: bytes) -> float:
+        started = time.perf_counter()
+        for client in range(clients):
+            outboxes[client % processes].put(payload)
+        for _ in range(clients):
+            if arrived.get(timeout=_START_SECONDS) != len(payload):
+                raise BenchError("the echo came back shorter than it was sent")
+        return time.perf_counter() - started
+
+    made = make_certificate(["127.0.0.1"])
+    server = grpc.server(pool, options=_OPTIONS)
+    handler = grpc.stream_stream_rpc_method_handler(serve)
+    service = grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler})
+    server.add_generic_rpc_handlers((service,))
+    credentials = grpc.ssl_server_credentials([(made.key_pem, made.certificate_pem)])
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    workers = [_start_worker(port, made.certificate_pem) for _ in range(processes)]
+    outboxes: list[_Queue] = []
     try:
-        server.wait_for_hosts()
+        while len(outboxes) < processes:
+            outboxes.append(joined.get(timeout=_START_SECONDS))
         payload = bytes(4 * floats)
-        seconds = [server.exchange(payload, clients) for _ in range(_WARM_UP + steps)]
+        seconds = [exchange(outboxes, payload) for _ in range(_WARM_UP + steps)]
+    except queue.Empty:
+        raise BenchError(f"nothing has come from a process for {_START_SECONDS:g} s") from None
     finally:
-        server.close()
+        for outbox in outboxes:
+            outbox.put(None)
+        server.stop(grace=1.0).wait()
+        pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.kill()
             worker.wait()
     return seconds[_WARM_UP:]
 
 
-def _start_worker(server: "_EchoServer") -> "subprocess.Popen[bytes]":
-    worker = subprocess.Popen(
-        [sys.executable, "-m", __name__, server.address], stdin=subprocess.PIPE
-    )
+def _start_worker(port: int, certificate: bytes) -> "subprocess.Popen[bytes]":
+    worker = subprocess.Popen([sys.executable, "-m", __name__, str(port)], stdin=subprocess.PIPE)
     assert worker.stdin is not None
-    worker.stdin.write(server.certificate)
+    worker.stdin.write(certificate)
     worker.stdin.close()
     return worker
 
 
-class _EchoServer:
-    """Sends payloads to all processes that have dialled in, and counts what comes back."""
-
-    def __init__(self, processes: int) -> None:
-        self._processes = processes
-        self._joined: queue.SimpleQueue[_Queue] = queue.SimpleQueue()
-        self._outboxes: list[_Queue] = []
-        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
-        made = make_certificate(["127.0.0.1"])
-        self.certificate = made.certificate_pem
-        self._pool = ThreadPoolExecutor(2 * processes + 2)
-        self._server = grpc.server(self._pool, options=_OPTIONS)
-        handler = grpc.stream_stream_rpc_method_handler(self._serve)
-        service = grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler})
-        self._server.add_generic_rpc_handlers((service,))
-        credentials = grpc.ssl_server_credentials([(made.key_pem, made.certificate_pem)])
-        port = self._server.add_secure_port("127.0.0.1:0", credentials)
-        self.address = f"127.0.0.1:{port}"
-        self._server.start()
-
-    def _serve(self, requests: Any, context: Any) -> Iterator[bytes]:
-        outbox: _Queue = queue.SimpleQueue()
-        self._pool.submit(self._read, requests)
-        self._joined.put(outbox)
-        while (payload := outbox.get()) is not None:
-            yield payload
-
-    def _read(self, requests: Any) -> None:
-        for echoed in requests:
-            self._arrived.put(len(echoed))
-
-    def wait_for_hosts(self) -> None:
-        for _ in range(self._processes):
-            try:
-                self._outboxes.append(self._joined.get(timeout=_START_SECONDS))
-            except queue.Empty:
-                raise BenchError(f"no process has dialled in {_START_SECONDS:g} s") from None
-
-    def exchange(self, payload: bytes, clients: int) -> float:
-        started = time.perf_counter()
-        for client in range(clients):
-            self._outboxes[client % self._processes].put(payload)
-        for _ in range(clients):
-            if self._arrived.get(timeout=_START_SECONDS) != len(payload):
-                raise BenchError("the echo came back shorter than it was sent")
-        return time.perf_counter() - started
-
-    def close(self) -> None:
-        for outbox in self._outboxes:
-            outbox.put(None)
-        self._server.stop(grace=1.0).wait()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _echo(address: str, certificate: bytes) -> None:
-    """Dial in and send back what comes; runs in a process of its own."""
+def _echo(port: str, certificate: bytes) -> None:
+    """Dial in and send back what comes; runs in a process of its own, until the stream ends."""
     credentials = grpc.ssl_channel_credentials(root_certificates=certificate)
     options = [*_OPTIONS, ("grpc.ssl_target_name_override", SESSION_NAME)]
     replies: _Queue = queue.SimpleQueue()
-    with grpc.secure_channel(address, credentials, options=options) as channel:
+    with grpc.secure_channel(f"127.0.0.1:{port}", credentials, options=options) as channel:
         call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")(iter(replies.get, None))
         for payload in call:
             replies.put(payload)

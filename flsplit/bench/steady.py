@@ -3,7 +3,6 @@
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,11 @@ Curve = list[tuple[int, int]]
 """Steps done, and bytes of memory."""
 
 
-@dataclass(frozen=True)
-class Steady:
-    """What a long run took.
+def measure_steady(clients: int, steps: int, say: Callable[[str], object]) -> dict[str, Any]:
+    """Simulate many steps with the quickstart's network; return what the JSON file holds.
 
-    Attributes
-    ----------
-    clients : int
-        Simulated clients.
-    seconds : list of float
-        The seconds per step.
-    memory : dict of str to list
-        The memory of the server and of each host over the steps.
+    Under ``memory`` are the bytes of the server's process and of each host after some steps.
     """
-
-    clients: int
-    seconds: list[float]
-    memory: dict[str, Curve]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures for the JSON file."""
-        return {
-            "clients": self.clients,
-            "steps": len(self.seconds),
-            "median_s": statistics.median(self.seconds),
-            "memory": self.memory,
-            "machine": machine(),
-        }
-
-
-def measure_steady(clients: int, steps: int, say: Callable[[str], object]) -> Steady:
-    """Simulate many steps with the quickstart's network and note the memory on the way."""
     timeout = 300 + clients * steps * _SECONDS_PER_CLIENT_AND_STEP
     with tempfile.TemporaryDirectory(prefix="flsplit-bench-") as folder:
         config = {"steps": steps, "workload": workload.QUICKSTART, "memory-dir": folder}
@@ -59,7 +32,13 @@ def measure_steady(clients: int, steps: int, say: Callable[[str], object]) -> St
         memory = {"server": [(step, size) for step, size in measured["memory"]]}
         for number, path in enumerate(sorted(Path(folder).iterdir())):
             memory[f"host {number}"] = last_of_each_step(path.read_text())
-    return Steady(clients, measured["seconds"], memory)
+    return {
+        "clients": clients,
+        "steps": len(measured["seconds"]),
+        "median_s": statistics.median(measured["seconds"]),
+        "memory": memory,
+        "machine": machine(),
+    }
 
 
 def last_of_each_step(text: str) -> Curve:
@@ -68,18 +47,18 @@ def last_of_each_step(text: str) -> Curve:
     return sorted({int(step): int(size) for step, size in pairs}.items())
 
 
-def memory_table(measured: Steady) -> Table:
+def memory_table(measured: dict[str, Any]) -> Table:
     """Return the memory at some points of the run."""
-    marks = (0, training_app.MEMORY_EVERY, len(measured.seconds) // 2, len(measured.seconds))
-    median = statistics.median(measured.seconds) * 1000
+    steps, milliseconds = measured["steps"], measured["median_s"] * 1000
+    marks = (0, training_app.MEMORY_EVERY, steps // 2, steps)
     table = Table(
-        title=f"Memory in MiB, {measured.clients} clients; {median:.1f} ms per step, "
-        f"{median / measured.clients:.2f} ms per step and client"
+        title=f"Memory in MiB, {measured['clients']} clients; {milliseconds:.1f} ms per step, "
+        f"{milliseconds / measured['clients']:.2f} ms per step and client"
     )
     table.add_column("process")
     for mark in marks:
         table.add_column(f"step {mark}", justify="right")
-    for name, curve in measured.memory.items():
+    for name, curve in measured["memory"].items():
         sizes = [[size for step, size in curve if step <= mark][-1] for mark in marks]
         table.add_row(name, *(f"{size / 2**20:.1f}" for size in sizes))
     return table

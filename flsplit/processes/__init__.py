@@ -3,8 +3,8 @@
 Everything runs with a Flower home, ports and certificates of its own, and is stopped when the
 context is left, or the starter dies.
 
-    with simulation(folder) as flower:
-        finished = flower.run_app(app_dir, num_supernodes=10, run_config={"num-server-rounds": 2})
+    with simulation(folder, num_supernodes=10) as flower:
+        finished = flower.run_app(app_dir, {"num-server-rounds": 2})
     assert finished.completed, finished.log
 
     with deployment(folder, num_supernodes=2) as flower:
@@ -14,22 +14,26 @@ context is left, or the starter dies.
         assert run.finish(timeout=120).completed
 """
 
-from flsplit.processes.deployment import Deployment, SuperNode, deployment
+from flsplit.processes.federation import (
+    Federation,
+    deployment,
+    simulation,
+    simulation_config,
+)
 from flsplit.processes.flower_process import FlowerProcess
 from flsplit.processes.flower_run import FinishedRun, FlowerRun
 from flsplit.processes.home import FlowerHome
-from flsplit.processes.simulation import Simulation, simulation, simulation_config
+from flsplit.processes.supernode import SuperNode
 from flsplit.processes.tree import ProcessTree
 from flsplit.processes.waiting import free_ports, wait_until, without_colours
 
 __all__ = [
-    "Deployment",
+    "Federation",
     "FinishedRun",
     "FlowerHome",
     "FlowerProcess",
     "FlowerRun",
     "ProcessTree",
-    "Simulation",
     "SuperNode",
     "deployment",
     "free_ports",

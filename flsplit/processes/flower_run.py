@@ -96,11 +96,9 @@ class FlowerRun:
         self._home = home
         self._started = time.monotonic()
         self._lines: list[str] = []
-        self._news = threading.Condition()
-        self._open = True
-        self._reader = threading.Thread(
-            target=self._read, args=(self._launch(), echo or (lambda _line: None)), daemon=True
-        )
+        # Launched here and not by the thread: what is launched after the home has ended, stays.
+        arguments = (self._launch(), echo or (lambda _line: None))
+        self._reader = threading.Thread(target=self._read, args=arguments, daemon=True)
         self._reader.start()
 
     def _launch(self) -> subprocess.Popen[str]:
@@ -116,48 +114,41 @@ class FlowerRun:
         )
 
     def _read(self, process: subprocess.Popen[str], echo: Callable[[str], object]) -> None:
-        try:
-            self._follow(process, echo)
-            for _ in range(1, _ATTEMPTS):
-                if not RAY_DID_NOT_START.search(self.log):
-                    break
-                again = "Ray did not start within its 30 s; starting the run again\n"
-                echo(again)
-                with self._news:
-                    self._lines = [again]
-                self._follow(self._launch(), echo)
-        finally:
-            with self._news:
-                self._open = False
-                self._news.notify_all()
-
-    def _follow(self, process: subprocess.Popen[str], echo: Callable[[str], object]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            with self._news:
+        for attempt in range(1, _ATTEMPTS + 1):
+            assert process.stdout is not None
+            for line in process.stdout:
                 self._lines.append(without_colours(line))
-                self._news.notify_all()
-            echo(line)
-        process.wait()
+                echo(line)
+            process.wait()
+            if attempt == _ATTEMPTS or not RAY_DID_NOT_START.search(self.log):
+                return
+            again = "Ray did not start within its 30 s; starting the run again\n"
+            echo(again)
+            self._lines = [again]
+            process = self._launch()
 
     @property
     def log(self) -> str:
         """What was streamed until now, without colours."""
-        with self._news:
-            return "".join(self._lines)
+        return "".join(self._lines)
 
     def wait_for_log(self, pattern: str, timeout: float = START_TIMEOUT) -> re.Match[str]:
         """Wait until the streamed log matches `pattern`; raise if the stream ends without it."""
-        deadline = time.monotonic() + timeout
-        with self._news:
-            while not (match := re.search(pattern, "".join(self._lines))):
-                left = deadline - time.monotonic()
-                if not self._open or left <= 0:
-                    why = f"waited {timeout:g} s for" if self._open else "the run ended without"
-                    tail = "".join(self._lines[-15:])
-                    raise TimeoutError(f"{why} {pattern!r} in its log, which ends:\n{tail}")
-                self._news.wait(left)
+
+        def ask() -> re.Match[str] | None:
+            streaming = self._reader.is_alive()
+            if not (match := re.search(pattern, self.log)) and not streaming:
+                raise TimeoutError(f"the run ended without {pattern!r} in its log")
             return match
+
+        try:
+            return wait_until(ask, f"{pattern!r} in the log of the run", timeout)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}, which ends:\n{self._tail}") from error
+
+    @property
+    def _tail(self) -> str:
+        return "".join(self._lines[-15:])
 
     @property
     def run_id(self) -> int:
@@ -179,8 +170,9 @@ class FlowerRun:
         left = None if timeout is None else timeout - (time.monotonic() - self._started)
         self._reader.join(None if left is None else max(left, 0.0))
         if self._reader.is_alive():
-            tail = "".join(self.log.splitlines(keepends=True)[-15:])
-            raise TimeoutError(f"the run has not ended after {timeout:g} s; its log ends:\n{tail}")
+            raise TimeoutError(
+                f"the run has not ended after {timeout:g} s; its log ends:\n{self._tail}"
+            )
         seconds = time.monotonic() - self._started
         log = self.log
         if not (started := re.search(r"started run (\d+)", log)):

@@ -18,8 +18,8 @@ CHANGES = {"strategy": "psl", "batch-size": 64}
 def test_clients_of_a_killed_actor_move_and_the_run_goes_on(gates, tmp_path):
     changes = CHANGES | {"num-server-rounds": 6, "output-dir": str(tmp_path / "out")}
     gate = gates.before_step(0, server_round=3)
-    with simulation(tmp_path) as flower:
-        run = flower.start_app(gates.app, NUM_CLIENTS, changes)
+    with simulation(tmp_path, NUM_CLIENTS) as flower:
+        run = flower.start_app(gates.app, changes)
         gate.wait()
         actors = flower.home.tree.find("ray::ClientAppActor")
         os.kill(actors[0], signal.SIGKILL)
@@ -49,15 +49,15 @@ def test_a_server_that_was_killed_resumes_with_the_same_numbers(quickstart, gate
         }
     )
     gate = gates.before_step(0, server_round=4)
-    with simulation(tmp_path) as flower:
-        run = flower.start_app(gates.app, NUM_CLIENTS, changes)
+    with simulation(tmp_path, NUM_CLIENTS) as flower:
+        run = flower.start_app(gates.app, changes)
         gate.wait()
         # In a simulation the ServerApp and Flower's engine are one process.
         assert flower.home.tree.signal(signal.SIGKILL, "flwr-simulation")
         gate.open()
         assert not run.finish().completed
 
-        finished = flower.run_app(gates.app, NUM_CLIENTS, changes | {"resume": True})
+        finished = flower.run_app(gates.app, changes | {"resume": True})
         assert finished.completed, finished.log
         assert "resuming after round 3" in finished.log
 
@@ -72,8 +72,8 @@ def test_a_server_that_was_killed_resumes_with_the_same_numbers(quickstart, gate
 @pytest.mark.e2e
 def test_a_run_that_is_stopped_ends_with_all_its_processes(quickstart, tmp_path):
     changes = CHANGES | {"num-server-rounds": 10_000, "output-dir": str(tmp_path / "out")}
-    with simulation(tmp_path) as flower:
-        run = flower.start_app(quickstart, NUM_CLIENTS, changes)
+    with simulation(tmp_path, NUM_CLIENTS) as flower:
+        run = flower.start_app(quickstart, changes)
         run.wait_for_log("round 2/")
         run.stop()
         finished = run.finish()

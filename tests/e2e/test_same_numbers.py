@@ -96,8 +96,8 @@ def app(quickstart, tmp_path):
 
 @pytest.mark.e2e
 def test_all_carriers_give_the_same_numbers(app, tmp_path):
-    with simulation(tmp_path) as flower:
-        run = flower.run_app(app, NUM_CLIENTS, federation_config=["init-args-num-cpus=4"])
+    with simulation(tmp_path, NUM_CLIENTS) as flower:
+        run = flower.run_app(app, federation_config=["init-args-num-cpus=4"])
     assert run.completed, run.log
     for hosts in (1, 2, 4):
         assert f"{hosts} hosts serve {NUM_CLIENTS} clients" in run.log
