@@ -70,6 +70,8 @@ def main() -> None:
     if given.compare:
         old, new = (json.loads(file.read_text()) for file in given.files)
         sys.exit(compare(old, new))
+    torch.set_num_threads(1)  # more of them change the last bits
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     found = measure(given.only or list(METHODS))
     # A float is written so that reading it gives the same float, bit for bit.
     given.files[0].write_text(json.dumps(found, indent=1) + "\n")
@@ -83,8 +85,6 @@ def measure(names: list[str]) -> dict[str, Any]:
     sys.path.append(str(quickstart_folder()))
     from quickstart.task import build_model
 
-    torch.set_num_threads(1)  # more of them change the last bits
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     print(f"flsplit of {Path(flsplit.__file__).parent}, torch {torch.__version__}")
     return {
         setting: {name: _guarded(name, build) for name in names}
@@ -193,6 +193,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> int:
         for name in old.get(setting, {}) | new.get(setting, {}):
             one, other = (found.get(setting, {}).get(name, {}) for found in (old, new))
             different = list(differences("", one, other))
+            different += [found["error"] for found in (one, other) if "error" in found]
             differ += bool(different)
             took = f"{one.get('seconds')} s, {other.get('seconds')} s"
             print(f"{setting:8} {name:24} {'DIFFERS' if different else 'equal'} ({took})")

@@ -1,4 +1,4 @@
-"""The app that measures training: an ordinary split ClientApp, and PSL on the server."""
+"""The app that measures training: a split ClientApp, and one server step on all clients' rows."""
 
 import itertools
 import json
@@ -20,21 +20,18 @@ from torch.optim import Optimizer
 
 from flsplit.app import client_app as split_client_app
 from flsplit.bench import workload
-from flsplit.carry.session import SessionSettings
 from flsplit.message.types import STEP
 
 WARM_UP = 5  # steps that are not counted
 MEMORY_EVERY = 100  # steps
 
+_STRATEGY = "psl"
+
 # The keys of the run config and their defaults.
 CONFIG: UserConfig = {
     "workload": workload.IMAGES,
-    "strategy": "psl",
     "steps": 1,
-    "rounds": 1,
     "clients": 1,
-    "carrier": "session",
-    "max-hosts": 0,
     "output": "",
     "memory-dir": "",
     "torch-threads": 1,
@@ -109,8 +106,8 @@ def train(grid: Grid, config: Mapping[str, Any]) -> Stopwatch:
     watch = Stopwatch(memory=bool(config["memory-dir"]))
     torch.manual_seed(0)
     model = workload.network(config["workload"])
-    # By name, as an app picks one from its run config: nothing in flsplit imports a strategy.
-    [found] = entry_points(group="flsplit.strategies", name=config["strategy"])
+    # By name, as an app picks one: nothing in flsplit imports a strategy.
+    [found] = entry_points(group="flsplit.strategies", name=_STRATEGY)
     strategy = found.load()(
         model=model,
         cut=workload.CUT,
@@ -123,10 +120,9 @@ def train(grid: Grid, config: Mapping[str, Any]) -> Stopwatch:
         min_available_nodes=config["clients"],
         min_train_nodes=config["clients"],
         device="cpu",
-        carrier=config["carrier"],
-        session=SessionSettings(max_hosts=config["max-hosts"]),
+        carrier="session",
     )
-    strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=config["rounds"])
+    strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=1)
     return watch
 
 
