@@ -17,8 +17,6 @@ from torch.nn import functional
 from flsplit.bench import training_app, workload
 from flsplit.bench.figures import BenchError
 
-_START_SECONDS = 180.0
-
 
 class NVFlareClient:
     """A client: its segment, its optimizer, its batches."""
