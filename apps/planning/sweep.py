@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from cell import draw_devices, resnet18
+from cell import PaperEPSL, draw_devices, method, resnet18
 
+from flsplit.strategies import EPSL, PSL, SequentialSL, SplitFedV1
 from flsplit.wireless import (
     Fleet,
     Freedom,
@@ -25,13 +26,12 @@ from flsplit.wireless import (
     make_plan,
 )
 from flsplit.wireless.pictures import Sweep, draw_profile, draw_round, draw_sweeps
-from flsplit.wireless.rounds import EPSL, PSL, SequentialSL, SplitFed
 
 METHODS: dict[str, Method] = {
-    "EPSL": EPSL(0.5, replays=False),  # the paper's count, as we understand it
-    "PSL": PSL(),
-    "SplitFed": SplitFed(),
-    "SL": SequentialSL(),
+    "EPSL": method(PaperEPSL, "epsl"),
+    "PSL": method(PSL, "psl"),
+    "SplitFed": method(SplitFedV1, "splitfed-v1"),
+    "SL": method(SequentialSL, "sequential-sl"),
 }
 
 
@@ -81,8 +81,8 @@ def sweep(
     plain: dict[str, list[float]] = {}
     for value in values:
         fleets = [make(value, seed) for seed in range(seeds)]
-        for name, method in methods(value).items():
-            own = [Optimiser(Problem(one, profile, method, Training())) for one in fleets]
+        for name, kind in methods(value).items():
+            own = [Optimiser(Problem(one, profile, kind, Training())) for one in fleets]
             best = [optimiser.solve().seconds for optimiser in own]
             worst = [plain_seconds(optimiser, seed) for seed, optimiser in enumerate(own)]
             optimised.setdefault(name, []).append(float(np.mean(best)))
@@ -98,9 +98,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     profile = resnet18()
     draw_profile(profile, options.out / "planning-profile.png")
-    problem = Problem(fleet(), profile, EPSL(0.5), Training())
+    problem = Problem(fleet(), profile, method(EPSL, "epsl"), Training())
     draw_round(make_plan(problem, draws=1), options.out / "planning-round-epsl.png")
-    slow = replace(problem, method=SequentialSL())
+    slow = replace(problem, method=METHODS["SL"])
     draw_round(make_plan(slow, draws=1), options.out / "planning-round-sl.png")
 
     sweeps = [
@@ -131,7 +131,7 @@ def main() -> None:
             lambda value, seed: fleet(seed=seed),
             profile,
             options.seeds,
-            lambda phi: {**METHODS, "EPSL": EPSL(phi, replays=False)},
+            lambda phi: {**METHODS, "EPSL": method(PaperEPSL, "epsl", phi=phi)},
         ),
     ]
     draw_sweeps(sweeps, options.out / "planning-sweeps.png")

@@ -7,9 +7,9 @@ import numpy as np
 
 from flsplit.wireless.channel import Array
 from flsplit.wireless.fleet import Fleet
+from flsplit.wireless.phases import Phase, Stage, Where
 from flsplit.wireless.power import Deadline
 from flsplit.wireless.rates import Rates
-from flsplit.wireless.rounds import Phase, Stage, Where
 
 SERVER = "server"
 """Who does what the server does, in a `Span`."""
@@ -58,7 +58,7 @@ def phase_seconds(phase: Phase, fleet: Fleet, rates: Rates) -> float:
 def round_seconds(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> float:
     """Return how long a round takes (s): ``sum_phases repeat * phase``.
 
-    For EPSL with one step that is
+    For one parallel step that is
     ``max_i(T_i^F + T_i^U) + T_s^F + T_s^B + T^B + max_i(T_i^D + T_i^B)``.
     """
     return sum(phase.repeat * phase_seconds(phase, fleet, rates) for phase in phases)
@@ -201,12 +201,20 @@ class RoundTerms:
         """Return the phases in which devices send, for power control.
 
         Phases in which they send as much (a round's first step and the others) are taken for one,
-        as the last of them is: with that few deadlines the powers can be found exactly.
+        as the last of them is: with two deadlines the powers can be found exactly. If there are
+        more, all but the one in which most is sent are taken for one, their mean.
         """
         fixed = self.by_device(rates) - self.up_bits[:, None] / rates.uplink_bps
         found: dict[float, Deadline] = {}
-        for g in np.flatnonzero(self.up_bits > 0):
+        for g in np.flatnonzero((self.up_bits > 0) & (self.weight > 0)):
             bits = float(self.up_bits[g])
             before = found[bits].weight if bits in found else 0.0
             found[bits] = Deadline(before + float(self.weight[g]), fixed[g], bits)
-        return list(found.values())
+        deadlines = list(found.values())
+        if len(deadlines) <= 2:
+            return deadlines
+        most, *rest = sorted(deadlines, key=lambda one: -one.weight * one.bits)
+        weights = np.array([one.weight for one in rest])
+        mean_s = weights @ [one.fixed_s for one in rest] / weights.sum()
+        mean_bits = float(weights @ [one.bits for one in rest] / weights.sum())
+        return [most, Deadline(float(weights.sum()), mean_s, mean_bits)]

@@ -107,7 +107,7 @@ def optimise(problem: Problem, freedom: Freedom | None = None, seed: int = 0) ->
 
 def _best_cut(problem: Problem, places: Sequence[Place]) -> Solution:
     """Try all cuts, where there is nothing else to choose."""
-    rates = lone_rates(problem.fleet) if problem.method.in_turn else link_rates(problem.fleet)
+    rates = lone_rates(problem.fleet) if problem.in_turn else link_rates(problem.fleet)
     seconds = [round_seconds(problem.phases(place), problem.fleet, rates) for place in places]
     best = int(np.argmin(seconds))
     return Solution(places[best], None, rates, seconds[best], (seconds[best],))

@@ -4,31 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flsplit.errors import ConfigError
-from flsplit.wireless.latency import SERVER, Span, spans
-from flsplit.wireless.plan import Plan
+from flsplit.wireless.fleet_plan import FleetPlan
+from flsplit.wireless.latency import SERVER, spans
 from flsplit.wireless.profile import ModelProfile
 
-_COLOURS = {
-    "client forward": "#1f77b4",
-    "uplink": "#ff7f0e",
-    "server forward": "#2ca02c",
-    "server backward": "#98df8a",
-    "broadcast": "#d62728",
-    "unicast": "#ff9896",
-    "client backward": "#aec7e8",
-    "aggregation up": "#9467bd",
-    "aggregation down": "#c5b0d5",
-    "auxiliary": "#8c564b",
-    "alignment": "#c49c94",
-    "auxiliary down": "#e377c2",
-    "hand over up": "#9467bd",
-    "hand over down": "#c5b0d5",
-}
 _MOST_DEVICES = 20
 
 
@@ -68,12 +53,12 @@ def draw_profile(profile: ModelProfile, path: str | Path) -> Path:
     return _saved(figure, path)
 
 
-def draw_round(plan: Plan, path: str | Path) -> Path:
+def draw_round(plan: FleetPlan, path: str | Path) -> Path:
     """Draw who does what when in one step of a planned round, and in what follows the steps.
 
     Parameters
     ----------
-    plan : Plan
+    plan : FleetPlan
         The plan; of more than 20 devices the first 20 are drawn.
     path : str or Path
         Where to write the picture; the suffix chooses the format.
@@ -92,35 +77,33 @@ def draw_round(plan: Plan, path: str | Path) -> Path:
     return _saved(figure, path)
 
 
-def draw_spans(axes: Axes, plan: Plan) -> None:
+def draw_spans(axes: Axes, plan: FleetPlan) -> None:
     """Draw a Gantt chart of one step of a planned round into axes."""
     problem, solution = plan.problem, plan.solution
     one_step = replace(problem, training=replace(problem.training, steps=1))
     found = spans(one_step.phases(solution.place), problem.fleet, solution.rates)
     names = [device.name for device in problem.fleet.devices[:_MOST_DEVICES]]
     rows = {name: index for index, name in enumerate([SERVER, *names])}
+    stages = dict.fromkeys(span.stage for span in found)
+    colours = {stage: colormaps["tab20"](index % 20) for index, stage in enumerate(stages)}
     for span in found:
         if span.actor in rows:
-            _bar(axes, span, rows[span.actor])
+            width = span.end_s - span.start_s
+            row, colour = rows[span.actor], colours[span.stage]
+            axes.barh(row, width, left=span.start_s, color=colour, height=0.7)
     axes.set_yticks(list(rows.values()), [SERVER, *(f"device {name}" for name in names)])
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     cut = "whole model" if problem.method.whole_model else f"cut after {solution.place.cut}"
     axes.set_title(f"{problem.method.name} {plan.strategy_args}, {cut}", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
-    stages = dict.fromkeys(span.stage for span in found)
     axes.legend(
-        handles=[Patch(color=_COLOURS[stage], label=stage) for stage in stages],
+        handles=[Patch(color=colours[stage], label=stage) for stage in stages],
         fontsize=8,
         ncols=1,
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
     )
-
-
-def _bar(axes: Axes, span: Span, row: int) -> None:
-    width = span.end_s - span.start_s
-    axes.barh(row, width, left=span.start_s, color=_COLOURS[span.stage], height=0.7)
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ def _control(
     )
     if len(deadlines) == 1:
         return search.powers(search.needed(deadlines[0]))
-    assert len(deadlines) == 2, "no method of training has more"
+    assert len(deadlines) == 2
     return search.powers(search.needed_by_two(*deadlines))
 
 

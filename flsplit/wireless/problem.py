@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from flsplit.cut import CutError
 from flsplit.wireless.fleet import Fleet
+from flsplit.wireless.phases import Method, Phase, Training, Work
 from flsplit.wireless.profile import ModelProfile, Place
-from flsplit.wireless.rounds import Argument, Method, Phase, Training, Work
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ class Problem:
     @property
     def is_allocated(self) -> bool:
         """Whether there are subchannels and powers to choose."""
-        return self.fleet.radio is not None and not self.method.in_turn
+        return self.fleet.radio is not None and not self.in_turn
+
+    @cached_property
+    def in_turn(self) -> bool:
+        """Whether devices take turns, each with the whole band to itself."""
+        return any(phase.in_turn for phase in self.phases(self.all_places[0]))
 
     @property
     def all_places(self) -> tuple[Place, ...]:
@@ -73,7 +79,7 @@ class Problem:
     def _needed_bytes(self, place: Place) -> int:
         training = self.training
         segment = place.client_memory_bytes(training.batch_size, training.optimizer_slots)
-        return segment + self.method.added_memory_bytes(self._work(place))
+        return segment + self.method.device_memory_bytes(self._work(place))
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
@@ -96,10 +102,10 @@ class Problem:
         return places
 
     @property
-    def arguments(self) -> dict[str, Argument]:
-        """The strategy's arguments, with which a run trains as planned."""
+    def arguments(self) -> dict[str, Any]:
+        """The strategy's arguments in a run's configuration, so that it trains as planned."""
         sizes = {"batch-size": self.training.batch_size, "local-steps": self.training.steps}
-        return self.method.arguments | sizes
+        return {key.replace("_", "-"): value for key, value in self.method.given.items()} | sizes
 
     def phases(self, place: Place) -> tuple[Phase, ...]:
         """Return what a round consists of if the model is cut at a place."""

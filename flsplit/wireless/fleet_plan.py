@@ -11,14 +11,13 @@ from flsplit.wireless.descent import Freedom
 from flsplit.wireless.latency import round_seconds, stage_breakdown
 from flsplit.wireless.optimise import Optimiser, Solution
 from flsplit.wireless.problem import Problem
-from flsplit.wireless.rounds import Argument
 
 DRAWS = 3
 """How often what an ablation leaves to chance is drawn."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class FleetPlan:
     """What `optimise` found, and what it is worth.
 
     Attributes
@@ -44,13 +43,16 @@ class Plan:
         return inline_table(self.problem.arguments)
 
 
-def inline_table(arguments: Mapping[str, Argument]) -> str:
-    """Return arguments as a TOML inline table, as `strategy-args` takes it."""
-    # JSON's strings, numbers and booleans are TOML's, too
-    return "{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in arguments.items()) + "}"
+def inline_table(value: Any) -> str:
+    """Return what TOML can say (a mapping: an inline table, as `strategy-args` takes it)."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} = {inline_table(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(inline_table, value)) + "]"
+    return json.dumps(value)  # JSON's strings, numbers and booleans are TOML's, too
 
 
-def make_plan(problem: Problem, draws: int = DRAWS) -> Plan:
+def make_plan(problem: Problem, draws: int = DRAWS) -> FleetPlan:
     """Optimise a round and compare it with the ablations.
 
     Parameters
@@ -62,7 +64,7 @@ def make_plan(problem: Problem, draws: int = DRAWS) -> Plan:
 
     Returns
     -------
-    Plan
+    FleetPlan
         With times in s.
 
     Raises
@@ -74,7 +76,7 @@ def make_plan(problem: Problem, draws: int = DRAWS) -> Plan:
     solution = optimiser.solve()
     phases = problem.phases(solution.place)
     stages = stage_breakdown(phases, problem.fleet, solution.rates)
-    return Plan(problem, solution, stages, ablations_of(optimiser, draws))
+    return FleetPlan(problem, solution, stages, ablations_of(optimiser, draws))
 
 
 def ablations_of(optimiser: Optimiser, draws: int = DRAWS) -> dict[str, float]:
@@ -113,7 +115,7 @@ def _mean(optimiser: Optimiser, draws: int, *, random_cut: bool = False, **fixed
     return total / draws
 
 
-def every_cut(plan: Plan) -> dict[str, float]:
+def every_cut(plan: FleetPlan) -> dict[str, float]:
     """Return the round (s) by cut, with the plan's rates."""
     problem, rates = plan.problem, plan.solution.rates
     return {
@@ -126,7 +128,7 @@ def every_cut(plan: Plan) -> dict[str, float]:
 # For people
 
 
-def format_plan(plan: Plan) -> str:
+def format_plan(plan: FleetPlan) -> str:
     """Return a plan as text."""
     problem, training = plan.problem, plan.problem.training
     parts = [
@@ -143,7 +145,7 @@ def format_plan(plan: Plan) -> str:
     return "\n\n".join(parts)
 
 
-def _cut_lines(plan: Plan) -> list[str]:
+def _cut_lines(plan: FleetPlan) -> list[str]:
     if plan.problem.method.whole_model:
         lines = ["devices train the whole model: there is no cut"]
     else:
@@ -161,13 +163,13 @@ def _some(names: tuple[str, ...], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _stage_lines(plan: Plan) -> list[str]:
+def _stage_lines(plan: FleetPlan) -> list[str]:
     width = max(len(name) for name in (*plan.stages, "round"))
     lines = [f"{name:<{width}}  {_seconds(value)}" for name, value in plan.stages.items()]
     return [*lines, f"{'round':<{width}}  {_seconds(plan.solution.seconds)}"]
 
 
-def _ablation_lines(plan: Plan) -> list[str]:
+def _ablation_lines(plan: FleetPlan) -> list[str]:
     width = max(len(name) for name in plan.ablations)
     return ["compared with"] + [
         f"{name:<{width}}  {_seconds(value)}  {value / plan.solution.seconds:.2f} times as long"
@@ -175,7 +177,7 @@ def _ablation_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _device_lines(plan: Plan) -> list[str]:
+def _device_lines(plan: FleetPlan) -> list[str]:
     lines = [f"{'device':<12}{'uplink':>14}{'downlink':>14}{'power':>12}  subchannels"]
     for device in _devices(plan):
         power, own = device["power_w"], device["subchannels"]
@@ -188,7 +190,7 @@ def _device_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _paste_lines(plan: Plan) -> list[str]:
+def _paste_lines(plan: FleetPlan) -> list[str]:
     return [
         "to paste:",
         f'cut = "{plan.solution.place.cut}"  # of the strategy and of the client_app',
@@ -206,7 +208,7 @@ def _seconds(value: float) -> str:
 # For programs
 
 
-def plan_to_json(plan: Plan) -> dict[str, Any]:
+def plan_to_json(plan: FleetPlan) -> dict[str, Any]:
     """Return a plan as JSON's types; units are in the keys."""
     problem, solution = plan.problem, plan.solution
     return {
@@ -235,7 +237,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _devices(plan: Plan) -> list[dict[str, Any]]:
+def _devices(plan: FleetPlan) -> list[dict[str, Any]]:
     fleet, solution = plan.problem.fleet, plan.solution
     allocation = solution.allocation
     powers = None if allocation is None else allocation.device_power_w(fleet.num_devices)
