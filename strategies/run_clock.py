@@ -12,10 +12,9 @@ from flsplit.log import logger
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.server.clients import Clients
 from flsplit.strategies.options import SplitOptions
-from flsplit.wireless.descent import Freedom
 from flsplit.wireless.fleet_clock import Costs, FleetClock
 from flsplit.wireless.fleet_file import find_fleet
-from flsplit.wireless.optimise import optimise
+from flsplit.wireless.optimise import Freedom, optimise
 from flsplit.wireless.phases import Method, Training
 from flsplit.wireless.problem import Problem
 from flsplit.wireless.profile import ModelProfile, profile_model

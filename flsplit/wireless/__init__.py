@@ -4,12 +4,11 @@ Our model, after Lin et al. (https://arxiv.org/abs/2303.15991). What a round con
 strategy says in words of `flsplit.wireless.phases`.
 """
 
-from flsplit.wireless.descent import Freedom
 from flsplit.wireless.fleet import Device, Fleet, Radio, Server
 from flsplit.wireless.fleet_file import load_fleet
 from flsplit.wireless.fleet_plan import FleetPlan, format_plan, make_plan
 from flsplit.wireless.latency import round_seconds, stage_breakdown
-from flsplit.wireless.optimise import Optimiser, Solution, optimise
+from flsplit.wireless.optimise import Freedom, Optimiser, Solution, optimise
 from flsplit.wireless.phases import Method, Phase, Stage, Training, Where, Work
 from flsplit.wireless.problem import Problem
 from flsplit.wireless.profile import ModelProfile, Place, profile_model

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from flsplit.wireless.descent import Freedom
 from flsplit.wireless.latency import round_seconds, stage_breakdown
-from flsplit.wireless.optimise import Optimiser, Solution
+from flsplit.wireless.optimise import Freedom, Optimiser, Solution
 from flsplit.wireless.problem import Problem
 
 DRAWS = 3

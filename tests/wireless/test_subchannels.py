@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
+from exact_assignment import exact
 from planned_methods import planned
 
-from flsplit.errors import ConfigError
 from flsplit.strategies import EPSL, PSL
 from flsplit.wireless import Problem, Training
 from flsplit.wireless.latency import RoundTerms
 from flsplit.wireless.power import EVEN, WATER
-from flsplit.wireless.subchannels import Cell, at_random, exact, greedy, improved
+from flsplit.wireless.subchannels import Cell, at_random, greedy, improved
 
 
 def small(drawn_fleet, resnet18, seed, method=None, subchannels=7, devices=3):
@@ -80,5 +80,5 @@ def test_improving_many_subchannels_never_makes_it_worse(drawn_fleet, resnet18):
 
 def test_exact_refuses_many_subchannels(drawn_fleet, resnet18):
     cell, terms = small(drawn_fleet, resnet18, 0, subchannels=11)
-    with pytest.raises(ConfigError, match="11 subchannels are too many"):
+    with pytest.raises(ValueError, match="11 subchannels are too many"):
         exact(cell, terms)
