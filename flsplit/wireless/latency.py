@@ -16,24 +16,10 @@ SERVER = "server"
 
 
 def stage_seconds(stage: Stage, fleet: Fleet, rates: Rates) -> Array:
-    """Return how long a stage takes each device.
+    """Return how long a stage takes each device (s), its amount by a speed.
 
-    An amount by a speed: FLOPs by the device's or the server's FLOP/s, bits by the uplink's, the
-    downlink's or the broadcast's bit/s.
-
-    Parameters
-    ----------
-    stage : Stage
-        With its amount, in FLOPs or bits.
-    fleet : Fleet
-        With speeds in FLOP/s.
-    rates : Rates
-        In bit/s.
-
-    Returns
-    -------
-    ndarray
-        Seconds by device.
+    FLOPs by the device's or the server's FLOP/s, bits by the uplink's, the downlink's or the
+    broadcast's bit/s.
     """
     match stage.where:
         case Where.DEVICE:
@@ -82,33 +68,21 @@ def stage_breakdown(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> dict
 
 @dataclass(frozen=True)
 class Span:
-    """Who does what from when to when, for a picture.
+    """Who does what from when to when, for a picture."""
 
-    Attributes
-    ----------
-    actor : str
-        A device's name, or `SERVER`.
-    stage : str
-        What it does.
-    start_s, end_s : float
-        When, in s from the round's beginning.
-    """
-
-    actor: str
+    actor: str  # a device's name, or `SERVER`
     stage: str
-    start_s: float
+    start_s: float  # from the round's beginning
     end_s: float
 
 
 def spans(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> list[Span]:
     """Return what happens in a round, in order of the phases."""
     found: list[Span] = []
-    now = 0.0
     for phase in phases:
         for _ in range(phase.repeat):
-            own = list(_phase_spans(phase, fleet, rates, now))
-            now = max((span.end_s for span in own), default=now)
-            found += own
+            now = max((span.end_s for span in found), default=0.0)
+            found += _phase_spans(phase, fleet, rates, now)
     return found
 
 
@@ -132,45 +106,31 @@ def _phase_spans(phase: Phase, fleet: Fleet, rates: Rates, now: float) -> Iterat
 
 @dataclass(frozen=True)
 class RoundTerms:
-    """A round as ``sum_g weight_g max_i(fixed_gi + up_g / U_i + down_g / D_i + wide_g / W)``.
+    """A round as ``sum_g weight_g max_i(fixed_gi + up_g / U_i + down_g / D_i + wide_g / W)``."""
 
-    Attributes
-    ----------
-    weight : ndarray
-        By phase, how often it happens.
-    fixed_s : ndarray
-        Compute time (s), shape (phases, devices).
-    up_bits, down_bits, wide_bits : ndarray
-        By phase, the bits by uplink, downlink and broadcast.
-    """
-
-    weight: Array
-    fixed_s: Array
-    up_bits: Array
+    weight: Array  # by phase, how often it happens
+    fixed_s: Array  # compute time, shape (phases, devices)
+    up_bits: Array  # by phase
     down_bits: Array
-    wide_bits: Array
+    wide_bits: Array  # broadcast
 
     @classmethod
     def of(cls, phases: Sequence[Phase], fleet: Fleet) -> "RoundTerms":
         """Return the terms of phases that all devices share."""
-        silent = Rates(np.ones(1), np.ones(1), 1.0)
 
-        def bits(phase: Phase, where: Where) -> float:
-            return sum(stage.amount for stage in phase.stages if stage.where is where)
+        def amounts(where: Where) -> Array:
+            return np.array(
+                [sum(s.amount for s in phase.stages if s.where is where) for phase in phases],
+                dtype=np.float64,
+            )
 
-        def compute(phase: Phase) -> Array:
-            total = np.zeros(fleet.num_devices)
-            for stage in phase.stages:
-                if stage.where in (Where.DEVICE, Where.SERVER):
-                    total = total + stage_seconds(stage, fleet, silent)
-            return total
-
+        on_devices = amounts(Where.DEVICE)[:, None] / fleet.compute_flops
         return cls(
             weight=np.array([float(phase.repeat) for phase in phases]),
-            fixed_s=np.array([compute(phase) for phase in phases]),
-            up_bits=np.array([bits(phase, Where.UPLINK) for phase in phases]),
-            down_bits=np.array([bits(phase, Where.DOWNLINK) for phase in phases]),
-            wide_bits=np.array([bits(phase, Where.BROADCAST) for phase in phases]),
+            fixed_s=on_devices + amounts(Where.SERVER)[:, None] / fleet.server.compute_flops,
+            up_bits=amounts(Where.UPLINK),
+            down_bits=amounts(Where.DOWNLINK),
+            wide_bits=amounts(Where.BROADCAST),
         )
 
     def by_device(self, rates: Rates) -> Array:

@@ -67,19 +67,8 @@ def radio_rates(fleet: Fleet, allocation: Allocation) -> Rates:
     """Return the rates of a cell.
 
     Uplink and unicast: ``R_i = sum_k r_ik B log2(1 + P_k g_ik / (B N0))`` over the device's own
-    subchannels. Broadcast: the same over all subchannels, for the device that hears worst.
-
-    Parameters
-    ----------
-    fleet : Fleet
-        With a radio: B in Hz, N0 in W/Hz, gains without unit.
-    allocation : Allocation
-        P_k, in W; downlink powers follow from the radio's power density.
-
-    Returns
-    -------
-    Rates
-        In bit/s.
+    subchannels (B in Hz, P_k in W, N0 in W/Hz); downlink powers follow from the radio's power
+    density. Broadcast: the same over all subchannels, for the device that hears worst.
     """
     assert fleet.radio is not None
     owned = allocation.owned(fleet.num_devices)

@@ -1,4 +1,4 @@
-"""Who gets which subchannel: greedily after the straggler, improved, by chance, or exactly."""
+"""Who gets which subchannel: greedily after the straggler, improved, or by chance."""
 
 from dataclasses import dataclass
 
@@ -23,27 +23,13 @@ _FEW_SUBCHANNELS = 40
 
 @dataclass(frozen=True)
 class Cell:
-    """A fleet's radio cell, and how powers are filled in while subchannels are divided.
+    """A fleet's radio cell, and how powers are filled in while subchannels are divided."""
 
-    Attributes
-    ----------
-    snr_per_watt : ndarray
-        Signal to noise per watt (1/W), shape (devices, subchannels).
-    down : ndarray
-        What the base station sends, in bit/s per Hz, in the same shape.
-    budget_w : ndarray
-        Powers by device (W), scaled down so that they keep to the total.
-    bandwidth_hz : float
-        Of a subchannel, in Hz.
-    filling : Filling
-        Divides a device's power over its subchannels.
-    """
-
-    snr_per_watt: Array
-    down: Array
-    budget_w: Array
-    bandwidth_hz: float
-    filling: Filling
+    snr_per_watt: Array  # signal to noise per watt (1/W), shape (devices, subchannels)
+    down: Array  # what the base station sends, in bit/s per Hz, in the same shape
+    budget_w: Array  # powers by device, scaled down so that they keep to the total
+    bandwidth_hz: float  # of a subchannel
+    filling: Filling  # divides a device's power over its subchannels
 
     @classmethod
     def of(cls, fleet: Fleet, filling: Filling) -> "Cell":
@@ -127,23 +113,12 @@ def greedy(cell: Cell, terms: RoundTerms) -> Owner:
 
 
 def improved(cell: Cell, terms: RoundTerms, owner: Owner, most: int = 200) -> Owner:
-    """Move or swap subchannels as long as the round gets shorter.
+    """Move or swap subchannels as long as the round gets shorter, at most so often.
 
     For each device that a phase waits for, two kinds of changes are looked at: it gets another's
     subchannel; or it gets one in exchange for one of its own. The best of all is made. Where there
     are many subchannels, only those are looked at that suit the one better in comparison with the
     other than all others do.
-
-    Parameters
-    ----------
-    cell : Cell
-        The radio cell.
-    terms : RoundTerms
-        The round.
-    owner : ndarray of int
-        Where to begin.
-    most : int
-        The most changes to make.
     """
     owner = owner.copy()
     rates = cell.rates(owner)
