@@ -119,29 +119,33 @@ class Fleet:
         names = [device.name for device in self.devices]
         if doubles := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"several devices are called {doubles[0]!r}")
-        _positive("server: compute", self.server.compute_flops, "FLOP/s")
+        _positive("server", {"compute": (self.server.compute_flops, "FLOP/s")})
         for device in self.devices:
-            self._check_device(device)
+            quantities = {
+                "compute": (device.compute_flops, "FLOP/s"),
+                "memory": (device.memory_bytes, "B"),
+            }
+            if self.radio is None:
+                quantities["uplink"] = device.uplink_bps, "bit/s"
+                quantities["downlink"] = device.downlink_bps, "bit/s"
+            else:
+                quantities["distance"] = device.distance_m, "m"
+                quantities["power"] = device.power_w, "W"
+            _positive(f"device {device.name!r}", quantities)
         if self.radio is not None:
             self._check_radio(self.radio)
 
-    def _check_device(self, device: Device) -> None:
-        where = f"device {device.name!r}"
-        _positive(f"{where}: compute", device.compute_flops, "FLOP/s")
-        _positive(f"{where}: memory", device.memory_bytes, "B")
-        if self.radio is None:
-            _positive(f"{where}: uplink", device.uplink_bps, "bit/s")
-            _positive(f"{where}: downlink", device.downlink_bps, "bit/s")
-        else:
-            _positive(f"{where}: distance", device.distance_m, "m")
-            _positive(f"{where}: power", device.power_w, "W")
-
     def _check_radio(self, radio: Radio) -> None:
-        _positive("radio: subchannel-bandwidth", radio.subchannel_hz, "Hz")
-        _positive("radio: noise", radio.noise_w_per_hz, "W/Hz")
-        _positive("radio: antenna-gain", radio.antenna_gain, "(a ratio)")
-        _positive("radio: downlink", radio.downlink_w_per_hz, "W/Hz")
-        _positive("radio: total-power", radio.total_power_w, "W")
+        _positive(
+            "radio",
+            {
+                "subchannel-bandwidth": (radio.subchannel_hz, "Hz"),
+                "noise": (radio.noise_w_per_hz, "W/Hz"),
+                "antenna-gain": (radio.antenna_gain, "(a ratio)"),
+                "downlink": (radio.downlink_w_per_hz, "W/Hz"),
+                "total-power": (radio.total_power_w, "W"),
+            },
+        )
         if radio.num_subchannels < len(self.devices):
             raise ConfigError(
                 f"radio: {radio.num_subchannels} subchannels for {len(self.devices)} devices: each "
@@ -193,12 +197,10 @@ class Fleet:
         radio, rng = self.radio, np.random.default_rng(self.seed)
         distance_m = np.array([device.distance_m for device in self.devices])
         around = surroundings_of(radio.path_loss, distance_m, rng)
-        loss_db = np.array(
-            [one.path_loss_db(float(d)) for one, d in zip(around, distance_m, strict=True)]
-        )
-        spread_db = [
-            one.shadowing_db if radio.shadowing_db is None else radio.shadowing_db for one in around
-        ]
+        pairs = zip(around, distance_m, strict=True)
+        loss_db = np.array([one.path_loss_db(float(distance)) for one, distance in pairs])
+        fixed_db = radio.shadowing_db
+        spread_db = [one.shadowing_db if fixed_db is None else fixed_db for one in around]
         loss_db = loss_db + rng.normal(size=self.num_devices) * np.array(spread_db)
         shape = (self.num_devices, radio.num_subchannels)
         fading = rng.exponential(size=shape) if radio.fading else np.ones(shape)
@@ -212,6 +214,7 @@ class Fleet:
         return self.gains / (self.radio.subchannel_hz * self.radio.noise_w_per_hz)
 
 
-def _positive(name: str, value: float, unit: str) -> None:
-    if not value > 0:
-        raise ConfigError(f"{name} is {value:g} {unit}, expected more than 0")
+def _positive(where: str, quantities: dict[str, tuple[float, str]]) -> None:
+    for name, (value, unit) in quantities.items():
+        if not value > 0:
+            raise ConfigError(f"{where}: {name} is {value:g} {unit}, expected more than 0")

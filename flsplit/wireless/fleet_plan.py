@@ -80,47 +80,32 @@ def make_plan(problem: Problem, draws: int = DRAWS) -> FleetPlan:
 
 def ablations_of(optimiser: Optimiser, draws: int = DRAWS) -> dict[str, float]:
     """Return rounds (s) without parts of the optimisation, by what they lack."""
-    problem, found = optimiser.problem, {}
+    problem = optimiser.problem
+    places = problem.places
+
+    def mean(*, random_cut: bool = False, **fixed: bool) -> float:
+        """Return the mean round (s) of random choices."""
+        total = 0.0
+        for seed in range(draws):
+            index = int(np.random.default_rng([seed, 1]).integers(len(places)))
+            cut = places[index].cut if random_cut else None
+            total += optimiser.solve(Freedom(cut=cut, **fixed), seed).seconds
+        return total / draws
+
+    found = {}
     if problem.is_allocated:
-        found["random subchannels"] = _mean(optimiser, draws, subchannels=False)
+        found["random subchannels"] = mean(subchannels=False)
         found["even power"] = optimiser.solve(Freedom(power=False)).seconds
-        found["random subchannels, even power"] = _mean(
-            optimiser, draws, subchannels=False, power=False
-        )
-    if len(problem.places) > 1:
-        middle = problem.places[len(problem.places) // 2]
-        found["fixed cut (the middle)"] = optimiser.solve(Freedom(cut=middle.cut)).seconds
-        found["random cut"] = _mean(optimiser, draws, random_cut=True)
-    if problem.is_allocated and len(problem.places) > 1:
-        found["random subchannels, random cut"] = _mean(
-            optimiser, draws, subchannels=False, random_cut=True
-        )
-        found["even power, random cut"] = _mean(optimiser, draws, power=False, random_cut=True)
-        found["random everything"] = _mean(
-            optimiser, draws, subchannels=False, power=False, random_cut=True
-        )
+        found["random subchannels, even power"] = mean(subchannels=False, power=False)
+    if len(places) > 1:
+        middle = places[len(places) // 2].cut
+        found["fixed cut (the middle)"] = optimiser.solve(Freedom(cut=middle)).seconds
+        found["random cut"] = mean(random_cut=True)
+    if problem.is_allocated and len(places) > 1:
+        found["random subchannels, random cut"] = mean(subchannels=False, random_cut=True)
+        found["even power, random cut"] = mean(power=False, random_cut=True)
+        found["random everything"] = mean(subchannels=False, power=False, random_cut=True)
     return found
-
-
-def _mean(optimiser: Optimiser, draws: int, *, random_cut: bool = False, **fixed: bool) -> float:
-    """Return the mean round (s) of random choices."""
-    total = 0.0
-    for seed in range(draws):
-        cut = None
-        if random_cut:
-            places = optimiser.problem.places
-            cut = places[int(np.random.default_rng([seed, 1]).integers(len(places)))].cut
-        total += optimiser.solve(Freedom(cut=cut, **fixed), seed).seconds
-    return total / draws
-
-
-def every_cut(plan: FleetPlan) -> dict[str, float]:
-    """Return the round (s) by cut, with the plan's rates."""
-    problem, rates = plan.problem, plan.solution.rates
-    return {
-        place.cut: round_seconds(problem.phases(place), problem.fleet, rates)
-        for place in problem.places
-    }
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,51 +114,52 @@ def every_cut(plan: FleetPlan) -> dict[str, float]:
 
 def format_plan(plan: FleetPlan) -> str:
     """Return a plan as text."""
-    problem, training = plan.problem, plan.problem.training
+    problem, solution, training = plan.problem, plan.solution, plan.problem.training
+    whole = problem.method.whole_model
+    cut = [
+        "devices train the whole model: there is no cut"
+        if whole
+        else f"cut after {solution.place.cut}"
+    ]
+    for one in problem.excluded:
+        more = f" and {len(one.devices) - 3} more" if len(one.devices) > 3 else ""
+        cut.append(
+            f"excluded: {one.place.cut} needs {one.needed_bytes / 1e6:.1f} MB, more than device "
+            f"{', '.join(one.devices[:3])}{more} may use"
+        )
+    stages = _in_columns({**plan.stages, "round": solution.seconds})
+    if note := problem.method.note:
+        stages.append(f"({note})")
     parts = [
-        f"{problem.profile.model} on {problem.fleet.num_devices} devices, {problem.method.name}, "
-        f"{training.steps} x {training.batch_size} samples per device and round",
-        "\n".join(_cut_lines(plan)),
-        "\n".join([*_stage_lines(plan), *([f"({note})"] if (note := problem.method.note) else [])]),
+        [
+            f"{problem.profile.model} on {problem.fleet.num_devices} devices, "
+            f"{problem.method.name}, {training.steps} x {training.batch_size} samples per device "
+            "and round"
+        ],
+        cut,
+        stages,
     ]
     if plan.ablations:
-        parts.append("\n".join(_ablation_lines(plan)))
-    parts.append("\n".join(_device_lines(plan)))
-    if not problem.method.whole_model:
-        parts.append("\n".join(_paste_lines(plan)))
-    return "\n\n".join(parts)
-
-
-def _cut_lines(plan: FleetPlan) -> list[str]:
-    if plan.problem.method.whole_model:
-        lines = ["devices train the whole model: there is no cut"]
-    else:
-        lines = [f"cut after {plan.solution.place.cut}"]
-    for one in plan.problem.excluded:
-        lines.append(
-            f"excluded: {one.place.cut} needs {one.needed_bytes / 1e6:.1f} MB, more than device "
-            f"{_some(one.devices)} may use"
+        factors = [one / solution.seconds for one in plan.ablations.values()]
+        lines = zip(_in_columns(plan.ablations), factors, strict=True)
+        parts.append(["compared with", *(f"{a}  {b:.2f} times as long" for a, b in lines)])
+    parts.append(_device_lines(plan))
+    if not whole:
+        parts.append(
+            [
+                "to paste:",
+                f'cut = "{solution.place.cut}"  # of the strategy and of the client_app',
+                "# the run config; strategy-args go before an app's own keys, such as batch-size",
+                f'strategy = "{problem.method.name}"',
+                f"strategy-args = '{plan.strategy_args}'",
+            ]
         )
-    return lines
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
-def _some(names: tuple[str, ...], most: int = 3) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _stage_lines(plan: FleetPlan) -> list[str]:
-    width = max(len(name) for name in (*plan.stages, "round"))
-    lines = [f"{name:<{width}}  {_seconds(value)}" for name, value in plan.stages.items()]
-    return [*lines, f"{'round':<{width}}  {_seconds(plan.solution.seconds)}"]
-
-
-def _ablation_lines(plan: FleetPlan) -> list[str]:
-    width = max(len(name) for name in plan.ablations)
-    return ["compared with"] + [
-        f"{name:<{width}}  {_seconds(value)}  {value / plan.solution.seconds:.2f} times as long"
-        for name, value in plan.ablations.items()
-    ]
+def _in_columns(seconds: Mapping[str, float]) -> list[str]:
+    width = max(map(len, seconds))
+    return [f"{name:<{width}}  {value:10.4f} s" for name, value in seconds.items()]
 
 
 def _device_lines(plan: FleetPlan) -> list[str]:
@@ -189,27 +175,21 @@ def _device_lines(plan: FleetPlan) -> list[str]:
     return lines
 
 
-def _paste_lines(plan: FleetPlan) -> list[str]:
-    return [
-        "to paste:",
-        f'cut = "{plan.solution.place.cut}"  # of the strategy and of the client_app',
-        "# the run config; strategy-args go before an app's own keys, such as batch-size",
-        f'strategy = "{plan.problem.method.name}"',
-        f"strategy-args = '{plan.strategy_args}'",
-    ]
-
-
-def _seconds(value: float) -> str:
-    return f"{value:10.4f} s"
-
-
 # ------------------------------------------------------------------------------------------------
 # For programs
 
 
 def plan_to_json(plan: FleetPlan) -> dict[str, Any]:
     """Return a plan as JSON's types; units are in the keys."""
-    problem, solution = plan.problem, plan.solution
+    problem, solution, rates = plan.problem, plan.solution, plan.solution.rates
+    excluded = [
+        {"cut": one.place.cut, "needed_bytes": one.needed_bytes, "devices": list(one.devices)}
+        for one in problem.excluded
+    ]
+    every_cut = {
+        place.cut: round_seconds(problem.phases(place), problem.fleet, rates)
+        for place in problem.places
+    }
     return {
         "model": problem.profile.model,
         "strategy": problem.method.name,
@@ -218,43 +198,32 @@ def plan_to_json(plan: FleetPlan) -> dict[str, Any]:
         "batch_size": problem.training.batch_size,
         "steps": problem.training.steps,
         "cut": None if problem.method.whole_model else solution.place.cut,
-        "excluded_cuts": [
-            {
-                "cut": one.place.cut,
-                "needed_bytes": one.needed_bytes,
-                "devices": list(one.devices),
-            }
-            for one in problem.excluded
-        ],
+        "excluded_cuts": excluded,
         "round_s": solution.seconds,
         "stages_s": dict(plan.stages),
         "ablations_s": dict(plan.ablations),
-        "cuts_s": every_cut(plan),
+        "cuts_s": every_cut,  # with the plan's rates
         "history_s": list(solution.history),
-        "broadcast_bps": solution.rates.broadcast_bps,
+        "broadcast_bps": rates.broadcast_bps,
         "devices": _devices(plan),
     }
 
 
 def _devices(plan: FleetPlan) -> list[dict[str, Any]]:
-    fleet, solution = plan.problem.fleet, plan.solution
-    allocation = solution.allocation
-    powers = None if allocation is None else allocation.device_power_w(fleet.num_devices)
-    found = []
+    fleet, rates, allocation = plan.problem.fleet, plan.solution.rates, plan.solution.allocation
+    found: list[dict[str, Any]] = []
     for index, device in enumerate(fleet.devices):
-        own = None
-        if allocation is not None:
-            own = [int(k) for k in np.flatnonzero(allocation.owner == index)]
-        found.append(
-            {
-                "name": device.name,
-                "uplink_bps": float(solution.rates.uplink_bps[index]),
-                "downlink_bps": float(solution.rates.downlink_bps[index]),
-                "power_w": None if powers is None else float(powers[index]),
-                "subchannels": own,
-                "subchannel_power_w": None
-                if allocation is None or own is None
-                else [float(allocation.power_w[k]) for k in own],
-            }
-        )
+        one: dict[str, Any] = {
+            "name": device.name,
+            "uplink_bps": float(rates.uplink_bps[index]),
+            "downlink_bps": float(rates.downlink_bps[index]),
+        }
+        if allocation is None:
+            one |= dict.fromkeys(("power_w", "subchannels", "subchannel_power_w"))
+        else:
+            own = np.flatnonzero(allocation.owner == index)
+            one["power_w"] = float(allocation.device_power_w(fleet.num_devices)[index])
+            one["subchannels"] = own.tolist()
+            one["subchannel_power_w"] = allocation.power_w[own].tolist()
+        found.append(one)
     return found

@@ -71,19 +71,15 @@ def example_input(text: str) -> Tensor | tuple[int, ...]:
 
 
 def _torchvision(name: str) -> Callable[..., Any]:
+    own = "for a model of your own write module:function"
     try:
-        models = load_torchvision().models
+        found: Callable[..., Any] = load_torchvision().models.get_model_builder(name)
     except ImportError as error:
         raise ConfigError(
-            f"the model {name!r} comes from torchvision, which is not installed; for a model of "
-            "your own write module:function"
+            f"the model {name!r} comes from torchvision, which is not installed; {own}"
         ) from error
-    try:
-        found: Callable[..., Any] = models.get_model_builder(name)
     except ValueError as error:
-        raise ConfigError(
-            f"torchvision has no model {name!r}; for a model of your own write module:function"
-        ) from error
+        raise ConfigError(f"torchvision has no model {name!r}; {own}") from error
     return found
 
 

@@ -12,21 +12,11 @@ from flsplit.wireless.profile import ModelProfile, Place
 
 @dataclass(frozen=True)
 class Excluded:
-    """A place where a model can't be cut, because devices lack memory.
-
-    Attributes
-    ----------
-    place : Place
-        The place.
-    devices : tuple of str
-        Who lacks memory.
-    needed_bytes : int
-        What training would take.
-    """
+    """A place where a model can't be cut, because devices lack memory."""
 
     place: Place
-    devices: tuple[str, ...]
-    needed_bytes: int
+    devices: tuple[str, ...]  # who lacks it
+    needed_bytes: int  # what training would take
 
 
 @dataclass(frozen=True)
@@ -68,18 +58,14 @@ class Problem:
     @cached_property
     def excluded(self) -> tuple[Excluded, ...]:
         """Places that exceed some device's memory."""
-        found = []
+        found, training = [], self.training
         for place in self.all_places:
-            needed = self._needed_bytes(place)
+            needed = place.client_memory_bytes(training.batch_size, training.optimizer_slots)
+            needed += self.method.device_memory_bytes(self._work(place))
             short = tuple(d.name for d in self.fleet.devices if d.memory_bytes < needed)
             if short:
                 found.append(Excluded(place, short, needed))
         return tuple(found)
-
-    def _needed_bytes(self, place: Place) -> int:
-        training = self.training
-        segment = place.client_memory_bytes(training.batch_size, training.optimizer_slots)
-        return segment + self.method.device_memory_bytes(self._work(place))
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
