@@ -48,10 +48,10 @@ from flsplit.strategies.report import log_start, log_summary
 from flsplit.strategies.result import SplitResult
 from flsplit.strategies.round import Round
 from flsplit.strategies.run import EvaluateFn, Run
-from flsplit.wireless.phases import Method, Phase, Work, aggregation, parallel_steps
+from flsplit.wireless.phases import Method, SaysPhases
 
 
-class SplitStrategy(Strategy):
+class SplitStrategy(SaysPhases, Strategy):
     """Base class of split strategies.
 
     A subclass says how a round is trained (:meth:`train_round`); most derive from
@@ -82,7 +82,6 @@ class SplitStrategy(Strategy):
         If the model can't be cut there.
     """
 
-    aggregates: ClassVar[bool] = False
     hands_on: ClassVar[bool] = False
     one_by_one: ClassVar[bool] = False
 
@@ -129,46 +128,6 @@ class SplitStrategy(Strategy):
         return steps + 1
 
     # --- what the planner and a fleet's clock ask ----------------------------------------
-
-    @classmethod
-    def phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
-        """Return what a round sends and computes, in its order, for `flsplit plan`.
-
-        By default parallel steps, and an aggregation of the client segments where there is one.
-        The helpers to say something else are in :mod:`flsplit.wireless.phases`.
-
-        Parameters
-        ----------
-        work : Work
-            The model, where it is cut, how many devices train, and on what.
-        **arguments
-            The constructor's arguments, with the defaults, but for ``model`` and ``cut``.
-
-        Returns
-        -------
-        tuple of Phase
-            With FLOPs and bits.
-        """
-        return (*parallel_steps(work), *cls.aggregation_phases(work, **arguments))
-
-    @classmethod
-    def aggregation_phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
-        r"""Return the phases of the client segments' aggregation; none where there is none.
-
-        Each device sends :math:`|w_c|` (bits), and the mean, :math:`|w_c|` (bits), is broadcast.
-        """
-        aggregates = cls.aggregates or arguments.get("client_strategy") is not None
-        return aggregation(work.client_bits) if aggregates else ()
-
-    @classmethod
-    def plan_note(cls, **arguments: Any) -> str:
-        """Return what to know of what :meth:`phases` charges; by default nothing."""
-        return ""
-
-    @classmethod
-    def device_memory_bytes(cls, work: Work, **arguments: Any) -> int:
-        """Return the bytes that a device needs besides those for its segment; by default none."""
-        return 0
 
     def planned(self, name: str = "", given: Mapping[str, Any] | None = None) -> Method:
         """Return the method as the planner wants it: the class, and what it was made with.

@@ -5,12 +5,13 @@ python apps/planning/sweep.py --out docs/img
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from cell import PaperEPSL, draw_devices, method, resnet18
+from matplotlib.figure import Figure
 
 from flsplit.strategies import EPSL, PSL, SequentialSL, SplitFedV1
 from flsplit.wireless import (
@@ -25,7 +26,7 @@ from flsplit.wireless import (
     Training,
     make_plan,
 )
-from flsplit.wireless.pictures import Sweep, draw_profile, draw_round, draw_sweeps
+from flsplit.wireless.pictures import draw_profile, draw_round, save_picture
 
 METHODS: dict[str, Method] = {
     "EPSL": method(PaperEPSL, "epsl"),
@@ -57,6 +58,57 @@ def fleet(
         ),
         seed=seed,
     )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How long rounds take as one thing changes.
+
+    Attributes
+    ----------
+    title : str
+        What changes, with its unit.
+    values : sequence of float
+        What it is set to.
+    optimised, plain : mapping of str to sequence of float
+        Rounds (s) by method, one for each value, with everything chosen and with nothing.
+    """
+
+    title: str
+    values: Sequence[float]
+    optimised: Mapping[str, Sequence[float]]
+    plain: Mapping[str, Sequence[float]]
+
+
+def draw_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> Path:
+    """Draw sweeps side by side; solid lines with everything chosen, dashed ones with nothing.
+
+    Parameters
+    ----------
+    sweeps : sequence of Sweep
+        One panel each.
+    path : str or Path
+        Where to write the picture; the suffix chooses the format.
+
+    Returns
+    -------
+    Path
+        ``path``.
+    """
+    columns = 2
+    rows = -(-len(sweeps) // columns)
+    figure = Figure(figsize=(10, 3.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, sweep in zip(grid.flat, sweeps, strict=True):
+        for index, name in enumerate(sweep.optimised):
+            colour = f"C{index}"
+            axes.plot(sweep.values, sweep.optimised[name], "o-", color=colour, ms=4, label=name)
+            axes.plot(sweep.values, sweep.plain[name], "x--", color=colour, ms=4, alpha=0.7)
+        axes.set(xlabel=sweep.title, ylabel="seconds per round", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    grid[0][0].legend(fontsize=8)
+    figure.suptitle("solid: everything chosen; dashed: random cut and subchannels, even power")
+    return save_picture(figure, path)
 
 
 def plain_seconds(optimiser: Optimiser, seed: int) -> float:

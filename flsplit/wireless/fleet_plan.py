@@ -128,7 +128,7 @@ def format_plan(plan: FleetPlan) -> str:
             f"{', '.join(one.devices[:3])}{more} may use"
         )
     stages = _in_columns({**plan.stages, "round": solution.seconds})
-    if note := problem.method.note:
+    if note := problem.note:
         stages.append(f"({note})")
     parts = [
         [
@@ -194,7 +194,7 @@ def plan_to_json(plan: FleetPlan) -> dict[str, Any]:
         "model": problem.profile.model,
         "strategy": problem.method.name,
         "strategy_args": plan.strategy_args,
-        "note": problem.method.note,
+        "note": problem.note,
         "batch_size": problem.training.batch_size,
         "steps": problem.training.steps,
         "cut": None if problem.method.whole_model else solution.place.cut,

@@ -16,7 +16,7 @@ Labels, message headers and the time of the optimizers are left out.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from flsplit.errors import ConfigError
 from flsplit.wireless.profile import BACKWARD_PER_FORWARD, ModelProfile, Place
@@ -156,26 +156,46 @@ class Work:
         return BITS * self.place.element_bytes * params
 
 
-class SaysPhases(Protocol):
-    """What the planner asks of a class of methods; every split strategy answers.
+class SaysPhases:
+    """What the planner and a fleet's clock ask of a class of methods.
 
-    ``arguments`` are those of the class's constructor, by name, the defaults among them.
+    Everywhere ``arguments`` are those of the class's constructor by name, with the defaults, but
+    for ``model`` and ``cut``: ``work`` says where the model is cut.
+
+    Attributes
+    ----------
+    aggregates : bool
+        Whether client segments are aggregated even if no ``client_strategy`` is given.
     """
+
+    aggregates: ClassVar[bool] = False
 
     @classmethod
     def phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
-        """Return what a round consists of."""
-        ...
+        """Return what a round sends (bits) and computes (FLOPs), in its order.
+
+        By default parallel steps, and an aggregation of the client segments where there is one.
+        """
+        return (*parallel_steps(work), *cls.aggregation_phases(work, **arguments))
+
+    @classmethod
+    def aggregation_phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
+        r"""Return the phases of the client segments' aggregation; none where there is none.
+
+        Each device sends :math:`|w_c|` (bits), and the mean, :math:`|w_c|` (bits), is broadcast.
+        """
+        aggregates = cls.aggregates or arguments.get("client_strategy") is not None
+        return aggregation(work.client_bits) if aggregates else ()
 
     @classmethod
     def plan_note(cls, **arguments: Any) -> str:
-        """Return what to know of what is charged; nothing where there is nothing to say."""
-        ...
+        """Return what to know of what :meth:`phases` charges; by default nothing."""
+        return ""
 
     @classmethod
     def device_memory_bytes(cls, work: Work, **arguments: Any) -> int:
         """Return the bytes that a device needs besides `Place.client_memory_bytes`."""
-        ...
+        return 0
 
 
 @dataclass(frozen=True)
@@ -205,15 +225,6 @@ class Method:
     def phases(self, work: Work) -> tuple[Phase, ...]:
         """Return what a round consists of."""
         return self.kind.phases(work, **self.arguments)
-
-    @property
-    def note(self) -> str:
-        """What to know of what is charged."""
-        return self.kind.plan_note(**self.arguments)
-
-    def device_memory_bytes(self, work: Work) -> int:
-        """Return the bytes that a device needs besides `Place.client_memory_bytes`."""
-        return self.kind.device_memory_bytes(work, **self.arguments)
 
 
 # ------------------------------------------------------------------------------------------------

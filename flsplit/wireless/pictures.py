@@ -1,7 +1,6 @@
 """Pictures of profiles, rounds and sweeps."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -50,7 +49,7 @@ def draw_profile(profile: ModelProfile, path: str | Path) -> Path:
     figure.axes[0].invert_yaxis()
     shape = "x".join(map(str, profile.input_shape))
     figure.suptitle(f"{profile.model}, input {shape}, per sample, by cut", fontsize=11)
-    return _saved(figure, path)
+    return save_picture(figure, path)
 
 
 def draw_round(plan: FleetPlan, path: str | Path) -> Path:
@@ -74,7 +73,7 @@ def draw_round(plan: FleetPlan, path: str | Path) -> Path:
     )
     axes = figure.subplots()
     draw_spans(axes, plan)
-    return _saved(figure, path)
+    return save_picture(figure, path)
 
 
 def draw_spans(axes: Axes, plan: FleetPlan) -> None:
@@ -106,58 +105,8 @@ def draw_spans(axes: Axes, plan: FleetPlan) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """How long rounds take as one thing changes.
-
-    Attributes
-    ----------
-    title : str
-        What changes, with its unit.
-    values : sequence of float
-        What it is set to.
-    optimised, plain : mapping of str to sequence of float
-        Rounds (s) by method, one for each value, with everything chosen and with nothing.
-    """
-
-    title: str
-    values: Sequence[float]
-    optimised: Mapping[str, Sequence[float]]
-    plain: Mapping[str, Sequence[float]]
-
-
-def draw_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> Path:
-    """Draw sweeps side by side; solid lines with everything chosen, dashed ones with nothing.
-
-    Parameters
-    ----------
-    sweeps : sequence of Sweep
-        One panel each.
-    path : str or Path
-        Where to write the picture; the suffix chooses the format.
-
-    Returns
-    -------
-    Path
-        ``path``.
-    """
-    columns = 2
-    rows = -(-len(sweeps) // columns)
-    figure = Figure(figsize=(10, 3.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, sweep in zip(grid.flat, sweeps, strict=True):
-        for index, name in enumerate(sweep.optimised):
-            colour = f"C{index}"
-            axes.plot(sweep.values, sweep.optimised[name], "o-", color=colour, ms=4, label=name)
-            axes.plot(sweep.values, sweep.plain[name], "x--", color=colour, ms=4, alpha=0.7)
-        axes.set(xlabel=sweep.title, ylabel="seconds per round", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-    grid[0][0].legend(fontsize=8)
-    figure.suptitle("solid: everything chosen; dashed: random cut and subchannels, even power")
-    return _saved(figure, path)
-
-
-def _saved(figure: Figure, path: str | Path) -> Path:
+def save_picture(figure: Figure, path: str | Path) -> Path:
+    """Write a picture whose format the path's suffix says, and return the path."""
     try:
         figure.savefig(path, dpi=80)
     except (OSError, ValueError) as error:  # no such folder, no such format

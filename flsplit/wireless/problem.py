@@ -58,10 +58,10 @@ class Problem:
     @cached_property
     def excluded(self) -> tuple[Excluded, ...]:
         """Places that exceed some device's memory."""
-        found, training = [], self.training
+        found, training, method = [], self.training, self.method
         for place in self.all_places:
             needed = place.client_memory_bytes(training.batch_size, training.optimizer_slots)
-            needed += self.method.device_memory_bytes(self._work(place))
+            needed += method.kind.device_memory_bytes(self._work(place), **method.arguments)
             short = tuple(d.name for d in self.fleet.devices if d.memory_bytes < needed)
             if short:
                 found.append(Excluded(place, short, needed))
@@ -86,6 +86,11 @@ class Problem:
                 f"device {', '.join(least.devices[:5])} may use"
             )
         return places
+
+    @property
+    def note(self) -> str:
+        """What to know of what is charged."""
+        return self.method.kind.plan_note(**self.method.arguments)
 
     @property
     def arguments(self) -> dict[str, Any]:

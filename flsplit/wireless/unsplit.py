@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from flsplit.wireless.phases import BITS, Method, Phase, Stage, Where, Work, aggregation
+from flsplit.wireless.phases import BITS, Method, Phase, SaysPhases, Stage, Where, Work, aggregation
 
 
-class Unsplit:
+class Unsplit(SaysPhases):
     r"""Federated averaging: every device trains the whole model.
 
     Client forward and backward are ``steps`` times :math:`b F` and :math:`b B` of the whole model
@@ -22,16 +22,6 @@ class Unsplit:
             Stage("client backward", Where.DEVICE, rows * end.client_flops_backward),
         )
         return (Phase((*local, *up.stages)), down)
-
-    @classmethod
-    def plan_note(cls, **arguments: Any) -> str:
-        """Return nothing: there is nothing to say."""
-        return ""
-
-    @classmethod
-    def device_memory_bytes(cls, work: Work, **arguments: Any) -> int:
-        """Return 0: the whole model's memory is counted."""
-        return 0
 
 
 FEDAVG = Method("fedavg", Unsplit, whole_model=True)
