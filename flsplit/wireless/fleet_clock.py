@@ -17,21 +17,11 @@ Wait = Callable[[float], object]
 
 @dataclass(frozen=True)
 class Costs:
-    """What a row costs.
+    """What a row costs."""
 
-    Attributes
-    ----------
-    place : Place
-        Where the model is cut, with the FLOPs on both sides.
-    last_layer_flops_backward : int
-        FLOPs of the backward pass through the model's last layer, where nothing is aggregated.
-    auxiliary_flops : callable
-        Returns the FLOPs of a row's forward pass through an auxiliary model.
-    """
-
-    place: Place
-    last_layer_flops_backward: int
-    auxiliary_flops: Callable[[], int]
+    place: Place  # where the model is cut, with the FLOPs on both sides
+    last_layer_flops_backward: int  # B_l, where nothing is aggregated
+    auxiliary_flops: Callable[[], int]  # those of a row's forward pass through an auxiliary model
 
     def leg_flops(self, leg: Leg) -> float:
         """Return what a device computes (FLOPs): rows by FLOPs per row, for each kind of pass."""
@@ -98,11 +88,8 @@ class FleetClock:
         wait: Wait | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._fleet = fleet
-        self._rates = rates
-        self._costs = costs
-        self._wait = wait
-        self._now = now
+        self._fleet, self._rates, self._costs = fleet, rates, costs
+        self._wait, self._now = wait, now
         self._index = {device.name: index for index, device in enumerate(fleet.devices)}
         self._begin_round()
 
