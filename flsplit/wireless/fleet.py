@@ -16,101 +16,50 @@ reach."""
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A client's machine.
+    """A client's machine."""
 
-    Attributes
-    ----------
-    name : str
-        What it is called; a run's client of this name is this device.
-    compute_flops : float
-        FLOP/s that training reaches on it.
-    memory_bytes : float
-        Bytes that training may take.
-    distance_m, power_w : float
-        Distance (m) to the base station and greatest transmit power (W); on a radio network.
-    uplink_bps, downlink_bps : float
-        Measured rates (bit/s); where there are links instead of a radio.
-    """
-
-    name: str
-    compute_flops: float
-    memory_bytes: float = float("inf")
+    name: str  # what it is called; a run's client of this name is this device
+    compute_flops: float  # FLOP/s that training reaches on it
+    memory_bytes: float = float("inf")  # bytes that training may take
+    # distance (m) to the base station and greatest transmit power (W); on a radio network
     distance_m: float = 0.0
     power_w: float = 0.0
-    uplink_bps: float = 0.0
+    uplink_bps: float = 0.0  # measured rates (bit/s); where there are links instead of a radio
     downlink_bps: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """The edge server.
+    """The edge server."""
 
-    Attributes
-    ----------
-    compute_flops : float
-        FLOP/s that training reaches on it.
-    """
-
-    compute_flops: float
+    compute_flops: float  # FLOP/s that training reaches on it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Radio:
-    """An OFDMA cell: subchannels that each belong to one device at a time.
-
-    Attributes
-    ----------
-    num_subchannels : int
-        How many there are.
-    subchannel_hz : float
-        Bandwidth of one, in Hz.
-    noise_w_per_hz : float
-        Noise power density, in W/Hz.
-    antenna_gain : float
-        Gain of both ends' antennas together, without unit.
-    downlink_w_per_hz : float
-        Power density of the base station on every subchannel, in W/Hz.
-    total_power_w : float
-        What all devices together may send, in W.
-    path_loss : str
-        One of `flsplit.wireless.channel.PATH_LOSSES`.
-    shadowing_db : float, optional
-        Standard deviation of shadowing, in dB. Default: that of ``path_loss``.
-    fading : bool
-        Rayleigh fading, independent for each device and subchannel.
-    """
+    """An OFDMA cell: subchannels that each belong to one device at a time."""
 
     num_subchannels: int
-    subchannel_hz: float
-    noise_w_per_hz: float = watts_from_dbm(-174.0)
-    antenna_gain: float = 1.0
+    subchannel_hz: float  # bandwidth of one, in Hz
+    noise_w_per_hz: float = watts_from_dbm(-174.0)  # noise power density, in W/Hz
+    antenna_gain: float = 1.0  # gain of both ends' antennas together, without unit
+    # power density of the base station on every subchannel, in W/Hz
     downlink_w_per_hz: float = watts_from_dbm(-50.0)
-    total_power_w: float = float("inf")
-    path_loss: str = "macro-2ghz"
+    total_power_w: float = float("inf")  # what all devices together may send, in W
+    path_loss: str = "macro-2ghz"  # one of `flsplit.wireless.channel.PATH_LOSSES`
+    # standard deviation of shadowing, in dB. Default: that of ``path_loss``.
     shadowing_db: float | None = None
-    fading: bool = True
+    fading: bool = True  # Rayleigh fading, independent for each device and subchannel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """Devices and a server, with a radio cell or with measured links between them.
-
-    Attributes
-    ----------
-    devices : tuple of Device
-        The devices.
-    server : Server
-        The server.
-    radio : Radio, optional
-        The cell; None for measured links.
-    seed : int
-        Of shadowing, fading and lines of sight.
-    """
+    """Devices and a server, with a radio cell or with measured links between them."""
 
     devices: tuple[Device, ...]
     server: Server
-    radio: Radio | None = None
-    seed: int = 0
+    radio: Radio | None = None  # the cell; None for measured links
+    seed: int = 0  # of shadowing, fading and lines of sight
 
     def __post_init__(self) -> None:
         """Refuse what can't be planned for."""

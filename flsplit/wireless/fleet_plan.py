@@ -17,23 +17,12 @@ DRAWS = 3
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """What `optimise` found, and what it is worth.
-
-    Attributes
-    ----------
-    problem : Problem
-        The fleet, the model and the method.
-    solution : Solution
-        The best choice.
-    stages : mapping of str to float
-        What each stage takes of the round, in s.
-    ablations : mapping of str to float
-        The round (s) where a part of the choice is left to chance or to custom, by what is.
-    """
+    """What `optimise` found, and what it is worth."""
 
     problem: Problem
     solution: Solution
-    stages: Mapping[str, float]
+    stages: Mapping[str, float]  # what each stage takes of the round, in s
+    # the round (s) where a part of the choice is left to chance or to custom, by what is
     ablations: Mapping[str, float]
 
     @property
@@ -52,19 +41,7 @@ def inline_table(value: Any) -> str:
 
 
 def make_plan(problem: Problem, draws: int = DRAWS) -> FleetPlan:
-    """Optimise a round and compare it with the ablations.
-
-    Parameters
-    ----------
-    problem : Problem
-        The fleet, the model and the method.
-    draws : int
-        How often to draw what an ablation leaves to chance; the mean counts.
-
-    Returns
-    -------
-    FleetPlan
-        With times in s.
+    """Optimise a round and compare it with the ablations, the mean of so many draws.
 
     Raises
     ------

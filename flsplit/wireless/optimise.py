@@ -23,46 +23,22 @@ _DESCENTS = 4000  # cuts to begin at, times devices squared: few devices are che
 
 @dataclass(frozen=True)
 class Freedom:
-    """What an optimisation may choose.
+    """What an optimisation may choose."""
 
-    Attributes
-    ----------
-    subchannels : bool
-        Otherwise they are drawn by chance.
-    power : bool
-        Otherwise every device spreads its power evenly over its subchannels.
-    cut : str, optional
-        The cut, or None to choose it.
-    """
-
-    subchannels: bool = True
-    power: bool = True
-    cut: str | None = None
+    subchannels: bool = True  # otherwise they are drawn by chance
+    power: bool = True  # otherwise every device spreads its power evenly over its subchannels
+    cut: str | None = None  # the cut, or None to choose it
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A choice and the round it leads to.
-
-    Attributes
-    ----------
-    place : Place
-        Where the model is cut.
-    allocation : Allocation or None
-        Subchannels and powers; None where there are none to choose.
-    rates : Rates
-        What the links then carry.
-    seconds : float
-        The length of a round, in s.
-    history : tuple of float
-        The length (s) before and after each change that the descent made.
-    """
+    """A choice and the round it leads to."""
 
     place: Place
-    allocation: Allocation | None
-    rates: Rates
-    seconds: float
-    history: tuple[float, ...]
+    allocation: Allocation | None  # subchannels and powers; None where there are none to choose
+    rates: Rates  # what the links then carry
+    seconds: float  # the length of a round, in s
+    history: tuple[float, ...]  # the length (s) before and after each change that the descent made
 
 
 @dataclass(frozen=True)
@@ -85,11 +61,6 @@ class Optimiser:
     helps; a change is made only if the round gets shorter. Because such a descent ends where no
     single change helps, it is done at each of the cuts that begin best (all of them for small
     fleets), and goes on from the best end with the cut free to change.
-
-    Parameters
-    ----------
-    problem : Problem
-        The fleet, the model and the method.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -233,19 +204,7 @@ class _Descent:
 def optimise(problem: Problem, freedom: Freedom | None = None, seed: int = 0) -> Solution:
     """Make a round as short as possible; an :class:`Optimiser` does so several times, quicker.
 
-    Parameters
-    ----------
-    problem : Problem
-        The fleet, the model and the method.
-    freedom : Freedom, optional
-        What may be chosen. Default: all.
-    seed : int
-        Of what is drawn by chance.
-
-    Returns
-    -------
-    Solution
-        The choice, and the length of the round in s.
+    By default all may be chosen; the seed is of what is drawn by chance.
 
     Raises
     ------

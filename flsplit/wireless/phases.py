@@ -200,26 +200,15 @@ class SaysPhases:
 
 @dataclass(frozen=True)
 class Method:
-    """A method of training, with its arguments.
+    """A method of training, with its arguments."""
 
-    Attributes
-    ----------
-    name : str
-        The strategy's name, as in a run's configuration.
-    kind : type
-        Says the phases.
-    arguments : mapping of str to object
-        Those of its constructor, with all defaults.
-    given : mapping of str to object
-        What a run's configuration must say to have them: text, numbers, lists and tables of such.
-    whole_model : bool
-        Whether devices train the whole model, so that there is nothing to cut.
-    """
-
-    name: str
-    kind: type[SaysPhases]
+    name: str  # the strategy's name, as in a run's configuration
+    kind: type[SaysPhases]  # says the phases
+    # those of its constructor, with all defaults
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    # what a run's configuration must say to have them: text, numbers, lists and tables of such
     given: Mapping[str, Any] = field(default_factory=dict)
+    # whether devices train the whole model, so that there is nothing to cut
     whole_model: bool = False
 
     def phases(self, work: Work) -> tuple[Phase, ...]:

@@ -1,10 +1,9 @@
-"""Pictures of profiles, rounds and sweeps."""
+"""Pictures of profiles and rounds; the path's suffix chooses the format."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -17,20 +16,7 @@ _MOST_DEVICES = 20
 
 
 def draw_profile(profile: ModelProfile, path: str | Path) -> Path:
-    """Draw what a client holds, computes, keeps and sends, by cut.
-
-    Parameters
-    ----------
-    profile : ModelProfile
-        The model.
-    path : str or Path
-        Where to write the picture; the suffix chooses the format.
-
-    Returns
-    -------
-    Path
-        ``path``.
-    """
+    """Draw what a client holds, computes, keeps and sends, by cut, and return the path."""
     rows = profile.summary()
     panels = (
         ("client's parameters (millions)", [row.client_params / 1e6 for row in rows]),
@@ -40,11 +26,10 @@ def draw_profile(profile: ModelProfile, path: str | Path) -> Path:
     )
     figure = Figure(figsize=(11, 1.5 + 0.24 * len(rows)), layout="constrained")
     names = [row.cut for row in rows]
-    for axes, (title, values) in zip(
-        figure.subplots(1, len(panels), sharey=True), panels, strict=True
-    ):
+    grid = figure.subplots(1, len(panels), sharey=True)
+    for axes, (title, values) in zip(grid, panels, strict=True):
         axes.barh(names, values, color="#1f77b4")
-        axes.set_title(f"{title}", fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
     shape = "x".join(map(str, profile.input_shape))
@@ -55,30 +40,12 @@ def draw_profile(profile: ModelProfile, path: str | Path) -> Path:
 def draw_round(plan: FleetPlan, path: str | Path) -> Path:
     """Draw who does what when in one step of a planned round, and in what follows the steps.
 
-    Parameters
-    ----------
-    plan : FleetPlan
-        The plan; of more than 20 devices the first 20 are drawn.
-    path : str or Path
-        Where to write the picture; the suffix chooses the format.
-
-    Returns
-    -------
-    Path
-        ``path``.
+    Of more than 20 devices the first 20 are drawn. Returns the path.
     """
-    figure = Figure(
-        figsize=(10, 1.8 + 0.3 * min(_MOST_DEVICES, plan.problem.fleet.num_devices)),
-        layout="constrained",
-    )
-    axes = figure.subplots()
-    draw_spans(axes, plan)
-    return save_picture(figure, path)
-
-
-def draw_spans(axes: Axes, plan: FleetPlan) -> None:
-    """Draw a Gantt chart of one step of a planned round into axes."""
     problem, solution = plan.problem, plan.solution
+    height = 1.8 + 0.3 * min(_MOST_DEVICES, problem.fleet.num_devices)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes = figure.subplots()
     one_step = replace(problem, training=replace(problem.training, steps=1))
     found = spans(one_step.phases(solution.place), problem.fleet, solution.rates)
     names = [device.name for device in problem.fleet.devices[:_MOST_DEVICES]]
@@ -103,6 +70,7 @@ def draw_spans(axes: Axes, plan: FleetPlan) -> None:
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
     )
+    return save_picture(figure, path)
 
 
 def save_picture(figure: Figure, path: str | Path) -> Path:

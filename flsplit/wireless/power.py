@@ -46,11 +46,6 @@ def even_powers(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
     return np.where(owned, share[:, None], 0.0)
 
 
-def even_bits(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
-    """Return what `even_powers` (W) carry, in bit/s per Hz, by device."""
-    return carried_bits(snr_per_watt, even_powers(snr_per_watt, owned, budget_w))
-
-
 class Basin:
     """The floors 1/a (W) that power is poured over, each device's from the lowest up.
 
@@ -123,21 +118,14 @@ class Basin:
         return powers
 
 
-def water_powers(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
-    """Return the powers (W) that carry most within budgets (W); see `Basin.pour`."""
-    return Basin(snr_per_watt, owned).pour(budget_w)
-
-
-def water_bits(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
-    """Return what `water_powers` (W) carry, in bit/s per Hz, by device."""
-    return Basin(snr_per_watt, owned).bits(budget_w)
-
-
-EVEN = Filling(even_powers, even_bits)
+EVEN = Filling(even_powers, lambda a, own, budget: carried_bits(a, even_powers(a, own, budget)))
 """The same power on all of a device's subchannels."""
 
-WATER = Filling(water_powers, water_bits)
-"""The powers that carry most."""
+WATER = Filling(
+    lambda a, own, budget: Basin(a, own).pour(budget),
+    lambda a, own, budget: Basin(a, own).bits(budget),
+)
+"""The powers that carry most; see `Basin.pour`."""
 
 
 def packed(owned: Owned) -> tuple[Subchannels, Owned]:
@@ -186,7 +174,7 @@ def control_power(
     bandwidth_hz: float,
     deadlines: Sequence[Deadline],
 ) -> Array:
-    """Return the powers that make ``sum_g weight_g max_i(fixed_gi + bits_g / R_i)`` smallest.
+    """Return the powers (W) that make ``sum_g weight_g max_i(fixed_gi + bits_g / R_i)`` smallest.
 
     A convex problem. Where the devices' own budgets keep to the total, each sends all it may.
     Otherwise, the rate that a deadline needs, and with it the least power (water-filling), falls

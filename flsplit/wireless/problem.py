@@ -21,19 +21,7 @@ class Excluded:
 
 @dataclass(frozen=True)
 class Problem:
-    """A fleet, a model and a method of training.
-
-    Attributes
-    ----------
-    fleet : Fleet
-        Devices, server, network.
-    profile : ModelProfile
-        The model.
-    method : Method
-        What a round consists of.
-    training : Training
-        Batch size and steps.
-    """
+    """A fleet, a model and a method of training."""
 
     fleet: Fleet
     profile: ModelProfile

@@ -19,37 +19,19 @@ _BATCH = 2  # BatchNorm in training mode wants more than one sample
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A place to cut a model and what it means for both sides. FLOPs and data are per sample.
-
-    Attributes
-    ----------
-    cut : str
-        The cut layer's name.
-    client_params, server_params : int
-        Numbers of parameters on the two sides.
-    client_flops_forward, server_flops_forward : int
-        FLOPs of a forward pass, two per multiply-accumulate of convolutions and matrix products.
-    activation_shape : tuple of int
-        Shape of one sample's smashed data.
-    activation_elements : int
-        Elements of one sample's smashed data, and of its gradient.
-    element_bytes : int
-        Bytes per element.
-    saved_bytes : int
-        Bytes that the client keeps from the forward to the backward pass.
-    through : str
-        The last of the layers that a row of the summary stands for; ``cut`` where it is one.
-    """
+    """A place to cut a model and what it means for both sides. FLOPs and data are per sample."""
 
     cut: str
-    client_params: int
+    client_params: int  # numbers of parameters on the two sides
     server_params: int
+    # FLOPs of a forward pass, two per multiply-accumulate of convolutions and matrix products
     client_flops_forward: int
     server_flops_forward: int
     activation_shape: tuple[int, ...]
-    activation_elements: int
+    activation_elements: int  # elements of one sample's smashed data, and of its gradient
     element_bytes: int
-    saved_bytes: int
+    saved_bytes: int  # bytes that the client keeps from the forward to the backward pass
+    # the last of the layers that a row of the summary stands for; ``cut`` where it is one
     through: str
 
     @property
@@ -95,27 +77,13 @@ class Place:
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """All places of a model, in order of execution.
-
-    Attributes
-    ----------
-    model : str
-        What the model is called.
-    input_shape : tuple of int
-        Shape of one sample.
-    input_dtype : torch.dtype
-        Its dtype.
-    places : tuple of Place
-        Where it can be cut.
-    end : Place
-        The whole model.
-    """
+    """All places of a model, in order of execution."""
 
     model: str
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]  # shape of one sample
     input_dtype: torch.dtype
-    places: tuple[Place, ...]
-    end: Place
+    places: tuple[Place, ...]  # where it can be cut
+    end: Place  # the whole model
 
     @property
     def num_classes(self) -> int:

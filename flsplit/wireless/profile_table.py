@@ -11,21 +11,10 @@ _UNITS = ("", "", "MFLOP", "MFLOP", "shape", "", "", "KiB")
 
 
 def format_profile(places: Sequence[Place], measured: Mapping[str, Measured] | None = None) -> str:
-    """Return places as a table in plain text.
+    """Return places, as `ModelProfile.rows` returns them, as a table, with measured times by cut.
 
-    Parameters
-    ----------
-    places : sequence of Place
-        As `ModelProfile.rows` returns them.
-    measured : mapping of str to Measured, optional
-        Times to add, by cut.
-
-    Returns
-    -------
-    str
-        Per sample and for the client's side: parameters, 10^6 FLOPs forward and backward, the
-        smashed data's shape, elements and 1000 bits, and what is kept for the backward pass (1024
-        bytes).
+    Per sample and for the client's side: parameters, 10^6 FLOPs forward and backward, the smashed
+    data's shape, elements and 1000 bits, and what is kept for the backward pass (1024 bytes).
     """
     rows: list[tuple[str, ...]] = [_HEADER, _UNITS]
     for place in places:

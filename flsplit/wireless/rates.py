@@ -7,23 +7,15 @@ from numpy.typing import NDArray
 
 from flsplit.wireless.channel import Array
 from flsplit.wireless.fleet import Fleet
-from flsplit.wireless.power import water_bits
+from flsplit.wireless.power import WATER
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A division of a cell's subchannels and powers.
+    """A division of a cell's subchannels and powers."""
 
-    Attributes
-    ----------
-    owner : ndarray of int
-        By subchannel, the index of the device that has it.
-    power_w : ndarray of float
-        By subchannel, the power (W) that its device sends on it.
-    """
-
-    owner: NDArray[np.int64]
-    power_w: Array
+    owner: NDArray[np.int64]  # by subchannel, the index of the device that has it
+    power_w: Array  # by subchannel, the power (W) that its device sends on it
 
     def owned(self, num_devices: int) -> NDArray[np.bool_]:
         """Return who owns what, shape (devices, subchannels)."""
@@ -37,19 +29,11 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the links carry.
+    """What the links carry."""
 
-    Attributes
-    ----------
-    uplink_bps, downlink_bps : ndarray
-        Each device's rates, in bit/s.
-    broadcast_bps : float
-        The rate (bit/s) at which all devices can be told the same.
-    """
-
-    uplink_bps: Array
+    uplink_bps: Array  # each device's rates, in bit/s
     downlink_bps: Array
-    broadcast_bps: float
+    broadcast_bps: float  # the rate (bit/s) at which all devices can be told the same
 
 
 def link_rates(fleet: Fleet) -> Rates:
@@ -93,7 +77,7 @@ def lone_rates(fleet: Fleet) -> Rates:
     bandwidth = fleet.radio.subchannel_hz
     budget = np.minimum(fleet.power_w, fleet.radio.total_power_w)
     everything = np.ones_like(fleet.snr_per_watt, dtype=bool)
-    bits = water_bits(fleet.snr_per_watt, everything, budget)
+    bits = WATER.bits(fleet.snr_per_watt, everything, budget)
     received = downlink_bits(fleet).sum(axis=1)
     return Rates(bandwidth * bits, bandwidth * received, bandwidth * float(received.min()))
 

@@ -16,11 +16,6 @@ def from_decibels(decibels: float) -> float:
     return float(10.0 ** (decibels / 10.0))
 
 
-def to_decibels(ratio: float) -> float:
-    """Return the decibels (dB) of a ``ratio`` (no unit): ``10 log10(ratio)``."""
-    return 10.0 * math.log10(ratio)
-
-
 def watts_from_dbm(dbm: float) -> float:
     """Return the power (W) of ``dbm`` (dBm, decibels over a milliwatt)."""
     return from_decibels(dbm) / 1e3
