@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+# At this distance a 28 GHz device in New York's streets sees the base station with 1/e
 LINE_OF_SIGHT_RANGE_M = 67.1
-"""The distance (m) at which a 28 GHz device in New York's streets sees the base station with a
-probability of 1/e."""
 
 
 @dataclass(frozen=True)

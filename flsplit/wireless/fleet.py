@@ -9,9 +9,7 @@ from flsplit.errors import ConfigError
 from flsplit.wireless.channel import PATH_LOSSES, Array, shannon_rate_bps, surroundings_of
 from flsplit.wireless.units import from_decibels, watts_from_dbm
 
-OUT_OF_REACH_BPS = 1.0
-"""A device that can't send a bit per second with its whole power on the whole band is out of
-reach."""
+OUT_OF_REACH_BPS = 1.0  # a device that can't send so much with all its power on the whole band
 
 
 @dataclass(frozen=True, kw_only=True)

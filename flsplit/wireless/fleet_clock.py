@@ -11,9 +11,6 @@ from flsplit.wireless.phases import BITS
 from flsplit.wireless.profile import BACKWARD_PER_FORWARD, Place
 from flsplit.wireless.rates import Rates
 
-Wait = Callable[[float], object]
-"""Waits for a number of seconds; `threading.Event.wait` can be interrupted."""
-
 
 @dataclass(frozen=True)
 class Costs:
@@ -27,8 +24,8 @@ class Costs:
         """Return what a device computes (FLOPs): rows by FLOPs per row, for each kind of pass."""
         flops = leg.forward_rows * self.place.client_flops_forward
         flops += leg.backward_rows * self.place.client_flops_backward
-        if leg.auxiliary_rows:
-            flops += leg.auxiliary_rows * self.auxiliary_row_flops()
+        if leg.auxiliary_rows:  # otherwise there may be no auxiliary model to ask
+            flops += leg.auxiliary_rows * self._auxiliary_row_flops()
         return float(flops)
 
     def step_flops(self, forward_rows: int, backward_rows: int, logit_rows: int) -> float:
@@ -49,10 +46,9 @@ class Costs:
         through the auxiliary model counts twice.
         """
         per_row = self.place.server_flops_forward + self.place.server_flops_backward
-        return float(rows * (per_row + 2 * epochs * self.auxiliary_row_flops()))
+        return float(rows * (per_row + 2 * epochs * self._auxiliary_row_flops()))
 
-    def auxiliary_row_flops(self) -> int:
-        """Return the FLOPs of a row's forward and backward pass through an auxiliary model."""
+    def _auxiliary_row_flops(self) -> int:
         return (1 + BACKWARD_PER_FORWARD) * self.auxiliary_flops()
 
 
@@ -74,7 +70,8 @@ class FleetClock:
     costs : Costs
         FLOPs per row.
     wait : callable, optional
-        Plays: whatever really ended too soon waits until its simulated time has passed.
+        Waits for a number of seconds: whatever really ended too soon does so until its simulated
+        time has passed.
     now : callable
         Tells the real time, in s.
     """
@@ -85,7 +82,7 @@ class FleetClock:
         rates: Rates,
         costs: Costs,
         *,
-        wait: Wait | None = None,
+        wait: Callable[[float], object] | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._fleet, self._rates, self._costs = fleet, rates, costs

@@ -63,17 +63,9 @@ _ON_LINKS = ("uplink", "downlink")
 
 
 def load_fleet(path: str | Path) -> Fleet:
-    """Read a fleet.
+    """Read a fleet from a TOML file, whose keys ``docs/planning.md`` describes.
 
-    Parameters
-    ----------
-    path : str or Path
-        A TOML file; ``docs/planning.md`` describes its keys.
-
-    Returns
-    -------
-    Fleet
-        The fleet; what is given as a range is drawn from the file's seed.
+    What is given as a range is drawn from the file's seed.
 
     Raises
     ------

@@ -11,8 +11,7 @@ from flsplit.wireless.latency import round_seconds, stage_breakdown
 from flsplit.wireless.optimise import Freedom, Optimiser, Solution
 from flsplit.wireless.problem import Problem
 
-DRAWS = 3
-"""How often what an ablation leaves to chance is drawn."""
+DRAWS = 3  # how often what an ablation leaves to chance is drawn
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,6 @@ def ablations_of(optimiser: Optimiser, draws: int = DRAWS) -> dict[str, float]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------
-# For people
-
-
 def format_plan(plan: FleetPlan) -> str:
     """Return a plan as text."""
     problem, solution, training = plan.problem, plan.solution, plan.problem.training
@@ -150,10 +145,6 @@ def _device_lines(plan: FleetPlan) -> list[str]:
             + ("  " + ",".join(map(str, own)) if own is not None else "  -")
         )
     return lines
-
-
-# ------------------------------------------------------------------------------------------------
-# For programs
 
 
 def plan_to_json(plan: FleetPlan) -> dict[str, Any]:

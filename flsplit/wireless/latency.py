@@ -1,6 +1,6 @@
 """How long a round takes, stage by stage."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,20 +34,17 @@ def stage_seconds(stage: Stage, fleet: Fleet, rates: Rates) -> Array:
             return np.full(fleet.num_devices, stage.amount / rates.broadcast_bps)
 
 
-def phase_seconds(phase: Phase, fleet: Fleet, rates: Rates) -> float:
-    """Return how long a phase (s) takes, once: ``max_i sum_stages t_i``, in turn ``sum_i``."""
-    seconds = sum(stage_seconds(stage, fleet, rates) for stage in phase.stages)
-    assert isinstance(seconds, np.ndarray)
-    return float(seconds.sum() if phase.in_turn else seconds.max())
-
-
 def round_seconds(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> float:
-    """Return how long a round takes (s): ``sum_phases repeat * phase``.
+    """Return how long a round takes (s).
 
-    For one parallel step that is
+    ``sum_phases repeat * max_i sum_stages t_i``, in turn ``sum_i``. For one parallel step that is
     ``max_i(T_i^F + T_i^U) + T_s^F + T_s^B + T^B + max_i(T_i^D + T_i^B)``.
     """
-    return sum(phase.repeat * phase_seconds(phase, fleet, rates) for phase in phases)
+    total = 0.0
+    for phase in phases:
+        seconds = np.sum([stage_seconds(stage, fleet, rates) for stage in phase.stages], axis=0)
+        total += phase.repeat * float(seconds.sum() if phase.in_turn else seconds.max())
+    return total
 
 
 def stage_breakdown(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> dict[str, float]:
@@ -79,34 +76,25 @@ class Span:
 def spans(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> list[Span]:
     """Return what happens in a round, in order of the phases."""
     found: list[Span] = []
-    for phase in phases:
-        for _ in range(phase.repeat):
-            now = max((span.end_s for span in found), default=0.0)
-            found += _phase_spans(phase, fleet, rates, now)
+    for phase in (one for one in phases for _ in range(one.repeat)):
+        seconds = [stage_seconds(stage, fleet, rates) for stage in phase.stages]
+        start = at = max((span.end_s for span in found), default=0.0)
+        for index, device in enumerate(fleet.devices):
+            at = at if phase.in_turn else start
+            for stage, own in zip(phase.stages, seconds, strict=True):
+                begun, at = at, at + float(own[index])
+                by_server = stage.where is Where.SERVER
+                if not by_server or phase.in_turn or index == 0:  # the server does it once for all
+                    found.append(Span(SERVER if by_server else device.name, stage.name, begun, at))
     return found
-
-
-def _phase_spans(phase: Phase, fleet: Fleet, rates: Rates, now: float) -> Iterator[Span]:
-    seconds = [stage_seconds(stage, fleet, rates) for stage in phase.stages]
-    start = now
-    for index, device in enumerate(fleet.devices):
-        at = start
-        for stage, own in zip(phase.stages, seconds, strict=True):
-            end = at + float(own[index])
-            by_server = stage.where is Where.SERVER
-            if not by_server or phase.in_turn or index == 0:
-                yield Span(SERVER if by_server else device.name, stage.name, at, end)
-            at = end
-        start = at if phase.in_turn else now
-
-
-# ------------------------------------------------------------------------------------------------
-# The same in the form that is quick to optimise
 
 
 @dataclass(frozen=True)
 class RoundTerms:
-    """A round as ``sum_g weight_g max_i(fixed_gi + up_g / U_i + down_g / D_i + wide_g / W)``."""
+    """A round, in the form that is quick to optimise.
+
+    ``sum_g weight_g max_i(fixed_gi + up_g / U_i + down_g / D_i + wide_g / W)``.
+    """
 
     weight: Array  # by phase, how often it happens
     fixed_s: Array  # compute time, shape (phases, devices)

@@ -21,24 +21,11 @@ class Measured:
 def measure(
     model: nn.Module, profile: ModelProfile, batch_size: int = 8, repeats: int = 3
 ) -> dict[str, Measured]:
-    """Train the whole model on random data and note when each place is reached.
+    """Train the whole model on random data and note when each place is reached, by cut.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The profiled model, on the device to measure. Its buffers change, its gradients are
-        cleared.
-    profile : ModelProfile
-        Its profile.
-    batch_size : int
-        Samples per batch.
-    repeats : int
-        Passes after a first one that doesn't count; the fastest of each place does.
-
-    Returns
-    -------
-    dict of str to Measured
-        By cut; the model's end is among them.
+    The model's end is among the cuts. The model is trained on the device on which it lies; its
+    buffers change, its gradients are cleared. Of ``repeats`` passes after a first one, which
+    doesn't count, the fastest of each place does.
     """
     device = next(model.parameters()).device
     batch = torch.rand((batch_size, *profile.input_shape), device=device)

@@ -11,7 +11,7 @@ from flsplit.wireless.latency import RoundTerms, round_seconds
 from flsplit.wireless.power import EVEN, WATER, control_power
 from flsplit.wireless.problem import Problem
 from flsplit.wireless.profile import Place
-from flsplit.wireless.rates import Allocation, Rates, link_rates, lone_rates, radio_rates
+from flsplit.wireless.rates import Allocation, Rates, link_rates, lone_rates, radio_rates, who_owns
 from flsplit.wireless.subchannels import Cell, Owner, at_random, greedy, improved
 
 _BETTER = 1.0 - 1e-9
@@ -185,7 +185,7 @@ class _Descent:
             assert fleet.radio is not None
             powers = control_power(
                 fleet.snr_per_watt,
-                self.shared.even.owned(owner),
+                who_owns(owner, fleet.num_devices),
                 fleet.power_w,
                 fleet.radio.total_power_w,
                 fleet.radio.subchannel_hz,

@@ -66,7 +66,6 @@ def draw_round(plan: FleetPlan, path: str | Path) -> Path:
     axes.legend(
         handles=[Patch(color=colours[stage], label=stage) for stage in stages],
         fontsize=8,
-        ncols=1,
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
     )

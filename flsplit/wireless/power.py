@@ -16,16 +16,12 @@ Subchannels = NDArray[np.int64]
 _NO_FLOOR_W = 1e300
 
 
-# ------------------------------------------------------------------------------------------------
-# Each device's power over its own subchannels. Arrays have a row for each device.
-
-
 @dataclass(frozen=True)
 class Filling:
     """A way to divide a device's power over its subchannels.
 
-    Both functions take signal to noise per watt (1/W), which of the subchannels a device owns, in
-    the same shape, and the budgets (W) by device.
+    Both functions take signal to noise per watt (1/W), with a row for each device, which of the
+    subchannels it owns, in the same shape, and the budgets (W) by device.
     """
 
     powers: Callable[[Array, Owned, Array], Array]  # in W, zero on what isn't owned
@@ -135,10 +131,6 @@ def packed(owned: Owned) -> tuple[Subchannels, Owned]:
     return own, np.take_along_axis(owned, own, axis=1)
 
 
-# ------------------------------------------------------------------------------------------------
-# All devices together
-
-
 @dataclass(frozen=True)
 class Deadline:
     """A part of a round that ends when the last device has sent something.
@@ -182,25 +174,9 @@ def control_power(
     deadlines the shortest first one is a convex function of the second, which golden section
     minimises.
 
-    Parameters
-    ----------
-    snr_per_watt : ndarray
-        Signal to noise per watt (1/W), shape (devices, subchannels).
-    owned : ndarray of bool
-        Who owns what, in the same shape; each device something.
-    budget_w : ndarray
-        What each device may send, in W.
-    total_w : float
-        What all may send together, in W.
-    bandwidth_hz : float
-        Of a subchannel, in Hz.
-    deadlines : sequence of Deadline
-        At most two, with bits to send.
-
-    Returns
-    -------
-    ndarray
-        Powers (W), shape (devices, subchannels).
+    Signal to noise (1/W), who owns what (each device something) and the powers have the shape
+    (devices, subchannels); ``budget_w`` is what each device may send, ``total_w`` what all may
+    together. There are at most two deadlines, with bits to send.
     """
     own, real = packed(owned)
     basin = Basin(np.take_along_axis(snr_per_watt, own, axis=1), real)

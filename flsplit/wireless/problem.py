@@ -77,7 +77,7 @@ class Problem:
 
     @property
     def note(self) -> str:
-        """What to know of what is charged."""
+        """What to know of what is charged; empty where there is nothing to say."""
         return self.method.kind.plan_note(**self.method.arguments)
 
     @property

@@ -63,14 +63,8 @@ class Place:
         """Return the bytes that a client needs for training.
 
         ``(2 + optimizer_slots) * client_bytes + batch_size * saved_bytes``: parameters, their
-        gradients, the optimizer's state, and what is kept for the backward pass.
-
-        Parameters
-        ----------
-        batch_size : int
-            Samples per batch.
-        optimizer_slots : int
-            Numbers that the optimizer keeps per parameter: 0 for SGD, 1 with momentum, 2 for Adam.
+        gradients, the optimizer's state (0 for SGD, 1 with momentum, 2 for Adam), and what is kept
+        for the backward pass.
         """
         return (2 + optimizer_slots) * self.client_bytes + batch_size * self.saved_bytes
 

@@ -17,10 +17,6 @@ class Allocation:
     owner: NDArray[np.int64]  # by subchannel, the index of the device that has it
     power_w: Array  # by subchannel, the power (W) that its device sends on it
 
-    def owned(self, num_devices: int) -> NDArray[np.bool_]:
-        """Return who owns what, shape (devices, subchannels)."""
-        return np.asarray(self.owner[None, :] == np.arange(num_devices)[:, None])
-
     def device_power_w(self, num_devices: int) -> Array:
         """Return the power (W) that each device sends in all."""
         spent = np.bincount(self.owner, weights=self.power_w, minlength=num_devices)
@@ -34,6 +30,11 @@ class Rates:
     uplink_bps: Array  # each device's rates, in bit/s
     downlink_bps: Array
     broadcast_bps: float  # the rate (bit/s) at which all devices can be told the same
+
+
+def who_owns(owner: NDArray[np.int64], num_devices: int) -> NDArray[np.bool_]:
+    """Return who owns what, shape (devices, subchannels), from the owner of each subchannel."""
+    return np.asarray(owner[None, :] == np.arange(num_devices)[:, None])
 
 
 def link_rates(fleet: Fleet) -> Rates:
@@ -55,7 +56,7 @@ def radio_rates(fleet: Fleet, allocation: Allocation) -> Rates:
     density. Broadcast: the same over all subchannels, for the device that hears worst.
     """
     assert fleet.radio is not None
-    owned = allocation.owned(fleet.num_devices)
+    owned = who_owns(allocation.owner, fleet.num_devices)
     sent = np.log2(1.0 + allocation.power_w * fleet.snr_per_watt) * owned
     received = downlink_bits(fleet)
     bandwidth = fleet.radio.subchannel_hz

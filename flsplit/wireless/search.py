@@ -9,8 +9,7 @@ Function = Callable[[float], float]
 Point = tuple[float, float]  # a number and the function's value there
 
 _GOLDEN = (5**0.5 - 1) / 2
-_EXACT = 1e-14
-_NARROW = 1e-6
+_EXACT, _NARROW = 1e-14, 1e-6
 
 
 def falling_root(function: Function, low: float, high: float) -> float:

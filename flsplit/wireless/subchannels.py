@@ -9,7 +9,7 @@ from flsplit.wireless.channel import Array
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.latency import RoundTerms
 from flsplit.wireless.power import Filling, Owned, Subchannels, packed, scaled_budgets
-from flsplit.wireless.rates import Allocation, Rates, downlink_bits
+from flsplit.wireless.rates import Allocation, Rates, downlink_bits, who_owns
 
 Owner = NDArray[np.int64]
 """By subchannel, the index of the device that has it."""
@@ -17,8 +17,7 @@ Owner = NDArray[np.int64]
 Devices = NDArray[np.int64]
 
 _WORTHWHILE = 1.0 - 1e-5  # a change that shortens a round by less is not made
-
-_FEW_SUBCHANNELS = 40
+_FEW_SUBCHANNELS = 40  # with more, not all exchanges are looked at
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Cell:
 
     @property
     def broadcast_bps(self) -> float:
-        """The rate of a broadcast, in bit/s."""
+        """The rate of a broadcast."""
         return self.bandwidth_hz * float(self.down.sum(axis=1).min())
 
     def up_bps(self, devices: Devices, own: Subchannels, real: Owned) -> Array:
@@ -60,13 +59,9 @@ class Cell:
         """Return downlink rates (bit/s) of devices with the subchannels ``own``, where ``real``."""
         return np.asarray(self.bandwidth_hz * (self.down[devices[:, None], own] * real).sum(axis=1))
 
-    def owned(self, owner: Owner) -> Owned:
-        """Return who owns what, shape (devices, subchannels)."""
-        return np.asarray(owner[None, :] == np.arange(self.shape[0])[:, None])
-
     def rates(self, owner: Owner) -> Rates:
         """Return all rates, in bit/s."""
-        everybody, (own, real) = np.arange(self.shape[0]), packed(self.owned(owner))
+        everybody, (own, real) = np.arange(self.shape[0]), packed(who_owns(owner, len(self.down)))
         return Rates(
             self.up_bps(everybody, own, real),
             self.down_bps(everybody, own, real),
@@ -75,7 +70,8 @@ class Cell:
 
     def allocation(self, owner: Owner) -> Allocation:
         """Return an allocation with the powers (W) of the filling."""
-        powers = self.filling.powers(self.snr_per_watt, self.owned(owner), self.budget_w)
+        owned = who_owns(owner, len(self.down))
+        powers = self.filling.powers(self.snr_per_watt, owned, self.budget_w)
         return Allocation(owner, powers.sum(axis=0))
 
 
@@ -165,7 +161,7 @@ def _best_of(
     if not len(changes):
         return None
     to, taken, source, back = changes.T
-    own, real = packed(cell.owned(owner))
+    own, real = packed(who_owns(owner, len(cell.down)))
     is_swap = (back >= 0)[:, None]
     gaining = (
         np.hstack([own[to], taken[:, None]]),
