@@ -212,8 +212,11 @@ class Method:
     whole_model: bool = False
 
     def phases(self, work: Work) -> tuple[Phase, ...]:
-        """Return what a round consists of."""
-        return self.kind.phases(work, **self.arguments)
+        """Return what a round consists of; a ConfigError says if the class doesn't."""
+        found = self.kind.phases(work, **self.arguments)
+        if not (isinstance(found, tuple) and all(isinstance(one, Phase) for one in found)):
+            raise ConfigError(f"phases of {self.name} are {found!r}, expected a tuple of Phase")
+        return found
 
 
 # ------------------------------------------------------------------------------------------------

@@ -62,11 +62,8 @@ class Cell:
     def rates(self, owner: Owner) -> Rates:
         """Return all rates, in bit/s."""
         everybody, (own, real) = np.arange(self.shape[0]), packed(who_owns(owner, len(self.down)))
-        return Rates(
-            self.up_bps(everybody, own, real),
-            self.down_bps(everybody, own, real),
-            self.broadcast_bps,
-        )
+        up, down = (link(everybody, own, real) for link in (self.up_bps, self.down_bps))
+        return Rates(up, down, self.broadcast_bps)
 
     def allocation(self, owner: Owner) -> Allocation:
         """Return an allocation with the powers (W) of the filling."""

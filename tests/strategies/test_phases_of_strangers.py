@@ -1,6 +1,7 @@
 """Methods of another package, planned and timed by the phases that they say themselves."""
 
 import json
+import re
 import sys
 import textwrap
 from dataclasses import replace
@@ -131,6 +132,14 @@ def test_a_stranger_is_planned_by_its_own_phases(tmp_path):
     [excluded] = found["excluded_cuts"]
     assert (excluded["cut"], excluded["needed_bytes"]) == ("1", 2 * 160 + 4 * (16 + 32) + 1000)
     assert "(the server has 2 + 1 passes)" in plan(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("answer", [None, [1], (1,)])
+def test_phases_that_are_none_are_refused(answer, tmp_path, monkeypatch):
+    monkeypatch.setattr(kind_of("cyclic"), "phases", classmethod(lambda cls, work, **_: answer))
+    message = f"phases of cyclic are {re.escape(repr(answer))}, expected a tuple of Phase"
+    with pytest.raises(AssertionError, match=message):
+        plan(tmp_path, "--strategy", "cyclic")
 
 
 def test_its_rounds_are_drawn(tmp_path):
