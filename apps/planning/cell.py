@@ -40,7 +40,7 @@ def resnet18() -> ModelProfile:
 
 def method(kind: type[SplitStrategy], name: str, **arguments: Any) -> Method:
     """Return a strategy for that model as the planner takes it."""
-    return kind(model=model(), cut="layer1", device="cpu", **arguments).planned(name)
+    return kind(model=model(), cut="layer1", device="cpu", **arguments).planned(name, arguments)
 
 
 def draw_devices(count: int, rng: np.random.Generator) -> tuple[Device, ...]:

@@ -150,7 +150,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     profile = resnet18()
     draw_profile(profile, options.out / "planning-profile.png")
-    problem = Problem(fleet(), profile, method(EPSL, "epsl"), Training())
+    problem = Problem(fleet(), profile, method(EPSL, "epsl", phi=0.5), Training())
     draw_round(make_plan(problem, draws=1), options.out / "planning-round-epsl.png")
     slow = replace(problem, method=METHODS["SL"])
     draw_round(make_plan(slow, draws=1), options.out / "planning-round-sl.png")
