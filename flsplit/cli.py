@@ -86,17 +86,14 @@ def plan(
     model: Annotated[
         str, typer.Option(help="A torchvision model (resnet18) or module:function of your own.")
     ],
+    strategy: Annotated[
+        str, typer.Option(help="An installed strategy's name, or fedavg: devices train all of it.")
+    ],
+    strategy_args: Annotated[
+        str, typer.Option(help="The strategy's arguments, as in a run's config: '{phi = 0.5}'.")
+    ] = "{}",
     classes: Classes = None,
     shape: Sample = "3x224x224",
-    strategy: Annotated[
-        str,
-        typer.Option(
-            help="psl, epsl, splitfed-v1, splitfed-v2, sequential-sl, fsl-sage or fedavg."
-        ),
-    ] = "epsl",
-    phi: Annotated[
-        float | None, typer.Option(help="EPSL's share of aggregated rows, 0 to 1 (0.5).")
-    ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples per device and mini-batch.")] = 64,
     steps: Annotated[int, typer.Option(help="Mini-batches per device and round.")] = 1,
     optimizer_slots: Annotated[
@@ -108,18 +105,20 @@ def plan(
 ) -> None:
     """Choose cut, subchannels and powers for FLEET, so that a round is as short as possible."""
     gc.disable()  # imports make a great many objects and no garbage: looking for it takes a while
+    from flsplit.strategies.registry import plan_method
     from flsplit.wireless.fleet_file import load_fleet
+    from flsplit.wireless.fleet_plan import format_plan, make_plan, plan_to_json
     from flsplit.wireless.models import example_input, load_model
-    from flsplit.wireless.plan import format_plan, make_plan, plan_to_json
+    from flsplit.wireless.phases import Training
     from flsplit.wireless.problem import Problem
     from flsplit.wireless.profile import profile_model
-    from flsplit.wireless.rounds import Training, method_of
 
     with _errors():
-        method = method_of(strategy, phi)
         training = Training(batch_size=batch_size, steps=steps, optimizer_slots=optimizer_slots)
         devices = load_fleet(fleet)
-        found = profile_model(load_model(model, classes), example_input(shape), model)
+        network = load_model(model, classes)
+        found = profile_model(network, example_input(shape), model)
+        method, training = plan_method(strategy, strategy_args, network, found, training)
         made = make_plan(Problem(devices, found, method, training))
         print(json.dumps(plan_to_json(made), indent=2) if as_json else format_plan(made))
         if picture is not None:

@@ -5,6 +5,7 @@ import inspect
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -22,7 +23,7 @@ from flsplit.message.finish import FinishReply
 from flsplit.message.parts import Backward, SegmentArrays
 from flsplit.seeds import seeded
 from flsplit.server.aggregate import SegmentAggregator, Upload
-from flsplit.server.passes import PerClient, Pooled, ServerPass
+from flsplit.server.passes import PerClient, Pooled, Replay, ServerPass
 from flsplit.server.rules import GradientRule, check_rules
 from flsplit.server.segment import Gradients, ServerSegment
 from flsplit.server.step import ClientBatch, StepResult, loss_weights
@@ -47,9 +48,10 @@ from flsplit.strategies.report import log_start, log_summary
 from flsplit.strategies.result import SplitResult
 from flsplit.strategies.round import Round
 from flsplit.strategies.run import EvaluateFn, Run
+from flsplit.wireless.phases import Method, SaysPhases
 
 
-class SplitStrategy(Strategy):
+class SplitStrategy(SaysPhases, Strategy):
     """Base class of split strategies.
 
     A subclass says how a round is trained (:meth:`train_round`); most derive from
@@ -80,7 +82,6 @@ class SplitStrategy(Strategy):
         If the model can't be cut there.
     """
 
-    aggregates: ClassVar[bool] = False
     hands_on: ClassVar[bool] = False
     one_by_one: ClassVar[bool] = False
 
@@ -125,6 +126,29 @@ class SplitStrategy(Strategy):
     def exchanges_per_round(self, steps: int, participants: int) -> int:
         """Return how many exchanges a round takes whose clients have up to ``steps`` steps."""
         return steps + 1
+
+    # --- what the planner and a fleet's clock ask ----------------------------------------
+
+    def planned(self, name: str = "", given: Mapping[str, Any] | None = None) -> Method:
+        """Return the method as the planner wants it: the class, and what it was made with.
+
+        An argument of the constructor has the value of the attribute of that name, as far as there
+        is one, and otherwise its default.
+
+        Parameters
+        ----------
+        name : str
+            The strategy's name in a run's configuration. Default: its class's.
+        given : mapping of str to object, optional
+            Its arguments in a run's configuration, to be shown with a plan.
+        """
+        kind, options = type(self), self.options
+        arguments = {one.name: getattr(options, one.name) for one in fields(options)}
+        for parameter in own_parameters(kind):
+            kept = vars(self).get(parameter.name, parameter.default)
+            arguments.setdefault(parameter.name, kept)
+        del arguments["model"], arguments["cut"]  # a plan has a profile and a place instead
+        return Method(name or kind.__name__, kind, arguments, given or {})
 
     # --- Flower's interface --------------------------------------------------------------
 
@@ -324,7 +348,8 @@ class SplitStrategy(Strategy):
                     result = rule(context, result)
             check_finite(result, where, lambda: culprits(segment, batches))
         segment.step(result.server_gradients, result.server_lr_factor)
-        round_.record_step(step, batches, result, started)
+        replays = isinstance(self.server_pass, Replay) and self.server_pass.phi > 0
+        round_.record_step(step, batches, result, started, replays=replays)
         return result
 
     # --- checkpoints ---------------------------------------------------------------------
@@ -401,11 +426,16 @@ def argument_names(cls: type[SplitStrategy]) -> list[str]:
 
 def own_argument_names(cls: type[SplitStrategy]) -> list[str]:
     """Return the arguments that a strategy takes beside the options of all."""
-    own: list[str] = []
+    return [parameter.name for parameter in own_parameters(cls)]
+
+
+def own_parameters(cls: type[SplitStrategy]) -> list[inspect.Parameter]:
+    """Return the parameters that a strategy's constructor has beside the options of all."""
+    own: list[inspect.Parameter] = []
     for one in cls.__mro__:
         if "__init__" in vars(one) and issubclass(one, SplitStrategy):
             parameters = list(inspect.signature(one.__init__).parameters.values())[1:]
-            own += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            own += [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return own
 
 

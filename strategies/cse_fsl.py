@@ -14,6 +14,7 @@ from flsplit.server.arguments import number
 from flsplit.strategies.decoupled import DecoupledStrategy, Sent
 from flsplit.strategies.options import LearningRate, at_round, of_kind
 from flsplit.strategies.round import Round
+from flsplit.wireless.phases import Phase, Work, aggregation
 
 _AVERAGED, _VERSION = "auxiliary-averaged", "auxiliary-version"
 
@@ -58,6 +59,13 @@ class CSEFSL(DecoupledStrategy):
         self.average_auxiliary = self.uploads_auxiliary = average_auxiliary
         self.auxiliary_lr = auxiliary_lr
         super().__init__(**options)
+
+    @classmethod
+    def aggregation_phases(
+        cls, work: Work, *, average_auxiliary: bool = True, **arguments: Any
+    ) -> tuple[Phase, ...]:
+        r"""Return the phases of the aggregation: :math:`|w_c| + |w_a|` (bits) up and broadcast."""
+        return aggregation(work.client_bits + average_auxiliary * work.auxiliary_bits)
 
     def begin_run(self) -> None:
         """Begin with the initial auxiliary model."""

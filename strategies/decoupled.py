@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from flsplit.strategies.memory import HeldMemory
 from flsplit.strategies.options import of_kind
 from flsplit.strategies.parts import FurtherParts
 from flsplit.strategies.round import Round
+from flsplit.wireless.phases import BITS, Phase, Stage, Where, Work, server_passes
 
 _AUXILIARY, _INITIAL = "auxiliary", "auxiliary-initial"
 
@@ -101,6 +103,59 @@ class DecoupledStrategy(SplitStrategy):
                 "the shape of a row and the number of classes"
             )
         super().__init__(**options)
+
+    # --- what the planner and a fleet's clock ask ----------------------------------------
+
+    @classmethod
+    def phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
+        """Return what a round sends and computes: local steps, then aggregation."""
+        return (*cls.local_phases(work, **arguments), *cls.aggregation_phases(work, **arguments))
+
+    @classmethod
+    def local_phases(
+        cls, work: Work, *, upload_every: int = 5, **arguments: Any
+    ) -> tuple[Phase, ...]:
+        r"""Return what the local steps, and the server's on what comes of them, send and compute.
+
+        The auxiliary model is taken to be linear, with :math:`F_a, B_a` FLOPs per sample.
+
+        - A device does ``steps`` times client forward :math:`b F_c`, auxiliary
+          :math:`b (F_a + B_a)` and client backward :math:`b B_c` (FLOPs), and uploads
+          :math:`u = \lceil steps / q \rceil` batches of :math:`b \Gamma` (bits);
+        - the server trains on them, :math:`n u b F_s` and :math:`n u b B_s` (FLOPs).
+
+        The server's work is counted after the devices', though some of it could overlap.
+        """
+        place, steps = work.place, work.training.steps
+        rows = work.training.batch_size
+        uploads = math.ceil(steps / upload_every)
+        local = (
+            Stage("client forward", Where.DEVICE, steps * rows * place.client_flops_forward),
+            Stage("auxiliary", Where.DEVICE, steps * rows * work.auxiliary_flops),
+            Stage("client backward", Where.DEVICE, steps * rows * place.client_flops_backward),
+            Stage("uplink", Where.UPLINK, uploads * rows * work.activation_bits),
+        )
+        uploaded = uploads * work.rows
+        return (
+            Phase(local),
+            *server_passes(work, forward_rows=uploaded, backward_rows=uploaded),
+        )
+
+    @classmethod
+    def plan_note(cls, *, auxiliary: str | BuildAuxiliary = LINEAR, **arguments: Any) -> str:
+        """Say that the auxiliary model is counted as another than it is."""
+        return "" if auxiliary == LINEAR else "auxiliary models are counted as linear ones"
+
+    @classmethod
+    def device_memory_bytes(cls, work: Work, **arguments: Any) -> int:
+        """Return the auxiliary model's bytes: parameters, and its input, the smashed data.
+
+        ``(|w_a| + b Γ) / 8``, and where devices train it ``|w_a| / 8`` for its gradients and for
+        each of the optimizer's slots.
+        """
+        copies = 2 + work.training.optimizer_slots if cls.trains_auxiliary else 1
+        smashed_bits = work.training.batch_size * work.activation_bits
+        return (copies * work.auxiliary_bits + smashed_bits) // BITS
 
     # --- what a subclass says ------------------------------------------------------------
 

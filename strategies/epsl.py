@@ -5,7 +5,9 @@ from typing import Any, Literal, get_args
 from flsplit.errors import ConfigError
 from flsplit.server.arguments import one_of
 from flsplit.server.passes import Replay, SharedDelta
+from flsplit.server.passes.positions import ceil_fraction
 from flsplit.strategies.psl import PSL
+from flsplit.wireless.phases import Phase, Work, parallel_steps, server_passes
 
 Aggregation = Literal["replay", "shared_delta"]
 _PASSES = {"replay": Replay, "shared_delta": SharedDelta}
@@ -50,4 +52,42 @@ class EPSL(PSL):
                 "EPSL is a server pass itself and takes no server_pass; PSL takes one"
             )
         kind = _PASSES[one_of("aggregation", aggregation, get_args(Aggregation))]
+        self.phi = phi
+        self.aggregation = aggregation
         super().__init__(**options | {"server_pass": kind(phi)})
+
+    @classmethod
+    def phases(
+        cls, work: Work, *, phi: float = 0.5, aggregation: Aggregation = "replay", **arguments: Any
+    ) -> tuple[Phase, ...]:
+        r"""Return what a round sends and computes.
+
+        Parallel steps with m = ⌈φ b⌉ shared rows. With n clients the server's passes are, in FLOPs,
+
+        - forward :math:`n b F_s`, and for ``replay`` and m > 0 another :math:`r F_s`,
+        - backward :math:`n b B_l + r (B_s - B_l)`,
+
+        with :math:`r = m + n (b - m)` rows, and :math:`r = n b` for ``shared_delta``. The paper's
+        equations, as we understand them, have r rows back and one forward pass.
+        """
+        rows = work.training.batch_size
+        shared = ceil_fraction(phi, rows)
+        replays = aggregation == "replay" and shared > 0
+        back_rows = shared + work.num_devices * (rows - shared) if replays else work.rows
+        server = server_passes(
+            work,
+            forward_rows=work.rows + replays * back_rows,
+            backward_rows=back_rows,
+            logit_rows=work.rows,
+        )
+        steps = parallel_steps(work, shared_rows=shared, server=server)
+        return (*steps, *cls.aggregation_phases(work, **arguments))
+
+    @classmethod
+    def plan_note(
+        cls, *, phi: float = 0.5, aggregation: Aggregation = "replay", **arguments: Any
+    ) -> str:
+        """Say which forward passes are charged."""
+        if phi == 0.0 or aggregation != "replay":
+            return ""
+        return 'server forward has the second pass of aggregation = "replay"'

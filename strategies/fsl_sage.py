@@ -19,6 +19,7 @@ from flsplit.server.arguments import number, one_of, whole
 from flsplit.strategies.checkpoint import get_optimizer_state, put_optimizer_state
 from flsplit.strategies.decoupled import DecoupledStrategy, Sent
 from flsplit.strategies.round import Round
+from flsplit.wireless.phases import Phase, Stage, Where, Work, server_phase
 
 BEFORE_ROUND, IN_ROUND = "before_round", "in_round"
 
@@ -83,6 +84,28 @@ class FSLSAGE(DecoupledStrategy):
         self.auxiliary_optimizer = auxiliary_optimizer
         super().__init__(**options)
         self._check_buffer(self.options.batch_size)
+
+    @classmethod
+    def phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
+        r"""Return what a round sends and computes: local steps, alignment, aggregation.
+
+        Every l-th round, so a share 1/l of it in each, the server aligns: N buffered samples of
+        each of n devices go through the server segment and A times through the auxiliary model,
+        with second derivatives, :math:`n N (F_s + B_s + 2 A (F_a + B_a))` (FLOPs), and each device
+        receives its auxiliary model, :math:`|w_a|` (bits).
+        """
+        interval = arguments["align_every"]
+        share = 1.0 / interval if interval else 0.0
+        place = work.place
+        per_row = float(place.server_flops_forward + place.server_flops_backward)
+        per_row += 2 * arguments["align_epochs"] * work.auxiliary_flops
+        flops = share * work.num_devices * arguments["buffer_size"] * per_row
+        return (
+            *cls.local_phases(work, **arguments),
+            server_phase("alignment", flops),
+            Phase((Stage("auxiliary down", Where.DOWNLINK, share * work.auxiliary_bits),)),
+            *cls.aggregation_phases(work, **arguments),
+        )
 
     def begin_run(self) -> None:
         """Forget an earlier run's auxiliary models and buffers."""

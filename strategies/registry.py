@@ -3,15 +3,21 @@
 import inspect
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
+
+from torch import nn
 
 from flsplit.errors import ConfigError
 from flsplit.server.passes import ServerPass
 from flsplit.server.rules import GradientRule
 from flsplit.strategies.base import SplitStrategy, argument_names
 from flsplit.strategies.options import refuse_unknown
+from flsplit.wireless.phases import Method, Training
+from flsplit.wireless.profile import ModelProfile
+from flsplit.wireless.unsplit import FEDAVG
 
 GROUP = "flsplit.strategies"
 RULES = "flsplit.rules"
@@ -59,6 +65,49 @@ def make_strategy(name: str, strategy_args: str = "{}", **options: Any) -> Split
     refuse_unknown(f"strategy {name!r}", arguments, argument_names(cls))
     strategy: SplitStrategy = cls(**arguments)
     return strategy
+
+
+def plan_method(
+    name: str, strategy_args: str, model: nn.Module, profile: ModelProfile, training: Training
+) -> tuple[Method, Training]:
+    """Return the strategy called ``name`` as a plan takes it, and how it then trains.
+
+    Parameters
+    ----------
+    name : str
+        As `make_strategy` takes it; or ``fedavg``, for devices that train the whole model.
+    strategy_args : str
+        As `make_strategy` takes them. A batch size and a number of steps in them go before
+        ``training``, as in a run they go before an app's own.
+    model : nn.Module
+        The model.
+    profile : ModelProfile
+        Its profile.
+    training : Training
+        Batch size and steps.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such strategy, or it refuses its arguments.
+    """
+    given = arguments_table(strategy_args)
+    if name == FEDAVG.name:
+        if given:
+            raise ConfigError(f"{name} takes no strategy-args, but they are {strategy_args!r}")
+        return FEDAVG, training
+    # Making the strategy says what is wrong with its arguments; any cut will do for that.
+    made = make_strategy(
+        name,
+        strategy_args,
+        model=model,
+        cut=profile.places[0].cut,
+        batch_size=training.batch_size,
+        local_steps=training.steps,
+        device="cpu",
+    )
+    sizes = {"batch_size": made.options.batch_size, "steps": made.options.local_steps}
+    return made.planned(name, given), replace(training, **sizes)
 
 
 def make_rule(described: object) -> GradientRule:
@@ -116,7 +165,14 @@ def _find(group: str, name: str) -> EntryPoint:
     return next(iter(found))
 
 
-def _parse(strategy_args: str) -> dict[str, Any]:
+def arguments_table(strategy_args: str) -> dict[str, Any]:
+    """Return the table that ``strategy_args`` is, as it is written.
+
+    Raises
+    ------
+    ConfigError
+        If it is no TOML inline table.
+    """
     try:
         loaded = tomllib.loads(f"args = {strategy_args or '{}'}")
     except tomllib.TOMLDecodeError as error:
@@ -126,6 +182,11 @@ def _parse(strategy_args: str) -> dict[str, Any]:
         raise ConfigError(
             f"strategy-args is {strategy_args!r}, expected a table as '{{phi = 0.5}}'"
         )
+    return table
+
+
+def _parse(strategy_args: str) -> dict[str, Any]:
+    table = arguments_table(strategy_args)
     arguments = {_python(key): value for key, value in table.items()}
     if "rules" in arguments:
         if not isinstance(arguments["rules"], list):

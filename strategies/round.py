@@ -224,13 +224,29 @@ class Round:
     # --- keeping account -----------------------------------------------------------------
 
     def record_step(
-        self, step: int, batches: list[ClientBatch], result: StepResult, started: float
+        self,
+        step: int,
+        batches: list[ClientBatch],
+        result: StepResult,
+        started: float,
+        *,
+        replays: bool = False,
     ) -> None:
-        """Count a server step's rows, losses, correct answers, rules' metrics and time."""
+        """Count a server step's rows, losses, correct answers, rules' metrics and time.
+
+        ``replays`` says whether the rows that went back went forward a second time for that.
+        """
         self.entry.server_seconds += time.perf_counter() - started
         if self.clients.clock:
             uploads = [(batch.client, step) for batch in batches]
-            self.clients.clock.stepped(uploads, sum(map(len, batches)), result.rows, started)
+            rows = sum(map(len, batches))
+            self.clients.clock.stepped(
+                uploads,
+                forward_rows=rows + replays * result.rows,
+                backward_rows=result.rows,
+                logit_rows=rows,
+                started=started,
+            )
         self.entry.rows += result.rows
         for batch in batches:
             self._rows += len(batch)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 
-from flsplit.account import RoundEntry
+from flsplit.account import Clock, RoundEntry
 from flsplit.carry.choose import Experiment, OpenCarrier, open_carrier
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
@@ -23,12 +23,12 @@ from flsplit.server.clients import Clients
 from flsplit.server.fits import Fits
 from flsplit.strategies.checkpoint import Checkpoints
 from flsplit.strategies.evaluation import evaluate_clients
-from flsplit.strategies.fleet import make_clock
 from flsplit.strategies.options import at_round
 from flsplit.strategies.plan import evaluate_batch_size, make_plan
 from flsplit.strategies.report import log_round
 from flsplit.strategies.result import SplitResult
 from flsplit.strategies.round import Round
+from flsplit.strategies.run_clock import make_clock
 
 if TYPE_CHECKING:
     from flsplit.strategies.base import SplitStrategy
@@ -70,9 +70,21 @@ class Run:
             ) as carrier:
                 clients = Clients(carrier, self.timeout)
                 clients.holds |= holds
-                clients.clock = make_clock(self.strategy, clients, self._rounds_done + 1)
+                clients.clock = self._make_clock(clients)
                 self._do_rounds(carrier, clients, checkpoints)
         return self.result
+
+    def _make_clock(self, clients: Clients) -> Clock | None:
+        strategy = self.strategy
+        if strategy.options.fleet:  # some client must be there to say what its inputs look like
+            clients.directory.wait_for(strategy.least_clients())
+        return make_clock(
+            strategy.options,
+            strategy.planned(),
+            strategy.auxiliary_flops,
+            clients,
+            self._rounds_done + 1,
+        )
 
     @property
     def _rounds_done(self) -> int:

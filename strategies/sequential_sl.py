@@ -10,6 +10,7 @@ from flsplit.message.optimizer import OptimizerState
 from flsplit.strategies.base import SplitStrategy, backward_requests
 from flsplit.strategies.checkpoint import get_optimizer_state, put_optimizer_state
 from flsplit.strategies.round import Round
+from flsplit.wireless.phases import Phase, Stage, Where, Work
 
 _HANDED_ON = "handed-on-optimizer"
 
@@ -42,6 +43,31 @@ class SequentialSL(SplitStrategy):
                 "SequentialSL hands one client segment on: there is nothing for client_strategy to "
                 "aggregate"
             )
+
+    @classmethod
+    def phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
+        r"""Return what a round sends and computes: turns.
+
+        A client's turn is, ``steps`` times, client forward :math:`b F_c`, uplink :math:`b \Gamma`,
+        server forward :math:`b F_s`, server backward :math:`b B_s`, unicast :math:`b \Gamma`,
+        client backward :math:`b B_c` (FLOPs and bits), and once :math:`|w_c|` (bits) up and down
+        again.
+        """
+        place, rows = work.place, work.training.batch_size
+        bits = rows * work.activation_bits
+        turn = (
+            Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
+            Stage("uplink", Where.UPLINK, bits),
+            Stage("server forward", Where.SERVER, rows * place.server_flops_forward),
+            Stage("server backward", Where.SERVER, rows * place.server_flops_backward),
+            Stage("unicast", Where.DOWNLINK, bits),
+            Stage("client backward", Where.DEVICE, rows * place.client_flops_backward),
+        )
+        hand_over = (
+            Stage("hand over up", Where.UPLINK, work.client_bits),
+            Stage("hand over down", Where.DOWNLINK, work.client_bits),
+        )
+        return (Phase(turn, work.training.steps, in_turn=True), Phase(hand_over, in_turn=True))
 
     def begin_run(self) -> None:
         """Start without an optimizer state; nobody has trained yet."""

@@ -9,6 +9,7 @@ from flsplit.cli import app
 
 FLEET = Path(__file__).resolve().parents[1] / "docs" / "fleet.toml"
 MODEL = ["--model", "resnet18", "--classes", "7", "--input", "3x64x64"]
+EPSL = [*MODEL, "--strategy", "epsl"]
 
 
 def small_model(num_classes=3):
@@ -64,7 +65,9 @@ def test_profile_of_a_function(flsplit, tmp_path):
 
 
 def test_plan(flsplit, tmp_path):
-    output = flsplit("plan", FLEET, *MODEL, "--phi", 0.5, "--picture", tmp_path / "a.png").stdout
+    output = flsplit(
+        "plan", FLEET, *EPSL, "--strategy-args", "{phi = 0.5}", "--picture", tmp_path / "a.png"
+    ).stdout
     assert "cut after " in output
     assert "server backward" in output
     assert "random subchannels" in output
@@ -87,7 +90,7 @@ def test_plan_as_json(flsplit, strategy):
 def test_plan_says_which_cuts_are_excluded(flsplit, tmp_path):
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(FLEET.read_text().replace("2 GiB", "80 MB"))
-    output = flsplit("plan", fleet, *MODEL).stdout
+    output = flsplit("plan", fleet, *EPSL).stdout
     assert "excluded: layer2.0 needs" in output
 
 
@@ -96,7 +99,7 @@ def test_plan_for_50_devices(flsplit, tmp_path):
     fleet.write_text(
         FLEET.read_text().replace("count = 5", "count = 50").replace("= 20\n", "= 200\n")
     )
-    plan = json.loads(flsplit("plan", fleet, *MODEL, "--json").stdout)
+    plan = json.loads(flsplit("plan", fleet, *EPSL, "--json").stdout)
     assert len(plan["devices"]) == 50
 
 
@@ -106,7 +109,8 @@ def test_samples_may_be_indices(flsplit):
 
     sizes = [(place["params"], place["activation_elements"]) for place in places]
     assert sizes == [(36, 28), (36, 28), (36 + 28 * 3 + 3, 3)]
-    plan = flsplit("plan", FLEET, "--model", "test_cli:token_model", "--input", "7:int64").stdout
+    tokens = ["--model", "test_cli:token_model", "--input", "7:int64", "--strategy", "psl"]
+    plan = flsplit("plan", FLEET, *tokens).stdout
     assert "cut after" in plan
 
 
@@ -119,11 +123,14 @@ def test_samples_may_be_indices(flsplit):
         (["profile", "no_such_module:f"], "can't be imported"),
         (["profile", "test_cli:nothing"], "returned int, expected a torch.nn.Module"),
         (["profile", "test_cli:small_model", "--input", "5"], "can't be profiled"),
-        (["plan", "none.toml", *MODEL], "none.toml can't be read"),
-        (["plan", FLEET, *MODEL, "--strategy", "gapsl"], "no latency model for 'gapsl'"),
-        (["plan", FLEET, *MODEL, "--phi", "2"], "phi is 2, expected a number from 0 to 1"),
-        (["plan", FLEET, *MODEL, "--strategy", "psl", "--phi", "0.5"], "psl has no phi"),
-        (["plan", FLEET, *MODEL, "--batch-size", "0"], "batch_size is 0"),
+        (["plan", "none.toml", *EPSL], "none.toml can't be read"),
+        (["plan", FLEET, *MODEL, "--strategy", "gaps"], "there is no strategy 'gaps'"),
+        (["plan", FLEET, *EPSL, "--strategy-args", "{phi = 2}"], "phi is 2, expected a finite"),
+        (
+            ["plan", FLEET, *MODEL, "--strategy", "psl", "--strategy-args", "{phi = 0.5}"],
+            "strategy 'psl' has no argument 'phi'",
+        ),
+        (["plan", FLEET, *EPSL, "--batch-size", "0"], "batch_size is 0"),
     ],
 )
 def test_bad_input(flsplit, arguments, message):

@@ -6,13 +6,15 @@ import sys
 CODE = """
 import sys
 from flsplit.cli import app
-from flsplit.wireless import Problem, Training, load_fleet, make_plan, method_of, profile_model
+from flsplit.strategies import make_strategy
+from flsplit.wireless import Problem, Training, load_fleet, make_plan, profile_model
 from torch import nn
 
 model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
 profile = profile_model(model, (1, 8, 8))
-make_plan(Problem(load_fleet("docs/fleet.toml"), profile, method_of("{method}", None), Training()))
-print(sorted({{"flwr", "scipy", "matplotlib", "ray"}} & sys.modules.keys()))
+method = make_strategy("{method}", model=model, cut="0").planned()
+make_plan(Problem(load_fleet("docs/fleet.toml"), profile, method, Training()))
+print(sorted({{"scipy", "matplotlib", "ray"}} & sys.modules.keys()))
 """
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from flsplit.errors import ConfigError
-from flsplit.wireless import Problem, Training, load_fleet, method_of, optimise, profile_model
+from flsplit.wireless import Problem, Training, load_fleet, optimise, profile_model
+from flsplit.wireless.unsplit import FEDAVG
 
 
 def check_fleet(fleet: str, clients: int) -> None:
@@ -31,5 +32,5 @@ def fedavg_seconds(
     Nothing is split, so there is no clock that the run could be given.
     """
     profile = profile_model(model, inputs)
-    problem = Problem(load_fleet(Path(fleet)), profile, method_of("fedavg", None), training)
+    problem = Problem(load_fleet(Path(fleet)), profile, FEDAVG, training)
     return optimise(problem).seconds

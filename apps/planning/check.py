@@ -7,10 +7,10 @@ import argparse
 from itertools import pairwise, product
 
 import numpy as np
-from cell import draw_devices, resnet18
+from cell import PaperEPSL, draw_devices, method, resnet18
 
+from flsplit.strategies import PSL, SplitFedV1
 from flsplit.wireless import Fleet, Freedom, Optimiser, Problem, Radio, Server, Training
-from flsplit.wireless.rounds import EPSL, PSL, SplitFed
 
 TOLERANCE = 1e-6
 
@@ -38,12 +38,13 @@ def main() -> None:
     parser.add_argument("--fleets", type=int, default=100)
     options = parser.parse_args()
     profile = resnet18()
+    methods = method(PaperEPSL, "epsl"), method(PSL, "psl"), method(SplitFedV1, "splitfed-v1")
     cuts = [None, *(place.cut for place in profile.places[3::3])]
     factors: dict[Freedom, list[float]] = {}
     failures = []
     for seed in range(options.fleets):
-        method = (EPSL(0.5, replays=False), PSL(), SplitFed())[seed % 3]
-        problem = Problem(drawn_fleet(seed), profile, method, Training())
+        one = methods[seed % 3]
+        problem = Problem(drawn_fleet(seed), profile, one, Training())
         optimiser = Optimiser(problem)
         best = optimiser.solve()
         if any(after > before for before, after in pairwise(best.history)):
@@ -55,7 +56,7 @@ def main() -> None:
             factor = optimiser.solve(freedom, seed).seconds / best.seconds
             factors.setdefault(freedom, []).append(factor)
             if factor < 1 - TOLERANCE:
-                failures.append(f"fleet {seed} ({method.name}) is beaten by {freedom}: {factor}")
+                failures.append(f"fleet {seed} ({one.name}) is beaten by {freedom}: {factor}")
     for freedom, found in factors.items():
         print(f"{freedom}: {np.mean(found):.3f} times as long, at least {min(found):.6f}")
     print(*failures, f"{len(failures)} failures on {options.fleets} fleets", sep="\n")

@@ -18,6 +18,7 @@ from flwr.app import Context, RecordDict
 
 from flsplit import History
 from flsplit.processes import Federation, simulation
+from flsplit.strategies.registry import plan_method
 from flsplit.wireless import (
     Problem,
     Training,
@@ -25,18 +26,17 @@ from flsplit.wireless import (
     profile_model,
     round_seconds,
 )
-from flsplit.wireless.plan import inline_table
+from flsplit.wireless.fleet_plan import inline_table
 from flsplit.wireless.rates import link_rates
-from flsplit.wireless.rounds import EPSL, FSLSAGE, PSL, Argument
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart"
 TRAINING = Training(batch_size=32, steps=4)
-METHODS = (
-    PSL(),
-    EPSL(0.5),
-    FSLSAGE(upload_interval=2, align_interval=1, align_epochs=10, buffer_rows=64),
-)
+METHODS = {
+    "psl": "{}",
+    "epsl": "{phi = 0.5}",
+    "fsl-sage": "{upload-every = 2, align-every = 1, align-epochs = 10, buffer-size = 64}",
+}
 
 
 def predicted(problem: Problem, cut: str) -> float:
@@ -48,7 +48,7 @@ def predicted(problem: Problem, cut: str) -> float:
 def played(problem: Problem, options: argparse.Namespace, flower: Federation) -> History:
     """Run the quickstart as planned, and return its history."""
     with tempfile.TemporaryDirectory() as folder:
-        common: dict[str, Argument] = {"drop-last": True, "fraction-evaluate": 0.0}
+        common = {"drop-last": True, "fraction-evaluate": 0.0}
         config: Mapping[str, str | int | float | bool] = {
             "strategy": problem.method.name,
             "strategy-args": inline_table(problem.arguments | common),
@@ -75,21 +75,23 @@ def main() -> None:
 
     fleet = load_fleet(options.fleet)
     context = Context(1, 1, {}, RecordDict(), {"dataset": "digits"})
-    profile = profile_model(build_model(context), (1, 8, 8))
+    model = build_model(context)
+    profile = profile_model(model, (1, 8, 8))
     print("method     predicted    clock   played (s)   played by predicted   computed (s)")
     with (
         tempfile.TemporaryDirectory() as folder,
         simulation(Path(folder), fleet.num_devices) as flower,
     ):
-        for method in METHODS:
-            problem = Problem(fleet, profile, method, TRAINING)
+        for name, strategy_args in METHODS.items():
+            method, training = plan_method(name, strategy_args, model, profile, TRAINING)
+            problem = Problem(fleet, profile, method, training)
             rounds = played(problem, options, flower)[1:]  # the first sends segments out
             expected = predicted(problem, CUT)
             clock = mean(entry.simulated_seconds or 0.0 for entry in rounds)
             passed = mean(entry.seconds for entry in rounds)
             computed = mean(entry.client_seconds + entry.server_seconds for entry in rounds)
             print(
-                f"{method.name:9}{expected:11.3f}{clock:9.3f}{passed:9.3f}{passed / expected:18.3f}"
+                f"{name:9}{expected:11.3f}{clock:9.3f}{passed:9.3f}{passed / expected:18.3f}"
                 f"{computed:19.3f}",
                 flush=True,
             )

@@ -5,13 +5,15 @@ python apps/planning/sweep.py --out docs/img
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from cell import draw_devices, resnet18
+from cell import PaperEPSL, draw_devices, method, resnet18
+from matplotlib.figure import Figure
 
+from flsplit.strategies import EPSL, PSL, SequentialSL, SplitFedV1
 from flsplit.wireless import (
     Fleet,
     Freedom,
@@ -24,14 +26,13 @@ from flsplit.wireless import (
     Training,
     make_plan,
 )
-from flsplit.wireless.pictures import Sweep, draw_profile, draw_round, draw_sweeps
-from flsplit.wireless.rounds import EPSL, PSL, SequentialSL, SplitFed
+from flsplit.wireless.pictures import draw_profile, draw_round, save_picture
 
 METHODS: dict[str, Method] = {
-    "EPSL": EPSL(0.5, replays=False),  # the paper's count, as we understand it
-    "PSL": PSL(),
-    "SplitFed": SplitFed(),
-    "SL": SequentialSL(),
+    "EPSL": method(PaperEPSL, "epsl"),
+    "PSL": method(PSL, "psl"),
+    "SplitFed": method(SplitFedV1, "splitfed-v1"),
+    "SL": method(SequentialSL, "sequential-sl"),
 }
 
 
@@ -59,6 +60,57 @@ def fleet(
     )
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """How long rounds take as one thing changes.
+
+    Attributes
+    ----------
+    title : str
+        What changes, with its unit.
+    values : sequence of float
+        What it is set to.
+    optimised, plain : mapping of str to sequence of float
+        Rounds (s) by method, one for each value, with everything chosen and with nothing.
+    """
+
+    title: str
+    values: Sequence[float]
+    optimised: Mapping[str, Sequence[float]]
+    plain: Mapping[str, Sequence[float]]
+
+
+def draw_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> Path:
+    """Draw sweeps side by side; solid lines with everything chosen, dashed ones with nothing.
+
+    Parameters
+    ----------
+    sweeps : sequence of Sweep
+        One panel each.
+    path : str or Path
+        Where to write the picture; the suffix chooses the format.
+
+    Returns
+    -------
+    Path
+        ``path``.
+    """
+    columns = 2
+    rows = -(-len(sweeps) // columns)
+    figure = Figure(figsize=(10, 3.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, sweep in zip(grid.flat, sweeps, strict=True):
+        for index, name in enumerate(sweep.optimised):
+            colour = f"C{index}"
+            axes.plot(sweep.values, sweep.optimised[name], "o-", color=colour, ms=4, label=name)
+            axes.plot(sweep.values, sweep.plain[name], "x--", color=colour, ms=4, alpha=0.7)
+        axes.set(xlabel=sweep.title, ylabel="seconds per round", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    grid[0][0].legend(fontsize=8)
+    figure.suptitle("solid: everything chosen; dashed: random cut and subchannels, even power")
+    return save_picture(figure, path)
+
+
 def plain_seconds(optimiser: Optimiser, seed: int) -> float:
     """Return the mean round (s) over all cuts with random subchannels and even power."""
     seconds = [
@@ -81,8 +133,8 @@ def sweep(
     plain: dict[str, list[float]] = {}
     for value in values:
         fleets = [make(value, seed) for seed in range(seeds)]
-        for name, method in methods(value).items():
-            own = [Optimiser(Problem(one, profile, method, Training())) for one in fleets]
+        for name, kind in methods(value).items():
+            own = [Optimiser(Problem(one, profile, kind, Training())) for one in fleets]
             best = [optimiser.solve().seconds for optimiser in own]
             worst = [plain_seconds(optimiser, seed) for seed, optimiser in enumerate(own)]
             optimised.setdefault(name, []).append(float(np.mean(best)))
@@ -98,9 +150,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     profile = resnet18()
     draw_profile(profile, options.out / "planning-profile.png")
-    problem = Problem(fleet(), profile, EPSL(0.5), Training())
+    problem = Problem(fleet(), profile, method(EPSL, "epsl", phi=0.5), Training())
     draw_round(make_plan(problem, draws=1), options.out / "planning-round-epsl.png")
-    slow = replace(problem, method=SequentialSL())
+    slow = replace(problem, method=METHODS["SL"])
     draw_round(make_plan(slow, draws=1), options.out / "planning-round-sl.png")
 
     sweeps = [
@@ -131,7 +183,7 @@ def main() -> None:
             lambda value, seed: fleet(seed=seed),
             profile,
             options.seeds,
-            lambda phi: {**METHODS, "EPSL": EPSL(phi, replays=False)},
+            lambda phi: {**METHODS, "EPSL": method(PaperEPSL, "epsl", phi=phi)},
         ),
     ]
     draw_sweeps(sweeps, options.out / "planning-sweeps.png")

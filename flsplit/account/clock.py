@@ -78,11 +78,19 @@ class Clock(Protocol):
         ...
 
     def stepped(
-        self, uploads: Iterable[tuple[str, int]], rows: int, backward_rows: int, started: float
+        self,
+        uploads: Iterable[tuple[str, int]],
+        *,
+        forward_rows: int,
+        backward_rows: int,
+        logit_rows: int,
+        started: float,
     ) -> None:
-        """Take note of a server step on the smashed data of (client, step).
+        """Take note of the server's work on the smashed data of (client, step).
 
-        Of its ``rows``, which go forward, ``backward_rows`` go back to the cut.
+        ``forward_rows`` go forward through its segment, ``logit_rows`` back through the last
+        layer and ``backward_rows`` on from there to the cut. A plain step has as many of each; a
+        step may be told in several calls.
         """
         ...
 

@@ -9,31 +9,18 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+# At this distance a 28 GHz device in New York's streets sees the base station with 1/e
 LINE_OF_SIGHT_RANGE_M = 67.1
-"""The distance (m) at which a 28 GHz device in New York's streets sees the base station with a
-probability of 1/e."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """How the channel loses power on the way.
+    """How the channel loses power on the way."""
 
-    Attributes
-    ----------
-    reference_m : float
-        A distance, in m.
-    reference_db : float
-        Path loss there, in dB.
-    decade_db : float
-        What ten times the distance adds, in dB.
-    shadowing_db : float
-        Standard deviation (dB) of log-normal shadowing, per device.
-    """
-
-    reference_m: float
-    reference_db: float
-    decade_db: float
-    shadowing_db: float
+    reference_m: float  # a distance
+    reference_db: float  # path loss there
+    decade_db: float  # what ten times the distance adds
+    shadowing_db: float  # standard deviation of log-normal shadowing, per device
 
     def path_loss_db(self, distance_m: float) -> float:
         """Return the path loss (dB) at a distance (m).
@@ -53,6 +40,12 @@ Modeling and Cellular Capacity Evaluation, https://arxiv.org/abs/1312.4921."""
 BLOCKED = Surroundings(1.0, 72.0, 29.2, 8.7)
 """At 28 GHz, where something stands between; source as `LINE_OF_SIGHT`."""
 
+_DRAWN = "mmwave-28ghz"
+_FIXED = {"macro-2ghz": MACRO, "mmwave-28ghz-los": LINE_OF_SIGHT, "mmwave-28ghz-nlos": BLOCKED}
+
+PATH_LOSSES = (_DRAWN, *_FIXED)
+"""The models of path loss. ``mmwave-28ghz`` draws per device whether it has a line of sight."""
+
 
 def line_of_sight_probability(distance_m: Array) -> Array:
     """Return the probability (no unit) that a device at a distance (m) sees the base station.
@@ -62,54 +55,20 @@ def line_of_sight_probability(distance_m: Array) -> Array:
     return np.exp(-distance_m / LINE_OF_SIGHT_RANGE_M)
 
 
-PATH_LOSSES = ("macro-2ghz", "mmwave-28ghz", "mmwave-28ghz-los", "mmwave-28ghz-nlos")
-"""The models of path loss. ``mmwave-28ghz`` draws per device whether it has a line of sight."""
-
-
 def surroundings_of(
     path_loss: str, distance_m: Array, rng: np.random.Generator
 ) -> list[Surroundings]:
-    """Return what surrounds each device.
-
-    Parameters
-    ----------
-    path_loss : str
-        One of `PATH_LOSSES`.
-    distance_m : ndarray
-        Each device's distance, in m.
-    rng : numpy.random.Generator
-        Draws who has a line of sight.
-    """
-    fixed = {
-        "macro-2ghz": MACRO,
-        "mmwave-28ghz-los": LINE_OF_SIGHT,
-        "mmwave-28ghz-nlos": BLOCKED,
-    }
-    if path_loss in fixed:
-        return [fixed[path_loss]] * len(distance_m)
+    """Return what surrounds each device at its distance (m), by one of `PATH_LOSSES`."""
+    if path_loss in _FIXED:
+        return [_FIXED[path_loss]] * len(distance_m)
     sees = rng.random(len(distance_m)) < line_of_sight_probability(distance_m)
     return [LINE_OF_SIGHT if seen else BLOCKED for seen in sees]
 
 
 def shannon_rate_bps(bandwidth_hz: float, power_w: Any, gain: Any, noise_w_per_hz: float) -> Any:
-    """Return the rate of a channel with white noise.
+    """Return the rate (bit/s) of a channel with white noise: ``B log2(1 + P g / (B N0))``.
 
-    ``B log2(1 + P g / (B N0))``.
-
-    Parameters
-    ----------
-    bandwidth_hz : float
-        B, in Hz.
-    power_w : float or ndarray
-        P, the power sent, in W.
-    gain : float or ndarray
-        g, received by sent power, without unit: antennas, path loss, shadowing and fading.
-    noise_w_per_hz : float
-        N0, the noise's power density, in W/Hz.
-
-    Returns
-    -------
-    float or ndarray
-        Rates, in bit/s.
+    B in Hz, P in W, N0 in W/Hz; g is received by sent power (antennas, path loss, shadowing and
+    fading), without unit.
     """
     return bandwidth_hz * np.log2(1.0 + power_w * gain / (bandwidth_hz * noise_w_per_hz))

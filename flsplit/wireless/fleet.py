@@ -9,108 +9,55 @@ from flsplit.errors import ConfigError
 from flsplit.wireless.channel import PATH_LOSSES, Array, shannon_rate_bps, surroundings_of
 from flsplit.wireless.units import from_decibels, watts_from_dbm
 
-OUT_OF_REACH_BPS = 1.0
-"""A device that can't send a bit per second with its whole power on the whole band is out of
-reach."""
+OUT_OF_REACH_BPS = 1.0  # a device that can't send so much with all its power on the whole band
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A client's machine.
+    """A client's machine."""
 
-    Attributes
-    ----------
-    name : str
-        What it is called; a run's client of this name is this device.
-    compute_flops : float
-        FLOP/s that training reaches on it.
-    memory_bytes : float
-        Bytes that training may take.
-    distance_m, power_w : float
-        Distance (m) to the base station and greatest transmit power (W); on a radio network.
-    uplink_bps, downlink_bps : float
-        Measured rates (bit/s); where there are links instead of a radio.
-    """
-
-    name: str
-    compute_flops: float
-    memory_bytes: float = float("inf")
+    name: str  # what it is called; a run's client of this name is this device
+    compute_flops: float  # FLOP/s that training reaches on it
+    memory_bytes: float = float("inf")  # bytes that training may take
+    # distance (m) to the base station and greatest transmit power (W); on a radio network
     distance_m: float = 0.0
     power_w: float = 0.0
-    uplink_bps: float = 0.0
+    uplink_bps: float = 0.0  # measured rates (bit/s); where there are links instead of a radio
     downlink_bps: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """The edge server.
+    """The edge server."""
 
-    Attributes
-    ----------
-    compute_flops : float
-        FLOP/s that training reaches on it.
-    """
-
-    compute_flops: float
+    compute_flops: float  # FLOP/s that training reaches on it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Radio:
-    """An OFDMA cell: subchannels that each belong to one device at a time.
-
-    Attributes
-    ----------
-    num_subchannels : int
-        How many there are.
-    subchannel_hz : float
-        Bandwidth of one, in Hz.
-    noise_w_per_hz : float
-        Noise power density, in W/Hz.
-    antenna_gain : float
-        Gain of both ends' antennas together, without unit.
-    downlink_w_per_hz : float
-        Power density of the base station on every subchannel, in W/Hz.
-    total_power_w : float
-        What all devices together may send, in W.
-    path_loss : str
-        One of `flsplit.wireless.channel.PATH_LOSSES`.
-    shadowing_db : float, optional
-        Standard deviation of shadowing, in dB. Default: that of ``path_loss``.
-    fading : bool
-        Rayleigh fading, independent for each device and subchannel.
-    """
+    """An OFDMA cell: subchannels that each belong to one device at a time."""
 
     num_subchannels: int
-    subchannel_hz: float
-    noise_w_per_hz: float = watts_from_dbm(-174.0)
-    antenna_gain: float = 1.0
+    subchannel_hz: float  # bandwidth of one, in Hz
+    noise_w_per_hz: float = watts_from_dbm(-174.0)  # noise power density, in W/Hz
+    antenna_gain: float = 1.0  # gain of both ends' antennas together, without unit
+    # power density of the base station on every subchannel, in W/Hz
     downlink_w_per_hz: float = watts_from_dbm(-50.0)
-    total_power_w: float = float("inf")
-    path_loss: str = "macro-2ghz"
+    total_power_w: float = float("inf")  # what all devices together may send, in W
+    path_loss: str = "macro-2ghz"  # one of `flsplit.wireless.channel.PATH_LOSSES`
+    # standard deviation of shadowing, in dB. Default: that of ``path_loss``.
     shadowing_db: float | None = None
-    fading: bool = True
+    fading: bool = True  # Rayleigh fading, independent for each device and subchannel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """Devices and a server, with a radio cell or with measured links between them.
-
-    Attributes
-    ----------
-    devices : tuple of Device
-        The devices.
-    server : Server
-        The server.
-    radio : Radio, optional
-        The cell; None for measured links.
-    seed : int
-        Of shadowing, fading and lines of sight.
-    """
+    """Devices and a server, with a radio cell or with measured links between them."""
 
     devices: tuple[Device, ...]
     server: Server
-    radio: Radio | None = None
-    seed: int = 0
+    radio: Radio | None = None  # the cell; None for measured links
+    seed: int = 0  # of shadowing, fading and lines of sight
 
     def __post_init__(self) -> None:
         """Refuse what can't be planned for."""
@@ -119,29 +66,33 @@ class Fleet:
         names = [device.name for device in self.devices]
         if doubles := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"several devices are called {doubles[0]!r}")
-        _positive("server: compute", self.server.compute_flops, "FLOP/s")
+        _positive("server", {"compute": (self.server.compute_flops, "FLOP/s")})
         for device in self.devices:
-            self._check_device(device)
+            quantities = {
+                "compute": (device.compute_flops, "FLOP/s"),
+                "memory": (device.memory_bytes, "B"),
+            }
+            if self.radio is None:
+                quantities["uplink"] = device.uplink_bps, "bit/s"
+                quantities["downlink"] = device.downlink_bps, "bit/s"
+            else:
+                quantities["distance"] = device.distance_m, "m"
+                quantities["power"] = device.power_w, "W"
+            _positive(f"device {device.name!r}", quantities)
         if self.radio is not None:
             self._check_radio(self.radio)
 
-    def _check_device(self, device: Device) -> None:
-        where = f"device {device.name!r}"
-        _positive(f"{where}: compute", device.compute_flops, "FLOP/s")
-        _positive(f"{where}: memory", device.memory_bytes, "B")
-        if self.radio is None:
-            _positive(f"{where}: uplink", device.uplink_bps, "bit/s")
-            _positive(f"{where}: downlink", device.downlink_bps, "bit/s")
-        else:
-            _positive(f"{where}: distance", device.distance_m, "m")
-            _positive(f"{where}: power", device.power_w, "W")
-
     def _check_radio(self, radio: Radio) -> None:
-        _positive("radio: subchannel-bandwidth", radio.subchannel_hz, "Hz")
-        _positive("radio: noise", radio.noise_w_per_hz, "W/Hz")
-        _positive("radio: antenna-gain", radio.antenna_gain, "(a ratio)")
-        _positive("radio: downlink", radio.downlink_w_per_hz, "W/Hz")
-        _positive("radio: total-power", radio.total_power_w, "W")
+        _positive(
+            "radio",
+            {
+                "subchannel-bandwidth": (radio.subchannel_hz, "Hz"),
+                "noise": (radio.noise_w_per_hz, "W/Hz"),
+                "antenna-gain": (radio.antenna_gain, "(a ratio)"),
+                "downlink": (radio.downlink_w_per_hz, "W/Hz"),
+                "total-power": (radio.total_power_w, "W"),
+            },
+        )
         if radio.num_subchannels < len(self.devices):
             raise ConfigError(
                 f"radio: {radio.num_subchannels} subchannels for {len(self.devices)} devices: each "
@@ -193,12 +144,10 @@ class Fleet:
         radio, rng = self.radio, np.random.default_rng(self.seed)
         distance_m = np.array([device.distance_m for device in self.devices])
         around = surroundings_of(radio.path_loss, distance_m, rng)
-        loss_db = np.array(
-            [one.path_loss_db(float(d)) for one, d in zip(around, distance_m, strict=True)]
-        )
-        spread_db = [
-            one.shadowing_db if radio.shadowing_db is None else radio.shadowing_db for one in around
-        ]
+        pairs = zip(around, distance_m, strict=True)
+        loss_db = np.array([one.path_loss_db(float(distance)) for one, distance in pairs])
+        fixed_db = radio.shadowing_db
+        spread_db = [one.shadowing_db if fixed_db is None else fixed_db for one in around]
         loss_db = loss_db + rng.normal(size=self.num_devices) * np.array(spread_db)
         shape = (self.num_devices, radio.num_subchannels)
         fading = rng.exponential(size=shape) if radio.fading else np.ones(shape)
@@ -212,6 +161,7 @@ class Fleet:
         return self.gains / (self.radio.subchannel_hz * self.radio.noise_w_per_hz)
 
 
-def _positive(name: str, value: float, unit: str) -> None:
-    if not value > 0:
-        raise ConfigError(f"{name} is {value:g} {unit}, expected more than 0")
+def _positive(where: str, quantities: dict[str, tuple[float, str]]) -> None:
+    for name, (value, unit) in quantities.items():
+        if not value > 0:
+            raise ConfigError(f"{where}: {name} is {value:g} {unit}, expected more than 0")

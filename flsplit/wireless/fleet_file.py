@@ -13,18 +13,16 @@ from flsplit.wireless import units
 from flsplit.wireless.fleet import Device, Fleet, Radio, Server
 
 Reader = Callable[[Any], Any]
+"""Turns what a file has into what a fleet has, or raises ConfigError."""
 
 
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{value!r} is not a whole number of at least 1")
-    return value
+def _whole(least: int) -> Reader:
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{value!r} is not a whole number of at least {least}")
+        return value
 
-
-def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"{value!r} is not a whole number of at least 0")
-    return value
+    return read
 
 
 def _of(kind: type, expected: str) -> Reader:
@@ -37,13 +35,12 @@ def _of(kind: type, expected: str) -> Reader:
 
 
 _text = _of(str, "a text in quotes")
-_flag = _of(bool, "true or false")
 
-_SERVER: Mapping[str, tuple[str, Reader]] = {
-    "compute": ("compute_flops", units.SPEED.parse),
-}
-_RADIO: Mapping[str, tuple[str, Reader]] = {
-    "subchannels": ("num_subchannels", _count),
+# By key: the field of the class, and what reads it
+_Known = Mapping[str, tuple[str, Reader]]
+_SERVER: _Known = {"compute": ("compute_flops", units.SPEED.parse)}
+_RADIO: _Known = {
+    "subchannels": ("num_subchannels", _whole(1)),
     "subchannel-bandwidth": ("subchannel_hz", units.FREQUENCY.parse),
     "noise": ("noise_w_per_hz", units.POWER_DENSITY.parse),
     "antenna-gain": ("antenna_gain", units.GAIN.parse),
@@ -51,9 +48,9 @@ _RADIO: Mapping[str, tuple[str, Reader]] = {
     "total-power": ("total_power_w", units.POWER.parse),
     "path-loss": ("path_loss", _text),
     "shadowing": ("shadowing_db", units.SPREAD.parse),
-    "fading": ("fading", _flag),
+    "fading": ("fading", _of(bool, "true or false")),
 }
-_QUANTITIES: Mapping[str, tuple[str, Reader]] = {
+_QUANTITIES: _Known = {
     "compute": ("compute_flops", units.SPEED.parse),
     "memory": ("memory_bytes", units.SIZE.parse),
     "distance": ("distance_m", units.DISTANCE.parse),
@@ -61,23 +58,14 @@ _QUANTITIES: Mapping[str, tuple[str, Reader]] = {
     "uplink": ("uplink_bps", units.RATE.parse),
     "downlink": ("downlink_bps", units.RATE.parse),
 }
-_DEVICE_KEYS = ("name", "count", *_QUANTITIES)
 _ON_RADIO = ("distance", "power")
 _ON_LINKS = ("uplink", "downlink")
 
 
 def load_fleet(path: str | Path) -> Fleet:
-    """Read a fleet.
+    """Read a fleet from a TOML file, whose keys ``docs/planning.md`` describes.
 
-    Parameters
-    ----------
-    path : str or Path
-        A TOML file; ``docs/planning.md`` describes its keys.
-
-    Returns
-    -------
-    Fleet
-        The fleet; what is given as a range is drawn from the file's seed.
+    What is given as a range is drawn from the file's seed.
 
     Raises
     ------
@@ -114,7 +102,7 @@ def find_fleet(fleet: str | Path | Fleet) -> Fleet:
 def fleet_from(data: Mapping[str, Any]) -> Fleet:
     """Return the fleet that the tables of a TOML file describe; see `load_fleet`."""
     _refuse_unknown("the fleet", data, ("seed", "server", "radio", "devices"))
-    seed = _read("seed", data.get("seed", 0), _seed)
+    seed = _read("seed", data.get("seed", 0), _whole(0))
     server = Server(**_table("server", data.get("server"), _SERVER, required=("compute",)))
     radio = None
     if "radio" in data:
@@ -135,7 +123,7 @@ def _devices(group: Any, first: int, on_radio: bool, rng: np.random.Generator) -
     where = f"[[devices]] from device {first}"
     if not isinstance(group, Mapping):
         raise ConfigError(f"{where} is {group!r}, not a table")
-    _refuse_unknown(where, group, _DEVICE_KEYS)
+    _refuse_unknown(where, group, ("name", "count", *_QUANTITIES))
     needed, useless = (_ON_RADIO, _ON_LINKS) if on_radio else (_ON_LINKS, _ON_RADIO)
     for key in ("compute", *needed):
         if key not in group:
@@ -144,31 +132,23 @@ def _devices(group: Any, first: int, on_radio: bool, rng: np.random.Generator) -
         if key in group:
             network = "with a [radio]" if on_radio else "without a [radio]"
             raise ConfigError(f"{where} has {key!r}, which means nothing {network}")
-    count = _read(f"{where}: count", group.get("count", 1), _count)
+    count = _read(f"{where}: count", group.get("count", 1), _whole(1))
     name = _read(f"{where}: name", group.get("name", ""), _text)
-    return [
-        Device(name=_name(name, first, index, count), **_drawn(where, group, rng))
-        for index in range(count)
-    ]
-
-
-def _name(name: str, first: int, index: int, count: int) -> str:
-    """Return a device's name; without one, its number, which is its client's in a simulation."""
-    if not name:
-        return str(first + index)
-    return f"{name}-{index}" if count > 1 else name
-
-
-def _drawn(where: str, group: Mapping[str, Any], rng: np.random.Generator) -> dict[str, float]:
-    values = {}
-    for key, (field, parse) in _QUANTITIES.items():
-        if key in group:
-            values[field] = _draw(f"{where}: {key}", group[key], parse, rng)
-    return values
+    devices = []
+    for index in range(count):
+        # Without a name, a device's is its number, which is its client's in a simulation
+        own = (f"{name}-{index}" if count > 1 else name) if name else str(first + index)
+        drawn = {
+            field: _draw(f"{where}: {key}", group[key], parse, rng)
+            for key, (field, parse) in _QUANTITIES.items()
+            if key in group
+        }
+        devices.append(Device(name=own, **drawn))
+    return devices
 
 
 def _draw(where: str, value: Any, parse: Reader, rng: np.random.Generator) -> float:
-    """Return a quantity, or, of a list of two, one drawn evenly from between them."""
+    """Return a value, or one drawn from [least, greatest]."""
     if not isinstance(value, list):
         return float(_read(where, value, parse))
     if len(value) != 2:

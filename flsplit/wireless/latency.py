@@ -1,39 +1,25 @@
 """How long a round takes, stage by stage."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from flsplit.wireless.channel import Array
 from flsplit.wireless.fleet import Fleet
+from flsplit.wireless.phases import Phase, Stage, Where
 from flsplit.wireless.power import Deadline
 from flsplit.wireless.rates import Rates
-from flsplit.wireless.rounds import Phase, Stage, Where
 
 SERVER = "server"
 """Who does what the server does, in a `Span`."""
 
 
 def stage_seconds(stage: Stage, fleet: Fleet, rates: Rates) -> Array:
-    """Return how long a stage takes each device.
+    """Return how long a stage takes each device (s), its amount by a speed.
 
-    An amount by a speed: FLOPs by the device's or the server's FLOP/s, bits by the uplink's, the
-    downlink's or the broadcast's bit/s.
-
-    Parameters
-    ----------
-    stage : Stage
-        With its amount, in FLOPs or bits.
-    fleet : Fleet
-        With speeds in FLOP/s.
-    rates : Rates
-        In bit/s.
-
-    Returns
-    -------
-    ndarray
-        Seconds by device.
+    FLOPs by the device's or the server's FLOP/s, bits by the uplink's, the downlink's or the
+    broadcast's bit/s.
     """
     match stage.where:
         case Where.DEVICE:
@@ -48,20 +34,17 @@ def stage_seconds(stage: Stage, fleet: Fleet, rates: Rates) -> Array:
             return np.full(fleet.num_devices, stage.amount / rates.broadcast_bps)
 
 
-def phase_seconds(phase: Phase, fleet: Fleet, rates: Rates) -> float:
-    """Return how long a phase (s) takes, once: ``max_i sum_stages t_i``, in turn ``sum_i``."""
-    seconds = sum(stage_seconds(stage, fleet, rates) for stage in phase.stages)
-    assert isinstance(seconds, np.ndarray)
-    return float(seconds.sum() if phase.in_turn else seconds.max())
-
-
 def round_seconds(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> float:
-    """Return how long a round takes (s): ``sum_phases repeat * phase``.
+    """Return how long a round takes (s).
 
-    For EPSL with one step that is
+    ``sum_phases repeat * max_i sum_stages t_i``, in turn ``sum_i``. For one parallel step that is
     ``max_i(T_i^F + T_i^U) + T_s^F + T_s^B + T^B + max_i(T_i^D + T_i^B)``.
     """
-    return sum(phase.repeat * phase_seconds(phase, fleet, rates) for phase in phases)
+    total = 0.0
+    for phase in phases:
+        seconds = np.sum([stage_seconds(stage, fleet, rates) for stage in phase.stages], axis=0)
+        total += phase.repeat * float(seconds.sum() if phase.in_turn else seconds.max())
+    return total
 
 
 def stage_breakdown(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> dict[str, float]:
@@ -82,95 +65,60 @@ def stage_breakdown(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> dict
 
 @dataclass(frozen=True)
 class Span:
-    """Who does what from when to when, for a picture.
+    """Who does what from when to when, for a picture."""
 
-    Attributes
-    ----------
-    actor : str
-        A device's name, or `SERVER`.
-    stage : str
-        What it does.
-    start_s, end_s : float
-        When, in s from the round's beginning.
-    """
-
-    actor: str
+    actor: str  # a device's name, or `SERVER`
     stage: str
-    start_s: float
+    start_s: float  # from the round's beginning
     end_s: float
 
 
 def spans(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> list[Span]:
     """Return what happens in a round, in order of the phases."""
     found: list[Span] = []
-    now = 0.0
-    for phase in phases:
-        for _ in range(phase.repeat):
-            own = list(_phase_spans(phase, fleet, rates, now))
-            now = max((span.end_s for span in own), default=now)
-            found += own
+    for phase in (one for one in phases for _ in range(one.repeat)):
+        seconds = [stage_seconds(stage, fleet, rates) for stage in phase.stages]
+        start = at = max((span.end_s for span in found), default=0.0)
+        for index, device in enumerate(fleet.devices):
+            at = at if phase.in_turn else start
+            for stage, own in zip(phase.stages, seconds, strict=True):
+                begun, at = at, at + float(own[index])
+                by_server = stage.where is Where.SERVER
+                if not by_server or phase.in_turn or index == 0:  # the server does it once for all
+                    found.append(Span(SERVER if by_server else device.name, stage.name, begun, at))
     return found
-
-
-def _phase_spans(phase: Phase, fleet: Fleet, rates: Rates, now: float) -> Iterator[Span]:
-    seconds = [stage_seconds(stage, fleet, rates) for stage in phase.stages]
-    start = now
-    for index, device in enumerate(fleet.devices):
-        at = start
-        for stage, own in zip(phase.stages, seconds, strict=True):
-            end = at + float(own[index])
-            by_server = stage.where is Where.SERVER
-            if not by_server or phase.in_turn or index == 0:
-                yield Span(SERVER if by_server else device.name, stage.name, at, end)
-            at = end
-        start = at if phase.in_turn else now
-
-
-# ------------------------------------------------------------------------------------------------
-# The same in the form that is quick to optimise
 
 
 @dataclass(frozen=True)
 class RoundTerms:
-    """A round as ``sum_g weight_g max_i(fixed_gi + up_g / U_i + down_g / D_i + wide_g / W)``.
+    """A round, in the form that is quick to optimise.
 
-    Attributes
-    ----------
-    weight : ndarray
-        By phase, how often it happens.
-    fixed_s : ndarray
-        Compute time (s), shape (phases, devices).
-    up_bits, down_bits, wide_bits : ndarray
-        By phase, the bits by uplink, downlink and broadcast.
+    ``sum_g weight_g max_i(fixed_gi + up_g / U_i + down_g / D_i + wide_g / W)``.
     """
 
-    weight: Array
-    fixed_s: Array
-    up_bits: Array
+    weight: Array  # by phase, how often it happens
+    fixed_s: Array  # compute time, shape (phases, devices)
+    up_bits: Array  # by phase
     down_bits: Array
-    wide_bits: Array
+    wide_bits: Array  # broadcast
 
     @classmethod
     def of(cls, phases: Sequence[Phase], fleet: Fleet) -> "RoundTerms":
         """Return the terms of phases that all devices share."""
-        silent = Rates(np.ones(1), np.ones(1), 1.0)
 
-        def bits(phase: Phase, where: Where) -> float:
-            return sum(stage.amount for stage in phase.stages if stage.where is where)
+        def amounts(where: Where) -> Array:
+            return np.array(
+                [sum(s.amount for s in phase.stages if s.where is where) for phase in phases],
+                dtype=np.float64,
+            )
 
-        def compute(phase: Phase) -> Array:
-            total = np.zeros(fleet.num_devices)
-            for stage in phase.stages:
-                if stage.where in (Where.DEVICE, Where.SERVER):
-                    total = total + stage_seconds(stage, fleet, silent)
-            return total
-
+        on_devices = amounts(Where.DEVICE)[:, None] / fleet.compute_flops
         return cls(
             weight=np.array([float(phase.repeat) for phase in phases]),
-            fixed_s=np.array([compute(phase) for phase in phases]),
-            up_bits=np.array([bits(phase, Where.UPLINK) for phase in phases]),
-            down_bits=np.array([bits(phase, Where.DOWNLINK) for phase in phases]),
-            wide_bits=np.array([bits(phase, Where.BROADCAST) for phase in phases]),
+            fixed_s=on_devices + amounts(Where.SERVER)[:, None] / fleet.server.compute_flops,
+            up_bits=amounts(Where.UPLINK),
+            down_bits=amounts(Where.DOWNLINK),
+            wide_bits=amounts(Where.BROADCAST),
         )
 
     def by_device(self, rates: Rates) -> Array:
@@ -201,12 +149,20 @@ class RoundTerms:
         """Return the phases in which devices send, for power control.
 
         Phases in which they send as much (a round's first step and the others) are taken for one,
-        as the last of them is: with that few deadlines the powers can be found exactly.
+        as the last of them is: with two deadlines the powers can be found exactly. If there are
+        more, all but the one in which most is sent are taken for one, their mean.
         """
         fixed = self.by_device(rates) - self.up_bits[:, None] / rates.uplink_bps
         found: dict[float, Deadline] = {}
-        for g in np.flatnonzero(self.up_bits > 0):
+        for g in np.flatnonzero((self.up_bits > 0) & (self.weight > 0)):
             bits = float(self.up_bits[g])
             before = found[bits].weight if bits in found else 0.0
             found[bits] = Deadline(before + float(self.weight[g]), fixed[g], bits)
-        return list(found.values())
+        deadlines = list(found.values())
+        if len(deadlines) <= 2:
+            return deadlines
+        most, *rest = sorted(deadlines, key=lambda one: -one.weight * one.bits)
+        weights = np.array([one.weight for one in rest])
+        mean_s = weights @ [one.fixed_s for one in rest] / weights.sum()
+        mean_bits = float(weights @ [one.bits for one in rest] / weights.sum())
+        return [most, Deadline(float(weights.sum()), mean_s, mean_bits)]

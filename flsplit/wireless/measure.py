@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,7 @@ from flsplit.wireless.profile import ModelProfile
 
 @dataclass(frozen=True)
 class Measured:
-    """What a place took on this device, per sample.
-
-    Attributes
-    ----------
-    forward_s, backward_s : float
-        Time (s) of the client segment's passes in training mode, per sample.
-    """
+    """What a client segment's passes take on this device in training mode, per sample (s)."""
 
     forward_s: float
     backward_s: float
@@ -26,34 +21,45 @@ class Measured:
 def measure(
     model: nn.Module, profile: ModelProfile, batch_size: int = 8, repeats: int = 3
 ) -> dict[str, Measured]:
-    """Train the whole model on random data and note when each place is reached.
+    """Train the whole model on random data and note when each place is reached, by cut.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The profiled model, on the device to measure. Its buffers change, its gradients are
-        cleared.
-    profile : ModelProfile
-        Its profile.
-    batch_size : int
-        Samples per batch.
-    repeats : int
-        Passes after a first one that doesn't count; the fastest of each place does.
-
-    Returns
-    -------
-    dict of str to Measured
-        By cut; the model's end is among them.
+    The model's end is among the cuts. The model is trained on the device on which it lies; its
+    buffers change, its gradients are cleared. Of ``repeats`` passes after a first one, which
+    doesn't count, the fastest of each place does.
     """
-    watch = _Watch(model, [place.cut for place in profile.places])
     device = next(model.parameters()).device
     batch = torch.rand((batch_size, *profile.input_shape), device=device)
     batch = batch.to(profile.input_dtype)  # zeros, where samples are indices
+    forward, backward = dict[str, float](), dict[str, float]()  # when a place was last reached
+
+    def returned(name: str, module: nn.Module, args: object, output: object) -> None:
+        forward[name] = _now()
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda gradient: backward.update({name: _now()}))  # type: ignore[no-untyped-call]
+
+    def train() -> dict[str, Measured]:
+        backward.clear()
+        start = _now()
+        output = model(batch)
+        middle = _now()
+        output.sum().backward()
+        finish = _now()
+        found = {
+            name: Measured(at - start, finish - backward.get(name, finish))
+            for name, at in forward.items()
+        }
+        return found | {profile.end.cut: Measured(middle - start, finish - middle)}
+
+    names = [place.cut for place in profile.places]
+    handles = [
+        model.get_submodule(name).register_forward_hook(partial(returned, name)) for name in names
+    ]
     model.train()
     try:
-        passes = [watch.run(batch, profile.end.cut) for _ in range(repeats + 1)][1:]
+        passes = [train() for _ in range(repeats + 1)][1:]
     finally:
-        watch.remove()
+        for handle in handles:
+            handle.remove()
         model.zero_grad(set_to_none=True)
     return {
         cut: Measured(
@@ -69,48 +75,6 @@ def effective_flops(profile: ModelProfile, measured: dict[str, Measured]) -> flo
     end, took = profile.end, measured[profile.end.cut]
     flops = end.client_flops_forward + end.client_flops_backward
     return flops / (took.forward_s + took.backward_s)
-
-
-class _Watch:
-    """Notes when modules return, and when their outputs' gradients are there."""
-
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        self._model = model
-        self._forward: dict[str, float] = {}
-        self._backward: dict[str, float] = {}
-        self._handles = [
-            model.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: self._returned(name, output)
-            )
-            for name in names
-        ]
-
-    def _returned(self, name: str, output: object) -> None:
-        self._forward[name] = _now()
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda gradient: self._arrived(name))  # type: ignore[no-untyped-call]
-
-    def _arrived(self, name: str) -> None:
-        self._backward[name] = _now()
-
-    def run(self, batch: Tensor, end: str) -> dict[str, Measured]:
-        """Return what a forward and a backward pass of the batch took up to each place."""
-        self._backward.clear()
-        start = _now()
-        output = self._model(batch)
-        middle = _now()
-        output.sum().backward()
-        finish = _now()
-        took = {
-            name: Measured(at - start, finish - self._backward.get(name, finish))
-            for name, at in self._forward.items()
-        }
-        return took | {end: Measured(middle - start, finish - middle)}
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
 
 
 def _now() -> float:

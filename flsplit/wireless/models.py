@@ -16,13 +16,9 @@ from flsplit.vision import load_torchvision
 def load_model(name: str, classes: int | None = None) -> nn.Module:
     """Return a new model.
 
-    Parameters
-    ----------
-    name : str
-        A torchvision model (``resnet18``), or ``module:function`` of a function that returns a
-        model; the module is also looked for in the working directory.
-    classes : int, optional
-        Passed on as ``num_classes``. Default: what the model defaults to.
+    ``name`` is a torchvision model (``resnet18``), or ``module:function`` of a function that
+    returns a model; the module is also looked for in the working directory. ``classes`` is passed
+    on as ``num_classes``.
 
     Raises
     ------
@@ -46,11 +42,8 @@ def load_model(name: str, classes: int | None = None) -> nn.Module:
 def example_input(text: str) -> Tensor | tuple[int, ...]:
     """Return what ``text`` says of one sample: a shape, ``3x64x64``, maybe a dtype, ``7:int64``.
 
-    Returns
-    -------
-    Tensor or tuple of int
-        A batch of one sample, without data; the shape of a sample where no dtype is given, which
-        is then the model's.
+    That is a batch of one sample, without data; or the shape of a sample where no dtype is given,
+    which is then the model's.
 
     Raises
     ------
@@ -71,19 +64,15 @@ def example_input(text: str) -> Tensor | tuple[int, ...]:
 
 
 def _torchvision(name: str) -> Callable[..., Any]:
+    own = "for a model of your own write module:function"
     try:
-        models = load_torchvision().models
+        found: Callable[..., Any] = load_torchvision().models.get_model_builder(name)
     except ImportError as error:
         raise ConfigError(
-            f"the model {name!r} comes from torchvision, which is not installed; for a model of "
-            "your own write module:function"
+            f"the model {name!r} comes from torchvision, which is not installed; {own}"
         ) from error
-    try:
-        found: Callable[..., Any] = models.get_model_builder(name)
     except ValueError as error:
-        raise ConfigError(
-            f"torchvision has no model {name!r}; for a model of your own write module:function"
-        ) from error
+        raise ConfigError(f"torchvision has no model {name!r}; {own}") from error
     return found
 
 

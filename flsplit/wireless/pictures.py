@@ -1,52 +1,22 @@
-"""Pictures of profiles, rounds and sweeps."""
+"""Pictures of profiles and rounds; the path's suffix chooses the format."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from matplotlib.axes import Axes
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flsplit.errors import ConfigError
-from flsplit.wireless.latency import SERVER, Span, spans
-from flsplit.wireless.plan import Plan
+from flsplit.wireless.fleet_plan import FleetPlan
+from flsplit.wireless.latency import SERVER, spans
 from flsplit.wireless.profile import ModelProfile
 
-_COLOURS = {
-    "client forward": "#1f77b4",
-    "uplink": "#ff7f0e",
-    "server forward": "#2ca02c",
-    "server backward": "#98df8a",
-    "broadcast": "#d62728",
-    "unicast": "#ff9896",
-    "client backward": "#aec7e8",
-    "aggregation up": "#9467bd",
-    "aggregation down": "#c5b0d5",
-    "auxiliary": "#8c564b",
-    "alignment": "#c49c94",
-    "auxiliary down": "#e377c2",
-    "hand over up": "#9467bd",
-    "hand over down": "#c5b0d5",
-}
 _MOST_DEVICES = 20
 
 
 def draw_profile(profile: ModelProfile, path: str | Path) -> Path:
-    """Draw what a client holds, computes, keeps and sends, by cut.
-
-    Parameters
-    ----------
-    profile : ModelProfile
-        The model.
-    path : str or Path
-        Where to write the picture; the suffix chooses the format.
-
-    Returns
-    -------
-    Path
-        ``path``.
-    """
+    """Draw what a client holds, computes, keeps and sends, by cut, and return the path."""
     rows = profile.summary()
     panels = (
         ("client's parameters (millions)", [row.client_params / 1e6 for row in rows]),
@@ -56,125 +26,54 @@ def draw_profile(profile: ModelProfile, path: str | Path) -> Path:
     )
     figure = Figure(figsize=(11, 1.5 + 0.24 * len(rows)), layout="constrained")
     names = [row.cut for row in rows]
-    for axes, (title, values) in zip(
-        figure.subplots(1, len(panels), sharey=True), panels, strict=True
-    ):
+    grid = figure.subplots(1, len(panels), sharey=True)
+    for axes, (title, values) in zip(grid, panels, strict=True):
         axes.barh(names, values, color="#1f77b4")
-        axes.set_title(f"{title}", fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
     shape = "x".join(map(str, profile.input_shape))
     figure.suptitle(f"{profile.model}, input {shape}, per sample, by cut", fontsize=11)
-    return _saved(figure, path)
+    return save_picture(figure, path)
 
 
-def draw_round(plan: Plan, path: str | Path) -> Path:
+def draw_round(plan: FleetPlan, path: str | Path) -> Path:
     """Draw who does what when in one step of a planned round, and in what follows the steps.
 
-    Parameters
-    ----------
-    plan : Plan
-        The plan; of more than 20 devices the first 20 are drawn.
-    path : str or Path
-        Where to write the picture; the suffix chooses the format.
-
-    Returns
-    -------
-    Path
-        ``path``.
+    Of more than 20 devices the first 20 are drawn. Returns the path.
     """
-    figure = Figure(
-        figsize=(10, 1.8 + 0.3 * min(_MOST_DEVICES, plan.problem.fleet.num_devices)),
-        layout="constrained",
-    )
-    axes = figure.subplots()
-    draw_spans(axes, plan)
-    return _saved(figure, path)
-
-
-def draw_spans(axes: Axes, plan: Plan) -> None:
-    """Draw a Gantt chart of one step of a planned round into axes."""
     problem, solution = plan.problem, plan.solution
+    height = 1.8 + 0.3 * min(_MOST_DEVICES, problem.fleet.num_devices)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes = figure.subplots()
     one_step = replace(problem, training=replace(problem.training, steps=1))
     found = spans(one_step.phases(solution.place), problem.fleet, solution.rates)
     names = [device.name for device in problem.fleet.devices[:_MOST_DEVICES]]
     rows = {name: index for index, name in enumerate([SERVER, *names])}
+    stages = dict.fromkeys(span.stage for span in found)
+    colours = {stage: colormaps["tab20"](index % 20) for index, stage in enumerate(stages)}
     for span in found:
         if span.actor in rows:
-            _bar(axes, span, rows[span.actor])
+            width = span.end_s - span.start_s
+            row, colour = rows[span.actor], colours[span.stage]
+            axes.barh(row, width, left=span.start_s, color=colour, height=0.7)
     axes.set_yticks(list(rows.values()), [SERVER, *(f"device {name}" for name in names)])
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     cut = "whole model" if problem.method.whole_model else f"cut after {solution.place.cut}"
     axes.set_title(f"{problem.method.name} {plan.strategy_args}, {cut}", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
-    stages = dict.fromkeys(span.stage for span in found)
     axes.legend(
-        handles=[Patch(color=_COLOURS[stage], label=stage) for stage in stages],
+        handles=[Patch(color=colours[stage], label=stage) for stage in stages],
         fontsize=8,
-        ncols=1,
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
     )
+    return save_picture(figure, path)
 
 
-def _bar(axes: Axes, span: Span, row: int) -> None:
-    width = span.end_s - span.start_s
-    axes.barh(row, width, left=span.start_s, color=_COLOURS[span.stage], height=0.7)
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """How long rounds take as one thing changes.
-
-    Attributes
-    ----------
-    title : str
-        What changes, with its unit.
-    values : sequence of float
-        What it is set to.
-    optimised, plain : mapping of str to sequence of float
-        Rounds (s) by method, one for each value, with everything chosen and with nothing.
-    """
-
-    title: str
-    values: Sequence[float]
-    optimised: Mapping[str, Sequence[float]]
-    plain: Mapping[str, Sequence[float]]
-
-
-def draw_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> Path:
-    """Draw sweeps side by side; solid lines with everything chosen, dashed ones with nothing.
-
-    Parameters
-    ----------
-    sweeps : sequence of Sweep
-        One panel each.
-    path : str or Path
-        Where to write the picture; the suffix chooses the format.
-
-    Returns
-    -------
-    Path
-        ``path``.
-    """
-    columns = 2
-    rows = -(-len(sweeps) // columns)
-    figure = Figure(figsize=(10, 3.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, sweep in zip(grid.flat, sweeps, strict=True):
-        for index, name in enumerate(sweep.optimised):
-            colour = f"C{index}"
-            axes.plot(sweep.values, sweep.optimised[name], "o-", color=colour, ms=4, label=name)
-            axes.plot(sweep.values, sweep.plain[name], "x--", color=colour, ms=4, alpha=0.7)
-        axes.set(xlabel=sweep.title, ylabel="seconds per round", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-    grid[0][0].legend(fontsize=8)
-    figure.suptitle("solid: everything chosen; dashed: random cut and subchannels, even power")
-    return _saved(figure, path)
-
-
-def _saved(figure: Figure, path: str | Path) -> Path:
+def save_picture(figure: Figure, path: str | Path) -> Path:
+    """Write a picture whose format the path's suffix says, and return the path."""
     try:
         figure.savefig(path, dpi=80)
     except (OSError, ValueError) as error:  # no such folder, no such format

@@ -16,43 +16,22 @@ Subchannels = NDArray[np.int64]
 _NO_FLOOR_W = 1e300
 
 
-# ------------------------------------------------------------------------------------------------
-# Each device's power over its own subchannels. Arrays have a row for each device.
-
-
 @dataclass(frozen=True)
 class Filling:
     """A way to divide a device's power over its subchannels.
 
-    Both functions take signal to noise per watt (1/W), which of the subchannels a device owns, in
-    the same shape, and the budgets (W) by device.
-
-    Attributes
-    ----------
-    powers : callable
-        Returns powers (W), zero on what isn't owned.
-    bits : callable
-        Returns what they carry, in bit/s per Hz, by device: ``sum_k log2(1 + P_k a_k)``.
+    Both functions take signal to noise per watt (1/W), with a row for each device, which of the
+    subchannels it owns, in the same shape, and the budgets (W) by device.
     """
 
-    powers: Callable[[Array, Owned, Array], Array]
-    bits: Callable[[Array, Owned, Array], Array]
+    powers: Callable[[Array, Owned, Array], Array]  # in W, zero on what isn't owned
+    bits: Callable[[Array, Owned, Array], Array]  # what they carry: see `carried_bits`
 
 
 def carried_bits(snr_per_watt: Array, power_w: Array) -> Array:
-    """Return what powers carry: ``sum_k log2(1 + P_k a_k)``.
+    """Return what powers P (W) carry by device: ``sum_k log2(1 + P_k a_k)``.
 
-    Parameters
-    ----------
-    snr_per_watt : ndarray
-        a, signal to noise per watt, in 1/W.
-    power_w : ndarray
-        P, in W.
-
-    Returns
-    -------
-    ndarray
-        bit/s per Hz of one subchannel's bandwidth, by device.
+    In bit/s per Hz of one subchannel's bandwidth; a is signal to noise per watt (1/W).
     """
     return np.asarray(np.log2(1.0 + power_w * snr_per_watt).sum(axis=1))
 
@@ -63,20 +42,11 @@ def even_powers(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
     return np.where(owned, share[:, None], 0.0)
 
 
-def even_bits(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
-    """Return what `even_powers` (W) carry, in bit/s per Hz, by device."""
-    return carried_bits(snr_per_watt, even_powers(snr_per_watt, owned, budget_w))
-
-
 class Basin:
     """The floors 1/a (W) that power is poured over, each device's from the lowest up.
 
-    Parameters
-    ----------
-    snr_per_watt : ndarray
-        a: signal to noise per watt (1/W), shape (devices, subchannels).
-    owned : ndarray of bool
-        Who owns what, in the same shape; each device something.
+    ``snr_per_watt``, a (1/W), and ``owned``, who owns what, have the shape (devices, subchannels);
+    each device owns something.
     """
 
     def __init__(self, snr_per_watt: Array, owned: Owned) -> None:
@@ -144,21 +114,14 @@ class Basin:
         return powers
 
 
-def water_powers(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
-    """Return the powers (W) that carry most within budgets (W); see `Basin.pour`."""
-    return Basin(snr_per_watt, owned).pour(budget_w)
-
-
-def water_bits(snr_per_watt: Array, owned: Owned, budget_w: Array) -> Array:
-    """Return what `water_powers` (W) carry, in bit/s per Hz, by device."""
-    return Basin(snr_per_watt, owned).bits(budget_w)
-
-
-EVEN = Filling(even_powers, even_bits)
+EVEN = Filling(even_powers, lambda a, own, budget: carried_bits(a, even_powers(a, own, budget)))
 """The same power on all of a device's subchannels."""
 
-WATER = Filling(water_powers, water_bits)
-"""The powers that carry most."""
+WATER = Filling(
+    lambda a, own, budget: Basin(a, own).pour(budget),
+    lambda a, own, budget: Basin(a, own).bits(budget),
+)
+"""The powers that carry most; see `Basin.pour`."""
 
 
 def packed(owned: Owned) -> tuple[Subchannels, Owned]:
@@ -168,29 +131,16 @@ def packed(owned: Owned) -> tuple[Subchannels, Owned]:
     return own, np.take_along_axis(owned, own, axis=1)
 
 
-# ------------------------------------------------------------------------------------------------
-# All devices together
-
-
 @dataclass(frozen=True)
 class Deadline:
     """A part of a round that ends when the last device has sent something.
 
     It lasts ``max_i(fixed_i + bits / R_i)``, in s.
-
-    Attributes
-    ----------
-    weight : float
-        How often it happens in a round.
-    fixed_s : ndarray
-        Time (s) by device that power does not change.
-    bits : float
-        What each device sends, in bits.
     """
 
-    weight: float
-    fixed_s: Array
-    bits: float
+    weight: float  # how often it happens in a round
+    fixed_s: Array  # time by device that power does not change
+    bits: float  # what each device sends
 
     def seconds(self, rate_bps: Array) -> float:
         """Return how long it lasts (s) at rates (bit/s)."""
@@ -216,7 +166,7 @@ def control_power(
     bandwidth_hz: float,
     deadlines: Sequence[Deadline],
 ) -> Array:
-    """Return the powers that make ``sum_g weight_g max_i(fixed_gi + bits_g / R_i)`` smallest.
+    """Return the powers (W) that make ``sum_g weight_g max_i(fixed_gi + bits_g / R_i)`` smallest.
 
     A convex problem. Where the devices' own budgets keep to the total, each sends all it may.
     Otherwise, the rate that a deadline needs, and with it the least power (water-filling), falls
@@ -224,74 +174,39 @@ def control_power(
     deadlines the shortest first one is a convex function of the second, which golden section
     minimises.
 
-    Parameters
-    ----------
-    snr_per_watt : ndarray
-        Signal to noise per watt (1/W), shape (devices, subchannels).
-    owned : ndarray of bool
-        Who owns what, in the same shape; each device something.
-    budget_w : ndarray
-        What each device may send, in W.
-    total_w : float
-        What all may send together, in W.
-    bandwidth_hz : float
-        Of a subchannel, in Hz.
-    deadlines : sequence of Deadline
-        At most two, with bits to send.
-
-    Returns
-    -------
-    ndarray
-        Powers (W), shape (devices, subchannels).
+    Signal to noise (1/W), who owns what (each device something) and the powers have the shape
+    (devices, subchannels); ``budget_w`` is what each device may send, ``total_w`` what all may
+    together. There are at most two deadlines, with bits to send.
     """
     own, real = packed(owned)
     basin = Basin(np.take_along_axis(snr_per_watt, own, axis=1), real)
+    scaled_w = scaled_budgets(budget_w, total_w)
+    if budget_w.sum() <= total_w or not deadlines:
+        found = basin.pour(scaled_w)
+    else:
+        search = _Search(
+            basin,
+            total_w,
+            bandwidth_hz,
+            greatest_bps=bandwidth_hz * basin.bits(budget_w),
+            scaled_bps=bandwidth_hz * basin.bits(scaled_w),
+        )
+        needs = search.needed if len(deadlines) == 1 else search.needed_by_two
+        found = basin.carry(needs(*deadlines) / bandwidth_hz)
     powers = np.zeros_like(snr_per_watt)
-    found = _control(basin, budget_w, total_w, bandwidth_hz, deadlines)
     np.put_along_axis(powers, own, found, axis=1)
     return powers
 
 
-def _control(
-    basin: Basin,
-    budget_w: Array,
-    total_w: float,
-    bandwidth_hz: float,
-    deadlines: Sequence[Deadline],
-) -> Array:
-    scaled_w = scaled_budgets(budget_w, total_w)
-    if budget_w.sum() <= total_w or not deadlines:
-        return basin.pour(scaled_w)
-    search = _Search(
-        basin,
-        total_w,
-        bandwidth_hz,
-        greatest_bps=bandwidth_hz * basin.bits(budget_w),
-        scaled_bps=bandwidth_hz * basin.bits(scaled_w),
-    )
-    if len(deadlines) == 1:
-        return search.powers(search.needed(deadlines[0]))
-    assert len(deadlines) == 2, "no method of training has more"
-    return search.powers(search.needed_by_two(*deadlines))
-
-
 @dataclass(frozen=True)
 class _Search:
-    """Looks for the shortest deadlines that the powers allow.
-
-    ``greatest_bps`` are the rates with every device's whole budget, which the total forbids;
-    ``scaled_bps`` those with budgets scaled down to the total, which are possible.
-    """
+    """Looks for the shortest deadlines that the powers allow."""
 
     basin: Basin
     total_w: float
     bandwidth_hz: float
-    greatest_bps: Array
-    scaled_bps: Array
-
-    def powers(self, rate_bps: Array) -> Array:
-        """Return the least powers (W) for rates (bit/s)."""
-        return self.basin.carry(rate_bps / self.bandwidth_hz)
+    greatest_bps: Array  # with every device's whole budget, which the total forbids
+    scaled_bps: Array  # with budgets scaled down to the total, which are possible
 
     def shortest(self, deadline: Deadline, at_least_bps: Array) -> float:
         """Return the shortest time (s) of a deadline while rates are at least so (bit/s)."""

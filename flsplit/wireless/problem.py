@@ -2,47 +2,26 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from flsplit.cut import CutError
 from flsplit.wireless.fleet import Fleet
+from flsplit.wireless.phases import Method, Phase, Training, Work
 from flsplit.wireless.profile import ModelProfile, Place
-from flsplit.wireless.rounds import Argument, Method, Phase, Training, Work
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """A place where a model can't be cut, because devices lack memory.
-
-    Attributes
-    ----------
-    place : Place
-        The place.
-    devices : tuple of str
-        Who lacks memory.
-    needed_bytes : int
-        What training would take.
-    """
+    """A place where a model can't be cut, because devices lack memory."""
 
     place: Place
-    devices: tuple[str, ...]
-    needed_bytes: int
+    devices: tuple[str, ...]  # who lacks it
+    needed_bytes: int  # what training would take
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A fleet, a model and a method of training.
-
-    Attributes
-    ----------
-    fleet : Fleet
-        Devices, server, network.
-    profile : ModelProfile
-        The model.
-    method : Method
-        What a round consists of.
-    training : Training
-        Batch size and steps.
-    """
+    """A fleet, a model and a method of training."""
 
     fleet: Fleet
     profile: ModelProfile
@@ -52,7 +31,12 @@ class Problem:
     @property
     def is_allocated(self) -> bool:
         """Whether there are subchannels and powers to choose."""
-        return self.fleet.radio is not None and not self.method.in_turn
+        return self.fleet.radio is not None and not self.in_turn
+
+    @cached_property
+    def in_turn(self) -> bool:
+        """Whether devices take turns, each with the whole band to itself."""
+        return any(phase.in_turn for phase in self.phases(self.all_places[0]))
 
     @property
     def all_places(self) -> tuple[Place, ...]:
@@ -62,18 +46,14 @@ class Problem:
     @cached_property
     def excluded(self) -> tuple[Excluded, ...]:
         """Places that exceed some device's memory."""
-        found = []
+        found, training, method = [], self.training, self.method
         for place in self.all_places:
-            needed = self._needed_bytes(place)
+            needed = place.client_memory_bytes(training.batch_size, training.optimizer_slots)
+            needed += method.kind.device_memory_bytes(self._work(place), **method.arguments)
             short = tuple(d.name for d in self.fleet.devices if d.memory_bytes < needed)
             if short:
                 found.append(Excluded(place, short, needed))
         return tuple(found)
-
-    def _needed_bytes(self, place: Place) -> int:
-        training = self.training
-        segment = place.client_memory_bytes(training.batch_size, training.optimizer_slots)
-        return segment + self.method.added_memory_bytes(self._work(place))
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
@@ -96,10 +76,15 @@ class Problem:
         return places
 
     @property
-    def arguments(self) -> dict[str, Argument]:
-        """The strategy's arguments, with which a run trains as planned."""
+    def note(self) -> str:
+        """What to know of what is charged; empty where there is nothing to say."""
+        return self.method.kind.plan_note(**self.method.arguments)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The strategy's arguments in a run's configuration, so that it trains as planned."""
         sizes = {"batch-size": self.training.batch_size, "local-steps": self.training.steps}
-        return self.method.arguments | sizes
+        return {key.replace("_", "-"): value for key, value in self.method.given.items()} | sizes
 
     def phases(self, place: Place) -> tuple[Phase, ...]:
         """Return what a round consists of if the model is cut at a place."""

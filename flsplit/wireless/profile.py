@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from flsplit.cut import CutError, CutPoint, cuts
+from flsplit.cut import CutError, cuts
 
 BACKWARD_PER_FORWARD = 2
 """FLOPs of a backward pass by those of the forward pass: one product for the inputs' gradient and
@@ -19,37 +19,19 @@ _BATCH = 2  # BatchNorm in training mode wants more than one sample
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A place to cut a model and what it means for both sides. FLOPs and data are per sample.
-
-    Attributes
-    ----------
-    cut : str
-        The cut layer's name.
-    client_params, server_params : int
-        Numbers of parameters on the two sides.
-    client_flops_forward, server_flops_forward : int
-        FLOPs of a forward pass, two per multiply-accumulate of convolutions and matrix products.
-    activation_shape : tuple of int
-        Shape of one sample's smashed data.
-    activation_elements : int
-        Elements of one sample's smashed data, and of its gradient.
-    element_bytes : int
-        Bytes per element.
-    saved_bytes : int
-        Bytes that the client keeps from the forward to the backward pass.
-    through : str
-        The last of the layers that a row of the summary stands for; ``cut`` where it is one.
-    """
+    """A place to cut a model and what it means for both sides. FLOPs and data are per sample."""
 
     cut: str
-    client_params: int
+    client_params: int  # numbers of parameters on the two sides
     server_params: int
+    # FLOPs of a forward pass, two per multiply-accumulate of convolutions and matrix products
     client_flops_forward: int
     server_flops_forward: int
     activation_shape: tuple[int, ...]
-    activation_elements: int
+    activation_elements: int  # elements of one sample's smashed data, and of its gradient
     element_bytes: int
-    saved_bytes: int
+    saved_bytes: int  # bytes that the client keeps from the forward to the backward pass
+    # the last of the layers that a row of the summary stands for; ``cut`` where it is one
     through: str
 
     @property
@@ -81,41 +63,21 @@ class Place:
         """Return the bytes that a client needs for training.
 
         ``(2 + optimizer_slots) * client_bytes + batch_size * saved_bytes``: parameters, their
-        gradients, the optimizer's state, and what is kept for the backward pass.
-
-        Parameters
-        ----------
-        batch_size : int
-            Samples per batch.
-        optimizer_slots : int
-            Numbers that the optimizer keeps per parameter: 0 for SGD, 1 with momentum, 2 for Adam.
+        gradients, the optimizer's state (0 for SGD, 1 with momentum, 2 for Adam), and what is kept
+        for the backward pass.
         """
         return (2 + optimizer_slots) * self.client_bytes + batch_size * self.saved_bytes
 
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """All places of a model, in order of execution.
-
-    Attributes
-    ----------
-    model : str
-        What the model is called.
-    input_shape : tuple of int
-        Shape of one sample.
-    input_dtype : torch.dtype
-        Its dtype.
-    places : tuple of Place
-        Where it can be cut.
-    end : Place
-        The whole model.
-    """
+    """All places of a model, in order of execution."""
 
     model: str
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]  # shape of one sample
     input_dtype: torch.dtype
-    places: tuple[Place, ...]
-    end: Place
+    places: tuple[Place, ...]  # where it can be cut
+    end: Place  # the whole model
 
     @property
     def num_classes(self) -> int:
@@ -148,26 +110,17 @@ class ModelProfile:
         (normalisation, activation) are one row: it has the name of the first and the numbers of
         the last. What only prepares the last layer's input (pooling) has none of its own.
         """
-        rows = [_merged(list(run)) for _, run in groupby(self.places, key=_what_matters)]
-        head = next(i for i, row in enumerate(rows) if _same_server(row, rows[-1]))
-        return (*rows[: head + 1], self.end)
+        runs = groupby(self.places, lambda one: (one.client_flops_forward, one.activation_elements))
+        rows = []
+        for first, *more in (run for _, run in runs):
+            last = more[-1] if more else first
+            rows.append(replace(last, cut=first.cut, through=last.cut))
+        servers = [(row.server_params, row.server_flops_forward) for row in rows]
+        return (*rows[: servers.index(servers[-1]) + 1], self.end)
 
     def rows(self, every: bool) -> tuple[Place, ...]:
         """Return `summary`, or, if ``every``, each place on its own, and the model's end."""
         return (*self.places, self.end) if every else self.summary()
-
-
-def _what_matters(place: Place) -> tuple[int, int]:
-    return place.client_flops_forward, place.activation_elements
-
-
-def _same_server(place: Place, other: Place) -> bool:
-    mine = (place.server_params, place.server_flops_forward)
-    return mine == (other.server_params, other.server_flops_forward)
-
-
-def _merged(run: list[Place]) -> Place:
-    return replace(run[-1], cut=run[0].cut, through=run[-1].cut)
 
 
 def profile_model(
@@ -198,96 +151,78 @@ def profile_model(
     points = cuts(model, example_input)
     if not points:
         raise CutError(f"{name} can't be cut anywhere: no single tensor crosses any place")
-    sample = _sample(example_input, points[0].smashed_dtype)
+    if isinstance(example_input, Tensor):
+        sample = torch.empty_like(example_input[0], device="meta")
+    else:
+        shape, dtype = tuple(example_input), points[0].smashed_dtype
+        sample = torch.empty(shape, dtype=dtype, device="meta")
     kept = _kept_for_backward(model, sample, [point.cut for point in points])
-    places = tuple(_place(point, kept.bytes_at[point.cut]) for point in points)
-    last = points[-1]
+    places = tuple(
+        Place(
+            cut=point.cut,
+            client_params=point.client_params,
+            server_params=point.server_params,
+            client_flops_forward=point.client_flops,
+            server_flops_forward=point.server_flops,
+            activation_shape=point.smashed_shape,
+            activation_elements=point.smashed_elements,
+            element_bytes=point.smashed_dtype.itemsize,
+            saved_bytes=kept.bytes_at[point.cut],
+            through=point.cut,
+        )
+        for point in points
+    )
+    last = places[-1]
     end = Place(
         cut=kept.last_module,
         client_params=last.client_params + last.server_params,
         server_params=0,
-        client_flops_forward=last.client_flops + last.server_flops,
+        client_flops_forward=last.client_flops_forward + last.server_flops_forward,
         server_flops_forward=0,
         activation_shape=kept.output_shape,
         activation_elements=torch.Size(kept.output_shape).numel(),
-        element_bytes=last.smashed_dtype.itemsize,
+        element_bytes=last.element_bytes,
         saved_bytes=kept.total_bytes,
         through=kept.last_module,
     )
     return ModelProfile(name, tuple(sample.shape), sample.dtype, places, end)
 
 
-def _sample(example_input: Tensor | Sequence[int], dtype: torch.dtype) -> Tensor:
-    if isinstance(example_input, Tensor):
-        return torch.empty_like(example_input[0], device="meta")
-    return torch.empty(tuple(example_input), dtype=dtype, device="meta")
-
-
-def _place(point: CutPoint, saved_bytes: int) -> Place:
-    return Place(
-        cut=point.cut,
-        client_params=point.client_params,
-        server_params=point.server_params,
-        client_flops_forward=point.client_flops,
-        server_flops_forward=point.server_flops,
-        activation_shape=point.smashed_shape,
-        activation_elements=point.smashed_elements,
-        element_bytes=point.smashed_dtype.itemsize,
-        saved_bytes=saved_bytes,
-        through=point.cut,
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# What autograd keeps
-
-
 @dataclass(frozen=True)
 class _Kept:
+    """What autograd keeps for the backward pass, per sample, and where the model ends."""
+
     bytes_at: dict[str, int]
     total_bytes: int
     last_module: str
     output_shape: tuple[int, ...]
 
 
-class _Keeper:
-    """Adds up the tensors that autograd saves, each storage once, parameters not at all."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.nbytes = 0
-        self._known = {_storage(parameter) for parameter in model.parameters()}
-        self._alive: list[Tensor] = []  # a storage's identity holds while it lives
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in self._known:
-            self._known.add(_storage(tensor))
-            self._alive.append(tensor)
-            self.nbytes += tensor.untyped_storage().nbytes()
-        return tensor
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 def _kept_for_backward(model: nn.Module, sample: Tensor, names: Sequence[str]) -> _Kept:
     """Run a forward pass in training mode on the *meta* device, where nothing is computed."""
     ghost = copy.deepcopy(model).to("meta").train()
-    keeper, entered, bytes_at = _Keeper(ghost), [""], dict[str, int]()
+    # Each storage counts once, parameters not at all. A storage's identity holds while it lives.
+    known: dict[int, Tensor] = {_storage(one): one for one in ghost.parameters()}
+    own = len(known)
+    entered, bytes_at = [""], dict[str, int]()
 
-    def enter(name: str) -> None:
-        entered.append(name)
+    def keep(tensor: Tensor) -> Tensor:
+        known.setdefault(_storage(tensor), tensor)
+        return tensor
 
-    def leave(name: str) -> None:
-        bytes_at[name] = keeper.nbytes // _BATCH
+    def kept() -> int:
+        saved = list(known.values())[own:]
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved) // _BATCH
 
     for name, module in ghost.named_modules():
-        module.register_forward_pre_hook(lambda module, args, name=name: enter(name))
+        module.register_forward_pre_hook(lambda module, args, name=name: entered.append(name))
     for name in names:
         module = ghost.get_submodule(name)
-        module.register_forward_hook(lambda module, args, output, name=name: leave(name))
+        module.register_forward_hook(
+            lambda module, args, output, name=name: bytes_at.update({name: kept()})
+        )
     batch = torch.empty((_BATCH, *sample.shape), dtype=sample.dtype, device="meta")
-    saving = torch.autograd.graph.saved_tensors_hooks(keeper, lambda tensor: tensor)
+    saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     try:
         with torch.device("meta"), saving:
             output = ghost(batch)
@@ -296,4 +231,8 @@ def _kept_for_backward(model: nn.Module, sample: Tensor, names: Sequence[str]) -
             f"{type(model).__name__} can't be profiled in training mode on the meta device: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return _Kept(bytes_at, keeper.nbytes // _BATCH, entered[-1], tuple(output.shape[1:]))
+    return _Kept(bytes_at, kept(), entered[-1], tuple(output.shape[1:]))
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

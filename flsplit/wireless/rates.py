@@ -7,27 +7,15 @@ from numpy.typing import NDArray
 
 from flsplit.wireless.channel import Array
 from flsplit.wireless.fleet import Fleet
-from flsplit.wireless.power import water_bits
+from flsplit.wireless.power import WATER
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A division of a cell's subchannels and powers.
+    """A division of a cell's subchannels and powers."""
 
-    Attributes
-    ----------
-    owner : ndarray of int
-        By subchannel, the index of the device that has it.
-    power_w : ndarray of float
-        By subchannel, the power (W) that its device sends on it.
-    """
-
-    owner: NDArray[np.int64]
-    power_w: Array
-
-    def owned(self, num_devices: int) -> NDArray[np.bool_]:
-        """Return who owns what, shape (devices, subchannels)."""
-        return np.asarray(self.owner[None, :] == np.arange(num_devices)[:, None])
+    owner: NDArray[np.int64]  # by subchannel, the index of the device that has it
+    power_w: Array  # by subchannel, the power (W) that its device sends on it
 
     def device_power_w(self, num_devices: int) -> Array:
         """Return the power (W) that each device sends in all."""
@@ -37,19 +25,16 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the links carry.
+    """What the links carry."""
 
-    Attributes
-    ----------
-    uplink_bps, downlink_bps : ndarray
-        Each device's rates, in bit/s.
-    broadcast_bps : float
-        The rate (bit/s) at which all devices can be told the same.
-    """
-
-    uplink_bps: Array
+    uplink_bps: Array  # each device's rates, in bit/s
     downlink_bps: Array
-    broadcast_bps: float
+    broadcast_bps: float  # the rate (bit/s) at which all devices can be told the same
+
+
+def who_owns(owner: NDArray[np.int64], num_devices: int) -> NDArray[np.bool_]:
+    """Return who owns what, shape (devices, subchannels), from the owner of each subchannel."""
+    return np.asarray(owner[None, :] == np.arange(num_devices)[:, None])
 
 
 def link_rates(fleet: Fleet) -> Rates:
@@ -67,22 +52,11 @@ def radio_rates(fleet: Fleet, allocation: Allocation) -> Rates:
     """Return the rates of a cell.
 
     Uplink and unicast: ``R_i = sum_k r_ik B log2(1 + P_k g_ik / (B N0))`` over the device's own
-    subchannels. Broadcast: the same over all subchannels, for the device that hears worst.
-
-    Parameters
-    ----------
-    fleet : Fleet
-        With a radio: B in Hz, N0 in W/Hz, gains without unit.
-    allocation : Allocation
-        P_k, in W; downlink powers follow from the radio's power density.
-
-    Returns
-    -------
-    Rates
-        In bit/s.
+    subchannels (B in Hz, P_k in W, N0 in W/Hz); downlink powers follow from the radio's power
+    density. Broadcast: the same over all subchannels, for the device that hears worst.
     """
     assert fleet.radio is not None
-    owned = allocation.owned(fleet.num_devices)
+    owned = who_owns(allocation.owner, fleet.num_devices)
     sent = np.log2(1.0 + allocation.power_w * fleet.snr_per_watt) * owned
     received = downlink_bits(fleet)
     bandwidth = fleet.radio.subchannel_hz
@@ -104,7 +78,7 @@ def lone_rates(fleet: Fleet) -> Rates:
     bandwidth = fleet.radio.subchannel_hz
     budget = np.minimum(fleet.power_w, fleet.radio.total_power_w)
     everything = np.ones_like(fleet.snr_per_watt, dtype=bool)
-    bits = water_bits(fleet.snr_per_watt, everything, budget)
+    bits = WATER.bits(fleet.snr_per_watt, everything, budget)
     received = downlink_bits(fleet).sum(axis=1)
     return Rates(bandwidth * bits, bandwidth * received, bandwidth * float(received.min()))
 

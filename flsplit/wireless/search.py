@@ -6,29 +6,18 @@ from collections.abc import Callable
 import numpy as np
 
 Function = Callable[[float], float]
-
-Point = tuple[float, float]
-"""A number and the function's value there."""
+Point = tuple[float, float]  # a number and the function's value there
 
 _GOLDEN = (5**0.5 - 1) / 2
-_EXACT = 1e-14
-_NARROW = 1e-6
+_EXACT, _NARROW = 1e-14, 1e-6
 
 
 def falling_root(function: Function, low: float, high: float) -> float:
     """Return the least number from ``low`` on at which a falling function is not above zero.
 
-    Parameters
-    ----------
-    function : callable
-        Falls, and is not NaN. Where it is zero or less it may be minus infinity.
-    low, high : float
-        Positive, finite bounds to look between; above ``high`` where it isn't enough.
-
-    Returns
-    -------
-    float
-        Where ``function`` is zero or less by rounding; infinity if it is so nowhere.
+    ``function`` is not NaN, and where it is zero or less it may be minus infinity. The bounds are
+    positive and finite; above ``high`` it is looked for where below isn't enough. The answer is
+    where ``function`` is zero or less by rounding; infinity if it is so nowhere.
     """
     above, below = (low, function(low)), (high, function(high))
     if above[1] <= 0:

@@ -1,54 +1,34 @@
-"""Who gets which subchannel: greedily after the straggler, improved, by chance, or exactly."""
+"""Who gets which subchannel: greedily after the straggler, improved, or by chance."""
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flsplit.errors import ConfigError
 from flsplit.wireless.channel import Array
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.latency import RoundTerms
 from flsplit.wireless.power import Filling, Owned, Subchannels, packed, scaled_budgets
-from flsplit.wireless.rates import Allocation, Rates, downlink_bits
+from flsplit.wireless.rates import Allocation, Rates, downlink_bits, who_owns
 
 Owner = NDArray[np.int64]
 """By subchannel, the index of the device that has it."""
 
 Devices = NDArray[np.int64]
 
-EXACT_SUBCHANNELS = 10
-"""`exact` looks at every subset of the subchannels, so at no more than these."""
-
 _WORTHWHILE = 1.0 - 1e-5  # a change that shortens a round by less is not made
-
-_FEW_SUBCHANNELS = 40
+_FEW_SUBCHANNELS = 40  # with more, not all exchanges are looked at
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A fleet's radio cell, and how powers are filled in while subchannels are divided.
+    """A fleet's radio cell, and how powers are filled in while subchannels are divided."""
 
-    Attributes
-    ----------
-    snr_per_watt : ndarray
-        Signal to noise per watt (1/W), shape (devices, subchannels).
-    down : ndarray
-        What the base station sends, in bit/s per Hz, in the same shape.
-    budget_w : ndarray
-        Powers by device (W), scaled down so that they keep to the total.
-    bandwidth_hz : float
-        Of a subchannel, in Hz.
-    filling : Filling
-        Divides a device's power over its subchannels.
-    """
-
-    snr_per_watt: Array
-    down: Array
-    budget_w: Array
-    bandwidth_hz: float
-    filling: Filling
+    snr_per_watt: Array  # signal to noise per watt (1/W), shape (devices, subchannels)
+    down: Array  # what the base station sends, in bit/s per Hz, in the same shape
+    budget_w: Array  # powers by device, scaled down so that they keep to the total
+    bandwidth_hz: float  # of a subchannel
+    filling: Filling  # divides a device's power over its subchannels
 
     @classmethod
     def of(cls, fleet: Fleet, filling: Filling) -> "Cell":
@@ -66,7 +46,7 @@ class Cell:
 
     @property
     def broadcast_bps(self) -> float:
-        """The rate of a broadcast, in bit/s."""
+        """The rate of a broadcast."""
         return self.bandwidth_hz * float(self.down.sum(axis=1).min())
 
     def up_bps(self, devices: Devices, own: Subchannels, real: Owned) -> Array:
@@ -79,22 +59,16 @@ class Cell:
         """Return downlink rates (bit/s) of devices with the subchannels ``own``, where ``real``."""
         return np.asarray(self.bandwidth_hz * (self.down[devices[:, None], own] * real).sum(axis=1))
 
-    def owned(self, owner: Owner) -> Owned:
-        """Return who owns what, shape (devices, subchannels)."""
-        return np.asarray(owner[None, :] == np.arange(self.shape[0])[:, None])
-
     def rates(self, owner: Owner) -> Rates:
         """Return all rates, in bit/s."""
-        everybody, (own, real) = np.arange(self.shape[0]), packed(self.owned(owner))
-        return Rates(
-            self.up_bps(everybody, own, real),
-            self.down_bps(everybody, own, real),
-            self.broadcast_bps,
-        )
+        everybody, (own, real) = np.arange(self.shape[0]), packed(who_owns(owner, len(self.down)))
+        up, down = (link(everybody, own, real) for link in (self.up_bps, self.down_bps))
+        return Rates(up, down, self.broadcast_bps)
 
     def allocation(self, owner: Owner) -> Allocation:
         """Return an allocation with the powers (W) of the filling."""
-        powers = self.filling.powers(self.snr_per_watt, self.owned(owner), self.budget_w)
+        owned = who_owns(owner, len(self.down))
+        powers = self.filling.powers(self.snr_per_watt, owned, self.budget_w)
         return Allocation(owner, powers.sum(axis=0))
 
 
@@ -132,23 +106,12 @@ def greedy(cell: Cell, terms: RoundTerms) -> Owner:
 
 
 def improved(cell: Cell, terms: RoundTerms, owner: Owner, most: int = 200) -> Owner:
-    """Move or swap subchannels as long as the round gets shorter.
+    """Move or swap subchannels as long as the round gets shorter, at most so often.
 
     For each device that a phase waits for, two kinds of changes are looked at: it gets another's
     subchannel; or it gets one in exchange for one of its own. The best of all is made. Where there
     are many subchannels, only those are looked at that suit the one better in comparison with the
     other than all others do.
-
-    Parameters
-    ----------
-    cell : Cell
-        The radio cell.
-    terms : RoundTerms
-        The round.
-    owner : ndarray of int
-        Where to begin.
-    most : int
-        The most changes to make.
     """
     owner = owner.copy()
     rates = cell.rates(owner)
@@ -195,7 +158,7 @@ def _best_of(
     if not len(changes):
         return None
     to, taken, source, back = changes.T
-    own, real = packed(cell.owned(owner))
+    own, real = packed(who_owns(owner, len(cell.down)))
     is_swap = (back >= 0)[:, None]
     gaining = (
         np.hstack([own[to], taken[:, None]]),
@@ -231,79 +194,3 @@ def _seconds_of_many(terms: RoundTerms, up: Array, down: Array, broadcast_bps: f
             seconds = seconds + terms.down_bits[g] / down
         total += weight * seconds.max(axis=-1)
     return total
-
-
-def exact(cell: Cell, terms: RoundTerms) -> Owner:
-    """Return the best owners of few subchannels, by a mixed-integer linear program.
-
-    For every device i and subset S of the subchannels there is a variable y_iS of 0 or 1, and its
-    time in phase g, t_giS (s), is a constant, so that water-filled rates need no approximation:
-    minimise sum_g weight_g T_g, with T_g >= sum_S t_giS y_iS, each device one subset, each
-    subchannel at most one device.
-
-    Raises
-    ------
-    ConfigError
-        With more than `EXACT_SUBCHANNELS` subchannels.
-    """
-    num_devices, num_subchannels = cell.shape
-    if num_subchannels > EXACT_SUBCHANNELS:
-        raise ConfigError(
-            f"{num_subchannels} subchannels are too many for an exact assignment, which stops at "
-            f"{EXACT_SUBCHANNELS}"
-        )
-    subsets = np.array(list(itertools.product((False, True), repeat=num_subchannels))[1:])
-    times = _subset_times(cell, terms, subsets)  # (phases, devices, subsets)
-    chosen = _solve(terms.weight, times, subsets)
-    owner = np.full(num_subchannels, -1)
-    for device, subset in enumerate(chosen):
-        owner[subsets[subset]] = device
-    owner[owner < 0] = 0  # what nobody needs may go to anybody
-    assert len(np.unique(owner)) == num_devices
-    return owner
-
-
-def _subset_times(cell: Cell, terms: RoundTerms, subsets: Owned) -> Array:
-    times = []
-    for device in range(cell.shape[0]):
-        same = np.full(len(subsets), device)
-        every = np.broadcast_to(np.arange(subsets.shape[1]), subsets.shape)
-        up, down = cell.up_bps(same, every, subsets), cell.down_bps(same, every, subsets)
-        times.append(
-            terms.fixed_s[:, device : device + 1]
-            + terms.up_bits[:, None] / up
-            + terms.down_bits[:, None] / down
-            + terms.wide_bits[:, None] / cell.broadcast_bps
-        )
-    return np.stack(times, axis=1)
-
-
-def _solve(weight: Array, times: Array, subsets: Owned) -> list[int]:
-    """Return each device's subset. Variables: y by device and subset, then T by phase."""
-    from scipy.optimize import Bounds, LinearConstraint, milp  # a yardstick that plans don't need
-    from scipy.sparse import csr_array
-
-    phases, devices, count = times.shape
-    scale = float(times.max(axis=0).min())  # times near 1 suit the solver's tolerances
-    num_y = devices * count
-    one_each = np.kron(np.eye(devices), np.ones(count))
-    no_sharing = np.tile(subsets.T.astype(float), devices)
-    late = np.zeros((phases * devices, num_y + phases))
-    for g, device in itertools.product(range(phases), range(devices)):
-        row = late[g * devices + device]
-        row[device * count : (device + 1) * count] = times[g, device] / scale
-        row[num_y + g] = -1.0
-    blank = np.zeros((devices, phases)), np.zeros((subsets.shape[1], phases))
-    result = milp(
-        np.concatenate([np.zeros(num_y), weight]),
-        integrality=np.concatenate([np.ones(num_y), np.zeros(phases)]),
-        bounds=Bounds(0.0, np.concatenate([np.ones(num_y), np.full(phases, np.inf)])),
-        constraints=[
-            LinearConstraint(csr_array(np.hstack([one_each, blank[0]])), 1.0, 1.0),
-            LinearConstraint(csr_array(np.hstack([no_sharing, blank[1]])), 0.0, 1.0),
-            LinearConstraint(csr_array(late), -np.inf, 0.0),
-        ],
-        options={"mip_rel_gap": 1e-9},
-    )
-    assert result.success, result.message
-    return [int(row.argmax()) for row in result.x[:num_y].reshape(devices, count)]

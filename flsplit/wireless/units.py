@@ -16,39 +16,26 @@ def from_decibels(decibels: float) -> float:
     return float(10.0 ** (decibels / 10.0))
 
 
-def to_decibels(ratio: float) -> float:
-    """Return the decibels (dB) of a ``ratio`` (no unit): ``10 log10(ratio)``."""
-    return 10.0 * math.log10(ratio)
-
-
 def watts_from_dbm(dbm: float) -> float:
     """Return the power (W) of ``dbm`` (dBm, decibels over a milliwatt)."""
     return from_decibels(dbm) / 1e3
 
 
-def _times(factor: float) -> Callable[[float], float]:
-    return lambda number: number * factor
+Unit = float | Callable[[float], float]
+"""What turns a number of a unit into SI units: a factor, or a function."""
 
 
-def _prefixed(unit: str, prefixes: str) -> dict[str, Callable[[float], float]]:
+def _prefixed(unit: str, prefixes: str) -> dict[str, Unit]:
     factors = {"-": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-    return {p.strip("-") + unit: _times(factors[p]) for p in prefixes}
+    return {p.strip("-") + unit: factors[p] for p in prefixes}
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A kind of quantity, such as power.
+    """A kind of quantity, such as power, and its units as they are written."""
 
-    Attributes
-    ----------
-    name : str
-        What it is called in error messages.
-    units : mapping of str to callable
-        By the unit as it is written, what turns a number of it into SI units.
-    """
-
-    name: str
-    units: Mapping[str, Callable[[float], float]]
+    name: str  # as error messages say it
+    units: Mapping[str, Unit]
 
     def parse(self, text: object) -> float:
         """Return ``text``, a number and a unit, in SI units.
@@ -66,58 +53,29 @@ class Quantity:
             raise ConfigError(f"{text!r} is not a {self.name}, expected {example}")
         number, unit = float(match[1]), match[2] or ""
         if unit not in self.units:
-            raise ConfigError(self._unknown(text, unit))
+            near = get_close_matches(unit, self.units, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            what = f"the unit {unit!r} of {text!r} is unknown" if unit else f"{text!r} has no unit"
+            raise ConfigError(f"{what}{hint} (a {self.name} is in {', '.join(self.units)})")
+        convert = self.units[unit]
         try:
-            found = self.units[unit](number)
-        except OverflowError:
+            found = convert(number) if callable(convert) else convert * number
+        except OverflowError:  # of decibels
             found = math.inf
         if math.isinf(found):
             raise ConfigError(f"{text!r} is too large for a {self.name}")
         return found
 
-    def _unknown(self, text: str, unit: str) -> str:
-        near = get_close_matches(unit, self.units, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(self.units)
-        what = f"the unit {unit!r} of {text!r} is unknown" if unit else f"{text!r} has no unit"
-        return f"{what}{hint} (a {self.name} is in {known})"
 
-
+# In Hz, W, W/Hz, as a ratio, in dB, m, FLOP/s, bit/s and bytes
 FREQUENCY = Quantity("frequency", _prefixed("Hz", "MkG-"))
-"""In Hz."""
-
 POWER = Quantity("power", {**_prefixed("W", "-mk"), "dBm": watts_from_dbm})
-"""In W."""
-
 POWER_DENSITY = Quantity("power density", {"dBm/Hz": watts_from_dbm, **_prefixed("W/Hz", "-m")})
-"""In W/Hz."""
-
 GAIN = Quantity("gain", {"dB": from_decibels, "dBi": from_decibels})
-"""As a ratio, without unit."""
-
-SPREAD = Quantity("standard deviation in decibels", {"dB": _times(1.0)})
-"""In dB."""
-
-DISTANCE = Quantity("distance", {"m": _times(1.0), "km": _times(1e3)})
-"""In m."""
-
+SPREAD = Quantity("standard deviation in decibels", {"dB": 1.0})
+DISTANCE = Quantity("distance", {"m": 1.0, "km": 1e3})
 SPEED = Quantity("computing speed", _prefixed("FLOP/s", "GMTk-"))
-"""In FLOP/s."""
-
-RATE = Quantity(
-    "data rate",
-    {
-        **{f"{p}B/s": _times(8 * f) for p, f in (("M", 1e6), ("k", 1e3), ("G", 1e9), ("", 1.0))},
-        **_prefixed("bit/s", "Mk-G"),
-    },
-)
-"""In bit/s."""
-
-SIZE = Quantity(
-    "size",
-    {
-        **_prefixed("B", "MGk-"),
-        **{f"{p}iB": _times(1024.0**i) for i, p in enumerate("KMG", start=1)},
-    },
-)
-"""In bytes."""
+_BYTES_PER_SECOND: dict[str, Unit] = {"MB/s": 8e6, "kB/s": 8e3, "GB/s": 8e9, "B/s": 8.0}
+RATE = Quantity("data rate", {**_BYTES_PER_SECOND, **_prefixed("bit/s", "Mk-G")})
+_KIBI: dict[str, Unit] = {"KiB": 1024.0, "MiB": 1024.0**2, "GiB": 1024.0**3}
+SIZE = Quantity("size", {**_prefixed("B", "MGk-"), **_KIBI})

@@ -22,8 +22,7 @@ from flsplit.strategies import (
     SplitFedV1,
     SplitFedV2,
 )
-from flsplit.strategies.fleet import method_of
-from flsplit.wireless import Device, Fleet, Radio, Server, rounds
+from flsplit.wireless import Device, Fleet, Radio, Server
 
 FLEET = Fleet(
     devices=tuple(
@@ -189,21 +188,20 @@ def test_a_device_without_the_memory_for_the_cut_is_refused():
 @pytest.mark.parametrize(
     ("strategy_class", "options", "expected"),
     [
-        (PSL, {}, rounds.PSL()),
-        (PSL, {"client_strategy": FedAvg()}, rounds.SplitFed()),
-        (SplitFedV2, {}, rounds.SplitFed()),
-        (SequentialSL, {}, rounds.SequentialSL()),
-        (EPSL, {"phi": 0.25}, rounds.EPSL(0.25)),
-        (EPSL, {"phi": 0.25, "client_strategy": FedAvg()}, rounds.EPSL(0.25)),
-        (EPSL, {"phi": 0.0, "client_strategy": FedAvg()}, rounds.SplitFed()),
+        (PSL, {}, {}),
+        (EPSL, {"phi": 0.25}, {"phi": 0.25, "aggregation": "replay", "client_strategy": None}),
         (
             FSLSAGE,
             {"upload_every": 2, "align_every": 3, "align_epochs": 4, "buffer_size": 50},
-            rounds.FSLSAGE(2, 3, 4, 50),
+            {"upload_every": 2, "align_every": 3, "align_epochs": 4, "buffer_size": 50},
         ),
-        (CSEFSL, {"upload_every": 2}, rounds.FSLSAGE(2, 0, 0, 0)),
+        (CSEFSL, {"upload_every": 2}, {"upload_every": 2, "average_auxiliary": True}),
+        (PSL, {"shares": "equal"}, {"shares": "equal", "local_epochs": 1}),
     ],
 )
-def test_the_nearest_latency_model_has_the_strategy_s_arguments(strategy_class, options, expected):
+def test_phases_are_told_the_strategy_s_arguments(strategy_class, options, expected):
     strategy = strategy_class(model=plain_net(), cut="front", **options)
-    assert method_of(strategy) == expected
+    found = strategy.planned()
+    assert (found.name, found.kind) == (strategy_class.__name__, strategy_class)
+    assert {name: found.arguments[name] for name in expected} == expected
+    assert not {"model", "cut"} & found.arguments.keys()

@@ -287,10 +287,11 @@ class Watch:
     def exchanged(self, exchange, started):
         self.seen.append((tuple(exchange.errands), started, time.perf_counter()))
 
-    def stepped(self, uploads, rows, backward_rows, started):
+    def stepped(self, uploads, **rows_and_start):
         pass
 
-    aligned = stepped
+    def aligned(self, rows, epochs, started):
+        pass
 
     def end_round(self):
         return 0.0

@@ -3,10 +3,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from planned_methods import planned
 
 from flsplit.cut import CutError
+from flsplit.strategies import CSEFSL, EPSL, FSLSAGE, PSL, SequentialSL, SplitFedV1
 from flsplit.wireless import Freedom, Optimiser, Problem, Training, optimise, round_seconds
-from flsplit.wireless.rounds import EPSL, FSLSAGE, PSL, FedAvg, SequentialSL, SplitFed
+from flsplit.wireless.unsplit import FEDAVG
 
 ABLATIONS = [
     Freedom(subchannels=False),
@@ -22,7 +24,7 @@ def test_descent_never_goes_up_and_beats_every_ablation(seed, drawn_fleet, resne
     """apps/planning/check.py does the same for 100 fleets and every fixed cut."""
     devices = int(np.random.default_rng(seed).integers(5, 10))
     fleet = drawn_fleet(devices, seed, total_power_w=5.0 if seed % 2 else 1e9)
-    method = (EPSL(0.5), PSL(), SplitFed())[seed % 3]
+    method = (planned(EPSL, phi=0.5), planned(PSL), planned(SplitFedV1))[seed % 3]
     problem = Problem(fleet, resnet18, method, Training())
     solution = optimise(problem)
     assert all(after <= before for before, after in pairwise(solution.history))
@@ -35,14 +37,14 @@ def test_descent_never_goes_up_and_beats_every_ablation(seed, drawn_fleet, resne
 
 def test_a_solution_keeps_to_all_limits(drawn_fleet, resnet18):
     fleet = drawn_fleet(6, 0)
-    solution = optimise(Problem(fleet, resnet18, EPSL(0.5), Training()))
+    solution = optimise(Problem(fleet, resnet18, planned(EPSL, phi=0.5), Training()))
     powers = solution.allocation.device_power_w(6)
     assert (powers <= fleet.power_w * (1 + 1e-9)).all()
     assert powers.sum() <= fleet.radio.total_power_w * (1 + 1e-9)
     assert set(solution.allocation.owner) == set(range(6))
 
 
-@pytest.mark.parametrize("method", [PSL(), SequentialSL()])
+@pytest.mark.parametrize("method", [planned(PSL), planned(SequentialSL)])
 def test_the_cut_is_enumerated_where_nothing_else_is_chosen(method, linked_fleet, tiny_profile):
     problem = Problem(linked_fleet, tiny_profile, method, Training(batch_size=4))
     solution = optimise(problem)
@@ -55,7 +57,7 @@ def test_the_cut_is_enumerated_where_nothing_else_is_chosen(method, linked_fleet
 
 
 def test_whole_models_are_not_cut(drawn_fleet, resnet18):
-    solution = optimise(Problem(drawn_fleet(5, 0), resnet18, FedAvg(), Training()))
+    solution = optimise(Problem(drawn_fleet(5, 0), resnet18, FEDAVG, Training()))
     assert solution.place is resnet18.end
 
 
@@ -63,7 +65,7 @@ def test_cuts_that_exceed_a_device_s_memory(drawn_fleet, resnet18):
     fleet = drawn_fleet(5, 0)
     small = replace(fleet.devices[2], memory_bytes=70e6)
     fleet = replace(fleet, devices=(*fleet.devices[:2], small, *fleet.devices[3:]))
-    problem = Problem(fleet, resnet18, PSL(), Training())
+    problem = Problem(fleet, resnet18, planned(PSL), Training())
     # 64 samples keep 45.1 MB up to maxpool and 66.2 MB up to layer1.0, besides 0.7 MB of segment
     assert [place.cut for place in problem.places] == [
         "conv1",
@@ -81,7 +83,7 @@ def test_cuts_that_exceed_a_device_s_memory(drawn_fleet, resnet18):
     tiny = replace(small, memory_bytes=1e6)
     fleet = replace(fleet, devices=(tiny, *fleet.devices[3:]))
     with pytest.raises(CutError, match=r"no cut of resnet18 fits .* than device 2 may use"):
-        optimise(Problem(fleet, resnet18, PSL(), Training()))
+        optimise(Problem(fleet, resnet18, planned(PSL), Training()))
 
 
 def test_auxiliary_models_need_memory_too(linked_fleet, tiny_profile):
@@ -91,16 +93,18 @@ def test_auxiliary_models_need_memory_too(linked_fleet, tiny_profile):
     """
     small = tuple(replace(device, memory_bytes=163.0) for device in linked_fleet.devices)
     fleet = replace(linked_fleet, devices=small)
-    psl, sage = (
+    psl, sage, cse = (
         Problem(fleet, tiny_profile, method, Training(batch_size=4))
-        for method in (PSL(), FSLSAGE())
+        for method in (planned(PSL), planned(FSLSAGE), planned(CSEFSL))
     )
     assert [one.place.cut for one in psl.excluded] == ["second"]
     assert [one.needed_bytes for one in sage.excluded] == [164, 2 * 120 + 4 * (3 + 4 * 2)]
+    # there it is trained, so it has gradients
+    assert [one.needed_bytes for one in cse.excluded] == [184, 2 * 120 + 4 * (3 * 2 + 4 * 2)]
 
 
 def test_one_optimiser_finds_what_new_ones_find(drawn_fleet, resnet18):
-    problem = Problem(drawn_fleet(6, 1), resnet18, EPSL(0.5), Training())
+    problem = Problem(drawn_fleet(6, 1), resnet18, planned(EPSL, phi=0.5), Training())
     asked = [(freedom, seed) for freedom in [Freedom(), *ABLATIONS] for seed in (0, 1)]
     alone = [optimise(problem, *one).seconds for one in asked]
 
@@ -111,7 +115,7 @@ def test_one_optimiser_finds_what_new_ones_find(drawn_fleet, resnet18):
 
 
 def test_seeds_draw_other_subchannels(drawn_fleet, resnet18):
-    optimiser = Optimiser(Problem(drawn_fleet(6, 1), resnet18, EPSL(0.5), Training()))
+    optimiser = Optimiser(Problem(drawn_fleet(6, 1), resnet18, planned(EPSL, phi=0.5), Training()))
     drawn = Freedom(subchannels=False)
 
     assert optimiser.solve(drawn, 0).seconds != optimiser.solve(drawn, 1).seconds

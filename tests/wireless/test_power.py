@@ -3,14 +3,13 @@ import pytest
 from scipy.optimize import minimize
 
 from flsplit.wireless.power import (
+    EVEN,
+    WATER,
     Basin,
     Deadline,
     carried_bits,
     control_power,
-    even_bits,
     scaled_budgets,
-    water_bits,
-    water_powers,
 )
 
 
@@ -21,10 +20,10 @@ def floors(*watts):
 def test_water_filling_by_hand():
     # floors of 4, 1, 2 W and 3 W of water: the level is (3 + 1 + 2) / 2 = 3 W
     snr, owned = floors(4, 1, 2), np.ones((1, 3), dtype=bool)
-    powers = water_powers(snr, owned, np.array([3.0]))
+    powers = WATER.powers(snr, owned, np.array([3.0]))
     assert powers == pytest.approx(np.array([[0.0, 2.0, 1.0]]))
     bits = np.log2(3.0) + np.log2(1.5)
-    assert water_bits(snr, owned, np.array([3.0])) == pytest.approx([bits])
+    assert WATER.bits(snr, owned, np.array([3.0])) == pytest.approx([bits])
     assert carried_bits(snr, powers) == pytest.approx([bits])
     assert Basin(snr, owned).carry(np.array([bits])) == pytest.approx(powers)
 
@@ -48,14 +47,14 @@ def test_powers_too_small_to_count_are_no_error():
 
 def test_what_is_not_owned_gets_nothing():
     owned = np.array([[True, False, True]])
-    powers = water_powers(floors(4, 1, 2), owned, np.array([4.0]))  # level (4 + 4 + 2) / 2
+    powers = WATER.powers(floors(4, 1, 2), owned, np.array([4.0]))  # level (4 + 4 + 2) / 2
     assert powers == pytest.approx(np.array([[1.0, 0.0, 3.0]]))
 
 
 def test_even_spread_by_hand():
     # 1.5 W on each of floors 1 and 3: log2(2.5) + log2(1.5)
     owned = np.array([[True, True, False]])
-    bits = even_bits(floors(1, 3, 9), owned, np.array([3.0]))
+    bits = EVEN.bits(floors(1, 3, 9), owned, np.array([3.0]))
     assert bits == pytest.approx([np.log2(2.5) + np.log2(1.5)])
 
 

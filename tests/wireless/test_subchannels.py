@@ -1,17 +1,18 @@
 import numpy as np
 import pytest
+from exact_assignment import exact
+from planned_methods import planned
 
-from flsplit.errors import ConfigError
+from flsplit.strategies import EPSL, PSL
 from flsplit.wireless import Problem, Training
 from flsplit.wireless.latency import RoundTerms
 from flsplit.wireless.power import EVEN, WATER
-from flsplit.wireless.rounds import EPSL, PSL
-from flsplit.wireless.subchannels import Cell, at_random, exact, greedy, improved
+from flsplit.wireless.subchannels import Cell, at_random, greedy, improved
 
 
 def small(drawn_fleet, resnet18, seed, method=None, subchannels=7, devices=3):
     fleet = drawn_fleet(devices, seed, subchannels=subchannels)
-    problem = Problem(fleet, resnet18, method or PSL(), Training())
+    problem = Problem(fleet, resnet18, method or planned(PSL), Training())
     terms = RoundTerms.of(problem.phases(resnet18.place("layer2.1")), fleet)
     return Cell.of(fleet, WATER), terms
 
@@ -55,7 +56,7 @@ def test_gap_of_the_greedy_assignment(drawn_fleet, resnet18):
     """On 20 small instances greedy is within 40 % of the optimum, improved within 5 %."""
     gaps, improved_gaps = [], []
     for seed in range(20):
-        method = EPSL(0.5) if seed % 2 else PSL()
+        method = planned(EPSL, phi=0.5) if seed % 2 else planned(PSL)
         cell, terms = small(drawn_fleet, resnet18, seed, method)
         best = terms.seconds(cell.rates(exact(cell, terms)))
         first = greedy(cell, terms)
@@ -79,5 +80,5 @@ def test_improving_many_subchannels_never_makes_it_worse(drawn_fleet, resnet18):
 
 def test_exact_refuses_many_subchannels(drawn_fleet, resnet18):
     cell, terms = small(drawn_fleet, resnet18, 0, subchannels=11)
-    with pytest.raises(ConfigError, match="11 subchannels are too many"):
+    with pytest.raises(ValueError, match="11 subchannels are too many"):
         exact(cell, terms)

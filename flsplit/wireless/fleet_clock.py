@@ -3,70 +3,52 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from flsplit.account.clock import Errand, Exchange, Leg
 from flsplit.errors import ConfigError
 from flsplit.wireless.fleet import Fleet
+from flsplit.wireless.phases import BITS
 from flsplit.wireless.profile import BACKWARD_PER_FORWARD, Place
 from flsplit.wireless.rates import Rates
-from flsplit.wireless.rounds import BITS
-
-if TYPE_CHECKING:  # plans go without the ledger, and so without Flower
-    from flsplit.account.clock import Errand, Exchange, Leg
-
-Wait = Callable[[float], object]
-"""Waits for a number of seconds; `threading.Event.wait` can be interrupted."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a row costs.
+    """What a row costs."""
 
-    Attributes
-    ----------
-    place : Place
-        Where the model is cut, with the FLOPs on both sides.
-    last_layer_flops_backward : int
-        FLOPs of the backward pass through the model's last layer, where nothing is aggregated.
-    auxiliary_flops : callable
-        Returns the FLOPs of a row's forward pass through an auxiliary model.
-    replays : bool
-        Whether the rows that the server back-propagates go forward a second time for that.
-    """
+    place: Place  # where the model is cut, with the FLOPs on both sides
+    last_layer_flops_backward: int  # B_l, where nothing is aggregated
+    auxiliary_flops: Callable[[], int]  # those of a row's forward pass through an auxiliary model
 
-    place: Place
-    last_layer_flops_backward: int
-    auxiliary_flops: Callable[[], int]
-    replays: bool = False
-
-    def leg_flops(self, leg: "Leg") -> float:
+    def leg_flops(self, leg: Leg) -> float:
         """Return what a device computes (FLOPs): rows by FLOPs per row, for each kind of pass."""
         flops = leg.forward_rows * self.place.client_flops_forward
         flops += leg.backward_rows * self.place.client_flops_backward
-        if leg.auxiliary_rows:
-            flops += leg.auxiliary_rows * self.auxiliary_row_flops()
+        if leg.auxiliary_rows:  # otherwise there may be no auxiliary model to ask
+            flops += leg.auxiliary_rows * self._auxiliary_row_flops()
         return float(flops)
 
-    def step_flops(self, rows: int, backward_rows: int) -> float:
-        """Return what the server computes in a step (FLOPs).
+    def step_flops(self, forward_rows: int, backward_rows: int, logit_rows: int) -> float:
+        """Return what the server computes on so many rows (FLOPs).
 
-        ``rows F_s + rows B_l + backward_rows (B_s - B_l)``, as in `EPSL`, and another
-        ``backward_rows F_s`` where it replays.
+        ``forward_rows F_s + logit_rows B_l + backward_rows (B_s - B_l)``, as in
+        `flsplit.wireless.phases.server_passes`.
         """
         place, last = self.place, self.last_layer_flops_backward
-        forward = (rows + self.replays * backward_rows) * place.server_flops_forward
-        return float(forward + rows * last + backward_rows * (place.server_flops_backward - last))
+        forward = forward_rows * place.server_flops_forward
+        backward = backward_rows * (place.server_flops_backward - last)
+        return float(forward + logit_rows * last + backward)
 
     def alignment_flops(self, rows: int, epochs: int) -> float:
         """Return what the server computes in an alignment (FLOPs).
 
-        ``rows (F_s + B_s + 2 E (F_a + B_a))`` for E epochs, as in `FSLSAGE`.
+        ``rows (F_s + B_s + 2 E (F_a + B_a))`` for E epochs: with second derivatives each pass
+        through the auxiliary model counts twice.
         """
         per_row = self.place.server_flops_forward + self.place.server_flops_backward
-        return float(rows * (per_row + 2 * epochs * self.auxiliary_row_flops()))
+        return float(rows * (per_row + 2 * epochs * self._auxiliary_row_flops()))
 
-    def auxiliary_row_flops(self) -> int:
-        """Return the FLOPs of a row's forward and backward pass through an auxiliary model."""
+    def _auxiliary_row_flops(self) -> int:
         return (1 + BACKWARD_PER_FORWARD) * self.auxiliary_flops()
 
 
@@ -88,7 +70,8 @@ class FleetClock:
     costs : Costs
         FLOPs per row.
     wait : callable, optional
-        Plays: whatever really ended too soon waits until its simulated time has passed.
+        Waits for a number of seconds: whatever really ended too soon does so until its simulated
+        time has passed.
     now : callable
         Tells the real time, in s.
     """
@@ -99,14 +82,11 @@ class FleetClock:
         rates: Rates,
         costs: Costs,
         *,
-        wait: Wait | None = None,
+        wait: Callable[[float], object] | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._fleet = fleet
-        self._rates = rates
-        self._costs = costs
-        self._wait = wait
-        self._now = now
+        self._fleet, self._rates, self._costs = fleet, rates, costs
+        self._wait, self._now = wait, now
         self._index = {device.name: index for index, device in enumerate(fleet.devices)}
         self._begin_round()
 
@@ -115,7 +95,7 @@ class FleetClock:
         self._client_at: dict[str, float] = {}
         self._arrived: dict[tuple[str, int], float] = {}
 
-    def exchanged(self, exchange: "Exchange", started: float) -> None:
+    def exchanged(self, exchange: Exchange, started: float) -> None:
         """Let clients receive, compute and send; see `flsplit.account.Clock`."""
         took = 0.0
         for name, errand in exchange.errands.items():
@@ -130,7 +110,7 @@ class FleetClock:
             self._server_at = max([self._server_at, *ready])
         self._play(started, took)
 
-    def _after(self, errand: "Errand", name: str, at: float) -> float:
+    def _after(self, errand: Errand, name: str, at: float) -> float:
         """Return when a client (s) that begins at a time (s) has done its errand.
 
         Bits by the downlink's bit/s, then for each leg FLOPs by the device's FLOP/s and bits by
@@ -151,12 +131,18 @@ class FleetClock:
         return at
 
     def stepped(
-        self, uploads: Iterable[tuple[str, int]], rows: int, backward_rows: int, started: float
+        self,
+        uploads: Iterable[tuple[str, int]],
+        *,
+        forward_rows: int,
+        backward_rows: int,
+        logit_rows: int,
+        started: float,
     ) -> None:
-        """Let the server step once the uploads are there; see `flsplit.account.Clock`."""
+        """Let the server work once the uploads are there; see `flsplit.account.Clock`."""
         there = [self._arrived.get(upload, 0.0) for upload in uploads]
         self._server_at = max([self._server_at, *there])
-        self._compute(self._costs.step_flops(rows, backward_rows), started)
+        self._compute(self._costs.step_flops(forward_rows, backward_rows, logit_rows), started)
 
     def aligned(self, rows: int, epochs: int, started: float) -> None:
         """Let the server align an auxiliary model; see `flsplit.account.Clock`."""

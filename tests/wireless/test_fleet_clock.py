@@ -4,13 +4,11 @@ A row costs device 0 1 s forward and 2 s backward, and 2 s up and 1 s down; devi
 A row costs the server 0.3 s forward, and 0.6 s backward of which 0.1 s for the last layer.
 """
 
-from dataclasses import replace
-
 import pytest
 
 from flsplit.account.clock import Errand, Exchange, Leg
 from flsplit.errors import ConfigError
-from flsplit.wireless import Costs, FleetClock
+from flsplit.wireless.fleet_clock import Costs, FleetClock
 from flsplit.wireless.rates import link_rates
 
 
@@ -28,6 +26,17 @@ def ask(clock, *legs, down=0, shared=0, started=0.0, names=("0", "1"), **order):
     clock.exchanged(Exchange(errands, shared, **order), started)
 
 
+def step(clock, uploads, rows, backward_rows, started=0.0):
+    """Tell of a step in which all rows go forward and through the last layer."""
+    clock.stepped(
+        uploads,
+        forward_rows=rows,
+        backward_rows=backward_rows,
+        logit_rows=rows,
+        started=started,
+    )
+
+
 def leg(rows, **more):
     return Leg(forward_rows=rows, up_bytes=16 * rows, step=0, **more)
 
@@ -35,7 +44,7 @@ def leg(rows, **more):
 def test_a_parallel_step(make):
     clock = make()
     ask(clock, leg(4))  # device 0: 4 + 8
-    clock.stepped([("0", 0), ("1", 0)], 8, 8, started=0.0)  # 8 rows of 0.9
+    step(clock, [("0", 0), ("1", 0)], 8, 8)  # 8 rows of 0.9
     ask(clock, Leg(backward_rows=4), down=64)  # 4 + 8
     assert clock.end_round() == pytest.approx(31.2)
     assert clock.end_round() == 0.0
@@ -44,16 +53,29 @@ def test_a_parallel_step(make):
 def test_a_step_with_aggregated_rows(make):
     clock = make()
     ask(clock, leg(4))
-    clock.stepped([("0", 0), ("1", 0)], 8, 6, started=0.0)  # 8 rows of 0.3 + 0.1, 6 of 0.5
+    step(clock, [("0", 0), ("1", 0)], 8, 6)  # 8 rows of 0.3 + 0.1, 6 of 0.5
     ask(clock, Leg(backward_rows=4), down=32, shared=32)  # 2 rows for all, 2 for each
     assert clock.end_round() == pytest.approx(12 + 2.4 + 3.8 + 2 + (2 + 8))
+
+
+def test_a_step_in_two_parts(make):
+    """All rows forward and through the last layer, then 6 again and on to the cut."""
+    clock, whole = make(), make()
+    for one in (clock, whole):
+        ask(one, leg(4))
+    uploads = [("0", 0), ("1", 0)]
+    clock.stepped(uploads, forward_rows=8, backward_rows=0, logit_rows=8, started=0.0)
+    clock.stepped(uploads, forward_rows=6, backward_rows=6, logit_rows=0, started=0.0)
+    whole.stepped(uploads, forward_rows=14, backward_rows=6, logit_rows=8, started=0.0)
+    assert clock.end_round() == pytest.approx(12 + 14 * 0.3 + 8 * 0.1 + 6 * 0.5)
+    assert whole.end_round() == pytest.approx(12 + 14 * 0.3 + 8 * 0.1 + 6 * 0.5)
 
 
 def test_turns(make):
     clock = make()
     for name in ("0", "1"):
         ask(clock, leg(4), names=[name])
-        clock.stepped([(name, 0)], 4, 4, started=0.0)
+        step(clock, [(name, 0)], 4, 4)
         ask(clock, Leg(backward_rows=4), down=64, names=[name])
     assert clock.end_round() == pytest.approx(27.6 + 15.6)
 
@@ -67,8 +89,8 @@ def test_clients_that_do_not_wait(make):
     clock = make()
     order = {"before_server": False}
     ask(clock, local_leg(up_bytes=16, step=0), local_leg(), down=32, **order)  # 2+6+2+6, half
-    clock.stepped([("0", 0)], 1, 1, started=0.0)  # it came after 10 s
-    clock.stepped([("1", 0)], 1, 1, started=0.0)
+    step(clock, [("0", 0)], 1, 1)  # it came after 10 s
+    step(clock, [("1", 0)], 1, 1)
     ask(clock, local_leg(), Leg(up_bytes=40), after_server=False, **order)  # 6 + 5
     assert clock.end_round() == pytest.approx(16 + 11)
 
@@ -76,7 +98,7 @@ def test_clients_that_do_not_wait(make):
 def test_the_server_may_be_the_last(make):
     clock = make()
     ask(clock, local_leg(up_bytes=16, step=0), before_server=False)
-    clock.stepped([("0", 0)], 100, 100, started=0.0)
+    step(clock, [("0", 0)], 100, 100)
     assert clock.end_round() == pytest.approx(6 + 2 + 90)
 
 
@@ -88,8 +110,8 @@ def test_in_chunks_or_at_once_is_the_same_to_the_bit(make):
     for one in legs[1:]:
         ask(chunked, one, before_server=False, after_server=False)
     for clock in (whole, chunked):
-        clock.stepped([("0", 0)], 3, 3, started=0.0)
-        clock.stepped([("0", 2)], 30, 30, started=0.0)
+        step(clock, [("0", 0)], 3, 3)
+        step(clock, [("0", 2)], 30, 30)
     assert whole.end_round() == chunked.end_round()
 
 
@@ -97,8 +119,8 @@ def test_flops_by_hand(tiny_profile):
     costs = Costs(tiny_profile.places[0], tiny_profile.last_layer_flops_backward, lambda: 7)
     work = Leg(forward_rows=2, backward_rows=3, auxiliary_rows=4)
     assert costs.leg_flops(work) == 2 * 100 + 3 * 200 + 4 * 3 * 7
-    assert costs.step_flops(8, 6) == 8 * 300 + 8 * 100 + 6 * 500
-    assert replace(costs, replays=True).step_flops(8, 6) == 14 * 300 + 8 * 100 + 6 * 500
+    assert costs.step_flops(8, 6, 8) == 8 * 300 + 8 * 100 + 6 * 500
+    assert costs.step_flops(14, 6, 8) == 14 * 300 + 8 * 100 + 6 * 500
     assert costs.alignment_flops(10, 2) == 10 * (300 + 600 + 2 * 2 * 3 * 7)
 
 
@@ -133,7 +155,7 @@ def test_what_is_played_overlaps_and_is_not_played_twice(make):
     assert times.waits == [pytest.approx(10.0)]  # the slower of two at the same time, less 2 s
     started = times.now
     times.now += 7.3  # longer than the server of the fleet: 7.2 s
-    clock.stepped([("0", 0), ("1", 0)], 8, 8, started)
+    step(clock, [("0", 0), ("1", 0)], 8, 8, started)
     assert len(times.waits) == 1
     started = times.now
     ask(clock, Leg(backward_rows=4), down=64, started=started)

@@ -1,0 +1,314 @@
+r"""What a round consists of: the words in which a method says so, and the phases of many methods.
+
+A round is a sequence of phases. In a phase every device does the phase's stages one after the
+other; the phase ends when the last device has done so, or, where devices take turns, when all have
+had theirs. A stage is an amount of FLOPs or bits. In the formulas here and in the methods' files
+
+- n devices each train on ``steps`` mini-batches of b samples,
+- :math:`F_c, B_c, F_s, B_s` are the FLOPs per sample of a forward and a backward pass on the client
+  and on the server, :math:`B_l` those of the last layer's backward pass,
+- :math:`\Gamma` are the bits of one sample's smashed data, and of its gradient,
+- :math:`|w_c|, |w|` are the bits of the client segment's and the whole model's parameters.
+
+Labels, message headers and the time of the optimizers are left out.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, ClassVar
+
+from flsplit.errors import ConfigError
+from flsplit.wireless.profile import BACKWARD_PER_FORWARD, ModelProfile, Place
+
+BITS = 8
+"""Bits per byte."""
+
+
+class Where(Enum):
+    """Where a stage happens, and in what its amount is."""
+
+    DEVICE = "device"
+    """FLOPs on the device."""
+    SERVER = "server"
+    """FLOPs on the server."""
+    UPLINK = "uplink"
+    """Bits from the device."""
+    DOWNLINK = "downlink"
+    """Bits to the device alone."""
+    BROADCAST = "broadcast"
+    """Bits to all devices."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Something that takes time.
+
+    Attributes
+    ----------
+    name : str
+        What it is called.
+    where : Where
+        Where it happens.
+    amount : float
+        FLOPs or bits, for one device; on the server, for all in a phase that they share.
+    """
+
+    name: str
+    where: Where
+    amount: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Stages that every device does one after the other.
+
+    Attributes
+    ----------
+    stages : tuple of Stage
+        In order.
+    repeat : int
+        How often the phase happens in a round.
+    in_turn : bool
+        Whether one device does them after the other, or all at once.
+    """
+
+    stages: tuple[Stage, ...]
+    repeat: int = 1
+    in_turn: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a round trains.
+
+    Attributes
+    ----------
+    batch_size : int
+        Samples per device and mini-batch.
+    steps : int
+        Mini-batches per device and round.
+    optimizer_slots : int
+        Numbers that the optimizer keeps per parameter: 0 for SGD, 1 with momentum, 2 for Adam.
+    """
+
+    batch_size: int = 64
+    steps: int = 1
+    optimizer_slots: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that can't be used."""
+        for name, least in (("batch_size", 1), ("steps", 1), ("optimizer_slots", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a round has to do.
+
+    Attributes
+    ----------
+    profile : ModelProfile
+        The model.
+    place : Place
+        Where it is cut.
+    num_devices : int
+        How many devices train.
+    training : Training
+        On what.
+    """
+
+    profile: ModelProfile
+    place: Place
+    num_devices: int
+    training: Training
+
+    @property
+    def rows(self) -> int:
+        """Samples that all devices together have in a step: n b."""
+        return self.num_devices * self.training.batch_size
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of one sample's smashed data, and of its gradient."""
+        return BITS * self.place.activation_bytes
+
+    @property
+    def client_bits(self) -> int:
+        """Bits of the client segment's parameters."""
+        return BITS * self.place.client_bytes
+
+    @property
+    def auxiliary_flops(self) -> int:
+        """FLOPs of a sample's forward and backward pass through a linear auxiliary model.
+
+        For e elements of a sample's smashed data and c classes :math:`F_a + B_a`, with
+        :math:`F_a = 2 e c`.
+        """
+        forward = 2 * self.place.activation_elements * self.profile.num_classes
+        return (1 + BACKWARD_PER_FORWARD) * forward
+
+    @property
+    def auxiliary_bits(self) -> int:
+        """Bits of a linear auxiliary model's :math:`c (e + 1)` parameters, weights and biases."""
+        params = self.profile.num_classes * (self.place.activation_elements + 1)
+        return BITS * self.place.element_bytes * params
+
+
+class SaysPhases:
+    """What the planner and a fleet's clock ask of a class of methods.
+
+    Everywhere ``arguments`` are those of the class's constructor by name, with the defaults, but
+    for ``model`` and ``cut``: ``work`` says where the model is cut.
+
+    Attributes
+    ----------
+    aggregates : bool
+        Whether client segments are aggregated even if no ``client_strategy`` is given.
+    """
+
+    aggregates: ClassVar[bool] = False
+
+    @classmethod
+    def phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
+        """Return what a round sends (bits) and computes (FLOPs), in its order.
+
+        By default parallel steps, and an aggregation of the client segments where there is one.
+        """
+        return (*parallel_steps(work), *cls.aggregation_phases(work, **arguments))
+
+    @classmethod
+    def aggregation_phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
+        r"""Return the phases of the client segments' aggregation; none where there is none.
+
+        Each device sends :math:`|w_c|` (bits), and the mean, :math:`|w_c|` (bits), is broadcast.
+        """
+        aggregates = cls.aggregates or arguments.get("client_strategy") is not None
+        return aggregation(work.client_bits) if aggregates else ()
+
+    @classmethod
+    def plan_note(cls, **arguments: Any) -> str:
+        """Return what to know of what :meth:`phases` charges; by default nothing."""
+        return ""
+
+    @classmethod
+    def device_memory_bytes(cls, work: Work, **arguments: Any) -> int:
+        """Return the bytes that a device needs besides `Place.client_memory_bytes`."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of training, with its arguments."""
+
+    name: str  # the strategy's name, as in a run's configuration
+    kind: type[SaysPhases]  # says the phases
+    # those of its constructor, with all defaults
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    # what a run's configuration must say to have them: text, numbers, lists and tables of such
+    given: Mapping[str, Any] = field(default_factory=dict)
+    # whether devices train the whole model, so that there is nothing to cut
+    whole_model: bool = False
+
+    def phases(self, work: Work) -> tuple[Phase, ...]:
+        """Return what a round consists of; a ConfigError says if the class doesn't."""
+        found = self.kind.phases(work, **self.arguments)
+        if not (isinstance(found, tuple) and all(isinstance(one, Phase) for one in found)):
+            raise ConfigError(f"phases of {self.name} are {found!r}, expected a tuple of Phase")
+        return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Phases that many methods have
+
+
+def parallel_steps(
+    work: Work, *, shared_rows: int = 0, server: Iterable[Phase] | None = None
+) -> tuple[Phase, ...]:
+    r"""Return the phases of a round's parallel steps.
+
+    With :math:`m` shared rows a step has the phases
+
+    - client forward :math:`b F_c` (FLOPs per device), uplink :math:`b \Gamma` (bits per device),
+    - what the server does,
+    - broadcast :math:`m \Gamma` (bits),
+    - unicast :math:`(b - m) \Gamma` (bits per device), client backward :math:`b B_c` (FLOPs per
+      device).
+
+    In a round of several steps the last phase of a step and the first of the next are one: a
+    device goes on without waiting for the others.
+
+    Parameters
+    ----------
+    work : Work
+        What there is to do.
+    shared_rows : int
+        How many rows of the cut-layer gradients are the same for all devices.
+    server : iterable of Phase, optional
+        What the server does in a step. Default: `server_passes`, each row forward and backward.
+    """
+    place, rows, steps = work.place, work.training.batch_size, work.training.steps
+    bits = work.activation_bits
+    up = (
+        Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
+        Stage("uplink", Where.UPLINK, rows * bits),
+    )
+    down = (
+        Stage("unicast", Where.DOWNLINK, (rows - shared_rows) * bits),
+        Stage("client backward", Where.DEVICE, rows * place.client_flops_backward),
+    )
+    broadcast = Phase((Stage("broadcast", Where.BROADCAST, shared_rows * bits),))
+    in_each = (*(server_passes(work) if server is None else server), broadcast)
+    between = (Phase((*down, *up), steps - 1),) if steps > 1 else ()
+    return (
+        Phase(up),
+        *(replace(phase, repeat=steps * phase.repeat) for phase in in_each),
+        *between,
+        Phase(down),
+    )
+
+
+def server_passes(
+    work: Work,
+    *,
+    forward_rows: float | None = None,
+    backward_rows: float | None = None,
+    logit_rows: float | None = None,
+) -> tuple[Phase, Phase]:
+    r"""Return the phases of the server's passes over rows.
+
+    Forward ``forward_rows`` :math:`F_s`, backward ``logit_rows`` :math:`B_l` + ``backward_rows``
+    :math:`(B_s - B_l)` (FLOPs).
+
+    Parameters
+    ----------
+    work : Work
+        What there is to do.
+    forward_rows, backward_rows, logit_rows : float, optional
+        How many rows go forward; back to the cut; and back through the last layer, to which each
+        row's own gradient comes even where those behind it are merged. Default: all rows of a
+        step, and ``backward_rows`` for ``logit_rows``.
+    """
+    place, last = work.place, work.profile.last_layer_flops_backward
+    forward_rows = work.rows if forward_rows is None else forward_rows
+    backward_rows = work.rows if backward_rows is None else backward_rows
+    logit_rows = backward_rows if logit_rows is None else logit_rows
+    backward = logit_rows * last + backward_rows * (place.server_flops_backward - last)
+    return (
+        server_phase("server forward", forward_rows * place.server_flops_forward),
+        server_phase("server backward", backward),
+    )
+
+
+def server_phase(name: str, flops: float) -> Phase:
+    """Return a phase in which the server computes (FLOPs)."""
+    return Phase((Stage(name, Where.SERVER, flops),))
+
+
+def aggregation(bits: float) -> tuple[Phase, Phase]:
+    """Return the phases of an average over devices: ``bits`` up from each, and broadcast."""
+    return (
+        Phase((Stage("aggregation up", Where.UPLINK, bits),)),
+        Phase((Stage("aggregation down", Where.BROADCAST, bits),)),
+    )
