@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Callable, Iterator
 
-from flsplit.wire.errors import WireError, told
+from flsplit.wire.wire_errors import WireError, told
 
 BUNDLE = 4
 """The kind of a bundle, as the kinds of frames are."""

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from flsplit.wire.envelope import Envelope
-from flsplit.wire.errors import WireError, told
 from flsplit.wire.frames import (
     FIRST,
     FRAME_BYTES,
@@ -16,7 +14,8 @@ from flsplit.wire.frames import (
     cut,
     split_first,
 )
-from flsplit.wire.header import Plan, read_header, write_header
+from flsplit.wire.header import Envelope, Plan, read_header, write_header
+from flsplit.wire.wire_errors import WireError, told
 
 MAX_HEADER_BYTES = 4 * 2**20
 """The longest header. Parsed JSON takes up to some 40 times its length in memory."""

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from flsplit.wire.errors import TokenRefused
+from flsplit.wire.wire_errors import TokenRefused
 
 SESSION_NAME = "session.flsplit"
 """A name that every session's certificate carries, whatever address its server is reached under.

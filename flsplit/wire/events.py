@@ -5,7 +5,7 @@ from typing import Any
 
 from flwr.app import Message
 
-from flsplit.wire.envelope import Envelope
+from flsplit.wire.header import Envelope
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from flsplit.wire.checks import parse_json
-from flsplit.wire.errors import WireError, told
+from flsplit.wire.strict import parse_json
+from flsplit.wire.wire_errors import WireError, told
 
 FRAME_BYTES = 8 * 2**20
 """The longest frame, with everything in it."""

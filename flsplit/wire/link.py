@@ -12,12 +12,12 @@ from flwr.app import Message
 from flsplit.wire.bundles import unbundled
 from flsplit.wire.codec import Decoder, encode
 from flsplit.wire.credentials import Ticket
-from flsplit.wire.envelope import Envelope
-from flsplit.wire.errors import WireError, told
 from flsplit.wire.events import Event, HostJoined, HostLost, MessageArrived
 from flsplit.wire.frames import FRAME_BYTES, read_goodbye, read_hello, shorten_reason
-from flsplit.wire.options import REASON_KEY
+from flsplit.wire.grpc_options import REASON_KEY
+from flsplit.wire.header import Envelope
 from flsplit.wire.outbox import Outbox
+from flsplit.wire.wire_errors import WireError, told
 
 logger = logging.getLogger(__name__)
 

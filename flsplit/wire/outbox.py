@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from flsplit.wire.bundles import bundled
-from flsplit.wire.errors import StreamEnded
+from flsplit.wire.wire_errors import StreamEnded
 
 
 class Outbox:

@@ -13,11 +13,8 @@ from flwr.app import Message
 
 from flsplit.wire.codec import DEFAULT_MAX_BYTES
 from flsplit.wire.credentials import Ticket, TokenBook, make_certificate
-from flsplit.wire.envelope import Envelope
-from flsplit.wire.errors import StreamEnded, TokenRefused
 from flsplit.wire.events import Event
-from flsplit.wire.link import END_GRACE, HostLink
-from flsplit.wire.options import (
+from flsplit.wire.grpc_options import (
     METHOD,
     PROTOCOL_VERSION,
     SERVICE,
@@ -26,7 +23,10 @@ from flsplit.wire.options import (
     Keepalive,
     server_options,
 )
+from flsplit.wire.header import Envelope
+from flsplit.wire.link import END_GRACE, HostLink
 from flsplit.wire.threads import StreamThreads
+from flsplit.wire.wire_errors import StreamEnded, TokenRefused
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,8 @@ from flwr.app import Message
 from flsplit.wire.bundles import unbundled
 from flsplit.wire.codec import DEFAULT_MAX_BYTES, Decoder, encode
 from flsplit.wire.dialing import open_channel, wait_until_admitted
-from flsplit.wire.envelope import Envelope
-from flsplit.wire.errors import WireError
 from flsplit.wire.frames import write_goodbye, write_hello
-from flsplit.wire.options import (
+from flsplit.wire.grpc_options import (
     METHOD,
     PROTOCOL_VERSION,
     REASON_KEY,
@@ -25,7 +23,9 @@ from flsplit.wire.options import (
     VERSION_KEY,
     Keepalive,
 )
+from flsplit.wire.header import Envelope
 from flsplit.wire.outbox import Outbox
+from flsplit.wire.wire_errors import WireError
 
 logger = logging.getLogger(__name__)
 
