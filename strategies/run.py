@@ -14,7 +14,8 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 
 from flsplit.account import RoundEntry
-from flsplit.carry.choose import Experiment, OpenCarrier, open_carrier
+from flsplit.carry.carrier import Carrier
+from flsplit.carry.choose import Experiment, open_carrier
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
 from flsplit.message.finish import FinishReply
@@ -86,7 +87,7 @@ class Run:
 
     def _do_rounds(
         self,
-        carrier: OpenCarrier,
+        carrier: Carrier,
         clients: Clients,
         checkpoints: Checkpoints | None,
     ) -> None:
@@ -114,7 +115,7 @@ class Run:
             spent = (time.perf_counter() - started) / (server_round - first + 1)
             log_round(round_.entry, self.num_rounds, spent * (self.num_rounds - server_round))
             if server_round < self.num_rounds:
-                carrier.end_round(server_round)
+                carrier.end_round(server_round, self.timeout)
             if server_round == first and clients.exchanges:  # now evaluation is known, too
                 mean = round_.entry.waiting_seconds / clients.exchanges
                 carrier.check_speed(mean, clients.exchanges * (self.num_rounds - server_round))

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from flsplit.bench import training, workload
 from flsplit.bench.app_folder import check_completed, write_app
-from flsplit.carry.local import LocalGrid
+from flsplit.carry.local_grid import LocalGrid
 from flsplit.client.data import batch_indices
 from flsplit.log import logger
 from flsplit.message.plan import RoundPlan

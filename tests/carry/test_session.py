@@ -14,11 +14,11 @@ from reference import CUT, LR, MOMENTUM, SEED, fresh, make_parts, noisy_net, spl
 from flsplit import LocalGrid, SessionSettings
 from flsplit.carry import choose
 from flsplit.carry.choose import TooSlowError
-from flsplit.carry.session import grid as session_grid
 from flsplit.carry.session import host as session_host
-from flsplit.carry.session.grid import NoHostError
+from flsplit.carry.session import session_grid
 from flsplit.carry.session.host import serve_session
 from flsplit.carry.session.invitation import Invitation
+from flsplit.carry.session.session_grid import NoHostError
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SplitFedV1
 from flsplit.wire import Envelope, HostStream, SessionServer

@@ -10,7 +10,7 @@ from typing import Self
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from flsplit.carry.grid import MessageGrid
+from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
 from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
@@ -49,7 +49,7 @@ class _Sent:
     reply: Message | None = None
 
 
-class SessionGrid(MessageGrid):
+class SessionGrid(Carrier):
     """Carries the messages of a run over one stream per host.
 
     A ``with`` block opens the session: each node gets one Flower message ``train.session``,
@@ -66,6 +66,8 @@ class SessionGrid(MessageGrid):
     state_dir : str
         Where simulated hosts keep their clients' states; empty for nowhere.
     """
+
+    works_ahead = True
 
     def __init__(
         self,
