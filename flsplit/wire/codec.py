@@ -1,5 +1,6 @@
 """Messages to frames and back."""
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ from flsplit.wire.frames import (
     FRAME_BYTES,
     MORE,
     SHORTEST_UNFINISHED,
-    Assembly,
     cut,
+    segments_of,
     split_first,
 )
 from flsplit.wire.header import Envelope, Plan, read_header, write_header
@@ -68,8 +69,8 @@ def encode(envelope: Envelope, message: Message, max_bytes: int = DEFAULT_MAX_BY
         If the message holds something that the format cannot carry, or is too long.
     """
     parcel = Parcel(*write_header(envelope, message))
-    _check_header_length(len(parcel.header), MAX_HEADER_BYTES)
-    _check_total(parcel.size, max_bytes)
+    _check_length("header", len(parcel.header), MAX_HEADER_BYTES)
+    _check_length("message", parcel.size, max_bytes)
     return parcel
 
 
@@ -93,13 +94,12 @@ class Decoder:
         self._max_bytes = max_bytes
         self._max_header_bytes = max_header_bytes
         self._plan: Plan | None = None
-        self._assembly: Assembly | None = None
         self._failed = False
 
     @property
     def idle(self) -> bool:
         """Whether the next frame begins a message."""
-        return self._assembly is None
+        return self._plan is None
 
     def add(self, frame: bytes) -> tuple[Envelope, Message, int] | None:
         """Take one frame; return envelope, message and its size once it is complete.
@@ -115,25 +115,30 @@ class Decoder:
             return self._add(frame)
         except WireError:
             self._failed = True
-            self._plan = self._assembly = None
+            self._plan = None
             raise
 
     def _add(self, frame: bytes) -> tuple[Envelope, Message, int] | None:
-        _check_frame(frame, FIRST if self.idle else MORE)
+        _check_frame(frame, FIRST if self._plan is None else MORE)
         piece = memoryview(frame)[1:]
-        if self._plan is None or self._assembly is None:
+        if self._plan is None:
             header, piece = split_first(frame, self._max_header_bytes)
-            self._plan = read_header(header)
-            self._size = len(header) + sum(self._plan.sizes)
-            _check_total(self._size, self._max_bytes)
-            self._assembly = Assembly(self._plan.sizes)
-        self._assembly.add(piece)
-        if not self._assembly.complete:
+            plan = read_header(header)
+            self._missing = sum(plan.sizes)
+            self._size = len(header) + self._missing
+            _check_length("message", self._size, self._max_bytes)
+            self._plan, self._pieces = plan, deque[memoryview]()
+        if len(piece) > self._missing:
+            more = len(piece) - self._missing
+            raise WireError("frame", "the end of the message", told(f"{more} more bytes"))
+        self._pieces.append(piece)
+        self._missing -= len(piece)
+        if self._missing:
             _check_filled(frame)
             return None
-        plan, assembly = self._plan, self._assembly
-        self._plan = self._assembly = None
-        return plan.envelope, plan.build(assembly.segments()), self._size
+        plan, pieces = self._plan, self._pieces
+        self._plan, self._pieces = None, deque()
+        return plan.envelope, plan.build(segments_of(pieces, plan.sizes)), self._size
 
 
 def _check_frame(frame: bytes, kind: int) -> None:
@@ -152,11 +157,6 @@ def _check_filled(frame: bytes) -> None:
         raise WireError("frame", expected, told(f"{len(frame)} bytes"))
 
 
-def _check_header_length(length: int, most: int) -> None:
+def _check_length(field: str, length: int, most: int) -> None:
     if length > most:
-        raise WireError("header", f"at most {most} bytes", told(f"{length} bytes"))
-
-
-def _check_total(size: int, most: int) -> None:
-    if size > most:
-        raise WireError("message", f"at most {most} bytes", told(f"{size} bytes"))
+        raise WireError(field, f"at most {most} bytes", told(f"{length} bytes"))

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,51 +121,17 @@ def shorten_reason(reason: str) -> bytes:
     return whole.decode("utf-8", "ignore").encode()
 
 
-class Assembly:
-    """Puts segments together from pieces, with one copy of every byte.
-
-    Parameters
-    ----------
-    sizes : list of int
-        The sizes of the segments, in order. Nothing is allocated for them before it arrives.
-    """
-
-    def __init__(self, sizes: list[int]) -> None:
-        self._sizes = iter(sizes)
-        self._parts: list[memoryview] = []
-        self._segments: list[bytes] = []
-        self._missing = 0
-        self.complete = False
-        self._next_segment()
-
-    def add(self, piece: memoryview) -> None:
-        """Take the next piece; raises `WireError` if there is more than was announced."""
-        while piece and not self.complete:
-            part, piece = piece[: self._missing], piece[self._missing :]
-            self._parts.append(part)
-            self._missing -= len(part)
-            if not self._missing:
-                self._close_segment()
-                self._next_segment()
-        if piece:
-            raise WireError("frame", "the end of the message", told(f"{len(piece)} more bytes"))
-
-    def segments(self) -> Iterator[bytes]:
-        """Return the segments, once the assembly is complete."""
-        return iter(self._segments)
-
-    def _close_segment(self) -> None:
-        # One join for any number of parts: the only copy on this side.
-        self._segments.append(b"".join(self._parts))
-        self._parts = []
-
-    def _next_segment(self) -> None:
-        for size in self._sizes:
-            if size:
-                self._missing = size
-                return
-            self._segments.append(b"")
-        self.complete = True
+def segments_of(pieces: deque[memoryview], sizes: list[int]) -> Iterator[bytes]:
+    """Yield the segments of a message, with one copy of every byte; `pieces` are let go of."""
+    for size in sizes:
+        parts: list[memoryview] = []
+        while size:
+            piece = pieces.popleft()
+            parts.append(piece[:size])
+            if len(piece) > size:
+                pieces.appendleft(piece[size:])
+            size -= len(parts[-1])
+        yield b"".join(parts)
 
 
 def _length(frame: bytes) -> str:

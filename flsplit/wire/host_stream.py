@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import grpc
@@ -165,12 +164,7 @@ class HostStream:
         """Return the stream, which is open already."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Close it."""
         self.close("the host is done" if error is None else "the host has failed")
 

@@ -50,7 +50,6 @@ class HostLink:
         ticket: Ticket,
         context: Any,
         events: "queue.SimpleQueue[tuple[HostLink, Event] | None]",
-        *,
         max_message_bytes: int,
         max_queued_bytes: int,
         unasked_messages: int,

@@ -35,7 +35,7 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
         return _reply(message, served=0)
     try:
         # Before dialling: the answer to this message is all that the server hears of an error.
-        clients = Clients.of(app, context, invitation)
+        clients = HostedClients.of(app, context, invitation)
         stream = HostStream.dial(
             invitation.address,
             invitation.token,
@@ -76,7 +76,7 @@ def count_simulated_hosts() -> int:
 
 
 @dataclass
-class Clients:
+class HostedClients:
     """The clients of a host: its own, or any partition of a simulation.
 
     Attributes
@@ -94,7 +94,7 @@ class Clients:
     others: dict[str, Context]
 
     @classmethod
-    def of(cls, app: ClientApp, context: Context, invitation: Invitation) -> "Clients":
+    def of(cls, app: ClientApp, context: Context, invitation: Invitation) -> "HostedClients":
         """Return the clients that a host with this context serves."""
         simulated = count_simulated_hosts() > 0
         own_folder = str(context.node_config.get("state-dir", ""))
@@ -124,7 +124,7 @@ class Clients:
         return self.others[client]
 
 
-def _serve(stream: HostStream, clients: Clients) -> int:
+def _serve(stream: HostStream, clients: HostedClients) -> int:
     served = 0
     for envelope, request in stream:
         reply = clients.answer(envelope.client, request)
