@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from flsplit.account import RoundEntry
 from flsplit.carry.carrier import Carrier
-from flsplit.carry.choose import Experiment, open_carrier
+from flsplit.carry.choose import open_carrier
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
 from flsplit.message.finish import FinishReply
@@ -65,9 +65,13 @@ class Run:
             logger.info("resuming after round %d", self._rounds_done)
         with tempfile.TemporaryDirectory(prefix="flsplit-") as temporary:
             folder = Path(options.checkpoint_dir or temporary).absolute() / "clients"
-            states = Experiment(self._experiment, str(folder))
             with open_carrier(
-                grid, options.carrier, options.session, states, self.timeout
+                grid,
+                options.carrier,
+                options.session,
+                self.timeout,
+                experiment=self._experiment,
+                state_dir=str(folder),
             ) as carrier:
                 clients = Clients(carrier, self.timeout)
                 clients.holds |= holds

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 from flwr.app import Message
@@ -24,22 +23,6 @@ MAX_FALLBACK_SECONDS = 600.0
 
 class TooSlowError(FlsplitError):
     """No session could be opened, and over Flower's own messages the run would take too long."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Which states on disk belong to a run.
-
-    Attributes
-    ----------
-    name : str
-        Names the folder; a resumed run keeps it.
-    state_dir : str
-        Where simulated hosts keep their clients' states; empty for nowhere.
-    """
-
-    name: str
-    state_dir: str
 
 
 class FlowerCarrier(Carrier):
@@ -106,8 +89,10 @@ def open_carrier(
     grid: Grid,
     name: CarrierName,
     settings: SessionSettings,
-    experiment: Experiment,
     timeout: float,
+    *,
+    experiment: str,
+    state_dir: str,
 ) -> Iterator[Carrier]:
     """Open the carrier of a run, and close it at its end.
 
@@ -119,10 +104,12 @@ def open_carrier(
         ``auto`` opens a session and falls back on Flower's messages.
     settings : SessionSettings
         For a session.
-    experiment : Experiment
-        For a session's clients.
     timeout : float
         How many seconds to wait for the first node, without which no session can be opened.
+    experiment : str
+        Names the folder of the clients' states on disk; a resumed run keeps it.
+    state_dir : str
+        Where that folder lies with simulated hosts; empty for nowhere.
 
     Raises
     ------
@@ -141,9 +128,7 @@ def open_carrier(
             carrier.end_run()
         return
     _wait_for_a_node(grid, timeout)
-    session = SessionGrid(
-        grid, settings, experiment=experiment.name, state_dir=experiment.state_dir
-    )
+    session = SessionGrid(grid, settings, experiment=experiment, state_dir=state_dir)
     try:
         session.open()
     except NoHostError as error:

@@ -23,12 +23,10 @@ from flsplit.wire.grpc_options import (
     Keepalive,
 )
 from flsplit.wire.header import Envelope
-from flsplit.wire.outbox import Outbox
+from flsplit.wire.outbox import DEFAULT_MAX_QUEUED_BYTES, Outbox
 from flsplit.wire.wire_errors import WireError
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_MAX_QUEUED_BYTES = 64 * 2**20
 
 _FLUSH_SECONDS = 1.0
 _ENDED = "the stream has ended"

@@ -24,12 +24,11 @@ from flsplit.wire.grpc_options import (
 )
 from flsplit.wire.header import Envelope
 from flsplit.wire.link import END_GRACE, HostLink
+from flsplit.wire.outbox import DEFAULT_MAX_QUEUED_BYTES
 from flsplit.wire.threads import StreamThreads
 from flsplit.wire.wire_errors import StreamEnded, TokenRefused
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_MAX_QUEUED_BYTES = 64 * 2**20
 
 # Streams beyond those of hosts: a place at the door, from which one is told why it can't come in.
 _SPARE_STREAMS = 8
