@@ -176,9 +176,7 @@ def serve_some(number):
     """Return a host that leaves after some messages."""
 
     def serve(app, message, context):
-        clients = session_host.HostedClients.of(
-            app, context, Invitation.from_content(message.content)
-        )
+        clients = session_host.HostedClients(app, context, Invitation.from_content(message.content))
         with open_stream(message, context) as stream:
             for count, (envelope, request) in enumerate(stream):
                 if count == number:
@@ -289,9 +287,7 @@ def tampering(change):
     """Return a host that sends a changed envelope or message before each right answer."""
 
     def serve(app, message, context):
-        clients = session_host.HostedClients.of(
-            app, context, Invitation.from_content(message.content)
-        )
+        clients = session_host.HostedClients(app, context, Invitation.from_content(message.content))
         with open_stream(message, context) as stream:
             for envelope, request in stream:
                 reply = clients.answer(envelope.client, request)
@@ -341,9 +337,7 @@ def test_misbehaving_host_is_refused_with_a_reason_and_the_others_go_on(change, 
 
 def test_an_answer_that_is_repeated_is_dropped(caplog):
     def serve(app, message, context):
-        clients = session_host.HostedClients.of(
-            app, context, Invitation.from_content(message.content)
-        )
+        clients = session_host.HostedClients(app, context, Invitation.from_content(message.content))
         with open_stream(message, context) as stream:
             for envelope, request in stream:
                 reply = clients.answer(envelope.client, request)
