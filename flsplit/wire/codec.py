@@ -15,7 +15,7 @@ from flsplit.wire.frames import (
     segments_of,
     split_first,
 )
-from flsplit.wire.header import Envelope, Plan, read_header, write_header
+from flsplit.wire.header import CheckedHeader, Envelope, read_header, write_header
 from flsplit.wire.wire_errors import WireError, told
 
 MAX_HEADER_BYTES = 4 * 2**20
@@ -93,7 +93,7 @@ class Decoder:
     ) -> None:
         self._max_bytes = max_bytes
         self._max_header_bytes = max_header_bytes
-        self._plan: Plan | None = None
+        self._plan: CheckedHeader | None = None
         self._failed = False
 
     @property

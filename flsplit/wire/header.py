@@ -25,7 +25,7 @@ from flwr.app import (
 from msgspec import UNSET, Meta, Struct, UnsetType, defstruct
 from msgspec.structs import asdict
 
-from flsplit.wire.strict import Count, check_int, check_ints, check_new, fitted, parse_json
+from flsplit.wire.strict import Count, check_int, check_ints, check_once, fitted, parse_json
 from flsplit.wire.wire_errors import WireError, told
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
@@ -142,7 +142,7 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CheckedHeader:
     """A checked header: all of a message except the raw bytes, whose sizes it knows."""
 
     envelope: Envelope
@@ -168,8 +168,11 @@ def write_header(envelope: Envelope, message: Message) -> tuple[bytes, list[byte
         If the message holds something that the format cannot carry.
     """
     segments: list[bytes] = []
-    metadata = {name: getattr(message.metadata, name) for name in _MetadataFields.__struct_fields__}
-    header: dict[str, Any] = {"envelope": asdict(envelope), "metadata": metadata}
+    metadata = message.metadata
+    header: dict[str, Any] = {
+        "envelope": asdict(envelope),
+        "metadata": {name: getattr(metadata, name) for name in _MetadataFields.__struct_fields__},
+    }
     if message.has_error():
         # Flower's error codes are members of an enumeration of integers in places.
         header["error"] = {"code": int(message.error.code), "reason": message.error.reason}
@@ -184,7 +187,7 @@ def write_header(envelope: Envelope, message: Message) -> tuple[bytes, list[byte
     return _ENCODER.encode(header).encode(), segments
 
 
-def read_header(raw: bytes) -> Plan:
+def read_header(raw: bytes) -> CheckedHeader:
     """Return the checked header.
 
     Raises
@@ -204,7 +207,7 @@ def read_header(raw: bytes) -> Plan:
     records, sizes = fields.records or [], list[int]()
     _check_records(records, sizes)
     failure = Error(fields.error.code, fields.error.reason) if fields.error else None
-    return Plan(fields.envelope, metadata, records, failure, sizes)
+    return CheckedHeader(fields.envelope, metadata, records, failure, sizes)
 
 
 def make_message(
@@ -230,17 +233,15 @@ def _check_fields(header: Any) -> _Fields:
 
 def _check_records(records: list[_RecordEntry], sizes: list[int]) -> None:
     """Check the entries, put them into their types, and add the segments' sizes to `sizes`."""
-    names: set[str] = set()
+    check_once("records", "name", [record.name for record in records])
     for index, record in enumerate(records):
         at = f"records[{index}]"
-        check_new(f"{at}.name", record.name, names)
         if record.kind not in _ENTRIES:
             raise WireError(f"{at}.kind", f"one of {sorted(_ENTRIES)}", record.kind)
         record_type, fields = _ENTRIES[record.kind]
         record.entries = fitted(at, {"entries": record.entries}, record_type, fields).entries
-        keys: set[str] = set()
+        check_once(f"{at}.entries", "key", [entry.key for entry in record.entries])
         for place, entry in enumerate(record.entries):
-            check_new(f"{at}.entries[{place}].key", entry.key, keys)
             if record.kind == "arrays":
                 sizes.append(entry.size)
             else:

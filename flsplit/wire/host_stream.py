@@ -94,12 +94,8 @@ class HostStream:
             What the host says of itself, in values that JSON can hold.
         timeout : float
             Seconds until it must be open.
-        max_message_bytes : int
-            The longest message in either direction.
-        max_queued_bytes : int
-            What may wait to be sent before `send` waits.
-        keepalive : Keepalive
-            When a silent server counts as lost.
+        max_message_bytes, max_queued_bytes, keepalive
+            As in `SessionServer`.
 
         Raises
         ------

@@ -78,11 +78,15 @@ def check_ints(field: str, checked: Struct) -> None:
             check_int(f"{field}.{name}", value)
 
 
-def check_new(field: str, key: str, seen: set[str]) -> None:
-    """Refuse a name that was `seen`, else add it."""
-    if key in seen:
-        raise WireError(field, "each name once", key)
-    seen.add(key)
+def check_once(field: str, part: str, names: list[str]) -> None:
+    """Refuse a name that stands twice among those of the items of `field`."""
+    if len(set(names)) == len(names):
+        return
+    seen: set[str] = set()
+    for place, name in enumerate(names):
+        if name in seen:
+            raise WireError(f"{field}[{place}].{part}", "each name once", name)
+        seen.add(name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

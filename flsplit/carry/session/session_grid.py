@@ -21,7 +21,6 @@ from flsplit.wire import (
     DialError,
     Envelope,
     HostJoined,
-    HostLost,
     MessageArrived,
     SessionServer,
     StreamEnded,
@@ -400,13 +399,12 @@ class SessionGrid(Carrier):
     def _take_event(self, timeout: float) -> bool:
         """Handle the next event, if one comes within ``timeout`` seconds."""
         event = self._open_server.receive(timeout)
-        if isinstance(event, HostJoined):
-            self._roster.join(event.host, event.epoch, event.hello)
-        elif isinstance(event, HostLost):
-            if self._roster.epochs.get(event.host) == event.epoch:
-                self._lose(event.host, event.reason)
-        elif isinstance(event, MessageArrived):
+        if isinstance(event, MessageArrived):
             self._take_message(event)
+        elif isinstance(event, HostJoined):
+            self._roster.join(event.host, event.epoch, event.hello)
+        elif event is not None and self._roster.epochs.get(event.host) == event.epoch:
+            self._lose(event.host, event.reason)
         return event is not None
 
     def _take_message(self, event: MessageArrived) -> None:
