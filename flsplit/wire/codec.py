@@ -16,7 +16,7 @@ from flsplit.wire.frames import (
     split_first,
 )
 from flsplit.wire.header import CheckedHeader, Envelope, read_header, write_header
-from flsplit.wire.wire_errors import WireError, told
+from flsplit.wire.wire_errors import Told, WireError
 
 MAX_HEADER_BYTES = 4 * 2**20
 """The longest header. Parsed JSON takes up to some 40 times its length in memory."""
@@ -110,7 +110,7 @@ class Decoder:
             If the frame does not fit, naming the field, what was expected and what came.
         """
         if self._failed:
-            raise WireError("frame", "none after an error", told("another frame"))
+            raise WireError("frame", "none after an error", Told("another frame"))
         try:
             return self._add(frame)
         except WireError:
@@ -130,7 +130,7 @@ class Decoder:
             self._plan, self._pieces = plan, deque[memoryview]()
         if len(piece) > self._missing:
             more = len(piece) - self._missing
-            raise WireError("frame", "the end of the message", told(f"{more} more bytes"))
+            raise WireError("frame", "the end of the message", Told(f"{more} more bytes"))
         self._pieces.append(piece)
         self._missing -= len(piece)
         if self._missing:
@@ -143,9 +143,9 @@ class Decoder:
 
 def _check_frame(frame: bytes, kind: int) -> None:
     if type(frame) is not bytes:
-        raise WireError("frame", "bytes", told(type(frame).__name__))
+        raise WireError("frame", "bytes", Told(type(frame).__name__))
     if not 0 < len(frame) <= FRAME_BYTES:
-        raise WireError("frame", f"1 to {FRAME_BYTES} bytes", told(f"{len(frame)} bytes"))
+        raise WireError("frame", f"1 to {FRAME_BYTES} bytes", Told(f"{len(frame)} bytes"))
     if frame[0] != kind:
         name = "the first of a message" if kind == FIRST else "one that goes on with a message"
         raise WireError("frame.kind", f"{kind} ({name})", frame[0])
@@ -154,9 +154,9 @@ def _check_frame(frame: bytes, kind: int) -> None:
 def _check_filled(frame: bytes) -> None:
     if len(frame) < SHORTEST_UNFINISHED:
         expected = f"the rest of the message, or at least {SHORTEST_UNFINISHED} bytes of it"
-        raise WireError("frame", expected, told(f"{len(frame)} bytes"))
+        raise WireError("frame", expected, Told(f"{len(frame)} bytes"))
 
 
 def _check_length(field: str, length: int, most: int) -> None:
     if length > most:
-        raise WireError(field, f"at most {most} bytes", told(f"{length} bytes"))
+        raise WireError(field, f"at most {most} bytes", Told(f"{length} bytes"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flsplit.wire.strict import parse_json
-from flsplit.wire.wire_errors import WireError, told
+from flsplit.wire.wire_errors import Told, WireError
 
 FRAME_BYTES = 8 * 2**20
 """The longest frame, with everything in it."""
@@ -65,13 +65,13 @@ def cut(header: bytes, segments: list[bytes], frame_bytes: int = FRAME_BYTES) ->
 def split_first(frame: bytes, max_header_bytes: int) -> tuple[bytes, memoryview]:
     """Return the header in the first frame of a message and what follows it."""
     if len(frame) < FIRST_PREFIX.size:
-        raise WireError("frame", f"at least {FIRST_PREFIX.size} bytes", told(_length(frame)))
+        raise WireError("frame", f"at least {FIRST_PREFIX.size} bytes", Told(_length(frame)))
     _, length = FIRST_PREFIX.unpack_from(frame)
     if length > max_header_bytes:
         raise WireError("frame.header_length", f"at most {max_header_bytes}", length)
     end = FIRST_PREFIX.size + length
     if end > len(frame):
-        raise WireError("frame", f"a header of {length} bytes", told(_length(frame)))
+        raise WireError("frame", f"a header of {length} bytes", Told(_length(frame)))
     return frame[FIRST_PREFIX.size : end], memoryview(frame)[end:]
 
 
@@ -80,7 +80,7 @@ def write_hello(hello: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(hello, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise WireError("hello", "an object that JSON can hold", told(str(error))) from error
+        raise WireError("hello", "an object that JSON can hold", Told(str(error))) from error
     frame = _HELLO_BYTE + text.encode()
     read_hello(frame)
     return frame
@@ -91,7 +91,7 @@ def read_hello(frame: bytes) -> dict[str, Any]:
     if frame[:1] != _HELLO_BYTE:
         raise WireError("frame.kind", f"{HELLO} (hello)", frame[:1])
     if len(frame) > MAX_HELLO_BYTES:
-        raise WireError("hello", f"at most {MAX_HELLO_BYTES} bytes", told(_length(frame)))
+        raise WireError("hello", f"at most {MAX_HELLO_BYTES} bytes", Told(_length(frame)))
     hello = parse_json("hello", frame[1:])
     if not isinstance(hello, dict):
         raise WireError("hello", "an object", hello)
@@ -111,7 +111,7 @@ def read_goodbye(frame: bytes) -> str | None:
     if frame[:1] != _GOODBYE_BYTE:
         return None
     if len(frame) > 1 + MAX_REASON_BYTES:
-        raise WireError("goodbye", f"at most {MAX_REASON_BYTES} bytes", told(_length(frame)))
+        raise WireError("goodbye", f"at most {MAX_REASON_BYTES} bytes", Told(_length(frame)))
     return frame[1:].decode("utf-8", "replace")
 
 

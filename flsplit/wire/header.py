@@ -26,7 +26,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, defstruct
 from msgspec.structs import asdict
 
 from flsplit.wire.strict import Count, check_int, check_ints, check_once, fitted, parse_json
-from flsplit.wire.wire_errors import WireError, told
+from flsplit.wire.wire_errors import Told, WireError
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 
@@ -177,7 +177,7 @@ def write_header(envelope: Envelope, message: Message) -> tuple[bytes, list[byte
         # Flower's error codes are members of an enumeration of integers in places.
         header["error"] = {"code": int(message.error.code), "reason": message.error.reason}
     elif not message.has_content():
-        raise WireError("message", "content or an error", told("neither"))
+        raise WireError("message", "content or an error", Told("neither"))
     # What the other side would refuse is refused here, where the mistake was made.
     _check_fields(header)
     if message.has_content():
@@ -198,7 +198,7 @@ def read_header(raw: bytes) -> CheckedHeader:
     fields = _check_fields(parse_json("header", raw))
     if (fields.records is UNSET) is (fields.error is UNSET):
         found = "neither" if fields.error is UNSET else "both"
-        raise WireError("header", "either records or error", told(found))
+        raise WireError("header", "either records or error", Told(found))
     try:
         metadata = Metadata(**asdict(fields.metadata))
     except ValueError as error:
@@ -294,7 +294,7 @@ def _write_record(name: str, record: Record, segments: list[bytes]) -> list[Any]
         # An Array's attributes can be set to anything after it was made, so they are checked here:
         # bytes in particular, because anything mutable could change while it waits to be sent.
         if not isinstance(array.data, bytes):
-            raise WireError(f"{name}.{key}.data", "bytes", told(type(array.data).__name__))
+            raise WireError(f"{name}.{key}.data", "bytes", Told(type(array.data).__name__))
         segments.append(array.data)
         entries.append([key, array.dtype, list(array.shape), array.stype, len(array.data)])
     fitted(name, {"entries": entries}, *_ENTRIES["arrays"])

@@ -17,7 +17,7 @@ from flsplit.wire.frames import FRAME_BYTES, read_goodbye, read_hello, shorten_r
 from flsplit.wire.grpc_options import REASON_KEY
 from flsplit.wire.header import Envelope
 from flsplit.wire.outbox import Outbox
-from flsplit.wire.wire_errors import WireError, told
+from flsplit.wire.wire_errors import Told, WireError
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class HostLink:
         with self._lock:
             if self._allowed + messages < 0:
                 raise WireError(
-                    "message", "no more messages than were sent to the host", told("one more")
+                    "message", "no more messages than were sent to the host", Told("one more")
                 )
             self._allowed += messages
 

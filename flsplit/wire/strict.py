@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct, ValidationError, convert
 from msgspec.structs import asdict
 
-from flsplit.wire.wire_errors import WireError, told
+from flsplit.wire.wire_errors import Told, WireError
 
 LEAST_INT = -(2**63)
 GREATEST_INT = 2**64 - 1
@@ -29,7 +29,7 @@ def parse_json(field: str, raw: bytes) -> Any:
     except WireError:
         raise
     except (ValueError, RecursionError) as error:
-        raise WireError(field, "JSON in UTF-8", told(str(error))) from error
+        raise WireError(field, "JSON in UTF-8", Told(str(error))) from error
 
 
 def fitted(field: str, value: Any, kind: Any, names: Sequence[str] | None = None) -> Any:
@@ -54,7 +54,7 @@ def fitted(field: str, value: Any, kind: Any, names: Sequence[str] | None = None
     for key, index in _STEP.findall(path):
         found = found[key] if key else found[int(index)]
     if isinstance(found, dict):
-        found = told(f"keys {sorted(found)}")
+        found = Told(f"keys {sorted(found)}")
     where = field
     if names is not None:
         path = _PLACE.sub(lambda at: f"{at[1]}.{names[int(at[2])]}", path.rstrip("`"))
@@ -98,7 +98,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise WireError("number", "a finite JSON number", told(name))
+    raise WireError("number", "a finite JSON number", Told(name))
 
 
 # msgspec's own decoder would let the last of two equal keys win. Made once: json.loads() with these
