@@ -93,12 +93,20 @@ class LocalGrid(Carrier):
         """Return the clients' node ids."""
         return list(self._contexts)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Call the ClientApp with each message; return the messages' ids."""
-        messages = list(messages)
-        replies = self.send_and_receive(messages)
-        ids = [message.metadata.message_id for message in messages]
-        self._replies |= zip(ids, replies, strict=True)
+        ids = []
+        for message in messages:
+            node_id = message.metadata.dst_node_id
+            if node_id not in self._contexts:
+                raise ConfigError(f"there is no node {node_id}; there are {list(self._contexts)}")
+            self._sent += 1
+            message_id = str(self._sent)
+            set_message_id(message, message_id)
+            if self._bar:
+                self._bar.watch(message)
+            self._replies[message_id] = self._cohort.answer(message, self._contexts[node_id])
+            ids.append(message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -109,17 +117,7 @@ class LocalGrid(Carrier):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         """Call the ClientApp with each message and return the replies; there is no timeout."""
-        replies = []
-        for message in messages:
-            node_id = message.metadata.dst_node_id
-            if node_id not in self._contexts:
-                raise ConfigError(f"there is no node {node_id}; there are {list(self._contexts)}")
-            self._sent += 1
-            set_message_id(message, str(self._sent))
-            if self._bar:
-                self._bar.watch(message)
-            replies.append(self._cohort.answer(message, self._contexts[node_id]))
-        return replies
+        return list(map(self._replies.pop, self.push_messages(messages)))
 
     def end_run(self) -> None:
         """Take the progress bar away; the next run gets its own."""
