@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flsplit.account import History, draw_histories
     from flsplit.app import client_app
-    from flsplit.carry.local import LocalGrid
+    from flsplit.carry.local_grid import LocalGrid
     from flsplit.carry.session import SessionSettings
     from flsplit.cut import CutError, Split, cuts, split
     from flsplit.errors import FlsplitError
@@ -29,7 +29,7 @@ __all__ = [
 _MODULES = {
     "flsplit.account": ("History", "draw_histories"),
     "flsplit.app": ("client_app",),
-    "flsplit.carry.local": ("LocalGrid",),
+    "flsplit.carry.local_grid": ("LocalGrid",),
     "flsplit.carry.session": ("SessionSettings",),
     "flsplit.cut": ("CutError", "Split", "cuts", "split"),
     "flsplit.errors": ("FlsplitError",),

@@ -20,7 +20,6 @@ from flsplit.auxiliary import (
     build_auxiliary,
     cosine,
 )
-from flsplit.carry.session.grid import SessionGrid
 from flsplit.cut import split
 from flsplit.cut.flops import forward_flops
 from flsplit.errors import ConfigError, located
@@ -332,7 +331,7 @@ class DecoupledStrategy(SplitStrategy):
         }
 
     def _overlaps(self, round_: Round) -> bool:
-        return self.overlap and isinstance(round_.clients.carrier.grid, SessionGrid)
+        return self.overlap and round_.clients.carrier.works_ahead
 
     def _next_upload(self, step: int) -> int:
         return -(-step // self.upload_every) * self.upload_every

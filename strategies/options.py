@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from flsplit.carry.choose import Carrier
+from flsplit.carry.choose import CarrierName
 from flsplit.carry.session import SessionSettings
 from flsplit.errors import ConfigError
 from flsplit.server.passes import ServerPass
@@ -136,7 +136,7 @@ class SplitOptions:
     min_evaluate_nodes: int = 1
     min_available_nodes: int = 1
     weighted_by_key: str = "num-examples"
-    carrier: Carrier = "auto"
+    carrier: CarrierName = "auto"
     session: SessionSettings = field(default_factory=SessionSettings)
     checkpoint_dir: str = ""
     resume: bool = False
@@ -159,7 +159,7 @@ class SplitOptions:
         if self.client_lr is not None:
             _rate("client_lr", self.client_lr)
         _one_of("shares", self.shares, get_args(Shares))
-        _one_of("carrier", self.carrier, get_args(Carrier))
+        _one_of("carrier", self.carrier, get_args(CarrierName))
         _one_of("reduction", self.reduction, get_args(Reduction))
         _one_of("server_batchnorm", self.server_batchnorm, ("pooled", "per_client"))
         for name in ("batch_size", "evaluate_batch_size"):

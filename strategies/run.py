@@ -14,7 +14,8 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 
 from flsplit.account import Clock, RoundEntry
-from flsplit.carry.choose import Experiment, OpenCarrier, open_carrier
+from flsplit.carry.carrier import Carrier
+from flsplit.carry.choose import open_carrier
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
 from flsplit.message.finish import FinishReply
@@ -64,9 +65,13 @@ class Run:
             logger.info("resuming after round %d", self._rounds_done)
         with tempfile.TemporaryDirectory(prefix="flsplit-") as temporary:
             folder = Path(options.checkpoint_dir or temporary).absolute() / "clients"
-            states = Experiment(self._experiment, str(folder))
             with open_carrier(
-                grid, options.carrier, options.session, states, self.timeout
+                grid,
+                options.carrier,
+                options.session,
+                self.timeout,
+                experiment=self._experiment,
+                state_dir=str(folder),
             ) as carrier:
                 clients = Clients(carrier, self.timeout)
                 clients.holds |= holds
@@ -98,7 +103,7 @@ class Run:
 
     def _do_rounds(
         self,
-        carrier: OpenCarrier,
+        carrier: Carrier,
         clients: Clients,
         checkpoints: Checkpoints | None,
     ) -> None:
@@ -126,7 +131,7 @@ class Run:
             spent = (time.perf_counter() - started) / (server_round - first + 1)
             log_round(round_.entry, self.num_rounds, spent * (self.num_rounds - server_round))
             if server_round < self.num_rounds:
-                carrier.end_round(server_round)
+                carrier.end_round(server_round, self.timeout)
             if server_round == first and clients.exchanges:  # now evaluation is known, too
                 mean = round_.entry.waiting_seconds / clients.exchanges
                 carrier.check_speed(mean, clients.exchanges * (self.num_rounds - server_round))

@@ -11,13 +11,13 @@ from functools import partial
 
 import torch
 from flwr.app import ArrayRecord, Context, Message
-from flwr.serverapp import Grid
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
 from flsplit import LocalGrid, client_app
+from flsplit.carry.carrier import Carrier
 from flsplit.seeds import derive_seed, seeded
 
 CUT = "front"
@@ -158,7 +158,7 @@ def whole_of(result, client: str = "0") -> dict[str, Tensor]:
     return weights_of(result.arrays) | weights_of(result.client_segments[client])
 
 
-class WrappedGrid(Grid):
+class WrappedGrid(Carrier):
     """A grid that hands everything on to another; tests override one method."""
 
     def __init__(self, inner: LocalGrid) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from flsplit.bench import training_app, workload
 from flsplit.bench.measuring_app import measuring
-from flsplit.carry.local import LocalGrid
+from flsplit.carry.local_grid import LocalGrid
 from flsplit.log import logger
 
 NVFLARE = "2.9.0"

@@ -1,20 +1,21 @@
 """Choosing the carrier of a run: a session where one can be opened, else Flower's messages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
+from flwr.app import Message
 from flwr.serverapp import Grid
 
-from flsplit.carry.local import LocalGrid
+from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
-from flsplit.carry.session.grid import NoHostError, SessionGrid
+from flsplit.carry.session.session_grid import NoHostError, SessionGrid
 from flsplit.carry.session.settings import SessionSettings
 from flsplit.errors import FlsplitError, NotEnoughClientsError
+from flsplit.flower_internals import Run
 from flsplit.log import logger
 
-Carrier = Literal["auto", "session", "flower"]
+CarrierName = Literal["auto", "session", "flower"]
 
 MAX_FALLBACK_SECONDS = 600.0
 """How long a run over Flower's messages may be predicted to take, if a session was wanted."""
@@ -24,44 +25,47 @@ class TooSlowError(FlsplitError):
     """No session could be opened, and over Flower's own messages the run would take too long."""
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """Which states on disk belong to a run.
+class FlowerCarrier(Carrier):
+    """Carries a run's messages over any Grid, one by one.
 
-    Attributes
-    ----------
-    name : str
-        Names the folder; a resumed run keeps it.
-    state_dir : str
-        Where simulated hosts keep their clients' states; empty for nowhere.
-    """
-
-    name: str
-    state_dir: str
-
-
-@dataclass(frozen=True)
-class OpenCarrier:
-    """The carrier that a run uses.
-
-    Attributes
+    Parameters
     ----------
     grid : Grid
-        What to send messages with.
+        What Flower handed in.
     why_no_session : str
-        Why this is a fallback; empty if it isn't one.
-    timeout : float
-        For how many seconds a session that hands over is opened again while no node comes.
+        Why this is a fallback; empty if it was wanted.
     """
 
-    grid: Grid
-    why_no_session: str = ""
-    timeout: float = 0.0
+    def __init__(self, grid: Grid, why_no_session: str = "") -> None:
+        self._grid = grid
+        self._why_no_session = why_no_session
 
-    def end_round(self, server_round: int) -> None:
-        """Let a session hand over where its settings say so; not to be called after the last."""
-        if isinstance(self.grid, SessionGrid):
-            self.grid.end_round(server_round, self.timeout)
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return self._grid.run
+
+    def set_run(self, run: Run) -> None:
+        """Set the run of Flower's grid."""
+        self._grid.set_run(run)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the connected nodes."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the answers that have come, each once."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages and return the answers that come in time."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
 
     def check_speed(self, exchange_seconds: float, exchanges: int) -> None:
         """Stop a fallback that would take too long.
@@ -72,37 +76,40 @@ class OpenCarrier:
             If ``exchanges`` more of this length take more than ten minutes.
         """
         predicted = exchange_seconds * exchanges
-        if self.why_no_session and predicted > MAX_FALLBACK_SECONDS:
+        if self._why_no_session and predicted > MAX_FALLBACK_SECONDS:
             raise TooSlowError(
                 f"over Flower's own messages the run would take about {predicted / 3600:.1f} hours "
                 f"({exchanges} exchanges of {exchange_seconds:.1f} s), and no session could be "
-                f"opened: {self.why_no_session}. carrier='flower' runs it all the same"
+                f"opened: {self._why_no_session}. carrier='flower' runs it all the same"
             )
 
 
 @contextmanager
 def open_carrier(
     grid: Grid,
-    carrier: Carrier,
+    name: CarrierName,
     settings: SessionSettings,
-    experiment: Experiment,
     timeout: float,
-) -> Iterator[OpenCarrier]:
+    *,
+    experiment: str,
+    state_dir: str,
+) -> Iterator[Carrier]:
     """Open the carrier of a run, and close it at its end.
 
     Parameters
     ----------
     grid : Grid
-        What Flower handed in, or a LocalGrid, which needs no session.
-    carrier : {'auto', 'session', 'flower'}
+        What Flower handed in, or a Carrier, e.g. a LocalGrid, which is used as it is.
+    name : {'auto', 'session', 'flower'}
         ``auto`` opens a session and falls back on Flower's messages.
     settings : SessionSettings
         For a session.
-    experiment : Experiment
-        For a session's clients.
     timeout : float
-        How many seconds to wait for the first node, without which no session can be opened; also
-        where a session hands over to the next.
+        How many seconds to wait for the first node, without which no session can be opened.
+    experiment : str
+        Names the folder of the clients' states on disk; a resumed run keeps it.
+    state_dir : str
+        Where that folder lies with simulated hosts; empty for nowhere.
 
     Raises
     ------
@@ -111,29 +118,27 @@ def open_carrier(
     NotEnoughClientsError
         If no node has connected by then.
     NoHostError
-        If ``carrier`` is ``session`` and no node can dial back.
+        If ``name`` is ``session`` and no node can dial back.
     """
-    if carrier == "flower" or getattr(grid, "in_process", False):
+    if isinstance(grid, Carrier) or name == "flower":
+        carrier = grid if isinstance(grid, Carrier) else FlowerCarrier(grid)
         try:
-            yield OpenCarrier(grid)
+            yield carrier
         finally:
-            if isinstance(grid, LocalGrid):
-                grid.end_run()
+            carrier.end_run()
         return
     _wait_for_a_node(grid, timeout)
-    session = SessionGrid(
-        grid, settings, experiment=experiment.name, state_dir=experiment.state_dir
-    )
+    session = SessionGrid(grid, settings, experiment=experiment, state_dir=state_dir)
     try:
         session.open()
     except NoHostError as error:
-        if carrier == "session":
+        if name == "session":
             raise
         logger.warning("no session, going on over Flower's own messages: %s", error)
-        yield OpenCarrier(grid, why_no_session=str(error))
+        yield FlowerCarrier(grid, why_no_session=str(error))
         return
     with session:
-        yield OpenCarrier(session, timeout=timeout)
+        yield session
 
 
 def _wait_for_a_node(grid: Grid, timeout: float) -> None:

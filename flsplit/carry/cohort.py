@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flsplit.client.cache import ClientCache
@@ -53,9 +53,17 @@ class Cohort:
         if group:
             self._contexts[name] = context
         with self._cache or nullcontext():
-            reply = self._call(message, context)
+            try:
+                reply = self._app(message, context)
+            except Exception as error:  # answered as an Error, as Flower's runtime does
+                logger.exception("client %r", name)
+                reply = raised(message, error)
         if self._store and not reply.has_error() and _changes_what_is_kept(message, reply):
-            self._keep(self._store, name, int(group), context)
+            records = context.state
+            if self._cache:
+                records = RecordDict()
+                self._cache.clients[name].state().put(records)
+            self._store.of(name).save(int(group), records)
         return reply
 
     def flush(self) -> None:
@@ -64,22 +72,14 @@ class Cohort:
             for name, client in self._cache.clients.items():
                 client.state().put(self._contexts[name].state)
 
-    def _call(self, message: Message, context: Context) -> Message:
-        """Call the ClientApp; what it raises is answered as an Error, as Flower's runtime does."""
-        try:
-            return self._app(message, context)
-        except Exception as error:
-            logger.exception("client %r", client_name(context))
-            return raised(message, error)
-
     def _needs_restoring(self, name: str, message: Message, context: Context) -> bool:
         """Tell whether a client is new here, or has been in the round that begins already."""
         if name not in self._contexts:
             return True
         if message.metadata.message_type not in (STEP, LOCAL) or not message.has_content():
             return False
-        config = message.content.config_records.get("config")
-        if config is None:
+        config = message.content.get("config")
+        if not isinstance(config, ConfigRecord):
             return False
         live = self._cache.clients.get(name) if self._cache else None
         state = live.state() if live else ClientState.get(context.state)
@@ -93,18 +93,13 @@ class Cohort:
         if stored := folder.load():
             context.state = stored[1]
 
-    def _keep(self, store: ClientStore, name: str, server_round: int, context: Context) -> None:
-        records = context.state
-        if self._cache:
-            records = RecordDict()
-            self._cache.clients[name].state().put(records)
-        store.of(name).save(server_round, records)
-
 
 def _changes_what_is_kept(message: Message, reply: Message) -> bool:
     """Tell whether a client's round ends, or its segment is replaced after that."""
     kind = message.metadata.message_type
     if kind == LOCAL:
-        metrics = reply.content.metric_records.get("metrics", MetricRecord())
-        return metrics.get("steps-done", -1) == metrics.get("num-steps")
+        metrics = reply.content.get("metrics")
+        return isinstance(metrics, MetricRecord) and (
+            metrics.get("steps-done", -1) == metrics.get("num-steps")
+        )
     return kind == FINISH or (kind == EVALUATE and "arrays" in message.content)

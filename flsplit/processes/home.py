@@ -47,6 +47,8 @@ class FlowerHome:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray's default of 15 lets simulated clients wait behind everything else that runs here.
+            "RAY_worker_niceness": "0",
             **os.environ,
             # Flower starts its own programs by name.
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from flsplit.carry.grid import MessageGrid
+from flsplit.carry.carrier import MessageGrid
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.flower_internals import Run
 from flsplit.log import logger

@@ -8,8 +8,7 @@ from flwr.app import Message, RecordDict
 
 from flsplit.account.clock import Clock
 from flsplit.account.ledger import LeftOut, RoundEntry, Traffic
-from flsplit.carry.choose import OpenCarrier
-from flsplit.carry.session.grid import SessionGrid
+from flsplit.carry.carrier import Carrier
 from flsplit.errors import FlsplitError, ProtocolError, StateLostError
 from flsplit.log import logger
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
@@ -69,26 +68,25 @@ class Clients:
 
     Parameters
     ----------
-    carrier : OpenCarrier
-        With a Grid to send messages over.
+    carrier : Carrier
+        What to send messages over.
     timeout : float
         Seconds to wait for the answers of one exchange, and for nodes to connect.
     """
 
-    def __init__(self, carrier: OpenCarrier, timeout: float) -> None:
+    def __init__(self, carrier: Carrier, timeout: float) -> None:
         self.carrier = carrier
         self.clock: Clock | None = None
         """What is told of every exchange."""
         self.exchanges = 0
         """How many there have been."""
-        self.directory = Directory(carrier.grid, timeout)
+        self.directory = Directory(carrier, timeout)
         """Who is there."""
         self.holds: dict[str, int] = {}
         """Which version of the server's client segment each client holds."""
         self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
-        self._grid = carrier.grid
         self._timeout = timeout
-        self._meter = Meter(sends=not getattr(carrier.grid, "in_process", False))
+        self._meter = Meter(sends=not carrier.in_process)
 
     # --- an exchange ---------------------------------------------------------------------
 
@@ -120,7 +118,7 @@ class Clients:
         traffic = {name: Traffic() for name in requests}
         messages = [self._message(name, one, traffic[name]) for name, one in requests.items()]
         started = time.perf_counter()
-        return Sent(requests, traffic, started, list(self._grid.push_messages(messages)))
+        return Sent(requests, traffic, started, list(self.carrier.push_messages(messages)))
 
     def receive(self, sent: Sent, entry: RoundEntry) -> dict[str, Reply]:
         """Return the answers to requests that were sent before, as :meth:`exchange` does.
@@ -128,10 +126,7 @@ class Clients:
         A client that was left out in the meantime is missing.
         """
         waited = time.perf_counter()
-        if isinstance(self._grid, SessionGrid):
-            answers = self._grid.receive(sent.ids, timeout=self._timeout)
-        else:
-            answers = list(self._grid.pull_messages(sent.ids))
+        answers = self.carrier.receive(sent.ids, timeout=self._timeout)
         entry.waiting_seconds += time.perf_counter() - waited
         left_out = {one.client for one in entry.left_out}
         replies, stateless = self._take_all(sent, by_node(answers), entry, but=left_out)
@@ -152,7 +147,7 @@ class Clients:
         traffic = {name: Traffic() for name in held}
         messages = [self._message(name, one, traffic[name]) for name, one in held.items()]
         sent = Sent(held, traffic, started=time.perf_counter())
-        answers = self._grid.send_and_receive(messages, timeout=self._timeout)
+        answers = self.carrier.send_and_receive(messages, timeout=self._timeout)
         entry.waiting_seconds += time.perf_counter() - sent.started
         replies, stateless = self._take_all(sent, by_node(answers, messages), entry)
         lost = []

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
 
+from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
 from flsplit.errors import ConfigError, FlsplitError, NotEnoughClientsError
 from flsplit.log import logger
@@ -15,27 +15,27 @@ from flsplit.server.answers import by_node, raise_error
 
 
 class Directory:
-    """The clients behind a Grid, by name.
+    """The clients behind a carrier, by name.
 
     Parameters
     ----------
-    grid : Grid
+    carrier : Carrier
         What asks nodes for their clients' names.
     timeout : float
         Seconds to wait for answers, and for nodes to connect.
     """
 
-    def __init__(self, grid: Grid, timeout: float) -> None:
-        self._grid = grid
+    def __init__(self, carrier: Carrier, timeout: float) -> None:
+        self._carrier = carrier
         self._timeout = timeout
-        self._can_join = not getattr(grid, "in_process", False)
+        self._can_join = not carrier.in_process
         self._unusable: dict[int, str] = {}
         self.node_of: dict[str, int] = {}
         """The nodes of the clients that were connected when last looked."""
 
     def discover(self) -> list[str]:
         """Return the names of the connected clients, in their fixed order."""
-        nodes = set(self._grid.get_node_ids())
+        nodes = set(self._carrier.get_node_ids())
         self.node_of = {name: node for name, node in self.node_of.items() if node in nodes}
         if unknown := nodes - set(self.node_of.values()):
             self._describe(sorted(unknown))
@@ -70,7 +70,7 @@ class Directory:
 
     def _describe(self, nodes: list[int]) -> None:
         messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]
-        answers = self._grid.send_and_receive(messages, timeout=self._timeout)
+        answers = self._carrier.send_and_receive(messages, timeout=self._timeout)
         for node, message in by_node(answers, messages).items():
             try:
                 name = _described(message)

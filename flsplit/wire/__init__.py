@@ -5,15 +5,14 @@ The process of the ServerApp listens with a `SessionServer`; each host dials it 
 ``docs/wire.md``.
 """
 
-from flsplit.wire.client import Ending, HostStream
 from flsplit.wire.codec import Decoder, Parcel, encode
 from flsplit.wire.credentials import Certificate, Ticket, TokenBook, make_certificate
-from flsplit.wire.envelope import Envelope
-from flsplit.wire.errors import DialError, StreamEnded, TokenRefused, WireError
 from flsplit.wire.events import Event, HostJoined, HostLost, MessageArrived
-from flsplit.wire.header import make_message
-from flsplit.wire.options import PROTOCOL_VERSION, Keepalive
+from flsplit.wire.grpc_options import PROTOCOL_VERSION, Keepalive
+from flsplit.wire.header import Envelope, make_message
+from flsplit.wire.host_stream import Ending, HostStream
 from flsplit.wire.server import SessionServer
+from flsplit.wire.wire_errors import DialError, StreamEnded, TokenRefused, WireError
 
 __all__ = [
     "PROTOCOL_VERSION",

@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Callable, Iterator
 
-from flsplit.wire.errors import WireError, told
+from flsplit.wire.wire_errors import Told, WireError
 
 BUNDLE = 4
 """The kind of a bundle, as the kinds of frames are."""
@@ -61,7 +61,7 @@ def unbundled(payload: bytes) -> Iterator[bytes]:
     while start < len(payload):
         end = start + _LENGTH.size
         if end > len(payload):
-            raise WireError("bundle", "a length of 4 bytes", told(f"{len(payload) - start} bytes"))
+            raise WireError("bundle", "a length of 4 bytes", Told(f"{len(payload) - start} bytes"))
         (length,) = _LENGTH.unpack_from(payload, start)
         start, end = end, end + length
         if length > SHORT_BYTES or end > len(payload):

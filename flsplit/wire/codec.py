@@ -1,22 +1,22 @@
 """Messages to frames and back."""
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flwr.app import Message
 
-from flsplit.wire.envelope import Envelope
-from flsplit.wire.errors import WireError, told
 from flsplit.wire.frames import (
     FIRST,
     FRAME_BYTES,
     MORE,
     SHORTEST_UNFINISHED,
-    Assembly,
     cut,
+    segments_of,
     split_first,
 )
-from flsplit.wire.header import Plan, read_header, write_header
+from flsplit.wire.header import CheckedHeader, Envelope, read_header, write_header
+from flsplit.wire.wire_errors import Told, WireError
 
 MAX_HEADER_BYTES = 4 * 2**20
 """The longest header. Parsed JSON takes up to some 40 times its length in memory."""
@@ -69,8 +69,8 @@ def encode(envelope: Envelope, message: Message, max_bytes: int = DEFAULT_MAX_BY
         If the message holds something that the format cannot carry, or is too long.
     """
     parcel = Parcel(*write_header(envelope, message))
-    _check_header_length(len(parcel.header), MAX_HEADER_BYTES)
-    _check_total(parcel.size, max_bytes)
+    _check_length("header", len(parcel.header), MAX_HEADER_BYTES)
+    _check_length("message", parcel.size, max_bytes)
     return parcel
 
 
@@ -93,14 +93,13 @@ class Decoder:
     ) -> None:
         self._max_bytes = max_bytes
         self._max_header_bytes = max_header_bytes
-        self._plan: Plan | None = None
-        self._assembly: Assembly | None = None
+        self._plan: CheckedHeader | None = None
         self._failed = False
 
     @property
     def idle(self) -> bool:
         """Whether the next frame begins a message."""
-        return self._assembly is None
+        return self._plan is None
 
     def add(self, frame: bytes) -> tuple[Envelope, Message, int] | None:
         """Take one frame; return envelope, message and its size once it is complete.
@@ -111,37 +110,42 @@ class Decoder:
             If the frame does not fit, naming the field, what was expected and what came.
         """
         if self._failed:
-            raise WireError("frame", "none after an error", told("another frame"))
+            raise WireError("frame", "none after an error", Told("another frame"))
         try:
             return self._add(frame)
         except WireError:
             self._failed = True
-            self._plan = self._assembly = None
+            self._plan = None
             raise
 
     def _add(self, frame: bytes) -> tuple[Envelope, Message, int] | None:
-        _check_frame(frame, FIRST if self.idle else MORE)
+        _check_frame(frame, FIRST if self._plan is None else MORE)
         piece = memoryview(frame)[1:]
-        if self._plan is None or self._assembly is None:
+        if self._plan is None:
             header, piece = split_first(frame, self._max_header_bytes)
-            self._plan = read_header(header)
-            self._size = len(header) + sum(self._plan.sizes)
-            _check_total(self._size, self._max_bytes)
-            self._assembly = Assembly(self._plan.sizes)
-        self._assembly.add(piece)
-        if not self._assembly.complete:
+            plan = read_header(header)
+            self._missing = sum(plan.sizes)
+            self._size = len(header) + self._missing
+            _check_length("message", self._size, self._max_bytes)
+            self._plan, self._pieces = plan, deque[memoryview]()
+        if len(piece) > self._missing:
+            more = len(piece) - self._missing
+            raise WireError("frame", "the end of the message", Told(f"{more} more bytes"))
+        self._pieces.append(piece)
+        self._missing -= len(piece)
+        if self._missing:
             _check_filled(frame)
             return None
-        plan, assembly = self._plan, self._assembly
-        self._plan = self._assembly = None
-        return plan.envelope, plan.build(assembly.segments()), self._size
+        plan, pieces = self._plan, self._pieces
+        self._plan, self._pieces = None, deque()
+        return plan.envelope, plan.build(segments_of(pieces, plan.sizes)), self._size
 
 
 def _check_frame(frame: bytes, kind: int) -> None:
     if type(frame) is not bytes:
-        raise WireError("frame", "bytes", told(type(frame).__name__))
+        raise WireError("frame", "bytes", Told(type(frame).__name__))
     if not 0 < len(frame) <= FRAME_BYTES:
-        raise WireError("frame", f"1 to {FRAME_BYTES} bytes", told(f"{len(frame)} bytes"))
+        raise WireError("frame", f"1 to {FRAME_BYTES} bytes", Told(f"{len(frame)} bytes"))
     if frame[0] != kind:
         name = "the first of a message" if kind == FIRST else "one that goes on with a message"
         raise WireError("frame.kind", f"{kind} ({name})", frame[0])
@@ -150,14 +154,9 @@ def _check_frame(frame: bytes, kind: int) -> None:
 def _check_filled(frame: bytes) -> None:
     if len(frame) < SHORTEST_UNFINISHED:
         expected = f"the rest of the message, or at least {SHORTEST_UNFINISHED} bytes of it"
-        raise WireError("frame", expected, told(f"{len(frame)} bytes"))
+        raise WireError("frame", expected, Told(f"{len(frame)} bytes"))
 
 
-def _check_header_length(length: int, most: int) -> None:
+def _check_length(field: str, length: int, most: int) -> None:
     if length > most:
-        raise WireError("header", f"at most {most} bytes", told(f"{length} bytes"))
-
-
-def _check_total(size: int, most: int) -> None:
-    if size > most:
-        raise WireError("message", f"at most {most} bytes", told(f"{size} bytes"))
+        raise WireError(field, f"at most {most} bytes", Told(f"{length} bytes"))

@@ -5,8 +5,8 @@ from typing import Any
 
 import grpc
 
-from flsplit.wire.errors import DialError
-from flsplit.wire.options import PROTOCOL_VERSION, VERSION_KEY, Keepalive, channel_options
+from flsplit.wire.grpc_options import PROTOCOL_VERSION, VERSION_KEY, Keepalive, channel_options
+from flsplit.wire.wire_errors import DialError
 
 _STATUS_SECONDS = 1.0
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from flwr.app import Message
 
-from flsplit.wire.envelope import Envelope
+from flsplit.wire.header import Envelope
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +14,8 @@ class HostJoined:
 
     Parameters
     ----------
-    host : str
-        The host that the token was issued for.
-    epoch : int
-        The epoch that the token was issued for.
+    host, epoch
+        What the token was issued for; in all events.
     hello : dict
         What the host says of itself. It comes from outside: check it.
     """
@@ -29,19 +27,7 @@ class HostJoined:
 
 @dataclass(frozen=True, slots=True)
 class MessageArrived:
-    """A host has sent a message.
-
-    Parameters
-    ----------
-    host, epoch
-        As in `HostJoined`.
-    envelope : Envelope
-        For whom and which one it is, as the host says.
-    message : Message
-        The message.
-    size : int
-        Its bytes on the wire.
-    """
+    """A host has sent a message of `size` bytes; the envelope is what the host says."""
 
     host: str
     epoch: int
@@ -52,15 +38,7 @@ class MessageArrived:
 
 @dataclass(frozen=True, slots=True)
 class HostLost:
-    """A host's stream has ended, and not because the server closed it.
-
-    Parameters
-    ----------
-    host, epoch
-        As in `HostJoined`.
-    reason : str
-        Why, in words.
-    """
+    """A host's stream has ended, and not because the server closed it."""
 
     host: str
     epoch: int

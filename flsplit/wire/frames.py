@@ -2,11 +2,12 @@
 
 import json
 import struct
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from flsplit.wire.checks import parse_json
-from flsplit.wire.errors import WireError, told
+from flsplit.wire.strict import parse_json
+from flsplit.wire.wire_errors import Told, WireError
 
 FRAME_BYTES = 8 * 2**20
 """The longest frame, with everything in it."""
@@ -64,13 +65,13 @@ def cut(header: bytes, segments: list[bytes], frame_bytes: int = FRAME_BYTES) ->
 def split_first(frame: bytes, max_header_bytes: int) -> tuple[bytes, memoryview]:
     """Return the header in the first frame of a message and what follows it."""
     if len(frame) < FIRST_PREFIX.size:
-        raise WireError("frame", f"at least {FIRST_PREFIX.size} bytes", told(_length(frame)))
+        raise WireError("frame", f"at least {FIRST_PREFIX.size} bytes", Told(_length(frame)))
     _, length = FIRST_PREFIX.unpack_from(frame)
     if length > max_header_bytes:
         raise WireError("frame.header_length", f"at most {max_header_bytes}", length)
     end = FIRST_PREFIX.size + length
     if end > len(frame):
-        raise WireError("frame", f"a header of {length} bytes", told(_length(frame)))
+        raise WireError("frame", f"a header of {length} bytes", Told(_length(frame)))
     return frame[FIRST_PREFIX.size : end], memoryview(frame)[end:]
 
 
@@ -79,7 +80,7 @@ def write_hello(hello: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(hello, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise WireError("hello", "an object that JSON can hold", told(str(error))) from error
+        raise WireError("hello", "an object that JSON can hold", Told(str(error))) from error
     frame = _HELLO_BYTE + text.encode()
     read_hello(frame)
     return frame
@@ -90,7 +91,7 @@ def read_hello(frame: bytes) -> dict[str, Any]:
     if frame[:1] != _HELLO_BYTE:
         raise WireError("frame.kind", f"{HELLO} (hello)", frame[:1])
     if len(frame) > MAX_HELLO_BYTES:
-        raise WireError("hello", f"at most {MAX_HELLO_BYTES} bytes", told(_length(frame)))
+        raise WireError("hello", f"at most {MAX_HELLO_BYTES} bytes", Told(_length(frame)))
     hello = parse_json("hello", frame[1:])
     if not isinstance(hello, dict):
         raise WireError("hello", "an object", hello)
@@ -110,7 +111,7 @@ def read_goodbye(frame: bytes) -> str | None:
     if frame[:1] != _GOODBYE_BYTE:
         return None
     if len(frame) > 1 + MAX_REASON_BYTES:
-        raise WireError("goodbye", f"at most {MAX_REASON_BYTES} bytes", told(_length(frame)))
+        raise WireError("goodbye", f"at most {MAX_REASON_BYTES} bytes", Told(_length(frame)))
     return frame[1:].decode("utf-8", "replace")
 
 
@@ -120,51 +121,17 @@ def shorten_reason(reason: str) -> bytes:
     return whole.decode("utf-8", "ignore").encode()
 
 
-class Assembly:
-    """Puts segments together from pieces, with one copy of every byte.
-
-    Parameters
-    ----------
-    sizes : list of int
-        The sizes of the segments, in order. Nothing is allocated for them before it arrives.
-    """
-
-    def __init__(self, sizes: list[int]) -> None:
-        self._sizes = iter(sizes)
-        self._parts: list[memoryview] = []
-        self._segments: list[bytes] = []
-        self._missing = 0
-        self.complete = False
-        self._next_segment()
-
-    def add(self, piece: memoryview) -> None:
-        """Take the next piece; raises `WireError` if there is more than was announced."""
-        while piece and not self.complete:
-            part, piece = piece[: self._missing], piece[self._missing :]
-            self._parts.append(part)
-            self._missing -= len(part)
-            if not self._missing:
-                self._close_segment()
-                self._next_segment()
-        if piece:
-            raise WireError("frame", "the end of the message", told(f"{len(piece)} more bytes"))
-
-    def segments(self) -> Iterator[bytes]:
-        """Return the segments, once the assembly is complete."""
-        return iter(self._segments)
-
-    def _close_segment(self) -> None:
-        # One join for any number of parts: the only copy on this side.
-        self._segments.append(b"".join(self._parts))
-        self._parts = []
-
-    def _next_segment(self) -> None:
-        for size in self._sizes:
-            if size:
-                self._missing = size
-                return
-            self._segments.append(b"")
-        self.complete = True
+def segments_of(pieces: deque[memoryview], sizes: list[int]) -> Iterator[bytes]:
+    """Yield the segments of a message, with one copy of every byte; `pieces` are let go of."""
+    for size in sizes:
+        parts: list[memoryview] = []
+        while size:
+            piece = pieces.popleft()
+            parts.append(piece[:size])
+            if len(piece) > size:
+                pieces.appendleft(piece[size:])
+            size -= len(parts[-1])
+        yield b"".join(parts)
 
 
 def _length(frame: bytes) -> str:

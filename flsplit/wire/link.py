@@ -12,12 +12,12 @@ from flwr.app import Message
 from flsplit.wire.bundles import unbundled
 from flsplit.wire.codec import Decoder, encode
 from flsplit.wire.credentials import Ticket
-from flsplit.wire.envelope import Envelope
-from flsplit.wire.errors import WireError, told
 from flsplit.wire.events import Event, HostJoined, HostLost, MessageArrived
 from flsplit.wire.frames import FRAME_BYTES, read_goodbye, read_hello, shorten_reason
-from flsplit.wire.options import REASON_KEY
+from flsplit.wire.grpc_options import REASON_KEY
+from flsplit.wire.header import Envelope
 from flsplit.wire.outbox import Outbox
+from flsplit.wire.wire_errors import Told, WireError
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,6 @@ class HostLink:
         ticket: Ticket,
         context: Any,
         events: "queue.SimpleQueue[tuple[HostLink, Event] | None]",
-        *,
         max_message_bytes: int,
         max_queued_bytes: int,
         unasked_messages: int,
@@ -169,7 +168,7 @@ class HostLink:
         with self._lock:
             if self._allowed + messages < 0:
                 raise WireError(
-                    "message", "no more messages than were sent to the host", told("one more")
+                    "message", "no more messages than were sent to the host", Told("one more")
                 )
             self._allowed += messages
 

@@ -5,7 +5,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from flsplit.wire.bundles import bundled
-from flsplit.wire.errors import StreamEnded
+from flsplit.wire.wire_errors import StreamEnded
+
+DEFAULT_MAX_QUEUED_BYTES = 64 * 2**20
 
 
 class Outbox:
@@ -37,7 +39,9 @@ class Outbox:
             If there is no room within `timeout` seconds.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._has_room(size), timeout):
+            if not self._has_room(size) and not self._changed.wait_for(
+                lambda: self._has_room(size), timeout
+            ):
                 raise TimeoutError(
                     f"the other side has not taken what waits for it ({self._bytes} bytes) "
                     f"within {timeout} s"

@@ -5,7 +5,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import grpc
@@ -13,11 +12,8 @@ from flwr.app import Message
 
 from flsplit.wire.codec import DEFAULT_MAX_BYTES
 from flsplit.wire.credentials import Ticket, TokenBook, make_certificate
-from flsplit.wire.envelope import Envelope
-from flsplit.wire.errors import StreamEnded, TokenRefused
 from flsplit.wire.events import Event
-from flsplit.wire.link import END_GRACE, HostLink
-from flsplit.wire.options import (
+from flsplit.wire.grpc_options import (
     METHOD,
     PROTOCOL_VERSION,
     SERVICE,
@@ -26,13 +22,16 @@ from flsplit.wire.options import (
     Keepalive,
     server_options,
 )
+from flsplit.wire.header import Envelope
+from flsplit.wire.link import END_GRACE, HostLink
+from flsplit.wire.outbox import DEFAULT_MAX_QUEUED_BYTES
 from flsplit.wire.threads import StreamThreads
+from flsplit.wire.wire_errors import StreamEnded, TokenRefused
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_QUEUED_BYTES = 64 * 2**20
-
-_SPARE_THREADS = 8
+# Streams beyond those of hosts: a place at the door, from which one is told why it can't come in.
+_SPARE_STREAMS = 8
 _CLOSE_SECONDS = 1.0
 
 
@@ -83,11 +82,7 @@ class SessionServer:
         self.tokens = TokenBook()
         self.max_message_bytes = max_message_bytes
         self._max_hosts = max_hosts
-        self._link_limits = {
-            "max_message_bytes": max_message_bytes,
-            "max_queued_bytes": max_queued_bytes,
-            "unasked_messages": unasked_messages,
-        }
+        self._link_limits = (max_message_bytes, max_queued_bytes, unasked_messages)
         self._events: queue.SimpleQueue[tuple[HostLink, Event] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._links: dict[str, HostLink] = {}
@@ -95,8 +90,15 @@ class SessionServer:
         self._closed = False
         bind_host = bind_address.rpartition(":")[0].strip("[]")
         self._certificate = make_certificate((bind_host, *advertised_hosts)) if tls else None
-        self._threads = StreamThreads(max_hosts + _SPARE_THREADS, "flsplit-stream")
-        self._server = self._make_server(keepalive or Keepalive())
+        self._threads = StreamThreads("flsplit-stream")
+        # No serialisers: what goes in and out is bytes.
+        handler = grpc.stream_stream_rpc_method_handler(self._serve)
+        self._server = grpc.server(
+            self._threads,
+            [grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})],
+            options=server_options(keepalive or Keepalive()),
+            maximum_concurrent_rpcs=max_hosts + _SPARE_STREAMS,
+        )
         self.port = self._listen(bind_address)
         self.address = f"{bind_address.rpartition(':')[0]}:{self.port}"
         self._server.start()
@@ -179,62 +181,44 @@ class SessionServer:
             readers = list(self._readers)
         for reader in readers:
             reader.join(_left(deadline))
-        self._threads.shutdown(wait=False)
         self._threads.join(_left(deadline))
 
     def __enter__(self) -> Self:
         """Return the server, which listens already."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Close it."""
         self.close("the session is over" if error is None else "the session has failed")
 
-    def _make_server(self, keepalive: Keepalive) -> Any:
-        server = grpc.server(self._threads, options=server_options(keepalive))
-        # No serialisers: what goes in and out is bytes.
-        handler = grpc.stream_stream_rpc_method_handler(self._serve)
-        handlers = grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})
-        server.add_generic_rpc_handlers((handlers,))
-        return server
-
     def _listen(self, address: str) -> int:
+        problem = ""
         try:
-            port = self._add_port(address)
+            if self._certificate is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                pair = (self._certificate.key_pem, self._certificate.certificate_pem)
+                port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: {error}") from error
+            port, problem = 0, f": {error}"
         if not port:
-            raise OSError(f"cannot listen on {address}")
-        return port
-
-    def _add_port(self, address: str) -> int:
-        if self._certificate is None:
-            return int(self._server.add_insecure_port(address))
-        pair = (self._certificate.key_pem, self._certificate.certificate_pem)
-        return int(self._server.add_secure_port(address, grpc.ssl_server_credentials([pair])))
+            raise OSError(f"cannot listen on {address}{problem}")
+        return int(port)
 
     def _serve(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         # Runs on a thread of the pool for as long as the stream lasts. Nothing is read from
         # `requests` before the host is admitted.
         ticket = self._admit(context)
-        link = HostLink(ticket, context, self._events, **self._link_limits)
+        link = HostLink(ticket, context, self._events, *self._link_limits)
         self._register(link, context)
         # The reader is started first, because it is what takes the link off the list again.
-        self._start_reader(link, requests)
-        context.send_initial_metadata(((VERSION_KEY, str(PROTOCOL_VERSION)),))
-        yield from link.payloads()
-
-    def _start_reader(self, link: HostLink, requests: Iterator[bytes]) -> None:
-        name = f"flsplit-reader-{link.ticket.host}"
+        name = f"flsplit-reader-{ticket.host}"
         reader = threading.Thread(target=self._read, args=(link, requests), name=name, daemon=True)
         with self._lock:
             self._readers.add(reader)
         reader.start()
+        context.send_initial_metadata(((VERSION_KEY, str(PROTOCOL_VERSION)),))
+        yield from link.payloads()
 
     def _admit(self, context: Any) -> Ticket:
         shown = dict(context.invocation_metadata())

@@ -1,18 +1,17 @@
 """Threads for the server's streams, which do not keep a finished program alive."""
 
-import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class StreamThreads(Executor):
-    """A pool of daemon threads.
+    """Runs each call on a daemon thread of its own; who uses it limits how many there are.
 
     The interpreter waits for the threads of the standard `ThreadPoolExecutor` before it exits. A
     stream occupies a thread until it ends, so a program that raises while hosts are connected would
@@ -20,66 +19,32 @@ class StreamThreads(Executor):
 
     Parameters
     ----------
-    max_workers : int
-        The most threads; further work waits for one of them.
     name : str
         What the threads' names begin with.
     """
 
-    def __init__(self, max_workers: int, name: str) -> None:
-        self._max_workers = max_workers
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
-        self._busy = 0
-        self._closed = False
+        self._threads: set[threading.Thread] = set()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run `fn` on a thread of the pool."""
+        """Run `fn` on a new thread."""
         future: Future[T] = Future()
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the pool is closed")
-            self._busy += 1
-            if self._busy > len(self._threads) < self._max_workers:
-                self._start_thread()
-        self._work.put(lambda: _run(future, lambda: fn(*args, **kwargs)))
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # whoever asked for the result gets it
+                future.set_exception(error)
+            self._threads.discard(threading.current_thread())
+
+        thread = threading.Thread(target=run, name=self._name, daemon=True)
+        self._threads.add(thread)
+        thread.start()
         return future
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the threads once their work is done."""
-        with self._lock:
-            self._closed = True
-        for _ in self._threads:
-            self._work.put(None)
-        if wait:
-            self.join(None)
-
-    def join(self, timeout: float | None) -> None:
+    def join(self, timeout: float) -> None:
         """Wait for the threads to end, all of them together for `timeout` seconds at most."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for thread in self._threads:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            thread.join(left)
-
-    def _start_thread(self) -> None:
-        name = f"{self._name}-{len(self._threads)}"
-        thread = threading.Thread(target=self._loop, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _loop(self) -> None:
-        while (work := self._work.get()) is not None:
-            work()
-            with self._lock:
-                self._busy -= 1
-
-
-def _run(future: Future[Any], call: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(call())
-    except BaseException as error:  # whoever asked for the result gets it
-        future.set_exception(error)
+        deadline = time.monotonic() + timeout
+        for thread in list(self._threads):
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -24,7 +24,7 @@ from reference import (
 )
 
 from flsplit import LocalGrid, client_app
-from flsplit.carry import local
+from flsplit.carry import local_grid
 from flsplit.errors import ConfigError
 from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
 
@@ -208,7 +208,7 @@ class Bar:
 
 def test_the_progress_bar_lasts_as_long_as_a_run_however_that_ends(monkeypatch):
     events = []
-    monkeypatch.setattr(local, "Progress", lambda transient: Bar(events))
+    monkeypatch.setattr(local_grid, "Progress", lambda transient: Bar(events))
     parts = make_parts((8, 8))
     grid = LocalGrid(split_app(plain_net, parts), 2, progress=True)
     model = plain_net()

@@ -14,11 +14,11 @@ from reference import CUT, LR, MOMENTUM, SEED, fresh, make_parts, noisy_net, spl
 from flsplit import LocalGrid, SessionSettings
 from flsplit.carry import choose
 from flsplit.carry.choose import TooSlowError
-from flsplit.carry.session import grid as session_grid
 from flsplit.carry.session import host as session_host
-from flsplit.carry.session.grid import NoHostError
+from flsplit.carry.session import session_grid
 from flsplit.carry.session.host import serve_session
 from flsplit.carry.session.invitation import Invitation
+from flsplit.carry.session.session_grid import NoHostError
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SplitFedV1
 from flsplit.wire import Envelope, HostStream, SessionServer
@@ -176,7 +176,7 @@ def serve_some(number):
     """Return a host that leaves after some messages."""
 
     def serve(app, message, context):
-        clients = session_host.Clients.of(app, context, Invitation.from_content(message.content))
+        clients = session_host.HostedClients(app, context, Invitation.from_content(message.content))
         with open_stream(message, context) as stream:
             for count, (envelope, request) in enumerate(stream):
                 if count == number:
@@ -287,7 +287,7 @@ def tampering(change):
     """Return a host that sends a changed envelope or message before each right answer."""
 
     def serve(app, message, context):
-        clients = session_host.Clients.of(app, context, Invitation.from_content(message.content))
+        clients = session_host.HostedClients(app, context, Invitation.from_content(message.content))
         with open_stream(message, context) as stream:
             for envelope, request in stream:
                 reply = clients.answer(envelope.client, request)
@@ -337,7 +337,7 @@ def test_misbehaving_host_is_refused_with_a_reason_and_the_others_go_on(change, 
 
 def test_an_answer_that_is_repeated_is_dropped(caplog):
     def serve(app, message, context):
-        clients = session_host.Clients.of(app, context, Invitation.from_content(message.content))
+        clients = session_host.HostedClients(app, context, Invitation.from_content(message.content))
         with open_stream(message, context) as stream:
             for envelope, request in stream:
                 reply = clients.answer(envelope.client, request)

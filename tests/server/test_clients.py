@@ -6,7 +6,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flsplit.account import RoundEntry
-from flsplit.carry.choose import OpenCarrier
+from flsplit.carry.choose import FlowerCarrier
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.flower_internals import ensure_task_identity, set_message_id
 from flsplit.message.evaluate import EvaluateRequest
@@ -70,7 +70,7 @@ def content_of(name, message):
 
 def make(names, answer=None, timeout=5):
     grid = Script(names, answer)
-    clients = Clients(OpenCarrier(grid), timeout)
+    clients = Clients(FlowerCarrier(grid), timeout)
     clients.directory.discover()
     return clients, grid
 
@@ -155,10 +155,10 @@ def test_waiting_for_more_clients_than_there_are():
 
 
 def test_in_this_process_nobody_is_waited_for():
-    grid = Script({7: "a"})
-    grid.in_process = True
+    carrier = FlowerCarrier(Script({7: "a"}))
+    carrier.in_process = True
     with pytest.raises(NotEnoughClientsError, match=r"1 clients are connected after 0 s.*least 2"):
-        Clients(OpenCarrier(grid), timeout=3600).directory.wait_for(2)
+        Clients(carrier, timeout=3600).directory.wait_for(2)
 
 
 def test_waiting_until_a_client_has_come(caplog):

@@ -4,7 +4,7 @@ import pytest
 from flwr.app import ConfigRecord
 from reference import make_parts, plain_net, run_split
 
-from flsplit.carry.choose import OpenCarrier
+from flsplit.carry.carrier import Carrier
 from flsplit.strategies import CSEFSL, PSL, SequentialSL
 
 PARTS = make_parts((8, 8))  # 2 steps a round
@@ -19,7 +19,7 @@ def asked(monkeypatch):
         assert exchange_seconds > 0
         counts.append(exchanges)
 
-    monkeypatch.setattr(OpenCarrier, "check_speed", check_speed)
+    monkeypatch.setattr(Carrier, "check_speed", check_speed)
     return counts
 
 

@@ -274,3 +274,38 @@ def test_goodbye():
     assert read_goodbye(b"\x03\xff") == "\ufffd"
     with pytest.raises(WireError, match="at most 500 bytes"):
         read_goodbye(b"\x03" + b"x" * 501)
+
+
+def test_a_key_that_stands_twice_is_refused_wherever_it_stands():
+    # A decoder that lets the last one win would take these.
+    text = json.dumps(split(make_frame())[0])
+    for key in ("envelope", "epoch", "ttl", "records"):
+        value = json.dumps(json.loads(text).get(key, 5))
+        twice = text.replace(f'"{key}":', f'"{key}": {value}, "{key}":')
+        error = refusal(join(twice.encode()))
+        assert (error.field, error.expected, error.got) == ("object", "each key once", repr(key))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('"ttl": 1e999', "metadata.ttl: expected `float` <= 1.797"),
+        ('"ttl": "5"', "metadata.ttl: expected `float`, got '5'"),
+        ('"ttl": true', "metadata.ttl: expected `float`, got True"),
+        ('"TTL": 5', "metadata: expected"),
+    ],
+)
+def test_an_error_says_what_was_expected_and_what_came(text, expected):
+    header, payload = split(make_frame())
+    sound = json.dumps(header)
+    assert '"ttl": 3600.5' in sound
+    error = refusal(join(sound.replace('"ttl": 3600.5', text).encode(), payload))
+    assert expected in str(error)
+
+
+def test_a_header_has_records_or_an_error():
+    header, payload = split(make_frame())
+    for change in ({"records": None}, {"error": None}, {"error": {"code": 1, "reason": None}}):
+        assert refusal(join(header | change, payload)).field in ("records", "error", "header")
+    del header["records"]
+    assert refusal(join(header)).got == "neither"

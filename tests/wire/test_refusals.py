@@ -21,7 +21,7 @@ from flsplit.wire import (
     make_certificate,
 )
 from flsplit.wire.frames import FRAME_BYTES, write_hello
-from flsplit.wire.options import METHOD, SERVICE, TOKEN_KEY, VERSION_KEY, channel_options
+from flsplit.wire.grpc_options import METHOD, SERVICE, TOKEN_KEY, VERSION_KEY, channel_options
 
 from .peers import QUICK, dial, exchange, make_tensor_message, start_echo
 

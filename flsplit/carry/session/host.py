@@ -1,7 +1,6 @@
 """A session's host: dials back, and serves its clients until the stream ends."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
         return _reply(message, served=0)
     try:
         # Before dialling: the answer to this message is all that the server hears of an error.
-        clients = Clients.of(app, context, invitation)
+        clients = HostedClients(app, context, invitation)
         stream = HostStream.dial(
             invitation.address,
             invitation.token,
@@ -75,56 +74,51 @@ def count_simulated_hosts() -> int:
     return max(1, min(counts, default=1))
 
 
-@dataclass
-class Clients:
+class HostedClients:
     """The clients of a host: its own, or any partition of a simulation.
 
-    Attributes
+    Parameters
     ----------
-    cohort : Cohort
-        Dispatches to the ClientApp.
-    own : Context
-        The context that Flower handed in.
-    others : dict of str to Context
-        Contexts made here for other partitions.
+    app : ClientApp
+        What answers for them.
+    context : Context
+        What Flower handed in.
+    invitation : Invitation
+        Says where the states of simulated clients are kept.
+
+    Raises
+    ------
+    ConfigError
+        If the node's own ``state-dir`` is no absolute path.
     """
 
-    cohort: Cohort
-    own: Context
-    others: dict[str, Context]
-
-    @classmethod
-    def of(cls, app: ClientApp, context: Context, invitation: Invitation) -> "Clients":
-        """Return the clients that a host with this context serves."""
-        simulated = count_simulated_hosts() > 0
-        own_folder = str(context.node_config.get("state-dir", ""))
-        folder = invitation.state_dir if simulated else own_folder
+    def __init__(self, app: ClientApp, context: Context, invitation: Invitation) -> None:
+        folder = str(context.node_config.get("state-dir", ""))
+        if count_simulated_hosts() > 0:
+            folder = invitation.state_dir
         if folder and not Path(folder).is_absolute():
             raise ConfigError(f"node config: state-dir is {folder!r}, expected an absolute path")
         store = ClientStore(Path(folder) / invitation.experiment) if folder else None
-        return cls(Cohort(app, store=store), context, {})
+        self.cohort = Cohort(app, store=store)
+        self._contexts = {OWN_CLIENT: context}
 
     def answer(self, client: str, message: Message) -> Message:
         """Return a client's answer."""
-        return self.cohort.answer(message, self._context_of(client))
-
-    def _context_of(self, client: str) -> Context:
-        if client == OWN_CLIENT:
-            return self.own
-        if client not in self.others:
+        if client not in self._contexts:
             if not client.isdecimal():
                 raise ProtocolError(f"envelope: client is {client!r}, expected a partition")
-            self.others[client] = Context(
-                run_id=self.own.run_id,
-                node_id=self.own.node_id,
-                node_config={**self.own.node_config, "partition-id": int(client)},
+            own = self._contexts[OWN_CLIENT]
+            self._contexts[client] = Context(
+                run_id=own.run_id,
+                node_id=own.node_id,
+                node_config={**own.node_config, "partition-id": int(client)},
                 state=RecordDict(),
-                run_config=self.own.run_config,
+                run_config=own.run_config,
             )
-        return self.others[client]
+        return self.cohort.answer(message, self._contexts[client])
 
 
-def _serve(stream: HostStream, clients: Clients) -> int:
+def _serve(stream: HostStream, clients: HostedClients) -> int:
     served = 0
     for envelope, request in stream:
         reply = clients.answer(envelope.client, request)

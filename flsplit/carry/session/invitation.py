@@ -1,18 +1,18 @@
 """The Flower message ``train.session``: what a node needs to become a session's host."""
 
 import time
-from dataclasses import dataclass
+from typing import Annotated
 
 from flwr.app import ConfigRecord, RecordDict
+from msgspec import Meta, Struct, ValidationError, convert, to_builtins
 
 from flsplit.errors import ProtocolError
-from flsplit.message.fields import record, value
+from flsplit.message.fields import record
 
 SESSION = "train.session"
 
 
-@dataclass(frozen=True)
-class Invitation:
+class Invitation(Struct, frozen=True, rename="kebab"):
     """Asks a node to dial back and serve.
 
     Attributes
@@ -41,8 +41,8 @@ class Invitation:
     address: str
     token: str
     certificate: bytes
-    expires: float
-    max_step_bytes: int
+    expires: Annotated[float, Meta(ge=0.0)]
+    max_step_bytes: Annotated[int, Meta(ge=1)]
     state_dir: str
 
     @property
@@ -52,32 +52,13 @@ class Invitation:
 
     def to_content(self) -> RecordDict:
         """Return the content of a ``train.session`` message."""
-        fields = {
-            "session": self.session,
-            "experiment": self.experiment,
-            "address": self.address,
-            "token": self.token,
-            "certificate": self.certificate,
-            "expires": self.expires,
-            "max-step-bytes": self.max_step_bytes,
-            "state-dir": self.state_dir,
-        }
-        return RecordDict({"session": ConfigRecord(fields)})  # type: ignore[arg-type]
+        return RecordDict({"session": ConfigRecord(to_builtins(self, builtin_types=(bytes,)))})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> "Invitation":
         """Return the invitation in a message; ProtocolError if it is malformed."""
-        fields = record(content, "session", ConfigRecord)
-        certificate = fields.get("certificate")
-        if not isinstance(certificate, bytes):
-            raise ProtocolError(f"field 'certificate' is {certificate!r}, expected bytes")
-        return cls(
-            session=value(fields, "session", str),
-            experiment=value(fields, "experiment", str),
-            address=value(fields, "address", str),
-            token=value(fields, "token", str),
-            certificate=certificate,
-            expires=value(fields, "expires", float, minimum=0.0),
-            max_step_bytes=value(fields, "max-step-bytes", int, minimum=1),
-            state_dir=value(fields, "state-dir", str),
-        )
+        fields = dict(record(content, "session", ConfigRecord))
+        try:
+            return convert(fields, cls, builtin_types=(bytes,))
+        except ValidationError as error:
+            raise ProtocolError(f"invitation: {error}") from error

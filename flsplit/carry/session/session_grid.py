@@ -4,13 +4,12 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from flsplit.carry.grid import MessageGrid
+from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
 from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
@@ -22,7 +21,6 @@ from flsplit.wire import (
     DialError,
     Envelope,
     HostJoined,
-    HostLost,
     MessageArrived,
     SessionServer,
     StreamEnded,
@@ -40,7 +38,7 @@ class NoHostError(FlsplitError):
 
 
 @dataclass
-class _Sent:
+class _OnItsWay:
     """A message on its way to a host, or waiting for its answer."""
 
     message: Message
@@ -49,7 +47,7 @@ class _Sent:
     reply: Message | None = None
 
 
-class SessionGrid(MessageGrid):
+class SessionGrid(Carrier):
     """Carries the messages of a run over one stream per host.
 
     A ``with`` block opens the session: each node gets one Flower message ``train.session``,
@@ -66,6 +64,8 @@ class SessionGrid(MessageGrid):
     state_dir : str
         Where simulated hosts keep their clients' states; empty for nowhere.
     """
+
+    works_ahead = True
 
     def __init__(
         self,
@@ -84,8 +84,7 @@ class SessionGrid(MessageGrid):
         self._refusals: dict[int, str] = {}
         self._epochs = 0
         self._sequence = 0
-        self._sent: dict[int, _Sent] = {}
-        self._sequence_of: dict[str, int] = {}
+        self._sent: dict[str, _OnItsWay] = {}  # by the message's id
         self._server: SessionServer | None = None
 
     # --- life time -----------------------------------------------------------------------
@@ -112,12 +111,7 @@ class SessionGrid(MessageGrid):
             self.open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Close the session; hosts then answer their session messages."""
         self.close("the session is over" if error is None else "the run has failed")
 
@@ -319,7 +313,7 @@ class SessionGrid(MessageGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages to their clients' hosts; return the messages' ids."""
-        return self._push(messages, self._settings.step_timeout)
+        return [self._send(message, self._settings.step_timeout) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have come for these messages, each once."""
@@ -336,7 +330,8 @@ class SessionGrid(MessageGrid):
         counts as lost; its clients answer with an Error. So does one that has made no room for a
         message by then. The others' time begins when all messages are on their way.
         """
-        return self.receive(self._push(messages, self._limit(timeout)), timeout=timeout)
+        limit = self._limit(timeout)
+        return self.receive([self._send(one, limit) for one in messages], timeout=timeout)
 
     def receive(self, ids: list[str], *, timeout: float | None = None) -> list[Message]:
         """Wait for the replies to messages that were pushed; hosts may be late as above.
@@ -362,65 +357,58 @@ class SessionGrid(MessageGrid):
 
     # --- messages ------------------------------------------------------------------------
 
-    def _push(self, messages: Iterable[Message], limit: float) -> list[str]:
-        """Send messages, and wait up to ``limit`` seconds for a host to make room for one."""
-        return [self._send(message, limit) for message in messages]
-
     def _send(self, message: Message, limit: float) -> str:
+        """Send a message, and wait up to ``limit`` seconds for its host to make room for it."""
         self._sequence += 1
-        # Random bytes for a uuid would let go of the interpreter lock at every message.
-        sequence, message_id = self._sequence, f"{self._session}-{self._sequence}"
+        message_id = self._id_of(self._sequence)
         set_message_id(message, message_id)
         seat = self._roster.seat(message.metadata.dst_node_id)
         if seat is None:
-            sent = _Sent(message, Seat("", ""), 0, _error(message, "the client has no host now"))
-        else:
-            sent = _Sent(message, seat, self._roster.epochs[seat.host])
-        self._sent[sequence] = sent
-        self._sequence_of[message_id] = sequence
-        if seat is not None:
-            self._post(sequence, sent, limit)
-        return message_id
-
-    def _post(self, sequence: int, sent: _Sent, limit: float) -> None:
-        envelope = Envelope(sent.seat.client, sequence, sent.epoch)
+            gone = _error(message, "the client has no host now")
+            self._sent[message_id] = _OnItsWay(message, Seat("", ""), 0, gone)
+            return message_id
+        epoch = self._roster.epochs[seat.host]
+        self._sent[message_id] = sent = _OnItsWay(message, seat, epoch)
+        envelope = Envelope(seat.client, self._sequence, epoch)
         try:
-            self._open_server.send(sent.seat.host, envelope, sent.message, timeout=limit)
+            self._open_server.send(seat.host, envelope, message, timeout=limit)
         except WireError as error:
             raise ConfigError(f"{error} (session-max-step-bytes; {HOW_TO_SET})") from error
         except StreamEnded as error:
-            sent.reply = _error(sent.message, f"its host was lost: {error}")
+            sent.reply = _error(message, f"its host was lost: {error}")
         except TimeoutError as error:
             # If it stayed, every further message to it would wait as long.
-            self._dismiss(sent.seat.host, f"{error} (session-step-timeout)")
+            self._dismiss(seat.host, f"{error} (session-step-timeout)")
+        return message_id
 
-    def _unanswered(self, ids: list[str]) -> list[_Sent]:
-        sent = [self._sent[self._sequence_of[one]] for one in ids]
-        return [one for one in sent if one.reply is None]
+    def _id_of(self, sequence: int) -> str:
+        # Random bytes for a uuid would let go of the interpreter lock at every message.
+        return f"{self._session}-{sequence}"
+
+    def _unanswered(self, ids: list[str]) -> list[_OnItsWay]:
+        return [self._sent[one] for one in ids if self._sent[one].reply is None]
 
     def _collect(self, ids: list[str]) -> list[Message]:
         replies = []
         for one in ids:
-            sequence = self._sequence_of.get(one)
-            if sequence is not None and (reply := self._sent[sequence].reply) is not None:
+            if one in self._sent and (reply := self._sent[one].reply) is not None:
                 replies.append(reply)
-                del self._sent[sequence], self._sequence_of[one]
+                del self._sent[one]
         return replies
 
     def _take_event(self, timeout: float) -> bool:
         """Handle the next event, if one comes within ``timeout`` seconds."""
         event = self._open_server.receive(timeout)
-        if isinstance(event, HostJoined):
-            self._roster.join(event.host, event.epoch, event.hello)
-        elif isinstance(event, HostLost):
-            if self._roster.epochs.get(event.host) == event.epoch:
-                self._lose(event.host, event.reason)
-        elif isinstance(event, MessageArrived):
+        if isinstance(event, MessageArrived):
             self._take_message(event)
+        elif isinstance(event, HostJoined):
+            self._roster.join(event.host, event.epoch, event.hello)
+        elif event is not None and self._roster.epochs.get(event.host) == event.epoch:
+            self._lose(event.host, event.reason)
         return event is not None
 
     def _take_message(self, event: MessageArrived) -> None:
-        sent = self._sent.get(event.envelope.sequence)
+        sent = self._sent.get(self._id_of(event.envelope.sequence))
         if sent is None or sent.reply is not None:
             problem = "answers nothing that is awaited"
         elif (event.host, event.envelope.client) != (sent.seat.host, sent.seat.client):

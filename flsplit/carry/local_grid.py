@@ -1,7 +1,6 @@
 """LocalGrid: a ClientApp's clients in this very process, for notebooks, debuggers and tests."""
 
 import sys
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -10,14 +9,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from rich.progress import Progress, TaskID
 
+from flsplit.carry.carrier import Carrier
 from flsplit.carry.cohort import Cohort
-from flsplit.carry.grid import MessageGrid
 from flsplit.errors import ConfigError
 from flsplit.flower_internals import SERVER_NODE_ID, Run, ensure_task_identity, set_message_id
 from flsplit.storage import ClientStore
 
 
-class LocalGrid(MessageGrid):
+class LocalGrid(Carrier):
     """A Grid that calls the ClientApp directly: no Ray, no server, no other process.
 
     Parameters
@@ -44,7 +43,6 @@ class LocalGrid(MessageGrid):
     """
 
     in_process = True
-    """Nothing is sent: the ledger's wire column stays 0."""
 
     def __init__(
         self,
@@ -76,6 +74,7 @@ class LocalGrid(MessageGrid):
             )
             for index in range(num_clients)
         }
+        self._sent = 0
         self._replies: dict[str, Message] = {}
         show = sys.stderr.isatty() if progress is None else progress
         self._bar = _RoundBar() if show else None
@@ -94,9 +93,21 @@ class LocalGrid(MessageGrid):
         """Return the clients' node ids."""
         return list(self._contexts)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Call the ClientApp with each message; return the messages' ids."""
-        return [self._deliver(message) for message in messages]
+        ids = []
+        for message in messages:
+            node_id = message.metadata.dst_node_id
+            if node_id not in self._contexts:
+                raise ConfigError(f"there is no node {node_id}; there are {list(self._contexts)}")
+            self._sent += 1
+            message_id = str(self._sent)
+            set_message_id(message, message_id)
+            if self._bar:
+                self._bar.watch(message)
+            self._replies[message_id] = self._cohort.answer(message, self._contexts[node_id])
+            ids.append(message_id)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to pushed messages, each once."""
@@ -104,25 +115,14 @@ class LocalGrid(MessageGrid):
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    ) -> list[Message]:
         """Call the ClientApp with each message and return the replies; there is no timeout."""
-        return self.pull_messages(self.push_messages(messages))
+        return list(map(self._replies.pop, self.push_messages(messages)))
 
     def end_run(self) -> None:
         """Take the progress bar away; the next run gets its own."""
         if self._bar:
             self._bar.stop()
-
-    def _deliver(self, message: Message) -> str:
-        node_id = message.metadata.dst_node_id
-        if node_id not in self._contexts:
-            raise ConfigError(f"there is no node {node_id}; there are {list(self._contexts)}")
-        message_id = uuid.uuid4().hex
-        set_message_id(message, message_id)
-        if self._bar:
-            self._bar.watch(message)
-        self._replies[message_id] = self._cohort.answer(message, self._contexts[node_id])
-        return message_id
 
 
 class _RoundBar:

@@ -59,7 +59,7 @@ class DialError(ConnectionError):
 
 def _shorten(value: Any) -> str:
     # The text goes into logs: a long value from a stranger must not fill them.
-    if isinstance(value, _Told):
+    if isinstance(value, Told):
         text = str(value)
     elif isinstance(value, str | bytes):
         text = repr(value[: _SHOWN + 1])
@@ -72,12 +72,7 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
-class _Told(str):
-    """A description in words, shown as it stands (not as a quoted value)."""
+class Told(str):
+    """What was found, described in words: shown as it stands, not as a quoted value."""
 
     __slots__ = ()
-
-
-def told(words: str) -> str:
-    """Mark `words` as a description, so that `WireError` shows it without quotes."""
-    return _Told(words)

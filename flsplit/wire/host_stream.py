@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import grpc
@@ -13,10 +12,8 @@ from flwr.app import Message
 from flsplit.wire.bundles import unbundled
 from flsplit.wire.codec import DEFAULT_MAX_BYTES, Decoder, encode
 from flsplit.wire.dialing import open_channel, wait_until_admitted
-from flsplit.wire.envelope import Envelope
-from flsplit.wire.errors import WireError
 from flsplit.wire.frames import write_goodbye, write_hello
-from flsplit.wire.options import (
+from flsplit.wire.grpc_options import (
     METHOD,
     PROTOCOL_VERSION,
     REASON_KEY,
@@ -25,11 +22,11 @@ from flsplit.wire.options import (
     VERSION_KEY,
     Keepalive,
 )
-from flsplit.wire.outbox import Outbox
+from flsplit.wire.header import Envelope
+from flsplit.wire.outbox import DEFAULT_MAX_QUEUED_BYTES, Outbox
+from flsplit.wire.wire_errors import WireError
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_MAX_QUEUED_BYTES = 64 * 2**20
 
 _FLUSH_SECONDS = 1.0
 _ENDED = "the stream has ended"
@@ -97,12 +94,8 @@ class HostStream:
             What the host says of itself, in values that JSON can hold.
         timeout : float
             Seconds until it must be open.
-        max_message_bytes : int
-            The longest message in either direction.
-        max_queued_bytes : int
-            What may wait to be sent before `send` waits.
-        keepalive : Keepalive
-            When a silent server counts as lost.
+        max_message_bytes, max_queued_bytes, keepalive
+            As in `SessionServer`.
 
         Raises
         ------
@@ -165,12 +158,7 @@ class HostStream:
         """Return the stream, which is open already."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Close it."""
         self.close("the host is done" if error is None else "the host has failed")
 
