@@ -18,8 +18,8 @@ from flsplit.cut import split
 from flsplit.errors import ConfigError, FlsplitError, NonFiniteError, located
 from flsplit.finite import all_finite
 from flsplit.message.arrays import check_like, from_record, to_record
-from flsplit.message.finish import FinishReply
-from flsplit.message.parts import Backward, SegmentArrays
+from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.steps import FinishReply
 from flsplit.seeds import seeded
 from flsplit.server.aggregate import SegmentAggregator, Upload
 from flsplit.server.passes import PerClient, Pooled, ServerPass

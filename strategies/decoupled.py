@@ -25,9 +25,9 @@ from flsplit.cut.flops import forward_flops
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.finish import FinishReply
-from flsplit.message.local import AuxiliaryPlan, LocalReply, LocalRequest
+from flsplit.message.local_steps import AuxiliaryPlan, LocalReply, LocalRequest
 from flsplit.message.shape import ShapeReply, ShapeRequest
+from flsplit.message.steps import FinishReply
 from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import one_of, whole
 from flsplit.server.step import ClientBatch

@@ -2,8 +2,8 @@
 
 from abc import abstractmethod
 
-from flsplit.message.finish import FinishReply
-from flsplit.message.parts import Backward
+from flsplit.message.request import Backward
+from flsplit.message.steps import FinishReply
 from flsplit.server.step import ClientBatch
 from flsplit.strategies.base import SplitStrategy
 from flsplit.strategies.round import Round

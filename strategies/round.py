@@ -9,16 +9,14 @@ import numpy as np
 from flsplit.account.ledger import RoundEntry
 from flsplit.errors import NotEnoughClientsError
 from flsplit.log import logger
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import LocalReply, LocalRequest
-from flsplit.message.optimizer import OptimizerState
-from flsplit.message.parts import Backward, SegmentArrays
-from flsplit.message.plan import RoundPlan
-from flsplit.message.step import StepReply, StepRequest
+from flsplit.message.local_steps import LocalReply, LocalRequest
+from flsplit.message.optimizer_state import OptimizerState
+from flsplit.message.request import Backward, Reply, Request, SegmentArrays
+from flsplit.message.round_plan import RoundPlan
+from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.seeds import derive_seed
-from flsplit.server.checks import Reply, Request
 from flsplit.server.clients import Clients, Sent
-from flsplit.server.fits import Fits, leave_out_misfits
+from flsplit.server.misfits import Fits, leave_out_misfits
 from flsplit.server.step import (
     ClientBatch,
     Shares,

@@ -17,10 +17,10 @@ from flsplit.account import RoundEntry
 from flsplit.carry.choose import Experiment, OpenCarrier, open_carrier
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
-from flsplit.message.finish import FinishReply
+from flsplit.message.steps import FinishReply
 from flsplit.seeds import derive_seed
 from flsplit.server.clients import Clients
-from flsplit.server.fits import Fits
+from flsplit.server.misfits import Fits
 from flsplit.strategies.checkpoint import Checkpoints
 from flsplit.strategies.evaluation import evaluate_clients
 from flsplit.strategies.fleet import make_clock

@@ -5,8 +5,8 @@ from typing import Any
 from flwr.app import RecordDict
 
 from flsplit.errors import ConfigError
-from flsplit.message.finish import FinishReply
-from flsplit.message.optimizer import OptimizerState
+from flsplit.message.optimizer_state import OptimizerState
+from flsplit.message.steps import FinishReply
 from flsplit.strategies.base import SplitStrategy, backward_requests
 from flsplit.strategies.checkpoint import get_optimizer_state, put_optimizer_state
 from flsplit.strategies.round import Round

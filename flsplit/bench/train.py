@@ -20,7 +20,7 @@ from flsplit.bench.app_folder import check_completed, write_app
 from flsplit.carry.local import LocalGrid
 from flsplit.client.data import batch_indices
 from flsplit.log import logger
-from flsplit.message.plan import RoundPlan
+from flsplit.message.round_plan import RoundPlan
 from flsplit.processes import FinishedRun, deployment, simulation
 
 NVFLARE = "2.9.0"

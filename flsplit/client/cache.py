@@ -11,7 +11,7 @@ from contextvars import ContextVar, Token
 
 from flwr.app import Context
 
-from flsplit.client.client import Client
+from flsplit.client.live_client import Client
 from flsplit.client.spec import ClientSpec, client_name
 from flsplit.client.state import ClientState
 

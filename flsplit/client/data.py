@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from flsplit.client.spec import ClientSpec, Unpack
 from flsplit.errors import DataError
-from flsplit.message.plan import RoundPlan
+from flsplit.message.round_plan import RoundPlan
 from flsplit.seeds import generator
 
 

@@ -10,17 +10,16 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from flsplit.client.cache import borrow_client
-from flsplit.client.client import Client
-from flsplit.client.local import row_shapes, train_locally
+from flsplit.client.live_client import Client
+from flsplit.client.local_training import row_shapes, train_locally
 from flsplit.client.spec import ClientSpec, client_name
 from flsplit.errors import FlsplitError
 from flsplit.log import logger
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import LocalRequest
+from flsplit.message.local_steps import LocalRequest
 from flsplit.message.raised import raised
 from flsplit.message.shape import ShapeRequest
-from flsplit.message.step import StepReply, StepRequest
+from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 
 Handler = Callable[[Message, Context], Message]
 

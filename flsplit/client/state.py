@@ -7,9 +7,9 @@ from torch import Tensor
 
 from flsplit.message.arrays import from_record, to_array
 from flsplit.message.fields import record, value
-from flsplit.message.local import AuxiliaryPlan
-from flsplit.message.optimizer import OptimizerState, state_from_records, state_to_records
-from flsplit.message.plan import RoundPlan
+from flsplit.message.local_steps import AuxiliaryPlan
+from flsplit.message.optimizer_state import OptimizerState, state_from_records, state_to_records
+from flsplit.message.round_plan import RoundPlan
 
 _SEGMENT, _OPTIMIZER, _NUMBERS = "flsplit.segment", "flsplit.optimizer", "flsplit.optimizer-numbers"
 _PLAN, _PROGRESS = "flsplit.plan", "flsplit.progress"

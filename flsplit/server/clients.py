@@ -1,10 +1,10 @@
 """Talking to clients: by name, all at once, and never fooled by the order of arrival."""
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 
 from flsplit.account.clock import Clock
 from flsplit.account.ledger import LeftOut, RoundEntry, Traffic
@@ -12,34 +12,12 @@ from flsplit.carry.choose import OpenCarrier
 from flsplit.carry.session.grid import SessionGrid
 from flsplit.errors import FlsplitError, ProtocolError, StateLostError
 from flsplit.log import logger
-from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import LocalReply, LocalRequest
-from flsplit.message.shape import ShapeReply, ShapeRequest
-from flsplit.message.step import StepReply, StepRequest
-from flsplit.message.types import EVALUATE, FINISH, LOCAL, SHAPE, STEP
-from flsplit.server.answers import AwayError, by_node, raise_error
-from flsplit.server.checks import Reply, Request, check_reply
-from flsplit.server.directory import Directory, in_order
-from flsplit.server.errands import exchange_of
-from flsplit.server.traffic import Meter, broadcast_bytes
+from flsplit.message.local_steps import LocalRequest
+from flsplit.message.request import Reply, Request
+from flsplit.server.directory import AwayError, Directory, by_node, in_order, raise_error
+from flsplit.server.traffic import count, exchange_of
 
 _GONE = "its node is not connected any more"
-
-
-@dataclass(frozen=True)
-class _Kind:
-    message_type: str
-    parse: Callable[[RecordDict], Reply]
-
-
-_KINDS: dict[type[Request], _Kind] = {
-    StepRequest: _Kind(STEP, StepReply.from_content),
-    FinishRequest: _Kind(FINISH, FinishReply.from_content),
-    LocalRequest: _Kind(LOCAL, LocalReply.from_content),
-    ShapeRequest: _Kind(SHAPE, ShapeReply.from_content),
-    EvaluateRequest: _Kind(EVALUATE, EvaluateReply.from_content),
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +26,7 @@ class Sent:
 
     Attributes
     ----------
-    requests : dict of str to dataclasses of ``flsplit.message``
+    requests : dict of str to Request
         By client.
     traffic : dict of str to Traffic
         What each client receives and sends.
@@ -88,7 +66,7 @@ class Clients:
         self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
         self._grid = carrier.grid
         self._timeout = timeout
-        self._meter = Meter(sends=not getattr(carrier.grid, "in_process", False))
+        self._sends = not getattr(carrier.grid, "in_process", False)
 
     # --- an exchange ---------------------------------------------------------------------
 
@@ -189,7 +167,8 @@ class Clients:
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
         """Account for what was sent, and tell the clock."""
         self.exchanges += 1
-        broadcast = broadcast_bytes(sent.requests.values())
+        shared = [one.backward.broadcast_bytes for one in sent.requests.values() if one.backward]
+        broadcast = max(shared, default=0)
         for one in sent.traffic.values():
             entry.traffic.include(one)
         entry.traffic.add("gradients-down-broadcast", broadcast, 0)
@@ -213,16 +192,17 @@ class Clients:
     def _without_what_is_held(self, name: str, request: Request) -> Request:
         if isinstance(request, LocalRequest) and request.auxiliary_held and name in self.holds:
             request = replace(request, auxiliary=None)
-        segment = getattr(request, "segment", None)
-        if segment and self.holds.get(name) == segment.version:
-            return replace(request, segment=None)  # type: ignore[arg-type]
+        if request.segment and self.holds.get(name) == request.segment.version:
+            return replace(request, segment=None)  # type: ignore[type-var]
         return request
 
     def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
         content = request.to_content()
-        self._meter.count_down(request, content, traffic)
-        node, kind = self.directory.node_of[name], _KINDS[type(request)]
-        return Message(content, node, kind.message_type, group_id=str(request.server_round))
+        count(content, request.categories, traffic, sends=self._sends)
+        if request.backward:  # gradient rows that clients share are counted once for all
+            traffic.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
+        node = self.directory.node_of[name]
+        return Message(content, node, request.kind, group_id=str(request.server_round))
 
     def _take(
         self, name: str, request: Request, answers: Mapping[int, Message], traffic: Traffic
@@ -233,18 +213,25 @@ class Clients:
         if message is None:
             raise ProtocolError(f"no answer within {self._timeout:g} s")
         raise_error(message)
-        reply = _KINDS[type(request)].parse(message.content)
-        check_reply(name, request, reply)
-        if segment := getattr(request, "segment", None):
-            self.holds[name] = segment.version
-        self._meter.count_up(request, message.content, traffic)
+        content = message.content
+        reply = request.answer.from_content(content)
+        for key in request.echoed:
+            asked, found = getattr(request, key), getattr(reply, key)
+            if asked is not None and found != asked:
+                raise ProtocolError(f"reply: {key.replace('_', '-')} is {found}, expected {asked}")
+        if reply.client != name:
+            raise ProtocolError(f"reply: client is {reply.client!r}, expected {name!r}")
+        request.check(reply)
+        if request.segment:
+            self.holds[name] = request.segment.version
+        count(content, reply.categories, traffic, sends=self._sends)
         return reply
 
     def leave_out(
         self, name: str, request: Request, error: FlsplitError, entry: RoundEntry
     ) -> None:
         """Note in the ledger that a client is out for the rest of the round."""
-        step = getattr(request, "step", entry.steps)
+        step = entry.steps if request.step is None else request.step
         away = isinstance(error, AwayError)
         entry.left_out.append(LeftOut(name, step, str(error), away))
         logger.warning(

@@ -1,4 +1,4 @@
-"""Which clients are there: their names, their nodes, and their fixed order."""
+"""Which clients are there: their names, their nodes, their fixed order, and whose an answer is."""
 
 import re
 from collections.abc import Iterable
@@ -7,11 +7,23 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flsplit.carry.polling import polling
-from flsplit.errors import ConfigError, FlsplitError, NotEnoughClientsError
+from flsplit.errors import (
+    ConfigError,
+    FlsplitError,
+    NotEnoughClientsError,
+    ProtocolError,
+    StateLostError,
+)
+from flsplit.flower_internals import NODE_AWAY
 from flsplit.log import logger
 from flsplit.message.fields import record, value
 from flsplit.message.types import DESCRIBE
-from flsplit.server.answers import by_node, raise_error
+
+_STATE_LOST = StateLostError.__name__  # how a client's Error says so
+
+
+class AwayError(FlsplitError):
+    """A client's node or host was lost; nothing is wrong with the client itself."""
 
 
 class Directory:
@@ -102,3 +114,40 @@ def _described(message: Message) -> str:
     """Return the client's name in a reply to ``query.describe``."""
     raise_error(message)
     return value(record(message.content, "reply", ConfigRecord), "client", str)
+
+
+def by_node(answers: Iterable[Message], asked: Iterable[Message] = ()) -> dict[int, Message]:
+    """Return the answers by the node that was asked.
+
+    For a node that is away the SuperLink answers, with an Error in its own name.
+    """
+    requests = [one.metadata for one in asked]
+    nodes = {one.dst_node_id for one in requests}
+    node_of = {one.message_id: one.dst_node_id for one in requests}
+    found = {}
+    for answer in answers:
+        node = answer.metadata.src_node_id
+        if answer.has_error() and node not in nodes:
+            node = node_of.get(answer.metadata.reply_to_message_id, node)
+        found[node] = answer
+    return found
+
+
+def raise_error(message: Message) -> None:
+    """Raise what an Error says; nothing, if the message is none.
+
+    Raises
+    ------
+    AwayError
+        If the client's node or host was lost.
+    StateLostError
+        If the client doesn't hold what it should hold.
+    ProtocolError
+        Otherwise.
+    """
+    if not message.has_error():
+        return
+    reason = message.error.reason or "an error without a reason"
+    if message.error.code == NODE_AWAY:
+        raise AwayError(reason)
+    raise StateLostError(reason) if _STATE_LOST in reason else ProtocolError(reason)

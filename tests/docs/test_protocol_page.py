@@ -9,16 +9,15 @@ from flsplit import LocalGrid
 from flsplit.errors import ProtocolError
 from flsplit.message.arrays import RAW, to_array
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import (
+from flsplit.message.local_steps import (
     AuxiliaryPlan,
     LocalReply,
     LocalRequest,
 )
-from flsplit.message.parts import Backward, SegmentArrays
-from flsplit.message.plan import RoundPlan
+from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.round_plan import RoundPlan
 from flsplit.message.shape import ShapeReply, ShapeRequest
-from flsplit.message.step import StepReply, StepRequest
+from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.message.types import DESCRIBE, EVALUATE, FINISH, LOCAL, SHAPE, STEP
 
 PAGE = Page("docs/protocol.md")

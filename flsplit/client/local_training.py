@@ -5,11 +5,11 @@ import time
 from torch import Tensor
 
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
-from flsplit.client.auxiliary import Auxiliary
-from flsplit.client.client import Client
+from flsplit.client.auxiliary_model import Auxiliary
+from flsplit.client.live_client import Client
 from flsplit.errors import ProtocolError, StateLostError
-from flsplit.message.local import LocalReply, LocalRequest
-from flsplit.message.parts import Backward
+from flsplit.message.local_steps import LocalReply, LocalRequest
+from flsplit.message.request import Backward
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.seeds import derive_seed
 

@@ -8,7 +8,7 @@ import torch
 from flwr.app import Context
 from torch import Tensor
 
-from flsplit.client.auxiliary import Auxiliary
+from flsplit.client.auxiliary_model import Auxiliary
 from flsplit.client.data import ClientData, batch_indices, steps_per_round
 from flsplit.client.spec import ClientSpec, client_name, pick_device
 from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
@@ -22,9 +22,9 @@ from flsplit.errors import (
 )
 from flsplit.finite import all_finite
 from flsplit.message.arrays import check_like
-from flsplit.message.optimizer import OptimizerState, get_state, set_state
-from flsplit.message.parts import Backward, SegmentArrays
-from flsplit.message.plan import RoundPlan
+from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
+from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.round_plan import RoundPlan
 from flsplit.seeds import derive_seed, seeded
 
 
