@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import Mod
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import nn
 
 from flsplit.auxiliary import BuildAuxiliary
 from flsplit.carry.session.host import serve_session
 from flsplit.client.handlers import add_handlers, answering_errors
 from flsplit.client.spec import ClientSpec, OptimizerFactory, Unpack
+from flsplit.message.arrays import readable
 
 
 def client_app(
@@ -59,7 +60,9 @@ def client_app(
         data and the number of classes; the strategy gets the same function. Not needed for those
         that flsplit builds.
     mods : list of Mod, optional
-        Flower mods around every handler.
+        Flower mods around every handler. They may read what is sent (``Array.numpy()``) and put
+        other arrays in its place. What a mod changes is no part of training: the gradient that
+        comes back is of what the server got, and goes on as if the mod hadn't been there.
 
     Returns
     -------
@@ -79,7 +82,7 @@ def client_app(
         unpack=unpack,
         auxiliary=auxiliary,
     )
-    app = ClientApp(mods=mods)
+    app = ClientApp(mods=[_readable, *mods] if mods else None)
     add_handlers(app, spec)
 
     @app.train("session")
@@ -88,3 +91,10 @@ def client_app(
         return serve_session(app, message, context)
 
     return app
+
+
+def _readable(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Be the outermost mod: the user's can read the raw arrays of a request."""
+    if message.has_content():
+        readable(message.content)
+    return call_next(message, context)
