@@ -28,7 +28,7 @@ def derive_seed(seed: int, *labels: str | int) -> int:
     int
         A number from 0 to 2**63 - 1.
     """
-    text = "\x1f".join(str(part) for part in (seed, *labels))
+    text = "\x1f".join(map(str, (seed, *labels)))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -4,7 +4,7 @@ import copy
 import inspect
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
 from flsplit.client.spec import pick_device
+from flsplit.client_parts import ClientPart
 from flsplit.cut import split
 from flsplit.errors import ConfigError, FlsplitError, NonFiniteError, located
 from flsplit.finite import all_finite
@@ -83,6 +84,8 @@ class SplitStrategy(Strategy):
     aggregates: ClassVar[bool] = False
     hands_on: ClassVar[bool] = False
     one_by_one: ClassVar[bool] = False
+    client_parts: Sequence[ClientPart] = ()
+    """What the method has its clients do beside the plain step; the options' parts come after."""
 
     server: ServerSegment
     client_segment: SegmentArrays

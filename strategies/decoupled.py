@@ -238,12 +238,13 @@ class DecoupledStrategy(SplitStrategy):
     def _first_request(
         self, round_: Round, name: str, *, peek: bool = False, upload_from: int = 0
     ) -> LocalRequest:
-        sent = self.auxiliary_of(name)
+        sent, plan = self.auxiliary_of(name), round_.plan_of(name)
         return LocalRequest(
             **self._common(round_, 0, upload_from),
-            num_steps=round_.plan.local_steps or None,
+            num_steps=plan.num_steps,
             peek=peek,
-            plan=round_.plan,
+            plan=plan,
+            planned=plan,
             segment=round_.segment,
             auxiliary=sent.tensors,
             auxiliary_held=self._held.get(name) == sent.version,

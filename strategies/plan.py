@@ -17,6 +17,7 @@ def make_plan(
     config: ConfigRecord,
     segment_version: int,
     experiment: str,
+    client_parts: str = "",
 ) -> RoundPlan:
     """Return a round's plan; ``config`` goes before ``options``.
 
@@ -42,6 +43,8 @@ def make_plan(
         "segment-version": segment_version,
         "experiment": experiment,
         "seed": options.seed,
+        "batch-sizes": [],
+        "client-parts": client_parts,
     }
     try:
         plan = RoundPlan.from_config(ConfigRecord({**fields, **given, **fixed}))

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from flsplit.account import RoundEntry
 from flsplit.carry.choose import Experiment, OpenCarrier, open_carrier
+from flsplit.client_parts import describe_parts
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
 from flsplit.message.steps import FinishReply
@@ -134,12 +135,20 @@ class Run:
             for segment in strategy.server_segments():
                 segment.set_lr(at_round(options.server_lr, server_round))
         config = ConfigRecord({**(self.train_config or {})})
+        parts = [*strategy.client_parts, *options.client_parts]
         version = strategy.client_segment.version
         return Round(
             clients=clients,
             plan=make_plan(
-                options, server_round, self.num_rounds, config, version, self._experiment
+                options,
+                server_round,
+                self.num_rounds,
+                config,
+                version,
+                self._experiment,
+                describe_parts(parts),
             ),
+            client_parts=parts,
             segment=strategy.client_segment,
             participants=self._choose(server_round, clients),
             upload_segment=strategy.gives_whole_model

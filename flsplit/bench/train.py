@@ -18,7 +18,7 @@ from torch.nn import functional
 from flsplit.bench import training, workload
 from flsplit.bench.app_folder import check_completed, write_app
 from flsplit.carry.local import LocalGrid
-from flsplit.client.data import batch_indices
+from flsplit.client.data import Order
 from flsplit.log import logger
 from flsplit.message.round_plan import RoundPlan
 from flsplit.processes import FinishedRun, deployment, simulation
@@ -85,6 +85,8 @@ class _Batches:
             workload.partition(workload.IMAGES, client, clients).tensors
             for client in range(clients)
         ]
+        self._orders = [Order(len(data[1]), 0, str(i)) for i, data in enumerate(self._data)]
+        self._drawn = [0] * clients
         self._plan = RoundPlan(
             server_round=1,
             num_rounds=1,
@@ -100,7 +102,9 @@ class _Batches:
 
     def get(self, client: int, step: int) -> tuple[Tensor, Tensor]:
         images, labels = self._data[client]
-        rows = batch_indices(len(labels), self._plan, str(client), step)
+        rows, self._drawn[client] = self._orders[client].batch(
+            self._plan, step, self._drawn[client]
+        )
         return images[rows], labels[rows]
 
 

@@ -59,4 +59,4 @@ class EvaluateRequest(Request):
     def check(self, reply: EvaluateReply) -> None:
         """Check the smashed data and labels, if there are any."""
         if reply.num_batches:
-            check_batch(reply.smashed, reply.labels)
+            check_batch(reply.smashed, reply.labels, self.batch_size)

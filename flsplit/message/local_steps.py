@@ -17,6 +17,7 @@ from flsplit.message import request as parts
 from flsplit.message.arrays import to_array, to_tensor
 from flsplit.message.fields import Fields, In, Records, Slot, record, value
 from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over
+from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import LOCAL
 
 _MEMORY = ("segment", "activations", "auxiliary", "auxiliary-activations")
@@ -131,7 +132,7 @@ class LocalReply(Reply):
     num_examples: Annotated[int, In("metrics", 1)]
     num_steps: Annotated[int, In("metrics", 1)]
     steps_done: Annotated[int, In("metrics", 0)]
-    rows: Annotated[Sequence[int], In("metrics", 1, length=1)]
+    rows: Annotated[Sequence[int], In("metrics", 0, length=1)]
     seconds: parts.Seconds
     memory: Annotated[
         Mapping[str, int], Slot("memory", _put_memory, _get_memory, required=True)
@@ -190,6 +191,8 @@ class LocalRequest(Request):
         server.
     num_steps : int or None
         How many steps the client has this round, as far as that is known. It stays on the server.
+    planned : RoundPlan or None
+        The plan of the client's round. It stays on the server, too.
     """
 
     kind = LOCAL
@@ -214,13 +217,20 @@ class LocalRequest(Request):
     like: dict[str, Tensor] | None = None
     auxiliary_like: dict[str, Tensor] | None = None
     num_steps: int | None = None
+    planned: RoundPlan | None = None
 
-    def uploads(self, done: int) -> list[int]:
-        """Return the steps whose smashed data goes up, if the client has done ``done`` steps."""
-        if self.peek:
-            return [self.step]
-        first = max(self.step, self.upload_from)
-        return [step for step in range(first, done) if step % self.upload_every == 0]
+    def uploads(self, done: int, plan: RoundPlan | None) -> list[int]:
+        """Return the steps whose smashed data goes up, if the client has done ``done`` steps.
+
+        Those that it sits out have none.
+        """
+        first = self.step if self.peek else max(self.step, self.upload_from)
+        steps = [self.step] if self.peek else range(first, done)
+        return [
+            step
+            for step in steps
+            if (self.peek or step % self.upload_every == 0) and (not plan or plan.rows_at(step))
+        ]
 
     def end(self, num_steps: int) -> int:
         """Return how many steps a client with ``num_steps`` has done afterwards."""
@@ -233,14 +243,14 @@ class LocalRequest(Request):
         done = self.end(reply.num_steps)
         if reply.steps_done != done:
             raise ProtocolError(f"reply: steps-done is {reply.steps_done}, expected {done}")
-        if list(reply.uploads) != (expected := self.uploads(done)):
+        if list(reply.uploads) != (expected := self.uploads(done, self.planned)):
             raise ProtocolError(
                 f"smashed-data is of steps {list(reply.uploads)}, expected steps {expected}"
             )
         if len(reply.rows) != (steps := done - self.step or 1):
             raise ProtocolError(f"field 'rows' is {list(reply.rows)}, expected {steps} numbers")
         for step, (smashed, labels) in reply.uploads.items():
-            check_batch(smashed, labels)
+            check_batch(smashed, labels, self.planned.rows_at(step) if self.planned else None)
             if len(smashed) != (rows := reply.rows[step - self.step]):
                 raise ProtocolError(
                     f"smashed-data of step {step} has {len(smashed)} rows, field 'rows' says {rows}"

@@ -157,14 +157,19 @@ class Request(Content):
         """
 
 
-def check_batch(smashed: Tensor, labels: Tensor) -> None:
-    """Check smashed data and labels of a step."""
+def check_batch(smashed: Tensor, labels: Tensor, most: int | None = None) -> None:
+    """Check smashed data and labels of a step that may have up to ``most`` rows, if that is known.
+
+    A client that sits a step out sends none.
+    """
     if not smashed.is_floating_point():
         raise ProtocolError(f"smashed-data: dtype is {smashed.dtype}, expected floating point")
-    if smashed.ndim == 0 or len(smashed) == 0:
+    if smashed.ndim == 0 or (len(smashed) == 0 and most != 0):
         raise ProtocolError(
             f"smashed-data: shape is {tuple(smashed.shape)}, expected one row or more"
         )
+    if most is not None and len(smashed) > most:
+        raise ProtocolError(f"smashed-data: {len(smashed)} rows came, at most {most} were planned")
     if labels.shape[:1] != smashed.shape[:1]:
         raise ProtocolError(
             f"labels: shape is {tuple(labels.shape)}, expected {len(smashed)} rows as in the "

@@ -1,8 +1,9 @@
 """What a client is told at the beginning of a round."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
+from flsplit.errors import ConfigError, ProtocolError
 from flsplit.message.fields import Fields, In
 
 
@@ -34,6 +35,12 @@ class RoundPlan(Fields):
         Names the run; a resumed one keeps it. A client that was in another run starts anew.
     drop_last : bool
         Leave out an epoch's last mini-batch when it is smaller than ``batch_size``.
+    batch_sizes : tuple of int
+        Examples of each step of the round, in place of ``batch_size``, ``drop_last`` and what
+        says how many steps there are; in a step of 0
+        the client sits out. Empty for ``batch_size`` everywhere. An epoch then ends within a batch.
+    client_parts : str
+        What the client does beside the plain step, as :mod:`flsplit.client_parts` describes it.
     """
 
     server_round: Annotated[int, In(least=1)]
@@ -47,3 +54,32 @@ class RoundPlan(Fields):
     local_steps: Annotated[int, In(least=0)]
     drop_last: bool
     experiment: str = ""
+    batch_sizes: Annotated[tuple[int, ...], In(least=0)] = ()
+    client_parts: str = ""
+
+    def rows_at(self, step: int) -> int:
+        """Return how many rows a step may have; 0 if the client sits it out."""
+        if not self.batch_sizes:
+            return self.batch_size
+        return self.batch_sizes[step] if step < len(self.batch_sizes) else 0
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many steps the round has; None if that depends on how much data a client has."""
+        return len(self.batch_sizes) or self.local_steps or None
+
+    def checked(self) -> Self:
+        """Return the plan, if it can be sent and followed.
+
+        Raises
+        ------
+        ConfigError
+            Otherwise.
+        """
+        try:
+            plan = self.from_config(self.to_config())
+        except (ProtocolError, TypeError) as error:
+            raise ConfigError(str(error)) from error
+        if not (plan.num_steps or plan.local_epochs):
+            raise ConfigError("local-epochs and local-steps are both 0: nothing would be trained")
+        return plan

@@ -16,6 +16,7 @@ from flsplit.errors import ProtocolError
 from flsplit.message import request as parts
 from flsplit.message.fields import In
 from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over
+from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import FINISH, STEP
 
 
@@ -51,8 +52,8 @@ class StepReply(Reply):
     seconds: parts.Seconds
 
     def batches(self) -> list[Batch]:
-        """Return the one batch."""
-        return [(self.smashed, self.labels)]
+        """Return the one batch, none of a client that sits the step out."""
+        return [(self.smashed, self.labels)] if len(self.smashed) else []
 
     def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
         """Return the backward pass of the step before and the forward pass of this one."""
@@ -69,8 +70,8 @@ class StepRequest(Request):
     """Asks a client for the smashed data of ``step``, after the backward pass of the last one.
 
     ``plan`` (and, where needed, ``segment`` and ``optimizer``) begin a round and come with
-    step 0 only. ``num_steps`` stays on the server: how many steps the client has this round, as
-    far as that is known.
+    step 0 only. What the client was told to do stays on the server: ``num_steps``, as far as
+    that is known, and ``planned``, the plan of its round.
     """
 
     kind = STEP
@@ -84,10 +85,12 @@ class StepRequest(Request):
     segment: parts.Segment = None
     optimizer: parts.Optimizer = None
     num_steps: int | None = None
+    planned: RoundPlan | None = None
 
     def check(self, reply: StepReply) -> None:
         """Check the smashed data and labels."""
-        check_batch(reply.smashed, reply.labels)
+        most = self.planned.rows_at(self.step) if self.planned else None
+        check_batch(reply.smashed, reply.labels, most)
 
 
 @dataclass(frozen=True)

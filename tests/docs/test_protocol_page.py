@@ -29,7 +29,7 @@ OPTIMIZER = {0: {"momentum_buffer": torch.zeros(4), "count": 1}}
 SEGMENT = SegmentArrays(0, WEIGHTS)
 PLAN = RoundPlan(
     server_round=1, num_rounds=2, cut="conv", segment_version=0, seed=0, lr=0.1, batch_size=2,
-    local_epochs=1, local_steps=0, drop_last=False,
+    local_epochs=1, local_steps=0, drop_last=False, batch_sizes=(2,),
 )  # fmt: skip
 
 AUXILIARY = AuxiliaryPlan(kind="linear", shape=(3,), num_classes=2, version=0, train=False, lr=0.0)
@@ -86,7 +86,7 @@ def kind(value):
     if isinstance(value, Array):
         return "raw array" if value.stype == RAW else "array"
     if isinstance(value, list):
-        return f"list of {type(value[0]).__name__}"
+        return f"list of {type(value[0]).__name__ if value else 'int'}"
     return type(value).__name__
 
 
