@@ -75,6 +75,7 @@ class Round:
     exchanges_left: Callable[[int], int] | None = None
     entry: RoundEntry = field(init=False)
     ended: bool = field(default=False, init=False)
+    _plans: dict[str, RoundPlan] = field(default_factory=dict)
     _rows: int = 0
     _loss: float = 0.0
     _classified: int = 0
@@ -90,6 +91,7 @@ class Round:
         """Let the next clients begin with another segment than the round's first."""
         self.segment = segment
         self.plan = replace(self.plan, segment_version=segment.version)
+        self._plans.clear()
 
     # --- requests ------------------------------------------------------------------------
 
@@ -103,8 +105,10 @@ class Round:
         """
         if client not in self.overrides:
             return self.plan
-        with located(f"the plan of client {client!r}"):
-            return replace(self.plan, **self.overrides[client]).checked()
+        if client not in self._plans:
+            with located(f"the plan of client {client!r}"):
+                self._plans[client] = self.plan.changed(self.overrides[client])
+        return self._plans[client]
 
     def first_request(self, client: str, optimizer: OptimizerState | None = None) -> StepRequest:
         """Return the request that begins a client's round."""

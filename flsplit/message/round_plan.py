@@ -1,7 +1,8 @@
 """What a client is told at the beginning of a round."""
 
-from dataclasses import dataclass
-from typing import Annotated, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Self
 
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.message.fields import Fields, In
@@ -68,16 +69,19 @@ class RoundPlan(Fields):
         """How many steps the round has; None if that depends on how much data a client has."""
         return len(self.batch_sizes) or self.local_steps or None
 
-    def checked(self) -> Self:
-        """Return the plan, if it can be sent and followed.
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """Return the plan with other values, by field.
 
         Raises
         ------
         ConfigError
-            Otherwise.
+            If there is no such field, or it can't have this value.
         """
+        known = [one.name for one in fields(self)]
+        if unknown := [name for name in changes if name not in known]:
+            raise ConfigError(f"a plan has no field {unknown[0]!r} (it has {', '.join(known)})")
         try:
-            plan = self.from_config(self.to_config())
+            plan = self.from_config(replace(self, **changes).to_config())
         except (ProtocolError, TypeError) as error:
             raise ConfigError(str(error)) from error
         if not (plan.num_steps or plan.local_epochs):
