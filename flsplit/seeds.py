@@ -5,8 +5,6 @@ again, in another process or after a crash, with the same result.
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import blake2b
 
 import numpy as np
@@ -32,9 +30,11 @@ def derive_seed(seed: int, *labels: str | int) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+class seeded:  # noqa: N801 - it is used as contextlib's own are
     """Seed torch, NumPy and Python inside the block; outside they go on as if it weren't there.
+
+    A class, since one made of a generator, around another of torch's, took longer than a step of
+    a small network.
 
     Parameters
     ----------
@@ -43,22 +43,32 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     device : torch.device, optional
         A GPU whose generator is seeded as well as the processor's; others are left alone.
     """
-    cuda = [device] if device is not None and device.type == "cuda" else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=cuda):
+
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
+        self._seed = seed
+        self._cuda = device if device is not None and device.type == "cuda" else None
+
+    def __enter__(self) -> None:
+        """Remember all generators' states, and seed them."""
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._torch = torch.default_generator.get_state()
         # torch.manual_seed() would seed every GPU, too, and where there is none remember for that
-        # the whole call stack, which takes longer than a step of a small network.
-        torch.default_generator.manual_seed(seed)
-        for one in cuda:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - datasets' transforms use the global one
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+        # the whole call stack.
+        torch.default_generator.manual_seed(self._seed)
+        if self._cuda is not None:
+            self._on_gpu = torch.cuda.get_rng_state(self._cuda)
+            with torch.cuda.device(self._cuda):
+                torch.cuda.manual_seed(self._seed)
+        random.seed(self._seed)
+        np.random.seed(self._seed % 2**32)  # noqa: NPY002 - datasets' transforms use the global one
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Set them back."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.default_generator.set_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._on_gpu, self._cuda)
 
 
 def generator(seed: int, *labels: str | int) -> torch.Generator:

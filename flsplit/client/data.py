@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from flwr.app import Context
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from flsplit.client.spec import ClientSpec, Unpack
 from flsplit.errors import DataError
@@ -29,11 +29,15 @@ class Examples:
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return inputs ``(b, ...)`` and labels ``(b, ...)`` of the examples at ``indices``."""
-        if hasattr(self.dataset, "__getitems__"):
-            items = self.dataset.__getitems__(list(indices))
+        if type(self.dataset) is TensorDataset and self.collate is default_collate:
+            # What an item after the other and stacking them comes to, at a tenth of the time.
+            rows = torch.tensor(indices, dtype=torch.int64)
+            batch: Any = [tensor[rows] for tensor in self.dataset.tensors]
+        elif hasattr(self.dataset, "__getitems__"):
+            batch = self.collate(self.dataset.__getitems__(list(indices)))
         else:
-            items = [self.dataset[index] for index in indices]
-        inputs, labels = self.unpack(self.collate(items))
+            batch = self.collate([self.dataset[index] for index in indices])
+        inputs, labels = self.unpack(batch)
         if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
             raise DataError(
                 f"a batch is ({type(inputs).__name__}, {type(labels).__name__}), expected two "
@@ -128,7 +132,8 @@ class Order:
             return self._exactly(plan.rows_at(step), epoch, offset), drawn + plan.rows_at(step)
         if plan.drop_last and self.num_examples - offset < plan.batch_size:
             epoch, offset = epoch + 1, 0
-        chosen: list[int] = self._of(epoch)[offset : offset + plan.batch_size].tolist()
+        order = self._order if epoch == self._epoch else self._of(epoch)
+        chosen: list[int] = order[offset : offset + plan.batch_size].tolist()
         return chosen, epoch * self.num_examples + offset + len(chosen)
 
     def _exactly(self, rows: int, epoch: int, offset: int) -> list[int]:

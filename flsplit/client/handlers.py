@@ -9,7 +9,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from flsplit.client.cache import borrow_client
+from flsplit.client.cache import find_client, keep_client
 from flsplit.client.live_client import Client
 from flsplit.client.local_training import row_shapes, train_locally
 from flsplit.client.spec import ClientSpec, client_name
@@ -30,17 +30,19 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
     @app.query("describe")
     @answering_errors
     def describe(message: Message, context: Context) -> Message:
-        return _reply(
-            message, RecordDict({"reply": ConfigRecord({"client": client_name(context)})})
-        )
+        head = ConfigRecord({"client": client_name(context)})
+        return Message(RecordDict({"reply": head}), reply_to=message)
 
     def serve(register: Callable[[Handler], Handler], request_type: Any, compute: Any) -> None:
         @register
         @answering_errors
         def handle(message: Message, context: Context) -> Message:
             request = request_type.from_content(message.content)
-            with borrow_client(spec, context) as client:
-                return _reply(message, compute(client, request).to_content())
+            client = find_client(spec, context)
+            try:
+                return Message(compute(client, request).to_content(), reply_to=message)
+            finally:
+                keep_client(client, context)
 
     serve(app.train("step"), StepRequest, take_step)
     serve(app.train("finish"), FinishRequest, finish_round)
@@ -102,10 +104,6 @@ def evaluate_batch(client: Client, request: EvaluateRequest) -> EvaluateReply:
         labels=labels,
         seconds=time.perf_counter() - started,
     )
-
-
-def _reply(message: Message, content: RecordDict) -> Message:
-    return Message(content, reply_to=message)
 
 
 def answering_errors(handler: Handler) -> Handler:

@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from flwr.app import Context
@@ -196,9 +195,10 @@ class Client:
         StateLostError
             If the client is in no round.
         """
-        if server_round != (own := self.plan.server_round):
+        if self._state.plan is None or server_round != self._state.plan.server_round:
             raise ProtocolError(
-                f"server-round is {server_round}, client {self.name!r} is in round {own}"
+                f"server-round is {server_round}, client {self.name!r} is in round "
+                f"{self.plan.server_round}"
             )
 
     def forward(self, step: int) -> tuple[Tensor, Tensor]:
@@ -218,7 +218,8 @@ class Client:
                 f"step is {step}, expected {self._state.steps_done} of {self.num_steps} "
                 f"(client {self.name!r}, round {self.plan.server_round})"
             )
-        self._discard_pending()  # asked twice for a step: the buffers move once
+        if self._pending:  # asked twice for a step: the buffers move once
+            self._undo_forward()
         self._pending = self._compute(self.plan, step)
         self._state.pending = step
         return self._pending.smashed.detach(), self._pending.labels
@@ -247,7 +248,7 @@ class Client:
         self._state.drawn = self._pending.drawn
         self._state.steps_done += 1
         self._pending, self._state.pending = None, NO_STEP
-        if self._parts:
+        if self._parts.parts:
             self._parts.check_state()
             self._state.parts = self._parts.state()
 
@@ -265,11 +266,11 @@ class Client:
             with seeded(seed, self.device):
                 inputs, labels = self.data.train.batch(indices)
                 smashed = self._run_segment(inputs)
-                if self._parts:
+                if self._parts.parts:
                     at = self._part_step(step)
                     smashed = self._parts.smashed(at, smashed)
                     loss = self._parts.loss(at, inputs.to(self.device), smashed, labels)
-            self._check_finite(smashed, "smashed data", step)
+            self._check_finite(smashed, f"smashed data of step {step}")
         except Exception:
             self._put_back(buffers)
             # A part may have remembered something of a step that never happened.
@@ -287,24 +288,29 @@ class Client:
                 f"cut-gradient has shape {tuple(gradient.shape)}, the smashed data of step "
                 f"{pending.step} {tuple(pending.smashed.shape)} (client {self.name!r})"
             )
-        self._check_finite(gradient, "cut-layer gradient", pending.step)
+        self._check_finite(gradient, f"cut-layer gradient of step {pending.step}")
         if self.optimizer is None or not len(gradient):
             return
         gradient = gradient.to(pending.smashed)
-        if self._parts:
+        if self._parts.parts:
             gradient = self._parts.cut_gradient(self._part_step(pending.step), gradient)
         self.optimizer.zero_grad(set_to_none=True)
         if pending.loss is None:
             pending.smashed.backward(gradient)  # type: ignore[no-untyped-call]
         else:
             torch.autograd.backward([pending.smashed, pending.loss], [gradient, None])
-        if self._parts:
+        if self._parts.parts:
             self._parts.gradients(self._part_step(pending.step), self._parameters)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
         # One number for all: it is finite only if they are. Only what isn't is looked at closer.
-        total = sum(g.sum() for g in gradients)
-        if not math.isfinite(total) and not all(map(all_finite, gradients)):
-            raise self._not_finite("gradient of the client segment", pending.step)
+        total: float | Tensor = 0.0
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                total = total + parameter.grad.sum()
+        if not math.isfinite(total):
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    what = f"gradient of the client segment in step {pending.step}"
+                    self._check_finite(parameter.grad, what)
         if self.spec.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self.spec.max_grad_norm)
         self.optimizer.step()
@@ -366,8 +372,9 @@ class Client:
     # --- computing -----------------------------------------------------------------------
 
     def _run_segment(self, inputs: Tensor) -> Tensor:
+        dtype = self.spec.autocast
         try:
-            with self._autocast:
+            with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
                 smashed: Tensor = self.segment(inputs.to(self.device))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise self._explain(error, inputs) from error
@@ -389,17 +396,8 @@ class Client:
             f"dtype {inputs.dtype}: {error}"
         )
 
-    @property
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self.spec.autocast
-        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
-
-    def _check_finite(self, tensor: Tensor, what: str, step: int) -> None:
+    def _check_finite(self, tensor: Tensor, what: str) -> None:
         if not all_finite(tensor):
-            raise self._not_finite(what, step)
-
-    def _not_finite(self, what: str, step: int) -> NonFiniteError:
-        of = f"{what} in step" if what.startswith("gradient") else f"{what} of step"
-        return NonFiniteError(
-            f"{of} {step} is NaN or infinite (client {self.name!r}, round {self.plan.server_round})"
-        )
+            raise NonFiniteError(
+                f"{what} is NaN or infinite (client {self.name!r}, round {self.plan.server_round})"
+            )

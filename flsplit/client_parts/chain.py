@@ -62,10 +62,6 @@ class PartChain:
         }
         self.check_state()
 
-    def __bool__(self) -> bool:
-        """Tell whether there are any."""
-        return bool(self.parts)
-
     @property
     def needs_round_start(self) -> bool:
         """Whether a part wants to know the parameters at the round's beginning."""

@@ -29,15 +29,15 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_SIZE = 2**40
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return how messages write a dtype, one of those listed above."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
+    if dtype not in _NAMES:
         raise ProtocolError(f"a tensor of {dtype} can't be sent; known: {sorted(_DTYPES)}")
-    return name
+    return _NAMES[dtype]
 
 
 def dtype_of(name: str, *, field: str) -> torch.dtype:
@@ -74,7 +74,7 @@ class RawArray(Array):
 def to_array(tensor: Tensor) -> RawArray:
     """Return a raw array with the tensor's elements, of any device and any dtype listed above."""
     plain = tensor.detach().cpu().contiguous()
-    dtype = dtype_name(plain.dtype)
+    dtype = _NAMES.get(plain.dtype) or dtype_name(plain.dtype)
     flat = plain.reshape(-1)
     if flat.stride() != (1,):  # torch calls a tensor of no or one element contiguous at any stride
         flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
@@ -103,7 +103,7 @@ def to_tensor(array: Array, *, field: str) -> Tensor:
     """
     if array.stype != RAW:
         return _from_npy(array, field)
-    dtype = dtype_of(array.dtype, field=field)
+    dtype = _DTYPES.get(array.dtype) or dtype_of(array.dtype, field=field)
     if array.shape and not 0 <= min(array.shape) <= max(array.shape) <= _MAX_SIZE:
         raise ProtocolError(f"{field}: shape is {array.shape}, expected sizes of 0 or more")
     expected = math.prod(array.shape) * dtype.itemsize

@@ -75,6 +75,10 @@ class _Entry(NamedTuple):
     length: int
 
 
+_Group = tuple[str, Any, Sequence[_Entry]]
+"""A record's name, its class, and its fields."""
+
+
 def _entry(name: str, hint: Any, at: In) -> _Entry:
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(kind) in (tuple, Sequence):
@@ -101,18 +105,20 @@ class Fields:
 
     def to_config(self) -> ConfigRecord:
         """Return the record."""
-        return ConfigRecord(_written(self, self._entries))
+        content = RecordDict()
+        _write(self, content, [("it", ConfigRecord, self._entries)])
+        return record(content, "it", ConfigRecord)
 
     @classmethod
     def from_config(cls, config: ConfigRecord) -> Self:
         """Return what a record says; ProtocolError if a field is missing, wrong or too small."""
-        return cls(**_read(config, cls._entries))
+        return cls(**_read({"it": config}, [("it", ConfigRecord, cls._entries)]))
 
 
 class Content:
     """Base of dataclasses that are a message's content."""
 
-    _groups: ClassVar[Sequence[tuple[str, Any, Sequence[_Entry]]]] = ()
+    _groups: ClassVar[Sequence[_Group]] = ()
     _slots: ClassVar[Sequence[tuple[str, Slot]]] = ()
 
     def __init_subclass__(cls) -> None:
@@ -133,51 +139,55 @@ class Content:
     def to_content(self) -> RecordDict:
         """Return the content of a message."""
         content = RecordDict()
-        for name, make, entries in self._groups:
-            content[name] = make(_written(self, entries))
+        _write(self, content, self._groups)
         for name, slot in self._slots:
             if (found := getattr(self, name)) is not None:
                 slot.put(content, found)
         return content
 
     @classmethod
-    def from_content(cls, content: RecordDict) -> Self:
+    def from_content(cls, content: RecordDict | Records) -> Self:
         """Return what a message says; ProtocolError if it is malformed."""
-        records: Records = dict(content.items())
-        values: dict[str, Any] = {}
-        for name, kind, entries in cls._groups:
-            values |= _read(record(records, name, kind), entries)
+        records: Records = content if type(content) is dict else dict(content.items())
+        values = _read(records, cls._groups)
         for name, slot in cls._slots:
             if slot.required or slot.record in records:
                 values[name] = slot.get(records)
         return cls(**values)
 
 
-def _written(source: object, entries: Sequence[_Entry]) -> dict[str, Any]:
-    fields = {}
-    for name, key, kind, _, _ in entries:
-        found = getattr(source, name)
-        if kind is tuple:
-            found = list(found)
-        elif kind is torch.dtype:
-            found = dtype_name(found)
-        fields[key] = found
-    return fields
+# What follows runs for every message of every client: loops, and no call for each field.
 
 
-def _read(source: ConfigRecord | MetricRecord, entries: Sequence[_Entry]) -> dict[str, Any]:
-    # One loop for all fields, without a call per field: this runs in every step of every client.
-    fields: dict[str, Any] = dict(source.items())
+def _write(source: object, content: RecordDict, groups: Sequence[_Group]) -> None:
+    for record_name, make, entries in groups:
+        fields = {}
+        for name, key, kind, _, _ in entries:
+            found = getattr(source, name)
+            if kind is tuple:
+                found = list(found)
+            elif kind is torch.dtype:
+                found = dtype_name(found)
+            fields[key] = found
+        content[record_name] = make(fields)
+
+
+def _read(records: Records, groups: Sequence[_Group]) -> dict[str, Any]:
     values = {}
-    for name, key, kind, least, length in entries:
-        if key not in fields:
-            raise ProtocolError(f"field {key!r} is missing; there are {sorted(fields)}")
-        found = fields[key]
-        if type(found) is not kind:
-            found = _converted(key, found, kind, least, length)
-        elif least is not None and not found >= least:
-            raise _too_small(key, found, least)
-        values[name] = found
+    for record_name, record_kind, entries in groups:
+        source: Any = records.get(record_name)
+        if type(source) is not record_kind:
+            source = record(records, record_name, record_kind)
+        fields: dict[str, Any] = dict(source.items())
+        for name, key, kind, least, length in entries:
+            if key not in fields:
+                raise ProtocolError(f"field {key!r} is missing; there are {sorted(fields)}")
+            found = fields[key]
+            if type(found) is not kind:
+                found = _converted(key, found, kind, least, length)
+            elif least is not None and not found >= least:
+                raise _too_small(key, found, least)
+            values[name] = found
     return values
 
 
@@ -228,7 +238,8 @@ def value(
     minimum: float | None = None,
 ) -> Value:
     """Return the field ``key`` of ``kind`` (an int passes for a float), at least ``minimum``."""
-    found: Value = _read(fields, [_Entry("it", key, kind, minimum, 0)])["it"]
+    group = ("it", type(fields), [_Entry("it", key, kind, minimum, 0)])
+    found: Value = _read({"it": fields}, [group])["it"]
     return found
 
 

@@ -58,13 +58,14 @@ class Backward:
     @property
     def shared_bytes(self) -> int:
         """Bytes of the shared rows."""
-        return 0 if self.gradient is None else self.gradient[: self.shared_rows].nbytes
+        if self.gradient is None or not self.shared_rows:
+            return 0
+        return self.gradient[: self.shared_rows].nbytes
 
     @property
     def broadcast_bytes(self) -> int:
         """What the shared rows take on a broadcast channel; a repeated row is sent once."""
-        shared = self.shared_bytes
-        return shared // self.shared_rows if shared and self.repeated else shared
+        return self.shared_bytes // (self.shared_rows if self.repeated else 1)
 
 
 class Reply(Content):
@@ -203,7 +204,14 @@ def one_array(key: str) -> Slot:
         arrays = content[key] = ArrayRecord()
         arrays["0"] = to_array(tensor)
 
-    return Slot(key, put, lambda records: to_tensor(only_array(records, key), field=key), True)
+    def get(records: Records) -> Tensor:
+        found = records.get(key)
+        arrays = list(found.values()) if type(found) is ArrayRecord else []
+        # The other says what is wrong.
+        array = arrays[0] if len(arrays) == 1 else only_array(records, key)
+        return to_tensor(array, field=key)
+
+    return Slot(key, put, get, required=True)
 
 
 def state_dict(key: str) -> Slot:
@@ -228,6 +236,12 @@ def _get_segment(records: Records) -> SegmentArrays:
     return SegmentArrays(version, _ARRAYS.get(records))
 
 
+@dataclass(frozen=True)
+class _Told(Content):
+    step: Annotated[int, In("backward", 0)]
+    update: Annotated[bool, In("backward")]
+
+
 def _put_backward(content: RecordDict, backward: Backward) -> None:
     update = backward.gradient is not None
     content["backward"] = ConfigRecord({"step": backward.step, "update": update})
@@ -236,9 +250,8 @@ def _put_backward(content: RecordDict, backward: Backward) -> None:
 
 
 def _get_backward(records: Records) -> Backward:
-    fields = record(records, "backward", ConfigRecord)
-    step, update = value(fields, "step", int, minimum=0), value(fields, "update", bool)
-    return Backward(step, _GRADIENT.get(records) if update else None)
+    fields = _Told.from_content(records)
+    return Backward(fields.step, _GRADIENT.get(records) if fields.update else None)
 
 
 def _put_optimizer(content: RecordDict, state: OptimizerState) -> None:

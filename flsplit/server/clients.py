@@ -94,11 +94,8 @@ class Clients:
 
         A client answers in the order in which it was asked.
         """
-        requests = self._without_who_is_gone(requests, entry)
-        traffic = {name: Traffic() for name in requests}
-        messages = [self._message(name, one, traffic[name]) for name, one in requests.items()]
-        started = time.perf_counter()
-        return Sent(requests, traffic, started, list(self._grid.push_messages(messages)))
+        sent, messages = self._made_ready(requests, entry)
+        return replace(sent, ids=list(self._grid.push_messages(messages)))
 
     def receive(self, sent: Sent, entry: RoundEntry) -> dict[str, Reply]:
         """Return the answers to requests that were sent before, as :meth:`exchange` does.
@@ -123,19 +120,15 @@ class Clients:
         self, requests: Mapping[str, Request], entry: RoundEntry
     ) -> tuple[dict[str, Reply], list[str]]:
         """Return the replies, and which clients don't hold the segment they should hold."""
-        requests = self._without_who_is_gone(requests, entry)
-        if not requests:
+        sent, messages = self._made_ready(requests, entry, but_held=True)
+        if not messages:
             return {}, []
-        held = {name: self._without_what_is_held(name, one) for name, one in requests.items()}
-        traffic = {name: Traffic() for name in held}
-        messages = [self._message(name, one, traffic[name]) for name, one in held.items()]
-        sent = Sent(held, traffic, started=time.perf_counter())
         answers = self._grid.send_and_receive(messages, timeout=self._timeout)
         entry.waiting_seconds += time.perf_counter() - sent.started
         replies, stateless = self._take_all(sent, by_node(answers, messages), entry)
         lost = []
         for name, error in stateless.items():
-            if held[name] is requests[name]:
+            if sent.requests[name] is requests[name]:
                 self.leave_out(name, requests[name], error, entry)
             else:
                 lost.append(name)
@@ -167,8 +160,10 @@ class Clients:
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
         """Account for what was sent, and tell the clock."""
         self.exchanges += 1
-        shared = [one.backward.broadcast_bytes for one in sent.requests.values() if one.backward]
-        broadcast = max(shared, default=0)
+        broadcast = 0
+        for request in sent.requests.values():
+            if request.backward and request.backward.shared_rows:
+                broadcast = max(broadcast, request.backward.broadcast_bytes)
         for one in sent.traffic.values():
             entry.traffic.include(one)
         entry.traffic.add("gradients-down-broadcast", broadcast, 0)
@@ -179,15 +174,19 @@ class Clients:
             entry.waiting_seconds += time.perf_counter() - told
         self._answered |= dict.fromkeys(sent.requests, time.perf_counter())
 
-    def _without_who_is_gone(
-        self, requests: Mapping[str, Request], entry: RoundEntry
-    ) -> dict[str, Request]:
-        """Return the requests that can be sent; clients whose node is gone are left out."""
-        there = {name: one for name, one in requests.items() if name in self.directory.node_of}
+    def _made_ready(
+        self, requests: Mapping[str, Request], entry: RoundEntry, *, but_held: bool = False
+    ) -> tuple[Sent, list[Message]]:
+        """Return messages, without what clients hold; clients whose node is gone are left out."""
+        sent, traffic, messages = {}, {}, []
         for name, request in requests.items():
-            if name not in there:
+            if name not in self.directory.node_of:
                 self.leave_out(name, request, AwayError(_GONE), entry)
-        return there
+                continue
+            sent[name] = self._without_what_is_held(name, request) if but_held else request
+            traffic[name] = Traffic()
+            messages.append(self._message(name, sent[name], traffic[name]))
+        return Sent(sent, traffic, time.perf_counter()), messages
 
     def _without_what_is_held(self, name: str, request: Request) -> Request:
         if isinstance(request, LocalRequest) and request.auxiliary_held and name in self.holds:
@@ -199,7 +198,7 @@ class Clients:
     def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
         content = request.to_content()
         count(content, request.categories, traffic, sends=self._sends)
-        if request.backward:  # gradient rows that clients share are counted once for all
+        if request.backward and request.backward.shared_rows:  # counted once for all
             traffic.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
         node = self.directory.node_of[name]
         return Message(content, node, request.kind, group_id=str(request.server_round))
@@ -212,7 +211,8 @@ class Clients:
         message = answers.get(self.directory.node_of[name])
         if message is None:
             raise ProtocolError(f"no answer within {self._timeout:g} s")
-        raise_error(message)
+        if message.has_error():
+            raise_error(message)
         content = message.content
         reply = request.answer.from_content(content)
         for key in request.echoed:

@@ -1,9 +1,10 @@
 """Which clients are there: their names, their nodes, their fixed order, and whose an answer is."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
 from flsplit.carry.polling import polling
@@ -105,6 +106,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=_natural)
 
 
+@lru_cache(maxsize=2**16)
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
@@ -116,21 +118,25 @@ def _described(message: Message) -> str:
     return value(record(message.content, "reply", ConfigRecord), "client", str)
 
 
-def by_node(answers: Iterable[Message], asked: Iterable[Message] = ()) -> dict[int, Message]:
+def by_node(answers: Iterable[Message], asked: Sequence[Message] = ()) -> dict[int, Message]:
     """Return the answers by the node that was asked.
 
     For a node that is away the SuperLink answers, with an Error in its own name.
     """
-    requests = [one.metadata for one in asked]
-    nodes = {one.dst_node_id for one in requests}
-    node_of = {one.message_id: one.dst_node_id for one in requests}
     found = {}
     for answer in answers:
         node = answer.metadata.src_node_id
-        if answer.has_error() and node not in nodes:
-            node = node_of.get(answer.metadata.reply_to_message_id, node)
+        if answer.has_error():
+            node = _node_asked(answer, [one.metadata for one in asked], node)
         found[node] = answer
     return found
+
+
+def _node_asked(answer: Message, asked: list[Metadata], node: int) -> int:
+    if node in {one.dst_node_id for one in asked}:
+        return node
+    node_of = {one.message_id: one.dst_node_id for one in asked}
+    return node_of.get(answer.metadata.reply_to_message_id, node)
 
 
 def raise_error(message: Message) -> None:

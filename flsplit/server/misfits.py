@@ -33,6 +33,14 @@ class Fits:
         self._pools = pools
         self._taken: set[_Kind] = set()
 
+    def all_known(self, batches: Mapping[str, Sequence[Batch]]) -> bool:
+        """Tell at a glance, as in most steps, whether all batches are of one kind that fits."""
+        kinds = set()
+        for of_client in batches.values():
+            for smashed, labels in of_client:
+                kinds.add((smashed.shape[1:], labels.shape[1:], labels.dtype))
+        return len(kinds) == 1 and kinds <= self._taken
+
     def misfits(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, FlsplitError]:
         """Return whose batches don't fit, and why; nobody if no client's ever have.
 
@@ -91,7 +99,10 @@ def leave_out_misfits(
     entry: RoundEntry,
 ) -> dict[str, Reply]:
     """Return the replies, without those that the server segment can't take."""
-    misfits = fits.misfits({name: reply.batches() for name, reply in replies.items()})
+    batches = {name: reply.batches() for name, reply in replies.items()}
+    if fits.all_known(batches):
+        return dict(replies)
+    misfits = fits.misfits(batches)
     for name, error in misfits.items():
         clients.leave_out(name, requests[name], error, entry)
     return {name: reply for name, reply in replies.items() if name not in misfits}

@@ -6,7 +6,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from flsplit.account.clock import Errand, Exchange
 from flsplit.account.ledger import Traffic
-from flsplit.message.arrays import nbytes
+from flsplit.message.arrays import RAW, nbytes
 from flsplit.message.local_steps import LocalRequest
 from flsplit.message.request import Reply, Request
 
@@ -31,9 +31,12 @@ def count(
         Whether anything goes over a wire.
     """
     for name, record in content.items():
-        if name in categories and isinstance(record, ArrayRecord):
+        if name in categories and type(record) is ArrayRecord:
+            category = categories[name]
             for array in record.values():
-                traffic.add(categories[name], nbytes(array), len(array.data) if sends else 0)
+                size = len(array.data)
+                traffic.logical[category] += size if array.stype == RAW else nbytes(array)
+                traffic.wire[category] += size if sends else 0
 
 
 def exchange_of(
