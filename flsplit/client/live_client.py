@@ -306,7 +306,7 @@ class Client:
         for parameter in self._parameters:
             if parameter.grad is not None:
                 total = total + parameter.grad.sum()
-        if not math.isfinite(total):
+        if not math.isfinite(float(total)):
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     what = f"gradient of the client segment in step {pending.step}"

@@ -73,12 +73,10 @@ class RawArray(Array):
 
 def to_array(tensor: Tensor) -> RawArray:
     """Return a raw array with the tensor's elements, of any device and any dtype listed above."""
-    plain = tensor.detach().cpu().contiguous()
-    dtype = _NAMES.get(plain.dtype) or dtype_name(plain.dtype)
-    flat = plain.reshape(-1)
-    if flat.stride() != (1,):  # torch calls a tensor of no or one element contiguous at any stride
-        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
-    return RawArray(dtype, tuple(plain.shape), flat.view(torch.uint8).numpy().tobytes())
+    dtype = _NAMES.get(tensor.dtype) or dtype_name(tensor.dtype)
+    # NumPy has no bfloat16, but integers of that size.
+    plain = tensor.detach().view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    return RawArray(dtype, tuple(tensor.shape), plain.numpy(force=True).tobytes())
 
 
 def readable(content: RecordDict) -> None:

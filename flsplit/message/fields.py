@@ -14,6 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from flsplit.errors import ProtocolError
+from flsplit.flower_internals import fill
 from flsplit.message.arrays import dtype_name, dtype_of
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
@@ -169,7 +170,9 @@ def _write(source: object, content: RecordDict, groups: Sequence[_Group]) -> Non
             elif kind is torch.dtype:
                 found = dtype_name(found)
             fields[key] = found
-        content[record_name] = make(fields)
+        written = make()
+        fill(written, fields)
+        fill(content, {record_name: written})
 
 
 def _read(records: Records, groups: Sequence[_Group]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from flsplit.account.clock import Leg
 from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite
+from flsplit.flower_internals import fill
 from flsplit.message.arrays import check_like, from_record, to_array, to_record, to_tensor
 from flsplit.message.fields import Content, In, Records, Slot, only_array, record, value
 from flsplit.message.optimizer_state import OptimizerState, state_from_records, state_to_records
@@ -201,8 +202,9 @@ def one_array(key: str) -> Slot:
     """Return how a tensor travels raw, alone in a record."""
 
     def put(content: RecordDict, tensor: Tensor) -> None:
-        arrays = content[key] = ArrayRecord()
-        arrays["0"] = to_array(tensor)
+        arrays = ArrayRecord()
+        fill(arrays, {"0": to_array(tensor)})
+        fill(content, {key: arrays})
 
     def get(records: Records) -> Tensor:
         found = records.get(key)
@@ -244,7 +246,7 @@ class _Told(Content):
 
 def _put_backward(content: RecordDict, backward: Backward) -> None:
     update = backward.gradient is not None
-    content["backward"] = ConfigRecord({"step": backward.step, "update": update})
+    fill(content, _Told(backward.step, update).to_content())
     if update:
         _GRADIENT.put(content, backward.gradient)
 

@@ -166,7 +166,7 @@ class Clients:
                 broadcast = max(broadcast, request.backward.broadcast_bytes)
         for one in sent.traffic.values():
             entry.traffic.include(one)
-        entry.traffic.add("gradients-down-broadcast", broadcast, 0)
+        entry.traffic.logical["gradients-down-broadcast"] += broadcast
         if self.clock:
             told = time.perf_counter()
             exchange = exchange_of(sent.requests, replies, sent.traffic, broadcast)
