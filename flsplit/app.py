@@ -1,18 +1,20 @@
 """``client_app``: a ClientApp that does a client's part of split learning."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import Mod
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import nn
 
 from flsplit.auxiliary import BuildAuxiliary
 from flsplit.carry.session.host import serve_session
 from flsplit.client.handlers import add_handlers, answering_errors
 from flsplit.client.spec import ClientSpec, OptimizerFactory, Unpack
+from flsplit.client_parts import ClientPart
+from flsplit.message.arrays import readable
 
 
 def client_app(
@@ -26,6 +28,7 @@ def client_app(
     max_grad_norm: float | None = None,
     unpack: Unpack | None = None,
     auxiliary: BuildAuxiliary | None = None,
+    client_parts: Sequence[type[ClientPart]] = (),
     mods: list[Mod] | None = None,
 ) -> ClientApp:
     """Return a ClientApp that trains the client segment of ``model``.
@@ -58,8 +61,13 @@ def client_app(
         Builds the auxiliary model of FSL-SAGE and CSE-FSL from the shape of one row of smashed
         data and the number of classes; the strategy gets the same function. Not needed for those
         that flsplit builds.
+    client_parts : sequence of type, optional
+        Classes of client parts that a strategy may ask for by name, beside those that are
+        installed (entry-point group ``flsplit.client_parts``).
     mods : list of Mod, optional
-        Flower mods around every handler.
+        Flower mods around every handler. They may read what is sent (``Array.numpy()``) and put
+        other arrays in its place. What a mod changes is no part of training: the gradient that
+        comes back is of what the server got, and goes on as if the mod hadn't been there.
 
     Returns
     -------
@@ -78,8 +86,9 @@ def client_app(
         max_grad_norm=max_grad_norm,
         unpack=unpack,
         auxiliary=auxiliary,
+        client_parts=client_parts,
     )
-    app = ClientApp(mods=mods)
+    app = ClientApp(mods=[_readable, *mods] if mods else None)
     add_handlers(app, spec)
 
     @app.train("session")
@@ -88,3 +97,10 @@ def client_app(
         return serve_session(app, message, context)
 
     return app
+
+
+def _readable(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Be the outermost mod: the user's can read the raw arrays of a request."""
+    if message.has_content():
+        readable(message.content)
+    return call_next(message, context)

@@ -1,5 +1,7 @@
 """Whether a tensor is finite, asked for every tensor of every step."""
 
+import cmath
+
 import torch
 from torch import Tensor
 
@@ -10,4 +12,4 @@ def all_finite(tensor: Tensor) -> bool:
     One element that is not finite makes the sum NaN or infinite, and the sum takes a twentieth of
     the time; only where it overflows are the elements looked at one by one.
     """
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

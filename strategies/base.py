@@ -4,7 +4,7 @@ import copy
 import inspect
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, NoReturn
 
@@ -15,12 +15,13 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
 from flsplit.client.spec import pick_device
+from flsplit.client_parts import ClientPart
 from flsplit.cut import split
 from flsplit.errors import ConfigError, FlsplitError, NonFiniteError, located
 from flsplit.finite import all_finite
 from flsplit.message.arrays import check_like, from_record, to_record
-from flsplit.message.finish import FinishReply
-from flsplit.message.parts import Backward, SegmentArrays
+from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.steps import FinishReply
 from flsplit.seeds import seeded
 from flsplit.server.aggregate import SegmentAggregator, Upload
 from flsplit.server.passes import PerClient, Pooled, Replay, ServerPass
@@ -84,6 +85,8 @@ class SplitStrategy(SaysPhases, Strategy):
 
     hands_on: ClassVar[bool] = False
     one_by_one: ClassVar[bool] = False
+    client_parts: Sequence[ClientPart] = ()
+    """What the method has its clients do beside the plain step; the options' parts come after."""
 
     server: ServerSegment
     client_segment: SegmentArrays

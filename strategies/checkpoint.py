@@ -12,14 +12,14 @@ from flwr.serverapp.strategy import Strategy
 from flsplit.account import History, RoundEntry
 from flsplit.errors import ConfigError
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.optimizer import (
+from flsplit.message.optimizer_state import (
     OptimizerState,
     get_state,
     set_state,
     state_from_records,
     state_to_records,
 )
-from flsplit.message.parts import SegmentArrays
+from flsplit.message.request import SegmentArrays
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import RoundFolder
 

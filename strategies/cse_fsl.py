@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flsplit.auxiliary import emulated_gradient, keeping_buffers
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.finish import FinishReply
+from flsplit.message.steps import FinishReply
 from flsplit.server.aggregate import average_buffers
 from flsplit.server.arguments import number
 from flsplit.strategies.decoupled import DecoupledStrategy, Sent

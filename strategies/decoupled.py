@@ -25,9 +25,9 @@ from flsplit.cut.flops import forward_flops
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.finish import FinishReply
-from flsplit.message.local import AuxiliaryPlan, LocalReply, LocalRequest
+from flsplit.message.local_steps import AuxiliaryPlan, LocalReply, LocalRequest
 from flsplit.message.shape import ShapeReply, ShapeRequest
+from flsplit.message.steps import FinishReply
 from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import one_of, whole
 from flsplit.server.step import ClientBatch
@@ -292,12 +292,13 @@ class DecoupledStrategy(SplitStrategy):
     def _first_request(
         self, round_: Round, name: str, *, peek: bool = False, upload_from: int = 0
     ) -> LocalRequest:
-        sent = self.auxiliary_of(name)
+        sent, plan = self.auxiliary_of(name), round_.plan_of(name)
         return LocalRequest(
             **self._common(round_, 0, upload_from),
-            num_steps=round_.plan.local_steps or None,
+            num_steps=plan.num_steps,
             peek=peek,
-            plan=round_.plan,
+            plan=plan,
+            planned=plan,
             segment=round_.segment,
             auxiliary=sent.tensors,
             auxiliary_held=self._held.get(name) == sent.version,

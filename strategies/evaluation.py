@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 from flsplit.account.ledger import RoundEntry
 from flsplit.errors import FlsplitError, located
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
-from flsplit.message.parts import SegmentArrays
+from flsplit.message.request import SegmentArrays
 from flsplit.server.clients import Clients
-from flsplit.server.fits import Fits, leave_out_misfits
+from flsplit.server.misfits import Fits, leave_out_misfits
 from flsplit.server.segment import ServerSegment
 from flsplit.strategies.scores import Scores
 

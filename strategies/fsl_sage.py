@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from flsplit.errors import ConfigError
 from flsplit.log import logger
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.optimizer import get_state, set_state
+from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.seeds import derive_seed
 from flsplit.server.alignment import AlignedAuxiliary
 from flsplit.server.arguments import number, one_of, whole

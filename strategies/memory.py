@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
-from flsplit.message.local import LocalReply
+from flsplit.message.local_steps import LocalReply
 from flsplit.server.segment import ServerSegment
 from flsplit.server.step import ClientBatch
 

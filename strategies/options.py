@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from flsplit.carry.choose import CarrierName
 from flsplit.carry.session import SessionSettings
+from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.errors import ConfigError
 from flsplit.server.passes import ServerPass
 from flsplit.server.rules import GradientRule
@@ -78,6 +79,8 @@ class SplitOptions:
         How the server computes a step, instead of what ``server_batchnorm`` says.
     rules : sequence of GradientRule
         Edits of a step's gradients, in order.
+    client_parts : sequence of ClientPart
+        What clients do beside the plain step, in order: clipping, noise, a proximal term.
     device : str
         Where the server computes: a torch device, or ``auto``.
     client_strategy : flwr.serverapp.strategy.Strategy, optional
@@ -127,6 +130,7 @@ class SplitOptions:
     server_batchnorm: str = "pooled"
     server_pass: ServerPass | None = None
     rules: Sequence[GradientRule] = field(default_factory=tuple)
+    client_parts: Sequence[ClientPart] = field(default_factory=tuple)
     device: str = "auto"
     client_strategy: Strategy | None = None
     share_client_segments: bool = False
@@ -155,6 +159,7 @@ class SplitOptions:
             _callable("server_scheduler", self.server_scheduler)
         for rule in self.rules:
             of_kind("rules: one of them", rule, GradientRule)
+        describe_parts(self.client_parts)  # what can't be sent is said now
         _rate("server_lr", self.server_lr)
         if self.client_lr is not None:
             _rate("client_lr", self.client_lr)
@@ -207,6 +212,7 @@ _KINDS: dict[str, type | UnionType] = {
     "drop_last": bool,
     "server_pass": ServerPass | None,
     "rules": Sequence,
+    "client_parts": Sequence,
     "device": str,
     "client_strategy": Strategy | None,
     "share_client_segments": bool,

@@ -2,8 +2,8 @@
 
 from abc import abstractmethod
 
-from flsplit.message.finish import FinishReply
-from flsplit.message.parts import Backward
+from flsplit.message.request import Backward
+from flsplit.message.steps import FinishReply
 from flsplit.server.step import ClientBatch
 from flsplit.strategies.base import SplitStrategy
 from flsplit.strategies.round import Round
@@ -24,14 +24,20 @@ class ParallelStrategy(SplitStrategy):
     def train_round(self, round_: Round) -> dict[str, FinishReply]:
         """Let all participants step together until each has done its steps."""
         replies, finished = round_.exchange(
-            {name: round_.first_request() for name in round_.participants}
+            {name: round_.first_request(name) for name in round_.participants}
         )
         steps = max((reply.num_steps for reply in replies.values()), default=0)
         for step in range(steps):
-            gradients = self.server_step(round_, step, steps, round_.batches(replies))
-            round_.entry.steps += 1
+            told: dict[str, Backward] = {}
+            if batches := round_.batches(replies):  # else all sit this step out
+                told = self.server_step(round_, step, steps, batches)
+                round_.entry.steps += 1
+            nothing = Backward(step, None)
             replies, ended = round_.exchange(
-                {name: round_.next_request(replies[name], gradients[name]) for name in replies}
+                {
+                    name: round_.next_request(reply, told.get(name, nothing))
+                    for name, reply in replies.items()
+                }
             )
             finished |= ended
             if not replies:

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
-from flsplit.message.local import LocalReply, LocalRequest
+from flsplit.message.local_steps import LocalReply, LocalRequest
 from flsplit.server.clients import Sent
 from flsplit.strategies.round import Round
 

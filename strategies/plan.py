@@ -3,7 +3,7 @@
 from flwr.app import ConfigRecord, ConfigRecordValues
 
 from flsplit.errors import ConfigError, ProtocolError
-from flsplit.message.plan import RoundPlan
+from flsplit.message.round_plan import RoundPlan
 from flsplit.strategies.options import SplitOptions, at_round, refuse_unknown
 
 _TRAIN_KEYS = ("lr", "batch-size", "local-epochs", "local-steps", "drop-last")
@@ -17,6 +17,7 @@ def make_plan(
     config: ConfigRecord,
     segment_version: int,
     experiment: str,
+    client_parts: str = "",
 ) -> RoundPlan:
     """Return a round's plan; ``config`` goes before ``options``.
 
@@ -42,6 +43,8 @@ def make_plan(
         "segment-version": segment_version,
         "experiment": experiment,
         "seed": options.seed,
+        "batch-sizes": [],
+        "client-parts": client_parts,
     }
     try:
         plan = RoundPlan.from_config(ConfigRecord({**fields, **given, **fixed}))

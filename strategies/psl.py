@@ -1,6 +1,6 @@
 """Parallel split learning."""
 
-from flsplit.message.parts import Backward
+from flsplit.message.request import Backward
 from flsplit.server.step import ClientBatch
 from flsplit.strategies.base import backward_requests
 from flsplit.strategies.parallel import ParallelStrategy

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from flsplit.client_parts import make_part
 from flsplit.errors import ConfigError
 from flsplit.server.passes import ServerPass
 from flsplit.server.rules import GradientRule
@@ -47,6 +48,7 @@ def make_strategy(name: str, strategy_args: str = "{}", **options: Any) -> Split
         Arguments as a TOML inline table, e.g. ``'{phi = 0.5, client-lr = 0.01}'``; a hyphen
         stands for an underscore. They go before ``options``. ``rules`` is a list of rules and
         ``server-pass`` a server pass, each a name or a table with the name and arguments:
+        ``client-parts`` is a list of client parts likewise:
         ``'{rules = ["split-lr", {name = "cut-gradient-averaging", phi = 0.5}]}'``,
         ``'{server-pass = {name = "replay", phi = 0.5}}'``.
     **options
@@ -195,6 +197,13 @@ def _parse(strategy_args: str) -> dict[str, Any]:
                 '[{name = "cut-gradient-averaging", phi = 0.5}]'
             )
         arguments["rules"] = [make_rule(one) for one in arguments["rules"]]
+    if "client_parts" in arguments:
+        if not isinstance(arguments["client_parts"], list):
+            raise ConfigError(
+                f"strategy-args: client-parts is {arguments['client_parts']!r}, expected a list as "
+                '["clip", {name = "noise", sigma = 0.1}]'
+            )
+        arguments["client_parts"] = [make_part(one) for one in arguments["client_parts"]]
     if "server_pass" in arguments:
         arguments["server_pass"] = make_server_pass(arguments["server_pass"])
     return arguments

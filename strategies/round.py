@@ -1,24 +1,25 @@
 """One round under way: the clients in it, its plan and its ledger entry."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from flsplit.account.ledger import RoundEntry
-from flsplit.errors import NotEnoughClientsError
+from flsplit.client_parts import ClientPart
+from flsplit.client_parts.chain import sent_down
+from flsplit.errors import NotEnoughClientsError, located
 from flsplit.log import logger
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import LocalReply, LocalRequest
-from flsplit.message.optimizer import OptimizerState
-from flsplit.message.parts import Backward, SegmentArrays
-from flsplit.message.plan import RoundPlan
-from flsplit.message.step import StepReply, StepRequest
+from flsplit.message.local_steps import LocalReply, LocalRequest
+from flsplit.message.optimizer_state import OptimizerState
+from flsplit.message.request import Backward, Reply, Request, SegmentArrays
+from flsplit.message.round_plan import RoundPlan
+from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.seeds import derive_seed
-from flsplit.server.checks import Reply, Request
 from flsplit.server.clients import Clients, Sent
-from flsplit.server.fits import Fits, leave_out_misfits
+from flsplit.server.misfits import Fits, leave_out_misfits
 from flsplit.server.step import (
     ClientBatch,
     Shares,
@@ -49,6 +50,12 @@ class Round:
         With fewer clients left, the round ends with an error.
     fits : Fits
         Tells whose smashed data and labels the server segment can't take.
+    client_parts : sequence of ClientPart
+        What edits the cut-layer gradients on their way down, beside what it does on the client.
+    overrides : dict of str to dict
+        What a client's plan has in place of the round's, by field of `RoundPlan`: ``batch_size``,
+        ``batch_sizes``, ``local_steps``, ``local_epochs``, ``lr``, ``drop_last``. To be set
+        before the client is first asked in the round.
     exchanges_left : callable, optional
         In the first round of a run: takes how many steps the clients have, and returns how many
         exchanges the run takes from here on.
@@ -63,9 +70,12 @@ class Round:
     upload_segment: bool
     min_clients: int
     fits: Fits
+    client_parts: Sequence[ClientPart] = ()
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     exchanges_left: Callable[[int], int] | None = None
     entry: RoundEntry = field(init=False)
     ended: bool = field(default=False, init=False)
+    _plans: dict[str, RoundPlan] = field(default_factory=dict)
     _rows: int = 0
     _loss: float = 0.0
     _classified: int = 0
@@ -81,27 +91,50 @@ class Round:
         """Let the next clients begin with another segment than the round's first."""
         self.segment = segment
         self.plan = replace(self.plan, segment_version=segment.version)
+        self._plans.clear()
 
     # --- requests ------------------------------------------------------------------------
 
-    def first_request(self, optimizer: OptimizerState | None = None) -> StepRequest:
+    def plan_of(self, client: str) -> RoundPlan:
+        """Return a client's plan: the round's, but for what ``overrides`` says.
+
+        Raises
+        ------
+        ConfigError
+            If that can't be used.
+        """
+        if client not in self.overrides:
+            return self.plan
+        if client not in self._plans:
+            with located(f"the plan of client {client!r}"):
+                self._plans[client] = self.plan.changed(self.overrides[client])
+        return self._plans[client]
+
+    def first_request(self, client: str, optimizer: OptimizerState | None = None) -> StepRequest:
         """Return the request that begins a client's round."""
+        plan = self.plan_of(client)
         return StepRequest(
-            self.plan.server_round,
+            plan.server_round,
             step=0,
-            plan=self.plan,
+            plan=plan,
             segment=self.segment,
             optimizer=optimizer,
-            num_steps=self.plan.local_steps or None,
+            num_steps=plan.num_steps,
+            planned=plan,
         )
 
     def next_request(
         self, reply: StepReply, backward: Backward, *, upload_optimizer: bool = False
     ) -> StepRequest | FinishRequest:
         """Return the request after ``reply``: the next step, or the end of the client's round."""
+        backward = self._edited(reply.client, backward)
         if backward.step + 1 < reply.num_steps:
             return StepRequest(
-                self.plan.server_round, backward.step + 1, backward, num_steps=reply.num_steps
+                self.plan.server_round,
+                backward.step + 1,
+                backward,
+                num_steps=reply.num_steps,
+                planned=self.plan_of(reply.client),
             )
         return FinishRequest(
             self.plan.server_round,
@@ -110,6 +143,16 @@ class Round:
             upload_optimizer,
             like=self.segment.tensors,
         )
+
+    def _edited(self, client: str, backward: Backward) -> Backward:
+        """Return what is told to a client, after the client parts' ``down``."""
+        if not self.client_parts or (gradient := backward.gradient) is None:
+            return backward
+        plan = self.plan
+        where = (plan.seed, client, plan.server_round, backward.step)
+        edited = sent_down(self.client_parts, *where, gradient)
+        # What was edited is this client's alone: nothing of it is sent to several at once.
+        return backward if edited is gradient else Backward(backward.step, edited)
 
     def exchange(
         self, requests: Mapping[str, Request]
@@ -136,7 +179,8 @@ class Round:
 
     def send_local(self, requests: Mapping[str, LocalRequest]) -> Sent:
         """Send requests for local steps whose replies :meth:`receive_local` returns later."""
-        return self.clients.send(requests, self.entry)
+        planned = {name: replace(one, planned=self.plan_of(name)) for name, one in requests.items()}
+        return self.clients.send(planned, self.entry)
 
     def receive_local(self, sent: Sent) -> dict[str, LocalReply]:
         """Return the replies to what was sent; fewer clients as in `exchange`."""
@@ -190,10 +234,14 @@ class Round:
     # --- a server step -------------------------------------------------------------------
 
     def batches(self, replies: Mapping[str, StepReply]) -> list[ClientBatch]:
-        """Return the clients' mini-batches as they came, in the clients' fixed order."""
+        """Return the clients' mini-batches as they came, in the clients' fixed order.
+
+        Those that sit the step out have none.
+        """
         return [
             ClientBatch(name, reply.smashed, reply.labels, reply.num_examples)
             for name, reply in replies.items()
+            if len(reply.smashed)
         ]
 
     def context(

@@ -16,12 +16,13 @@ from flwr.serverapp import Grid
 from flsplit.account import Clock, RoundEntry
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.choose import open_carrier
+from flsplit.client_parts import describe_parts
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
-from flsplit.message.finish import FinishReply
+from flsplit.message.steps import FinishReply
 from flsplit.seeds import derive_seed
 from flsplit.server.clients import Clients
-from flsplit.server.fits import Fits
+from flsplit.server.misfits import Fits
 from flsplit.strategies.checkpoint import Checkpoints
 from flsplit.strategies.evaluation import evaluate_clients
 from flsplit.strategies.options import at_round
@@ -151,12 +152,20 @@ class Run:
             for segment in strategy.server_segments():
                 segment.set_lr(at_round(options.server_lr, server_round))
         config = ConfigRecord({**(self.train_config or {})})
+        parts = [*strategy.client_parts, *options.client_parts]
         version = strategy.client_segment.version
         return Round(
             clients=clients,
             plan=make_plan(
-                options, server_round, self.num_rounds, config, version, self._experiment
+                options,
+                server_round,
+                self.num_rounds,
+                config,
+                version,
+                self._experiment,
+                describe_parts(parts),
             ),
+            client_parts=parts,
             segment=strategy.client_segment,
             participants=self._choose(server_round, clients),
             upload_segment=strategy.gives_whole_model

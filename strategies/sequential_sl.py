@@ -5,8 +5,9 @@ from typing import Any
 from flwr.app import RecordDict
 
 from flsplit.errors import ConfigError
-from flsplit.message.finish import FinishReply
-from flsplit.message.optimizer import OptimizerState
+from flsplit.message.optimizer_state import OptimizerState
+from flsplit.message.request import Backward
+from flsplit.message.steps import FinishReply
 from flsplit.strategies.base import SplitStrategy, backward_requests
 from flsplit.strategies.checkpoint import get_optimizer_state, put_optimizer_state
 from flsplit.strategies.round import Round
@@ -88,13 +89,15 @@ class SequentialSL(SplitStrategy):
 
     def _take_turn(self, round_: Round, name: str) -> dict[str, FinishReply]:
         round_.begin_with(self.client_segment)
-        replies, finished = round_.exchange({name: round_.first_request(self._optimizer)})
+        replies, finished = round_.exchange({name: round_.first_request(name, self._optimizer)})
         while replies:
             batches = round_.batches(replies)
             step, steps = replies[name].step, replies[name].num_steps
-            result = self.segment_step(self.server, round_, step, steps, batches)
-            round_.entry.steps += 1
-            backward = backward_requests(result, step, batches)[name]
+            backward = Backward(step, None)
+            if batches:  # else the client sits this step out
+                result = self.segment_step(self.server, round_, step, steps, batches)
+                round_.entry.steps += 1
+                backward = backward_requests(result, step, batches)[name]
             request = round_.next_request(replies[name], backward, upload_optimizer=True)
             replies, finished = round_.exchange({name: request})
         if reply := finished.get(name):

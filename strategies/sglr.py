@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flsplit.errors import ConfigError
-from flsplit.message.finish import FinishReply
+from flsplit.message.steps import FinishReply
 from flsplit.strategies.options import at_round
 from flsplit.strategies.psl import PSL
 from flsplit.strategies.round import Round

@@ -8,8 +8,8 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from flsplit.errors import ConfigError
-from flsplit.message.finish import FinishReply
-from flsplit.message.parts import Backward
+from flsplit.message.request import Backward
+from flsplit.message.steps import FinishReply
 from flsplit.seeds import derive_seed
 from flsplit.server.aggregate import SegmentAggregator, Upload
 from flsplit.server.segment import ServerSegment

@@ -2,7 +2,7 @@
 
 import torch
 
-from flsplit.message.parts import Backward
+from flsplit.message.request import Backward
 from flsplit.seeds import generator
 from flsplit.server.step import ClientBatch
 from flsplit.strategies.base import backward_requests

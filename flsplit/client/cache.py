@@ -5,13 +5,11 @@ A carrier that keeps the process (LocalGrid, a session) dispatches messages insi
 rebuilt from its state and written back. There is no other difference between the two.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar, Token
 
 from flwr.app import Context
 
-from flsplit.client.client import Client
+from flsplit.client.live_client import Client
 from flsplit.client.spec import ClientSpec, client_name
 from flsplit.client.state import ClientState
 
@@ -36,19 +34,20 @@ class ClientCache:
 _active: ContextVar[ClientCache | None] = ContextVar("flsplit_client_cache", default=None)
 
 
-@contextmanager
-def borrow_client(spec: ClientSpec, context: Context) -> Iterator[Client]:
-    """Yield this context's client and keep what becomes of it, also when a step fails."""
+def find_client(spec: ClientSpec, context: Context) -> Client:
+    """Return this context's client, from the cache or from its state."""
     cache, name = _active.get(), client_name(context)
     client = cache.clients.get(name) if cache else None
     if client is None:
         client = Client(spec, context)
         if state := ClientState.get(context.state):
             client.load(state)
-    try:
-        yield client
-    finally:
-        if cache:
+        if cache:  # at once: it is kept also when its first step fails
             cache.clients[name] = client
-        else:
-            client.state().put(context.state)
+    return client
+
+
+def keep_client(client: Client, context: Context) -> None:
+    """Write down what became of a client, where it is not in a cache; also when a step fails."""
+    if _active.get() is None:
+        client.state().put(context.state)

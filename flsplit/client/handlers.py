@@ -9,18 +9,17 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from flsplit.client.cache import borrow_client
-from flsplit.client.client import Client
-from flsplit.client.local import row_shapes, train_locally
+from flsplit.client.cache import find_client, keep_client
+from flsplit.client.live_client import Client
+from flsplit.client.local_training import row_shapes, train_locally
 from flsplit.client.spec import ClientSpec, client_name
 from flsplit.errors import FlsplitError
 from flsplit.log import logger
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import LocalRequest
+from flsplit.message.local_steps import LocalRequest
 from flsplit.message.raised import raised
 from flsplit.message.shape import ShapeRequest
-from flsplit.message.step import StepReply, StepRequest
+from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 
 Handler = Callable[[Message, Context], Message]
 
@@ -31,17 +30,19 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
     @app.query("describe")
     @answering_errors
     def describe(message: Message, context: Context) -> Message:
-        return _reply(
-            message, RecordDict({"reply": ConfigRecord({"client": client_name(context)})})
-        )
+        head = ConfigRecord({"client": client_name(context)})
+        return Message(RecordDict({"reply": head}), reply_to=message)
 
     def serve(register: Callable[[Handler], Handler], request_type: Any, compute: Any) -> None:
         @register
         @answering_errors
         def handle(message: Message, context: Context) -> Message:
             request = request_type.from_content(message.content)
-            with borrow_client(spec, context) as client:
-                return _reply(message, compute(client, request).to_content())
+            client = find_client(spec, context)
+            try:
+                return Message(compute(client, request).to_content(), reply_to=message)
+            finally:
+                keep_client(client, context)
 
     serve(app.train("step"), StepRequest, take_step)
     serve(app.train("finish"), FinishRequest, finish_round)
@@ -103,10 +104,6 @@ def evaluate_batch(client: Client, request: EvaluateRequest) -> EvaluateReply:
         labels=labels,
         seconds=time.perf_counter() - started,
     )
-
-
-def _reply(message: Message, content: RecordDict) -> Message:
-    return Message(content, reply_to=message)
 
 
 def answering_errors(handler: Handler) -> Handler:

@@ -1,7 +1,7 @@
 """What a user says about a client: model, cut, data, optimizer and where to compute."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flsplit.auxiliary import BuildAuxiliary
+from flsplit.client_parts import ClientPart
 from flsplit.errors import ConfigError
 
 OptimizerFactory = Callable[..., Optimizer]
@@ -33,6 +34,7 @@ class ClientSpec:
     max_grad_norm: float | None = None
     unpack: Unpack | None = None
     auxiliary: BuildAuxiliary | None = None
+    client_parts: Sequence[type[ClientPart]] = ()
 
     def __post_init__(self) -> None:
         """Refuse what can't be used."""
@@ -46,6 +48,11 @@ class ClientSpec:
                 raise ConfigError(f"{name} is {found!r}, expected a function")
         if self.auxiliary is not None and not callable(self.auxiliary):
             raise ConfigError(f"auxiliary is {self.auxiliary!r}, expected a function")
+        for one in self.client_parts:
+            if not (isinstance(one, type) and issubclass(one, ClientPart) and one.name):
+                raise ConfigError(
+                    f"client_parts: one of them is {one!r}, expected a class of parts with a name"
+                )
         if not isinstance(self.cut, str):
             raise ConfigError(f"cut is {self.cut!r}, expected the name of a submodule")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):

@@ -1,29 +1,64 @@
 """Everything a client must remember between two messages, as one explicit value."""
 
 from dataclasses import dataclass, field
+from typing import Annotated, Any, Self
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.fields import record, value
-from flsplit.message.local import AuxiliaryPlan
-from flsplit.message.optimizer import OptimizerState, state_from_records, state_to_records
-from flsplit.message.plan import RoundPlan
+from flsplit.message.fields import Content, In, Records, Slot, record
+from flsplit.message.local_steps import AuxiliaryPlan
+from flsplit.message.optimizer_state import IndexedState, state_from_records, state_to_records
+from flsplit.message.round_plan import RoundPlan
 
-_SEGMENT, _OPTIMIZER, _NUMBERS = "flsplit.segment", "flsplit.optimizer", "flsplit.optimizer-numbers"
-_PLAN, _PROGRESS = "flsplit.plan", "flsplit.progress"
-_AUXILIARY, _AUXILIARY_PLAN = "flsplit.auxiliary", "flsplit.auxiliary-plan"
-_AUXILIARY_OPTIMIZER = "flsplit.auxiliary-optimizer"
-_AUXILIARY_NUMBERS = "flsplit.auxiliary-optimizer-numbers"
-_AUXILIARY_PROGRESS = "flsplit.auxiliary-progress"
+_PREFIX = "flsplit."
+_PROGRESS = f"{_PREFIX}progress"
 
 NO_STEP = -1
 NO_SEGMENT = -1
 
 
+def _tensors(key: str) -> Slot:
+    """Return how tensors are kept: raw, since NumPy doesn't know all their types."""
+
+    def put(records: RecordDict, tensors: dict[str, Tensor]) -> None:
+        arrays = records[key] = ArrayRecord()
+        for name, tensor in tensors.items():
+            arrays[name] = to_array(tensor)
+
+    return Slot(key, put, lambda records: from_record(record(records, key, ArrayRecord), field=key))
+
+
+def _indexed(key: str) -> Slot:
+    """Return how the state of an optimizer or of client parts is kept."""
+    numbers = f"{key}-numbers"
+
+    def put(records: RecordDict, state: IndexedState) -> None:
+        records[key], records[numbers] = state_to_records(state)
+
+    def get(records: Records) -> IndexedState:
+        kept = record(records, key, ArrayRecord), record(records, numbers, ConfigRecord)
+        return state_from_records(*kept)
+
+    return Slot(key, put, get)
+
+
+def _plan(key: str, kind: Any) -> Slot:
+    def put(records: RecordDict, plan: Any) -> None:
+        records[key] = plan.to_config()
+
+    return Slot(key, put, lambda records: kind.from_config(record(records, key, ConfigRecord)))
+
+
+_AUXILIARY = f"{_PREFIX}auxiliary"
+_AUXILIARY_PLAN = _plan(f"{_AUXILIARY}-plan", AuxiliaryPlan)
+_AUXILIARY_TENSORS = _tensors(_AUXILIARY)
+_AUXILIARY_OPTIMIZER = _indexed(f"{_AUXILIARY}-optimizer")
+
+
 @dataclass
-class AuxiliaryState:
+class AuxiliaryState(Content):
     """A client's auxiliary model between two messages.
 
     Attributes
@@ -32,59 +67,40 @@ class AuxiliaryState:
         How it is built and what for.
     tensors : dict of str to torch.Tensor
         Parameters and buffers by name.
-    optimizer : OptimizerState
+    optimizer : IndexedState
         Of the optimizer that trains it; empty where the client doesn't.
     version : int
         Which of the server's versions it came from.
     """
 
-    plan: AuxiliaryPlan
-    tensors: dict[str, Tensor]
-    optimizer: OptimizerState
-    version: int
+    plan: Annotated[AuxiliaryPlan, _AUXILIARY_PLAN]
+    tensors: Annotated[dict[str, Tensor], _AUXILIARY_TENSORS]
+    optimizer: Annotated[IndexedState, _AUXILIARY_OPTIMIZER]
+    version: Annotated[int, In(f"{_AUXILIARY}-progress")]
 
-    def put(self, records: RecordDict) -> None:
-        """Write the state into ``records``."""
-        records[_AUXILIARY] = ArrayRecord({k: to_array(v) for k, v in self.tensors.items()})
-        optimizer = state_to_records(self.optimizer)
-        records[_AUXILIARY_OPTIMIZER], records[_AUXILIARY_NUMBERS] = optimizer
-        records[_AUXILIARY_PLAN] = self.plan.to_config()
-        records[_AUXILIARY_PROGRESS] = ConfigRecord({"version": self.version})
 
-    @classmethod
-    def get(cls, records: RecordDict) -> "AuxiliaryState | None":
-        """Return the state in ``records``, None if there is none."""
-        if _AUXILIARY_PLAN not in records:
-            return None
-        return cls(
-            plan=AuxiliaryPlan.from_config(record(records, _AUXILIARY_PLAN, ConfigRecord)),
-            tensors=from_record(record(records, _AUXILIARY, ArrayRecord), field=_AUXILIARY),
-            optimizer=state_from_records(
-                record(records, _AUXILIARY_OPTIMIZER, ArrayRecord),
-                record(records, _AUXILIARY_NUMBERS, ConfigRecord),
-            ),
-            version=value(record(records, _AUXILIARY_PROGRESS, ConfigRecord), "version", int),
-        )
+def _put_auxiliary(records: RecordDict, state: AuxiliaryState) -> None:
+    records.update(state.to_content())
 
 
 @dataclass
-class ClientState:
+class ClientState(Content):
     """A client between two messages.
 
     A forward pass is undone by definition until its gradient arrives: while a step is pending,
     the state is the one *before* its forward pass, which can be computed again exactly from
-    ``position`` and the seeds (BatchNorm buffers move once, not twice).
+    ``drawn`` and the seeds (BatchNorm buffers move once, not twice).
 
     Attributes
     ----------
     segment : dict of str to torch.Tensor
         Parameters and buffers (also those that a state dict leaves out), by name.
-    optimizer : OptimizerState
+    optimizer : IndexedState
         Momentum, moments and step counts.
     version : int
         Which of the server's segments this one came from; -1 before the first.
-    position : int
-        Mini-batches drawn since the run began.
+    drawn : int
+        Examples drawn since the run began; what an epoch left out counts as well.
     steps_done : int
         Steps done in this round.
     pending : int
@@ -93,16 +109,29 @@ class ClientState:
         The round the client is in.
     auxiliary : AuxiliaryState or None
         Its auxiliary model, where the method has one.
+    parts : IndexedState
+        What client parts remember, by their index.
+    round_start : dict of str to torch.Tensor
+        Trainable parameters when the round began, where a client part needs them.
     """
 
-    segment: dict[str, Tensor]
-    optimizer: OptimizerState = field(default_factory=dict)
-    version: int = NO_SEGMENT
-    position: int = 0
-    steps_done: int = 0
-    pending: int = NO_STEP
-    plan: RoundPlan | None = None
-    auxiliary: AuxiliaryState | None = None
+    segment: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}segment")]
+    optimizer: Annotated[IndexedState, _indexed(f"{_PREFIX}optimizer")] = field(
+        default_factory=dict
+    )
+    version: Annotated[int, In(_PROGRESS)] = NO_SEGMENT
+    drawn: Annotated[int, In(_PROGRESS)] = 0
+    steps_done: Annotated[int, In(_PROGRESS)] = 0
+    pending: Annotated[int, In(_PROGRESS)] = NO_STEP
+    plan: Annotated[RoundPlan | None, _plan(f"{_PREFIX}plan", RoundPlan)] = None
+    auxiliary: Annotated[
+        AuxiliaryState | None,
+        Slot(_AUXILIARY_PLAN.record, _put_auxiliary, AuxiliaryState.from_content),
+    ] = None
+    parts: Annotated[IndexedState, _indexed(f"{_PREFIX}parts")] = field(default_factory=dict)
+    round_start: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}round-start")] = field(
+        default_factory=dict
+    )
 
     def is_ahead_of(self, server_round: int, experiment: str) -> bool:
         """Tell whether a round that begins has been trained in already.
@@ -115,36 +144,11 @@ class ClientState:
 
     def put(self, records: RecordDict) -> None:
         """Write the state into ``records`` (a ``Context.state``), beside what else is there."""
-        records[_SEGMENT] = ArrayRecord({k: to_array(v) for k, v in self.segment.items()})
-        records[_OPTIMIZER], records[_NUMBERS] = state_to_records(self.optimizer)
-        records[_PROGRESS] = ConfigRecord(
-            {
-                "version": self.version,
-                "position": self.position,
-                "steps-done": self.steps_done,
-                "pending": self.pending,
-            }
-        )
-        records[_PLAN] = self.plan.to_config() if self.plan else ConfigRecord()
-        if self.auxiliary:
-            self.auxiliary.put(records)
+        for name in [name for name in records if name.startswith(_PREFIX)]:
+            del records[name]
+        records.update(self.to_content())
 
     @classmethod
-    def get(cls, records: RecordDict) -> "ClientState | None":
+    def get(cls, records: RecordDict) -> Self | None:
         """Return the state in ``records``, None if there is none."""
-        if _PROGRESS not in records:
-            return None
-        progress = record(records, _PROGRESS, ConfigRecord)
-        plan = record(records, _PLAN, ConfigRecord)
-        return cls(
-            segment=from_record(record(records, _SEGMENT, ArrayRecord), field=_SEGMENT),
-            optimizer=state_from_records(
-                record(records, _OPTIMIZER, ArrayRecord), record(records, _NUMBERS, ConfigRecord)
-            ),
-            version=value(progress, "version", int),
-            position=value(progress, "position", int),
-            steps_done=value(progress, "steps-done", int),
-            pending=value(progress, "pending", int),
-            plan=RoundPlan.from_config(plan) if plan else None,
-            auxiliary=AuxiliaryState.get(records),
-        )
+        return cls.from_content(records) if _PROGRESS in records else None

@@ -5,11 +5,14 @@ them. Smashed data, labels and gradients travel raw: they are sent once per mini
 NumPy's NPY header and copies would cost as much as the transfer; NumPy has no bfloat16 either.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flsplit.errors import ProtocolError, SegmentMismatchError
@@ -26,15 +29,15 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_SIZE = 2**40
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return how messages write a dtype, one of those listed above."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
+    if dtype not in _NAMES:
         raise ProtocolError(f"a tensor of {dtype} can't be sent; known: {sorted(_DTYPES)}")
-    return name
+    return _NAMES[dtype]
 
 
 def dtype_of(name: str, *, field: str) -> torch.dtype:
@@ -44,15 +47,48 @@ def dtype_of(name: str, *, field: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def to_array(tensor: Tensor) -> Array:
+class RawArray(Array):
+    """A raw array of Flower's type that a Flower mod can read, too.
+
+    ``ArrayRecord({...})`` copies it into a plain ``Array``; put it into a record one by one.
+    """
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
+        # Flower's own constructor tells nine forms of arguments apart, for every array of a step.
+        self.__dict__.update(dtype=dtype, shape=shape, stype=RAW, data=data)
+
+    def numpy(self) -> NDArray[Any]:
+        """Return a copy as a NumPy array; of bfloat16, which NumPy lacks, as float32."""
+        tensor = to_tensor(self, field="array")
+        return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+    def deflate(self) -> bytes:
+        """Return what Flower's own carrier sends: a plain ``Array``, the only kind it knows."""
+        return Array(self.dtype, self.shape, self.stype, self.data).deflate()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without what Flower caches; `copy` uses it as well."""
+        return RawArray, (self.dtype, self.shape, self.data)
+
+
+def to_array(tensor: Tensor) -> RawArray:
     """Return a raw array with the tensor's elements, of any device and any dtype listed above."""
-    plain = tensor.detach().cpu().contiguous()
-    dtype = dtype_name(plain.dtype)
-    flat = plain.reshape(-1)
-    if flat.stride() != (1,):  # torch calls a tensor of no or one element contiguous at any stride
-        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
-    data = flat.view(torch.uint8).numpy().tobytes()
-    return Array(dtype=dtype, shape=tuple(plain.shape), stype=RAW, data=data)
+    dtype = _NAMES.get(tensor.dtype) or dtype_name(tensor.dtype)
+    # NumPy has no bfloat16, but integers of that size.
+    plain = tensor.detach().view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    return RawArray(dtype, tuple(tensor.shape), plain.numpy(force=True).tobytes())
+
+
+def readable(content: RecordDict) -> None:
+    """Make every raw array in a message one whose values ``numpy()`` returns.
+
+    Carriers hand over plain arrays, of which Flower knows only its own serialisation.
+    """
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            for key, array in record.items():
+                if array.stype == RAW and not isinstance(array, RawArray):
+                    record[key] = RawArray(array.dtype, tuple(array.shape), array.data)
 
 
 def to_tensor(array: Array, *, field: str) -> Tensor:
@@ -65,10 +101,10 @@ def to_tensor(array: Array, *, field: str) -> Tensor:
     """
     if array.stype != RAW:
         return _from_npy(array, field)
-    dtype = dtype_of(array.dtype, field=field)
-    if any(not 0 <= size <= _MAX_SIZE for size in array.shape):
+    dtype = _DTYPES.get(array.dtype) or dtype_of(array.dtype, field=field)
+    if array.shape and not 0 <= min(array.shape) <= max(array.shape) <= _MAX_SIZE:
         raise ProtocolError(f"{field}: shape is {array.shape}, expected sizes of 0 or more")
-    expected = int(np.prod(array.shape, dtype=object)) * dtype.itemsize
+    expected = math.prod(array.shape) * dtype.itemsize
     if len(array.data) != expected:
         raise ProtocolError(
             f"{field}: {len(array.data)} bytes came, but {array.dtype} of shape "
@@ -145,4 +181,4 @@ def nbytes(array: Array) -> int:
         itemsize = dtype.itemsize if dtype else np.dtype(array.dtype).itemsize
     except TypeError as error:
         raise ProtocolError(f"an array says that its dtype is {array.dtype!r}") from error
-    return int(np.prod(array.shape, dtype=object)) * itemsize
+    return math.prod(array.shape) * itemsize

@@ -1,16 +1,227 @@
-"""Reading a message's fields with errors that say what was expected and what came."""
+"""Messages and plans as dataclasses: one codec between their fields and Flower's records.
 
-from typing import TypeVar
+A field that travels says so in its annotation: :class:`In` names the record of a plain value,
+:class:`Slot` how anything else is written and read. What has neither stays where it is. Errors
+say which field it is, what was expected and what came.
+"""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args, get_origin
+from typing import get_type_hints as hints_of
+
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from flsplit.errors import ProtocolError
+from flsplit.flower_internals import fill
+from flsplit.message.arrays import dtype_name, dtype_of
+
+Record = ArrayRecord | ConfigRecord | MetricRecord
+Records = Mapping[str, Record]
 
 T = TypeVar("T", ArrayRecord, ConfigRecord, MetricRecord)
 Value = TypeVar("Value", bool, int, float, str)
 
 
-def record(content: RecordDict, key: str, kind: type[T]) -> T:
+@dataclass(frozen=True)
+class In:
+    """Where a plain value travels, and what it must at least be.
+
+    Attributes
+    ----------
+    record : str
+        The record's name. One called ``metrics`` or ``memory`` is a MetricRecord.
+    least : float, optional
+        The smallest number allowed; of a list, in it.
+    key : str
+        The field's name there; by default that of the dataclass, in kebab-case.
+    length : int
+        How many numbers a list has at least.
+    """
+
+    record: str = ""
+    least: float | None = None
+    key: str = ""
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """How a value that is no plain field is written into a message and read from it.
+
+    Attributes
+    ----------
+    record : str
+        The record that tells whether it is there.
+    put : callable
+        Takes a message's content and the value, and writes it.
+    get : callable
+        Takes the records by name and returns the value.
+    required : bool
+        Whether every message has it; the value is None otherwise.
+    """
+
+    record: str
+    put: Callable[[RecordDict, Any], None]
+    get: Callable[[Records], Any]
+    required: bool = False
+
+
+class _Entry(NamedTuple):
+    name: str
+    key: str
+    kind: Any
+    least: float | None
+    length: int
+
+
+_Group = tuple[str, Any, Sequence[_Entry]]
+"""A record's name, its class, and its fields."""
+
+
+def _entry(name: str, hint: Any, at: In) -> _Entry:
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(kind) in (tuple, Sequence):
+        kind = tuple
+    return _Entry(name, at.key or name.replace("_", "-"), kind, at.least, at.length)
+
+
+def _said(hint: Any, kind: type) -> Any:
+    """Return the ``In`` or ``Slot`` of an annotation, None if there is none."""
+    extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return next((one for one in extras if isinstance(one, kind)), None)
+
+
+class Fields:
+    """Base of dataclasses that are one record, with all their fields."""
+
+    _entries: ClassVar[Sequence[_Entry]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """Read the annotations once."""
+        hints = hints_of(cls, include_extras=True)
+        del hints["_entries"]
+        cls._entries = [_entry(name, hint, _said(hint, In) or In()) for name, hint in hints.items()]
+
+    def to_config(self) -> ConfigRecord:
+        """Return the record."""
+        content = RecordDict()
+        _write(self, content, [("it", ConfigRecord, self._entries)])
+        return record(content, "it", ConfigRecord)
+
+    @classmethod
+    def from_config(cls, config: ConfigRecord) -> Self:
+        """Return what a record says; ProtocolError if a field is missing, wrong or too small."""
+        return cls(**_read({"it": config}, [("it", ConfigRecord, cls._entries)]))
+
+
+class Content:
+    """Base of dataclasses that are a message's content."""
+
+    _groups: ClassVar[Sequence[_Group]] = ()
+    _slots: ClassVar[Sequence[tuple[str, Slot]]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """Read the annotations once."""
+        groups: dict[str, list[_Entry]] = {}
+        slots = []
+        for name, hint in hints_of(cls, include_extras=True).items():
+            if at := _said(hint, In):
+                groups.setdefault(at.record, []).append(_entry(name, hint, at))
+            elif slot := _said(hint, Slot):
+                slots.append((name, slot))
+        cls._slots = slots
+        cls._groups = [
+            (record, MetricRecord if record in ("metrics", "memory") else ConfigRecord, entries)
+            for record, entries in groups.items()
+        ]
+
+    def to_content(self) -> RecordDict:
+        """Return the content of a message."""
+        content = RecordDict()
+        _write(self, content, self._groups)
+        for name, slot in self._slots:
+            if (found := getattr(self, name)) is not None:
+                slot.put(content, found)
+        return content
+
+    @classmethod
+    def from_content(cls, content: RecordDict | Records) -> Self:
+        """Return what a message says; ProtocolError if it is malformed."""
+        records: Records = content if type(content) is dict else dict(content.items())
+        values = _read(records, cls._groups)
+        for name, slot in cls._slots:
+            if slot.required or slot.record in records:
+                values[name] = slot.get(records)
+        return cls(**values)
+
+
+# What follows runs for every message of every client: loops, and no call for each field.
+
+
+def _write(source: object, content: RecordDict, groups: Sequence[_Group]) -> None:
+    for record_name, make, entries in groups:
+        fields = {}
+        for name, key, kind, _, _ in entries:
+            found = getattr(source, name)
+            if kind is tuple:
+                found = list(found)
+            elif kind is torch.dtype:
+                found = dtype_name(found)
+            fields[key] = found
+        written = make()
+        fill(written, fields)
+        fill(content, {record_name: written})
+
+
+def _read(records: Records, groups: Sequence[_Group]) -> dict[str, Any]:
+    values = {}
+    for record_name, record_kind, entries in groups:
+        source: Any = records.get(record_name)
+        if type(source) is not record_kind:
+            source = record(records, record_name, record_kind)
+        fields: dict[str, Any] = dict(source.items())
+        for name, key, kind, least, length in entries:
+            if key not in fields:
+                raise ProtocolError(f"field {key!r} is missing; there are {sorted(fields)}")
+            found = fields[key]
+            if type(found) is not kind:
+                found = _converted(key, found, kind, least, length)
+            elif least is not None and not found >= least:
+                raise _too_small(key, found, least)
+            values[name] = found
+    return values
+
+
+def _converted(key: str, found: Any, kind: Any, least: float | None, length: int) -> Any:
+    """Return a value of another type than the record's: an int for a float, a list, a dtype."""
+    if kind is tuple:
+        return _sizes(key, found, 1 if least is None else least, length)
+    if kind is torch.dtype and type(found) is str:
+        return dtype_of(found, field=key)
+    if kind is not float or type(found) is not int:
+        raise ProtocolError(
+            f"field {key!r} is {found!r} ({type(found).__name__}), expected a {kind.__name__}"
+        )
+    if least is not None and not found >= least:
+        raise _too_small(key, found, least)
+    return float(found)
+
+
+def _too_small(key: str, found: object, least: float) -> ProtocolError:
+    return ProtocolError(f"field {key!r} is {found!r}, expected at least {least}")
+
+
+def _sizes(key: str, found: Any, least: float, length: int) -> tuple[int, ...]:
+    if not (isinstance(found, list) and len(found) >= length):
+        raise ProtocolError(f"field {key!r} is {found!r}, expected a list of sizes")
+    if not all(type(size) is int and size >= least for size in found):
+        raise ProtocolError(f"field {key!r} is {found!r}, expected sizes of {least} or more")
+    return tuple(found)
+
+
+def record(content: Records, key: str, kind: type[T]) -> T:
     """Return the record ``key``, which must be there and of ``kind``."""
     if key not in content:
         raise ProtocolError(f"record {key!r} is missing; the message holds {sorted(content)}")
@@ -30,33 +241,14 @@ def value(
     minimum: float | None = None,
 ) -> Value:
     """Return the field ``key`` of ``kind`` (an int passes for a float), at least ``minimum``."""
-    if key not in fields:
-        raise ProtocolError(f"field {key!r} is missing; there are {sorted(fields)}")
-    found = fields[key]
-    if kind is float and type(found) is int:
-        found = float(found)
-    if type(found) is not kind:
-        raise ProtocolError(
-            f"field {key!r} is {found!r} ({type(found).__name__}), expected a {kind.__name__}"
-        )
-    if minimum is not None and not found >= minimum:  # type: ignore[operator]
-        raise ProtocolError(f"field {key!r} is {found!r}, expected at least {minimum}")
+    group = ("it", type(fields), [_Entry("it", key, kind, minimum, 0)])
+    found: Value = _read({"it": fields}, [group])["it"]
     return found
 
 
-def sizes(fields: ConfigRecord | MetricRecord, key: str, *, least: int = 1) -> tuple[int, ...]:
-    """Return the field ``key``, a list of at least ``least`` numbers of 1 or more."""
-    found = fields.get(key)
-    if not (isinstance(found, list) and len(found) >= least):
-        raise ProtocolError(f"field {key!r} is {found!r}, expected a list of sizes")
-    if not all(type(size) is int and size > 0 for size in found):
-        raise ProtocolError(f"field {key!r} is {found!r}, expected sizes of 1 or more")
-    return tuple(int(size) for size in found)
-
-
-def only_array(content: RecordDict, key: str) -> Array:
+def only_array(content: Records, key: str) -> Array:
     """Return the one array of the record ``key``."""
-    arrays = record(content, key, ArrayRecord)
+    arrays = list(record(content, key, ArrayRecord).values())
     if len(arrays) != 1:
         raise ProtocolError(f"record {key!r} holds {len(arrays)} arrays, expected one")
-    return next(iter(arrays.values()))
+    return arrays[0]

@@ -4,36 +4,18 @@ The server builds auxiliary models from the answer, and counts FLOPs.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from flsplit.message.arrays import dtype_name, dtype_of
-from flsplit.message.fields import record, sizes, value
-from flsplit.message.parts import reply_head
-
-
-@dataclass(frozen=True)
-class ShapeRequest:
-    """Asks a client what its inputs and its smashed data look like."""
-
-    server_round: int
-    cut: str
-
-    def to_content(self) -> RecordDict:
-        """Return the content of a ``query.shape`` message."""
-        config = ConfigRecord({"server-round": self.server_round, "cut": self.cut})
-        return RecordDict({"config": config})
-
-    @classmethod
-    def from_content(cls, content: RecordDict) -> "ShapeRequest":
-        """Return the request in a message; ProtocolError if it is malformed."""
-        fields = record(content, "config", ConfigRecord)
-        return cls(value(fields, "server-round", int, minimum=1), value(fields, "cut", str))
+from flsplit.message import request as parts
+from flsplit.message.fields import In
+from flsplit.message.request import Reply, Request
+from flsplit.message.types import SHAPE
 
 
 @dataclass(frozen=True)
-class ShapeReply:
+class ShapeReply(Reply):
     """What one row of a client's data looks like.
 
     Attributes
@@ -50,34 +32,20 @@ class ShapeReply:
         Compute time.
     """
 
-    client: str
-    server_round: int
-    shape: tuple[int, ...]
-    input_shape: tuple[int, ...]
-    input_dtype: torch.dtype
-    seconds: float
+    client: parts.Client
+    server_round: parts.Round
+    shape: Annotated[tuple[int, ...], In("smashed-data", 1, length=1)]
+    input_shape: Annotated[tuple[int, ...], In("inputs", 1, key="shape")]
+    input_dtype: Annotated[torch.dtype, In("inputs", key="dtype")]
+    seconds: parts.Seconds
 
-    def to_content(self) -> RecordDict:
-        """Return the content of a reply to ``query.shape``."""
-        content = reply_head(self.client, self.server_round)
-        content["smashed-data"] = ConfigRecord({"shape": list(self.shape)})
-        content["inputs"] = ConfigRecord(
-            {"shape": list(self.input_shape), "dtype": dtype_name(self.input_dtype)}
-        )
-        content["metrics"] = MetricRecord({"seconds": self.seconds})
-        return content
 
-    @classmethod
-    def from_content(cls, content: RecordDict) -> "ShapeReply":
-        """Return the reply in a message; ProtocolError if it is malformed."""
-        head = record(content, "reply", ConfigRecord)
-        metrics = record(content, "metrics", MetricRecord)
-        inputs = record(content, "inputs", ConfigRecord)
-        return cls(
-            client=value(head, "client", str),
-            server_round=value(head, "server-round", int, minimum=1),
-            shape=sizes(record(content, "smashed-data", ConfigRecord), "shape"),
-            input_shape=sizes(inputs, "shape", least=0),
-            input_dtype=dtype_of(value(inputs, "dtype", str), field="inputs"),
-            seconds=value(metrics, "seconds", float, minimum=0.0),
-        )
+@dataclass(frozen=True)
+class ShapeRequest(Request):
+    """Asks a client what its inputs and its smashed data look like."""
+
+    kind = SHAPE
+    answer = ShapeReply
+
+    server_round: Annotated[int, In("config", 1)]
+    cut: Annotated[str, In("config")]

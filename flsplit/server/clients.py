@@ -1,44 +1,22 @@
 """Talking to clients: by name, all at once, and never fooled by the order of arrival."""
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 
 from flsplit.account.clock import Clock
 from flsplit.account.ledger import LeftOut, RoundEntry, Traffic
 from flsplit.carry.carrier import Carrier
 from flsplit.errors import FlsplitError, ProtocolError, StateLostError
 from flsplit.log import logger
-from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import LocalReply, LocalRequest
-from flsplit.message.shape import ShapeReply, ShapeRequest
-from flsplit.message.step import StepReply, StepRequest
-from flsplit.message.types import EVALUATE, FINISH, LOCAL, SHAPE, STEP
-from flsplit.server.answers import AwayError, by_node, raise_error
-from flsplit.server.checks import Reply, Request, check_reply
-from flsplit.server.directory import Directory, in_order
-from flsplit.server.errands import exchange_of
-from flsplit.server.traffic import Meter, broadcast_bytes
+from flsplit.message.local_steps import LocalRequest
+from flsplit.message.request import Reply, Request
+from flsplit.server.directory import AwayError, Directory, by_node, in_order, raise_error
+from flsplit.server.traffic import count, exchange_of
 
 _GONE = "its node is not connected any more"
-
-
-@dataclass(frozen=True)
-class _Kind:
-    message_type: str
-    parse: Callable[[RecordDict], Reply]
-
-
-_KINDS: dict[type[Request], _Kind] = {
-    StepRequest: _Kind(STEP, StepReply.from_content),
-    FinishRequest: _Kind(FINISH, FinishReply.from_content),
-    LocalRequest: _Kind(LOCAL, LocalReply.from_content),
-    ShapeRequest: _Kind(SHAPE, ShapeReply.from_content),
-    EvaluateRequest: _Kind(EVALUATE, EvaluateReply.from_content),
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +25,7 @@ class Sent:
 
     Attributes
     ----------
-    requests : dict of str to dataclasses of ``flsplit.message``
+    requests : dict of str to Request
         By client.
     traffic : dict of str to Traffic
         What each client receives and sends.
@@ -86,7 +64,7 @@ class Clients:
         """Which version of the server's client segment each client holds."""
         self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
         self._timeout = timeout
-        self._meter = Meter(sends=not carrier.in_process)
+        self._sends = not carrier.in_process
 
     # --- an exchange ---------------------------------------------------------------------
 
@@ -114,11 +92,8 @@ class Clients:
 
         A client answers in the order in which it was asked.
         """
-        requests = self._without_who_is_gone(requests, entry)
-        traffic = {name: Traffic() for name in requests}
-        messages = [self._message(name, one, traffic[name]) for name, one in requests.items()]
-        started = time.perf_counter()
-        return Sent(requests, traffic, started, list(self.carrier.push_messages(messages)))
+        sent, messages = self._made_ready(requests, entry)
+        return replace(sent, ids=list(self.carrier.push_messages(messages)))
 
     def receive(self, sent: Sent, entry: RoundEntry) -> dict[str, Reply]:
         """Return the answers to requests that were sent before, as :meth:`exchange` does.
@@ -140,19 +115,15 @@ class Clients:
         self, requests: Mapping[str, Request], entry: RoundEntry
     ) -> tuple[dict[str, Reply], list[str]]:
         """Return the replies, and which clients don't hold the segment they should hold."""
-        requests = self._without_who_is_gone(requests, entry)
-        if not requests:
+        sent, messages = self._made_ready(requests, entry, but_held=True)
+        if not messages:
             return {}, []
-        held = {name: self._without_what_is_held(name, one) for name, one in requests.items()}
-        traffic = {name: Traffic() for name in held}
-        messages = [self._message(name, one, traffic[name]) for name, one in held.items()]
-        sent = Sent(held, traffic, started=time.perf_counter())
         answers = self.carrier.send_and_receive(messages, timeout=self._timeout)
         entry.waiting_seconds += time.perf_counter() - sent.started
         replies, stateless = self._take_all(sent, by_node(answers, messages), entry)
         lost = []
         for name, error in stateless.items():
-            if held[name] is requests[name]:
+            if sent.requests[name] is requests[name]:
                 self.leave_out(name, requests[name], error, entry)
             else:
                 lost.append(name)
@@ -184,10 +155,13 @@ class Clients:
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
         """Account for what was sent, and tell the clock."""
         self.exchanges += 1
-        broadcast = broadcast_bytes(sent.requests.values())
+        broadcast = 0
+        for request in sent.requests.values():
+            if request.backward and request.backward.shared_rows:
+                broadcast = max(broadcast, request.backward.broadcast_bytes)
         for one in sent.traffic.values():
             entry.traffic.include(one)
-        entry.traffic.add("gradients-down-broadcast", broadcast, 0)
+        entry.traffic.logical["gradients-down-broadcast"] += broadcast
         if self.clock:
             told = time.perf_counter()
             exchange = exchange_of(sent.requests, replies, sent.traffic, broadcast)
@@ -195,29 +169,34 @@ class Clients:
             entry.waiting_seconds += time.perf_counter() - told
         self._answered |= dict.fromkeys(sent.requests, time.perf_counter())
 
-    def _without_who_is_gone(
-        self, requests: Mapping[str, Request], entry: RoundEntry
-    ) -> dict[str, Request]:
-        """Return the requests that can be sent; clients whose node is gone are left out."""
-        there = {name: one for name, one in requests.items() if name in self.directory.node_of}
+    def _made_ready(
+        self, requests: Mapping[str, Request], entry: RoundEntry, *, but_held: bool = False
+    ) -> tuple[Sent, list[Message]]:
+        """Return messages, without what clients hold; clients whose node is gone are left out."""
+        sent, traffic, messages = {}, {}, []
         for name, request in requests.items():
-            if name not in there:
+            if name not in self.directory.node_of:
                 self.leave_out(name, request, AwayError(_GONE), entry)
-        return there
+                continue
+            sent[name] = self._without_what_is_held(name, request) if but_held else request
+            traffic[name] = Traffic()
+            messages.append(self._message(name, sent[name], traffic[name]))
+        return Sent(sent, traffic, time.perf_counter()), messages
 
     def _without_what_is_held(self, name: str, request: Request) -> Request:
         if isinstance(request, LocalRequest) and request.auxiliary_held and name in self.holds:
             request = replace(request, auxiliary=None)
-        segment = getattr(request, "segment", None)
-        if segment and self.holds.get(name) == segment.version:
-            return replace(request, segment=None)  # type: ignore[arg-type]
+        if request.segment and self.holds.get(name) == request.segment.version:
+            return replace(request, segment=None)  # type: ignore[type-var]
         return request
 
     def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
         content = request.to_content()
-        self._meter.count_down(request, content, traffic)
-        node, kind = self.directory.node_of[name], _KINDS[type(request)]
-        return Message(content, node, kind.message_type, group_id=str(request.server_round))
+        count(content, request.categories, traffic, sends=self._sends)
+        if request.backward and request.backward.shared_rows:  # counted once for all
+            traffic.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
+        node = self.directory.node_of[name]
+        return Message(content, node, request.kind, group_id=str(request.server_round))
 
     def _take(
         self, name: str, request: Request, answers: Mapping[int, Message], traffic: Traffic
@@ -227,19 +206,27 @@ class Clients:
         message = answers.get(self.directory.node_of[name])
         if message is None:
             raise ProtocolError(f"no answer within {self._timeout:g} s")
-        raise_error(message)
-        reply = _KINDS[type(request)].parse(message.content)
-        check_reply(name, request, reply)
-        if segment := getattr(request, "segment", None):
-            self.holds[name] = segment.version
-        self._meter.count_up(request, message.content, traffic)
+        if message.has_error():
+            raise_error(message)
+        content = message.content
+        reply = request.answer.from_content(content)
+        for key in request.echoed:
+            asked, found = getattr(request, key), getattr(reply, key)
+            if asked is not None and found != asked:
+                raise ProtocolError(f"reply: {key.replace('_', '-')} is {found}, expected {asked}")
+        if reply.client != name:
+            raise ProtocolError(f"reply: client is {reply.client!r}, expected {name!r}")
+        request.check(reply)
+        if request.segment:
+            self.holds[name] = request.segment.version
+        count(content, reply.categories, traffic, sends=self._sends)
         return reply
 
     def leave_out(
         self, name: str, request: Request, error: FlsplitError, entry: RoundEntry
     ) -> None:
         """Note in the ledger that a client is out for the rest of the round."""
-        step = getattr(request, "step", entry.steps)
+        step = entry.steps if request.step is None else request.step
         away = isinstance(error, AwayError)
         entry.left_out.append(LeftOut(name, step, str(error), away))
         logger.warning(

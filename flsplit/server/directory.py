@@ -1,17 +1,30 @@
-"""Which clients are there: their names, their nodes, and their fixed order."""
+"""Which clients are there: their names, their nodes, their fixed order, and whose an answer is."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
-from flsplit.errors import ConfigError, FlsplitError, NotEnoughClientsError
+from flsplit.errors import (
+    ConfigError,
+    FlsplitError,
+    NotEnoughClientsError,
+    ProtocolError,
+    StateLostError,
+)
+from flsplit.flower_internals import NODE_AWAY
 from flsplit.log import logger
 from flsplit.message.fields import record, value
 from flsplit.message.types import DESCRIBE
-from flsplit.server.answers import by_node, raise_error
+
+_STATE_LOST = StateLostError.__name__  # how a client's Error says so
+
+
+class AwayError(FlsplitError):
+    """A client's node or host was lost; nothing is wrong with the client itself."""
 
 
 class Directory:
@@ -93,6 +106,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=_natural)
 
 
+@lru_cache(maxsize=2**16)
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
@@ -102,3 +116,44 @@ def _described(message: Message) -> str:
     """Return the client's name in a reply to ``query.describe``."""
     raise_error(message)
     return value(record(message.content, "reply", ConfigRecord), "client", str)
+
+
+def by_node(answers: Iterable[Message], asked: Sequence[Message] = ()) -> dict[int, Message]:
+    """Return the answers by the node that was asked.
+
+    For a node that is away the SuperLink answers, with an Error in its own name.
+    """
+    found = {}
+    for answer in answers:
+        node = answer.metadata.src_node_id
+        if answer.has_error():
+            node = _node_asked(answer, [one.metadata for one in asked], node)
+        found[node] = answer
+    return found
+
+
+def _node_asked(answer: Message, asked: list[Metadata], node: int) -> int:
+    if node in {one.dst_node_id for one in asked}:
+        return node
+    node_of = {one.message_id: one.dst_node_id for one in asked}
+    return node_of.get(answer.metadata.reply_to_message_id, node)
+
+
+def raise_error(message: Message) -> None:
+    """Raise what an Error says; nothing, if the message is none.
+
+    Raises
+    ------
+    AwayError
+        If the client's node or host was lost.
+    StateLostError
+        If the client doesn't hold what it should hold.
+    ProtocolError
+        Otherwise.
+    """
+    if not message.has_error():
+        return
+    reason = message.error.reason or "an error without a reason"
+    if message.error.code == NODE_AWAY:
+        raise AwayError(reason)
+    raise StateLostError(reason) if _STATE_LOST in reason else ProtocolError(reason)

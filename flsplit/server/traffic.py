@@ -1,77 +1,87 @@
-"""What the messages of an exchange carry, in bytes, by the ledger's categories."""
+"""What the messages of an exchange carry and have done: for the ledger and a simulated clock."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
+from flsplit.account.clock import Errand, Exchange
 from flsplit.account.ledger import Traffic
-from flsplit.message.arrays import nbytes
-from flsplit.message.evaluate import EvaluateRequest
-from flsplit.message.finish import FinishRequest
-from flsplit.message.local import LocalRequest
-from flsplit.message.parts import Backward
-from flsplit.message.shape import ShapeRequest
-from flsplit.message.step import StepRequest
-from flsplit.server.checks import Request
+from flsplit.message.arrays import RAW, nbytes
+from flsplit.message.local_steps import LocalRequest
+from flsplit.message.request import Reply, Request
 
-_SEGMENTS = {"arrays": "client-segments-{}", "optimizer": "optimizer-{}"}
-_TRAINING = {"smashed-data": "activations-up", "labels": "labels-up"} | _SEGMENTS
-_CATEGORIES: dict[type[Request], dict[str, str]] = {  # by record name
-    StepRequest: _TRAINING,
-    FinishRequest: _TRAINING,
-    LocalRequest: _TRAINING | {"auxiliary": "auxiliary-{}"},
-    ShapeRequest: {},
-    EvaluateRequest: {"smashed-data": "evaluation-up", "labels": "evaluation-up"} | _SEGMENTS,
-}
+_SENT_WHOLE = {"segment": "client-segments-down", "auxiliary": "auxiliary-down"}
+"""What may be the same for all clients of an exchange, and its category in the ledger."""
 
 
-class Meter:
-    """Counts what requests and replies carry.
+def count(
+    content: RecordDict, categories: Mapping[str, str], traffic: Traffic, *, sends: bool
+) -> None:
+    """Count a message's arrays by the categories of their records.
 
     Parameters
     ----------
+    content : RecordDict
+        What the message holds.
+    categories : mapping of str to str
+        The ledger's category by record.
+    traffic : Traffic
+        Where to count.
     sends : bool
         Whether anything goes over a wire.
     """
-
-    def __init__(self, *, sends: bool) -> None:
-        self._sends = sends
-
-    def count_down(self, request: Request, content: RecordDict, traffic: Traffic) -> None:
-        """Count what goes to a client; gradient rows that clients share are counted apart."""
-        self._count(request, content, "down", traffic)
-        for array in content.array_records.get("cut-gradient", ArrayRecord()).values():
-            own = nbytes(array) - _shared_bytes(getattr(request, "backward", None))
-            traffic.add("gradients-down-unicast", own, self._wire_bytes(array))
-
-    def count_up(self, request: Request, content: RecordDict, traffic: Traffic) -> None:
-        """Count what a client answers."""
-        self._count(request, content, "up", traffic)
-
-    def _count(self, request: Request, content: RecordDict, way: str, traffic: Traffic) -> None:
-        for key, category in _CATEGORIES[type(request)].items():
-            for array in content.array_records.get(key, ArrayRecord()).values():
-                traffic.add(category.format(way), nbytes(array), self._wire_bytes(array))
-
-    def _wire_bytes(self, array: Array) -> int:
-        return len(array.data) if self._sends else 0
+    for name, record in content.items():
+        if name in categories and type(record) is ArrayRecord:
+            category = categories[name]
+            for array in record.values():
+                size = len(array.data)
+                traffic.logical[category] += size if array.stype == RAW else nbytes(array)
+                traffic.wire[category] += size if sends else 0
 
 
-def broadcast_bytes(requests: Iterable[Request]) -> int:
-    """Return the bytes of the gradient rows that all clients of the step share."""
-    sizes = [_payload_bytes(getattr(request, "backward", None)) for request in requests]
-    return max(sizes, default=0)
+def exchange_of(
+    requests: Mapping[str, Request],
+    replies: Mapping[str, Reply],
+    traffic: Mapping[str, Traffic],
+    shared_rows_bytes: int,
+) -> Exchange:
+    """Return an exchange as a clock wants it.
+
+    A segment or an auxiliary model that goes to several clients is sent once, to all.
+
+    Parameters
+    ----------
+    requests, replies : mapping of str to Request, Reply
+        What was asked of each client, and what those that did answered.
+    traffic : mapping of str to Traffic
+        What each client received and sent.
+    shared_rows_bytes : int
+        Bytes of the gradient rows that clients share.
+    """
+    shared = [
+        category
+        for field, category in _SENT_WHOLE.items()
+        if _is_shared([getattr(request, field) for request in requests.values()])
+    ]
+    # Clients that hold it already receive nothing.
+    whole = [max(one.logical[category] for one in traffic.values()) for category in shared]
+    decoupled = all(isinstance(request, LocalRequest) for request in requests.values())
+    errands = {}
+    for name, request in requests.items():
+        one, reply = traffic[name], replies.get(name)
+        own_bytes = one.down_bytes - sum(one.logical[category] for category in shared)
+        gradient = request.backward.gradient if request.backward else None
+        backward_rows = 0 if gradient is None else len(gradient)
+        legs = reply.legs(backward_rows, one.up_bytes) if reply else ()
+        errands[name] = Errand(own_bytes, tuple(legs))
+    return Exchange(
+        errands=errands,
+        shared_bytes=shared_rows_bytes + sum(whole),
+        after_server=not decoupled or any(request.plan for request in requests.values()),
+        before_server=not decoupled,
+    )
 
 
-def _shared_bytes(backward: Backward | None) -> int:
-    if backward is None or backward.gradient is None:
-        return 0
-    return backward.gradient[: backward.shared_rows].nbytes
-
-
-def _payload_bytes(backward: Backward | None) -> int:
-    """Return what the shared rows take on a broadcast channel; a repeated row is sent once."""
-    shared = _shared_bytes(backward)
-    if backward is None or not backward.repeated or not shared:
-        return shared
-    return shared // backward.shared_rows
+def _is_shared(things: list[object]) -> bool:
+    sent = [thing for thing in things if thing is not None]
+    return len(sent) > 1 and all(thing is sent[0] for thing in sent)

@@ -12,10 +12,9 @@ from torch.utils.data import TensorDataset
 from flsplit import LocalGrid
 from flsplit.message.arrays import to_array
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.parts import Backward, SegmentArrays
-from flsplit.message.plan import RoundPlan
-from flsplit.message.step import StepReply, StepRequest
+from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.round_plan import RoundPlan
+from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.message.types import EVALUATE, FINISH, STEP
 
 PLAN = RoundPlan(

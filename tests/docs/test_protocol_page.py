@@ -9,16 +9,15 @@ from flsplit import LocalGrid
 from flsplit.errors import ProtocolError
 from flsplit.message.arrays import RAW, to_array
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.local import (
+from flsplit.message.local_steps import (
     AuxiliaryPlan,
     LocalReply,
     LocalRequest,
 )
-from flsplit.message.parts import Backward, SegmentArrays
-from flsplit.message.plan import RoundPlan
+from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.round_plan import RoundPlan
 from flsplit.message.shape import ShapeReply, ShapeRequest
-from flsplit.message.step import StepReply, StepRequest
+from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.message.types import DESCRIBE, EVALUATE, FINISH, LOCAL, SHAPE, STEP
 
 PAGE = Page("docs/protocol.md")
@@ -30,7 +29,7 @@ OPTIMIZER = {0: {"momentum_buffer": torch.zeros(4), "count": 1}}
 SEGMENT = SegmentArrays(0, WEIGHTS)
 PLAN = RoundPlan(
     server_round=1, num_rounds=2, cut="conv", segment_version=0, seed=0, lr=0.1, batch_size=2,
-    local_epochs=1, local_steps=0, drop_last=False,
+    local_epochs=1, local_steps=0, drop_last=False, batch_sizes=(2,),
 )  # fmt: skip
 
 AUXILIARY = AuxiliaryPlan(kind="linear", shape=(3,), num_classes=2, version=0, train=False, lr=0.0)
@@ -87,7 +86,7 @@ def kind(value):
     if isinstance(value, Array):
         return "raw array" if value.stype == RAW else "array"
     if isinstance(value, list):
-        return f"list of {type(value[0]).__name__}"
+        return f"list of {type(value[0]).__name__ if value else 'int'}"
     return type(value).__name__
 
 

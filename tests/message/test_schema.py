@@ -14,11 +14,15 @@ from torch.optim import SGD, Adam, AdamW
 from flsplit.errors import ProtocolError
 from flsplit.message.arrays import to_array
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.optimizer import get_state, set_state, state_from_records, state_to_records
-from flsplit.message.parts import Backward, SegmentArrays
-from flsplit.message.plan import RoundPlan
-from flsplit.message.step import StepReply, StepRequest
+from flsplit.message.optimizer_state import (
+    get_state,
+    set_state,
+    state_from_records,
+    state_to_records,
+)
+from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.round_plan import RoundPlan
+from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 
 PLAN = RoundPlan(
     server_round=2, num_rounds=5, cut="features.3", segment_version=7, seed=2**63 - 1, lr=0.05,

@@ -10,10 +10,9 @@ from flsplit.carry.choose import FlowerCarrier
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.flower_internals import ensure_task_identity, set_message_id
 from flsplit.message.evaluate import EvaluateRequest
-from flsplit.message.finish import FinishReply, FinishRequest
-from flsplit.message.parts import Backward, SegmentArrays
-from flsplit.message.plan import RoundPlan
-from flsplit.message.step import StepReply, StepRequest
+from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.round_plan import RoundPlan
+from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.message.types import DESCRIBE
 from flsplit.server.clients import Clients
 

@@ -1,6 +1,6 @@
 """Parts of a round of local steps: in which order they are asked for and taken."""
 
-from flsplit.message.local import LocalReply, LocalRequest
+from flsplit.message.local_steps import LocalReply, LocalRequest
 from flsplit.strategies.parts import AHEAD, FurtherParts
 
 

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from flsplit.message.finish import FinishReply
+from flsplit.message.steps import FinishReply
 from flsplit.server.segment import ServerSegment
 from flsplit.server.step import ClientBatch, StepResult
 from flsplit.strategies import FSLSAGE

@@ -8,15 +8,9 @@ from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.errors import DataError, FlsplitError, SegmentMismatchError
-from flsplit.message.evaluate import EvaluateReply
-from flsplit.message.local import LocalReply
-from flsplit.message.step import StepReply
-from flsplit.server.checks import Reply, Request
+from flsplit.message.request import Batch, Reply, Request
 from flsplit.server.clients import Clients
 from flsplit.server.segment import ServerSegment
-
-Batch = tuple[Tensor, Tensor]
-"""Smashed data ``(b, ...)`` and labels ``(b, ...)``."""
 
 _Kind = tuple[torch.Size, torch.Size, torch.dtype]
 
@@ -38,6 +32,14 @@ class Fits:
         self._segment = segment
         self._pools = pools
         self._taken: set[_Kind] = set()
+
+    def all_known(self, batches: Mapping[str, Sequence[Batch]]) -> bool:
+        """Tell at a glance, as in most steps, whether all batches are of one kind that fits."""
+        kinds = set()
+        for of_client in batches.values():
+            for smashed, labels in of_client:
+                kinds.add((smashed.shape[1:], labels.shape[1:], labels.dtype))
+        return len(kinds) == 1 and kinds <= self._taken
 
     def misfits(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, FlsplitError]:
         """Return whose batches don't fit, and why; nobody if no client's ever have.
@@ -97,22 +99,13 @@ def leave_out_misfits(
     entry: RoundEntry,
 ) -> dict[str, Reply]:
     """Return the replies, without those that the server segment can't take."""
-    misfits = fits.misfits({name: _uploads(reply) for name, reply in replies.items()})
+    batches = {name: reply.batches() for name, reply in replies.items()}
+    if fits.all_known(batches):
+        return dict(replies)
+    misfits = fits.misfits(batches)
     for name, error in misfits.items():
         clients.leave_out(name, requests[name], error, entry)
     return {name: reply for name, reply in replies.items() if name not in misfits}
-
-
-def _uploads(reply: Reply) -> list[Batch]:
-    """Return the smashed data and labels in a reply."""
-    match reply:
-        case LocalReply():
-            return list(reply.uploads.values())
-        case StepReply():
-            return [(reply.smashed, reply.labels)]
-        case EvaluateReply() if reply.num_batches:  # else it has no test data
-            return [(reply.smashed, reply.labels)]
-    return []
 
 
 def _kind(smashed: Tensor, labels: Tensor) -> _Kind:

@@ -1,17 +1,19 @@
 """One client at work: its segment, its optimizer, and the forward pass awaiting a gradient."""
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from flwr.app import Context
 from torch import Tensor
 
-from flsplit.client.auxiliary import Auxiliary
-from flsplit.client.data import ClientData, batch_indices, steps_per_round
+from flsplit.client.auxiliary_model import Auxiliary
+from flsplit.client.data import ClientData, Order, steps_per_round
 from flsplit.client.spec import ClientSpec, client_name, pick_device
 from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
+from flsplit.client_parts.chain import ClientStep, PartChain
 from flsplit.cut import Split, split
 from flsplit.errors import (
     DataError,
@@ -22,9 +24,9 @@ from flsplit.errors import (
 )
 from flsplit.finite import all_finite
 from flsplit.message.arrays import check_like
-from flsplit.message.optimizer import OptimizerState, get_state, set_state
-from flsplit.message.parts import Backward, SegmentArrays
-from flsplit.message.plan import RoundPlan
+from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
+from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.round_plan import RoundPlan
 from flsplit.seeds import derive_seed, seeded
 
 
@@ -36,6 +38,8 @@ class _Pending:
     smashed: Tensor
     labels: Tensor
     buffers: dict[str, Tensor]  # as they were before the forward pass
+    drawn: int  # examples drawn when the step is done
+    loss: Tensor | None = None  # what client parts add
 
 
 class Client:
@@ -55,12 +59,19 @@ class Client:
         with seeded(derive_seed(0, "build", self.name), self.device):
             self.segment = self.split_anew().client.to(self.device)
             self.data = ClientData.load(spec, context)
-        parameters = [p for p in self.segment.parameters() if p.requires_grad]
-        self.optimizer = spec.optimizer(parameters, lr=0.0) if parameters else None
+        self._parameters = [p for p in self.segment.parameters() if p.requires_grad]
+        self.optimizer = spec.optimizer(self._parameters, lr=0.0) if self._parameters else None
         self.auxiliary: Auxiliary | None = None
         """The auxiliary model, where the method has one."""
+        self.num_examples = len(self.data.train)
+        """Size of the training data."""
+        self.num_steps = 0
+        """Steps of this round, those that the client sits out included."""
+        self._order = Order(self.num_examples, 0, self.name)
+        self._parts = PartChain("", (), self.name)
         self._state = ClientState({})
         self._pending: _Pending | None = None
+        self._trains = False  # whether the segment is known to be in training mode
 
     def split_anew(self) -> Split:
         """Return a new model, cut in two."""
@@ -69,7 +80,7 @@ class Client:
     # --- state ---------------------------------------------------------------------------
 
     def state(self) -> ClientState:
-        """Return a copy-free view of the client between two messages."""
+        """Return a view of the client between two messages."""
         buffers = self._pending.buffers if self._pending else {}
         self._state.segment = {k: v.detach() for k, v in self._tensors()} | buffers
         self._state.optimizer = get_state(self.optimizer)
@@ -82,7 +93,8 @@ class Client:
         set_state(self.optimizer, state.optimizer)
         self._state, self._pending = state, None
         if state.plan:
-            self._set_lr(state.plan.lr)
+            self._follow(state.plan)
+            self._parts.load(state.parts)
         if state.auxiliary:
             self.auxiliary = Auxiliary(
                 state.auxiliary.plan, self.spec, self.device, self.split_anew
@@ -106,33 +118,48 @@ class Client:
     ) -> None:
         """Begin a round; a step still pending from an earlier one never happened."""
         self._check_cut(plan.cut)
+        parts = self._parts
+        if parts.described != plan.client_parts:  # before anything changes: it may be refused
+            parts = PartChain(plan.client_parts, self.spec.client_parts, self.name)
+            parts.follow(self._parts)
         self._discard_pending()
         before = self._state.plan
         other_run = before is not None and before.experiment != plan.experiment
         if other_run or self._state.is_ahead_of(plan.server_round, plan.experiment):
-            self._forget_run()
+            # Another run must not go on with this one's state, nor an earlier round.
+            set_state(self.optimizer, {})
+            self._state.version, self._state.drawn = NO_SEGMENT, 0
+            parts = PartChain(plan.client_parts, self.spec.client_parts, self.name)
         if segment:
             self.replace_segment(segment)
         self.check_version(plan.segment_version)
         if optimizer is not None:
             set_state(self.optimizer, optimizer)
-        self._set_lr(plan.lr)
         self._state.plan, self._state.steps_done = plan, 0
+        self._parts, self._state.parts = parts, parts.state()
+        self._follow(plan)
+        self._state.round_start = {}
+        if parts.needs_round_start:
+            named = self.segment.named_parameters()
+            start = {name: p.detach().clone() for name, p in named if p.requires_grad}
+            self._state.round_start = start
 
-    def _forget_run(self) -> None:
-        """Begin anew: another run must not go on with this one's state, nor an earlier round."""
-        set_state(self.optimizer, {})
-        self._state.version, self._state.position = NO_SEGMENT, 0
+    def _follow(self, plan: RoundPlan) -> None:
+        """Set what a plan says, but for the state that goes on from round to round."""
+        for group in self.optimizer.param_groups if self.optimizer else ():
+            group["lr"] = plan.lr
+        self._trains = False
+        self.num_steps = steps_per_round(self.num_examples, plan, self.name)
+        if self._order.seed != plan.seed:
+            self._order = Order(self.num_examples, plan.seed, self.name)
+        if self._parts.described != plan.client_parts:
+            self._parts = PartChain(plan.client_parts, self.spec.client_parts, self.name)
 
     def _check_cut(self, cut: str) -> None:
         if cut != self.spec.cut:
             raise SegmentMismatchError(
                 f"the server cuts the model at {cut!r}, client {self.name!r} at {self.spec.cut!r}"
             )
-
-    def _set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups if self.optimizer else ():
-            group["lr"] = lr
 
     def replace_segment(self, segment: SegmentArrays) -> None:
         """Take the server's segment instead of the own one; the optimizer's state stays."""
@@ -152,11 +179,6 @@ class Client:
             )
 
     @property
-    def num_examples(self) -> int:
-        """Size of the training data."""
-        return len(self.data.train)
-
-    @property
     def plan(self) -> RoundPlan:
         """The plan of the round the client is in."""
         if self._state.plan is None:
@@ -173,19 +195,16 @@ class Client:
         StateLostError
             If the client is in no round.
         """
-        if server_round != self.plan.server_round:
+        if self._state.plan is None or server_round != self._state.plan.server_round:
             raise ProtocolError(
                 f"server-round is {server_round}, client {self.name!r} is in round "
                 f"{self.plan.server_round}"
             )
 
-    @property
-    def num_steps(self) -> int:
-        """Steps of this round."""
-        return steps_per_round(self.num_examples, self.plan, self.name)
-
     def forward(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the smashed data ``(b, ...)`` and labels ``(b, ...)`` of ``step``.
+
+        Both are empty in a step that the client sits out.
 
         Raises
         ------
@@ -199,8 +218,9 @@ class Client:
                 f"step is {step}, expected {self._state.steps_done} of {self.num_steps} "
                 f"(client {self.name!r}, round {self.plan.server_round})"
             )
-        self._discard_pending()  # asked twice for a step: the buffers move once
-        self._pending = self._compute(step)
+        if self._pending:  # asked twice for a step: the buffers move once
+            self._undo_forward()
+        self._pending = self._compute(self.plan, step)
         self._state.pending = step
         return self._pending.smashed.detach(), self._pending.labels
 
@@ -222,27 +242,45 @@ class Client:
         # Without a cache the forward pass is gone: compute it again, with the same batch, the
         # same random numbers and the buffers of before.
         if self._pending is None:
-            self._pending = self._compute(request.step)
+            self._pending = self._compute(self.plan, request.step)
         if request.gradient is not None:
             self._update(self._pending, request.gradient)
-        self._pending, self._state.pending = None, NO_STEP
-        self._state.position += 1
+        self._state.drawn = self._pending.drawn
         self._state.steps_done += 1
+        self._pending, self._state.pending = None, NO_STEP
+        if self._parts.parts:
+            self._parts.check_state()
+            self._state.parts = self._parts.state()
 
-    def _compute(self, step: int) -> _Pending:
-        seed = derive_seed(self.plan.seed, "client", self.name, self.plan.server_round, step)
-        indices = batch_indices(self.num_examples, self.plan, self.name, self._state.position)
+    def _compute(self, plan: RoundPlan, step: int) -> _Pending:
+        indices, drawn = self._order.batch(plan, step, self._state.drawn)
+        if not indices:
+            return _Pending(step, torch.empty(0), torch.empty(0, dtype=torch.int64), {}, drawn)
+        seed = derive_seed(plan.seed, "client", self.name, plan.server_round, step)
         buffers = {name: buffer.clone() for name, buffer in self.segment.named_buffers()}
-        self.segment.train()
+        if not self._trains:  # it walks over all modules
+            self.segment.train()
+            self._trains = True
+        loss = None
         try:
             with seeded(seed, self.device):
                 inputs, labels = self.data.train.batch(indices)
                 smashed = self._run_segment(inputs)
+                if self._parts.parts:
+                    at = self._part_step(step)
+                    smashed = self._parts.smashed(at, smashed)
+                    loss = self._parts.loss(at, inputs.to(self.device), smashed, labels)
             self._check_finite(smashed, f"smashed data of step {step}")
         except Exception:
             self._put_back(buffers)
+            # A part may have remembered something of a step that never happened.
+            self._parts.load(self._state.parts)
             raise
-        return _Pending(step, smashed, labels, buffers)
+        return _Pending(step, smashed, labels, buffers, drawn, loss)
+
+    def _part_step(self, step: int) -> ClientStep:
+        plan, start = self.plan, self._state.round_start
+        return ClientStep(plan.seed, self.name, plan.server_round, step, self.segment, start)
 
     def _update(self, pending: _Pending, gradient: Tensor) -> None:
         if gradient.shape != pending.smashed.shape:
@@ -251,15 +289,30 @@ class Client:
                 f"{pending.step} {tuple(pending.smashed.shape)} (client {self.name!r})"
             )
         self._check_finite(gradient, f"cut-layer gradient of step {pending.step}")
-        if self.optimizer is None:
+        if self.optimizer is None or not len(gradient):
             return
+        gradient = gradient.to(pending.smashed)
+        if self._parts.parts:
+            gradient = self._parts.cut_gradient(self._part_step(pending.step), gradient)
         self.optimizer.zero_grad(set_to_none=True)
-        pending.smashed.backward(gradient.to(pending.smashed))  # type: ignore[no-untyped-call]
-        gradients = [p.grad for p in self.segment.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._check_finite(norm, f"gradient of the client segment in step {pending.step}")
+        if pending.loss is None:
+            pending.smashed.backward(gradient)  # type: ignore[no-untyped-call]
+        else:
+            torch.autograd.backward([pending.smashed, pending.loss], [gradient, None])
+        if self._parts.parts:
+            self._parts.gradients(self._part_step(pending.step), self._parameters)
+        # One number for all: it is finite only if they are. Only what isn't is looked at closer.
+        total: float | Tensor = 0.0
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                total = total + parameter.grad.sum()
+        if not math.isfinite(float(total)):
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    what = f"gradient of the client segment in step {pending.step}"
+                    self._check_finite(parameter.grad, what)
         if self.spec.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.segment.parameters(), self.spec.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self._parameters, self.spec.max_grad_norm)
         self.optimizer.step()
 
     def _discard_pending(self) -> None:
@@ -270,6 +323,7 @@ class Client:
         """Be as before the pending forward pass, which is computed again if its gradient comes."""
         if self._pending:
             self._put_back(self._pending.buffers)
+            self._parts.load(self._state.parts)
         self._pending = None
 
     def _put_back(self, buffers: dict[str, Tensor]) -> None:
@@ -296,7 +350,7 @@ class Client:
         self._undo_forward()
         rows = range(batch * batch_size, min((batch + 1) * batch_size, len(examples)))
         inputs, labels = examples.batch(rows)
-        self.segment.eval()
+        self._evaluates()
         return self._run_segment(inputs), labels, num_batches
 
     @torch.no_grad()
@@ -308,14 +362,19 @@ class Client:
         self._undo_forward()
         with seeded(derive_seed(0, "shape", self.name), self.device):
             inputs, _ = self.data.train.batch([0])
-        self.segment.eval()
+        self._evaluates()
         return inputs, self._run_segment(inputs)
+
+    def _evaluates(self) -> None:
+        self.segment.eval()
+        self._trains = False
 
     # --- computing -----------------------------------------------------------------------
 
     def _run_segment(self, inputs: Tensor) -> Tensor:
+        dtype = self.spec.autocast
         try:
-            with self._autocast():
+            with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
                 smashed: Tensor = self.segment(inputs.to(self.device))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise self._explain(error, inputs) from error
@@ -336,12 +395,6 @@ class Client:
             f"client {self.name!r}: the client segment can't take inputs of shape {shape} and "
             f"dtype {inputs.dtype}: {error}"
         )
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        dtype = self.spec.autocast
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            yield
 
     def _check_finite(self, tensor: Tensor, what: str) -> None:
         if not all_finite(tensor):

@@ -13,8 +13,8 @@ from flsplit.cut import Split
 from flsplit.errors import NonFiniteError, SegmentMismatchError
 from flsplit.log import logger
 from flsplit.message.arrays import check_like
-from flsplit.message.local import AuxiliaryPlan
-from flsplit.message.optimizer import get_state, set_state
+from flsplit.message.local_steps import AuxiliaryPlan
+from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.seeds import seeded
 
 

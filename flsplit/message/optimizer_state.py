@@ -13,8 +13,11 @@ from torch.optim import Optimizer
 from flsplit.errors import ProtocolError
 from flsplit.message.arrays import to_array, to_tensor
 
-OptimizerState = dict[int, dict[str, Any]]
-"""``Optimizer.state_dict()["state"]``: values by name for the index of each parameter."""
+IndexedState = dict[int, dict[str, Any]]
+"""Tensors and plain values by name, for each index: of a parameter, or of a client part."""
+
+OptimizerState = IndexedState
+"""``Optimizer.state_dict()["state"]``."""
 
 
 _MAX_DIGITS = 10  # of a parameter's index
@@ -34,7 +37,7 @@ def set_state(optimizer: Optimizer | None, state: OptimizerState) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def state_to_records(state: OptimizerState) -> tuple[ArrayRecord, ConfigRecord]:
+def state_to_records(state: IndexedState) -> tuple[ArrayRecord, ConfigRecord]:
     """Return the tensors and the plain numbers of a state, under keys ``"<index>/<name>"``."""
     arrays, numbers = ArrayRecord(), ConfigRecord()
     for index, values in state.items():
@@ -46,7 +49,7 @@ def state_to_records(state: OptimizerState) -> tuple[ArrayRecord, ConfigRecord]:
     return arrays, numbers
 
 
-def state_from_records(arrays: ArrayRecord, numbers: ConfigRecord) -> OptimizerState:
+def state_from_records(arrays: ArrayRecord, numbers: ConfigRecord) -> IndexedState:
     """Return the state in records of :func:`state_to_records`.
 
     Raises
@@ -54,7 +57,7 @@ def state_from_records(arrays: ArrayRecord, numbers: ConfigRecord) -> OptimizerS
     ProtocolError
         If a key is not ``"<index>/<name>"`` or an array can't be read.
     """
-    state: OptimizerState = {}
+    state: IndexedState = {}
     for key in (*arrays, *numbers):
         index, slash, name = key.partition("/")
         if not (slash and index.isdecimal() and len(index) < _MAX_DIGITS):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from flsplit.storage.records import load_records, save_records
+from flsplit.storage.record_file import load_records, save_records
 
 KEEP_ROUNDS = 2
 """A crash may fall between a client's write and the server's: then the round before is needed."""

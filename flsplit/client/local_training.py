@@ -5,11 +5,11 @@ import time
 from torch import Tensor
 
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
-from flsplit.client.auxiliary import Auxiliary
-from flsplit.client.client import Client
+from flsplit.client.auxiliary_model import Auxiliary
+from flsplit.client.live_client import Client
 from flsplit.errors import ProtocolError, StateLostError
-from flsplit.message.local import LocalReply, LocalRequest
-from flsplit.message.parts import Backward
+from flsplit.message.local_steps import LocalReply, LocalRequest
+from flsplit.message.request import Backward
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.seeds import derive_seed
 
@@ -23,18 +23,22 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
     client.check_round(request.server_round)
     auxiliary = _auxiliary_of(client)
     end = request.end(client.num_steps)
-    wanted = set(request.uploads(end))
+    wanted = set(request.uploads(end, client.plan))
     uploads: dict[int, tuple[Tensor, Tensor]] = {}
     rows: list[int] = []
     own, emulating = Activations(), Activations()
     if request.peek:
-        uploads[request.step] = client.forward(request.step)
-        rows.append(len(uploads[request.step][0]))
+        smashed, labels = client.forward(request.step)
+        rows.append(len(smashed))
+        if request.step in wanted:
+            uploads[request.step] = smashed, labels
     for step in range(request.step, end):
         with measuring_activations(own, client.segment, active=step == 0):
             smashed, labels = client.forward(step)
-        with measuring_activations(emulating, auxiliary.module, active=step == 0):
-            gradient = auxiliary.gradient(smashed, labels, _seed(client, step))
+        gradient = None
+        if len(smashed):  # else the client sits this step out
+            with measuring_activations(emulating, auxiliary.module, active=step == 0):
+                gradient = auxiliary.gradient(smashed, labels, _seed(client, step))
         client.backward(Backward(step, gradient))
         rows.append(len(smashed))
         if step in wanted:

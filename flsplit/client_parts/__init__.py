@@ -1,0 +1,17 @@
+"""What a method has its clients do beside the plain split step, inside autograd."""
+
+from flsplit.client_parts.client_part import ClientPart, ClientWhere, Where
+from flsplit.client_parts.finding import describe_parts, make_part, part_names
+from flsplit.client_parts.stock import Clip, Noise, Proximal
+
+__all__ = [
+    "ClientPart",
+    "ClientWhere",
+    "Clip",
+    "Noise",
+    "Proximal",
+    "Where",
+    "describe_parts",
+    "make_part",
+    "part_names",
+]

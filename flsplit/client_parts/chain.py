@@ -1,0 +1,166 @@
+"""A client's parts at work, one after the other."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flsplit.client_parts.client_part import (
+    Argument,
+    ClientPart,
+    ClientWhere,
+    Where,
+    overrides,
+    seed_at,
+)
+from flsplit.client_parts.finding import build_parts
+from flsplit.errors import ConfigError
+
+_HOOKS = ("smashed", "cut_gradient", "loss", "gradients")
+
+
+@dataclass(frozen=True)
+class ClientStep:
+    """A client's step, as its parts are told of it."""
+
+    seed: int
+    client: str
+    round: int
+    step: int
+    segment: nn.Module
+    round_start: Mapping[str, Tensor]
+
+    def at(self, index: int, hook: str) -> ClientWhere:
+        """Return the place of one hook of the part at ``index``."""
+        seed = seed_at(self.seed, self.client, self.round, self.step, index, hook)
+        where = (self.client, self.round, self.step, seed)
+        return ClientWhere(*where, self.segment, self.round_start)
+
+
+class PartChain:
+    """The parts that a plan describes, in the order of the plan.
+
+    Parameters
+    ----------
+    described : str
+        The plan's ``client_parts``.
+    own : sequence of type
+        Classes that the ClientApp has beside those that are installed.
+    client : str
+        The client's name.
+    """
+
+    def __init__(self, described: str, own: Sequence[type[ClientPart]], client: str) -> None:
+        self.described = described
+        self.parts = build_parts(described, own, client)
+        self._arguments: list[dict[str, Argument]] = [part.arguments() for part in self.parts]
+        self._hooks = {
+            hook: [(index, one) for index, one in enumerate(self.parts) if overrides(one, hook)]
+            for hook in _HOOKS
+        }
+        self.check_state()
+
+    @property
+    def needs_round_start(self) -> bool:
+        """Whether a part wants to know the parameters at the round's beginning."""
+        return any(part.needs_round_start for part in self.parts)
+
+    def smashed(self, step: ClientStep, smashed: Tensor) -> Tensor:
+        """Return the smashed data that leaves."""
+        return self._edited("smashed", step, smashed)
+
+    def cut_gradient(self, step: ClientStep, gradient: Tensor) -> Tensor:
+        """Return the gradient to back-propagate."""
+        return self._edited("cut_gradient", step, gradient)
+
+    def loss(
+        self, step: ClientStep, inputs: Tensor, smashed: Tensor, labels: Tensor
+    ) -> Tensor | None:
+        """Return the sum of the parts' terms, None if there are none."""
+        terms = []
+        for index, part in self._hooks["loss"]:
+            term = part.loss(step.at(index, "loss"), inputs, smashed, labels)
+            if term is None:
+                continue
+            if not (isinstance(term, Tensor) and term.ndim == 0 and term.is_floating_point()):
+                raise ConfigError(f"{_told(part, 'loss')} {_kind(term)}, expected a scalar")
+            if term.requires_grad:
+                terms.append(term)
+        return torch.stack(terms).sum() if terms else None
+
+    def gradients(self, step: ClientStep, parameters: Sequence[nn.Parameter]) -> None:
+        """Let the parts edit the gradients."""
+        for index, part in self._hooks["gradients"]:
+            part.gradients(step.at(index, "gradients"), parameters)
+
+    def _edited(self, hook: str, step: ClientStep, tensor: Tensor) -> Tensor:
+        for index, part in self._hooks[hook]:
+            tensor = _called(part, hook, step.at(index, hook), tensor)
+        return tensor
+
+    # --- state ---------------------------------------------------------------------------
+
+    def check_state(self) -> None:
+        """Refuse parts that remember something and don't say it."""
+        for part, arguments in zip(self.parts, self._arguments, strict=True):
+            part.check_state(arguments)
+
+    def state(self) -> dict[int, dict[str, Any]]:
+        """Return what the parts remember, by their index."""
+        found = {}
+        for index, part in enumerate(self.parts):
+            state = part.state_dict()
+            for name, value in state.items():
+                if not isinstance(value, (Tensor, bool, int, float, str)):
+                    raise ConfigError(
+                        f"client part {part.name!r}: state_dict()[{name!r}] is {_kind(value)}, "
+                        "expected a tensor, a number, a string or a boolean"
+                    )
+            if state:  # copied: the next forward pass may be undone
+                found[index] = {
+                    name: value.detach().clone() if isinstance(value, Tensor) else value
+                    for name, value in state.items()
+                }
+        return found
+
+    def load(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Go on from what was remembered."""
+        for index, part in enumerate(self.parts):
+            if overrides(part, "state_dict"):
+                part.load_state_dict(state.get(index, {}))
+
+    def follow(self, before: "PartChain") -> None:
+        """Go on with what the parts of the round before remember, where the names are the same."""
+        for old, new in zip(before.parts, self.parts, strict=False):
+            if old.name == new.name:
+                new.load_state_dict(old.state_dict())
+
+
+def sent_down(
+    parts: Sequence[ClientPart], seed: int, client: str, round_: int, step: int, gradient: Tensor
+) -> Tensor:
+    """Return the cut-layer gradient that goes down to a client, edited by the parts' ``down``."""
+    for index, part in enumerate(parts):
+        if overrides(part, "down"):
+            where = Where(client, round_, step, seed_at(seed, client, round_, step, index, "down"))
+            gradient = _called(part, "down", where, gradient)
+    return gradient
+
+
+def _called(part: ClientPart, hook: str, where: Where, tensor: Tensor) -> Tensor:
+    found = getattr(part, hook)(where, tensor)
+    if not (isinstance(found, Tensor) and found.shape == tensor.shape):
+        expected = f"expected a tensor of shape {tuple(tensor.shape)}"
+        raise ConfigError(f"{_told(part, hook)} {_kind(found)}, {expected}")
+    return found
+
+
+def _told(part: ClientPart, hook: str) -> str:
+    return f"client part {part.name!r}: {hook} returned"
+
+
+def _kind(value: object) -> str:
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    return f"a {type(value).__name__}{shape}"

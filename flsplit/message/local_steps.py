@@ -1,0 +1,264 @@
+"""The messages of local training: steps without the server, then what came of them.
+
+``train.local`` asks a client for steps that it takes by itself, with the gradient that its
+auxiliary model emulates, and for the smashed data of some of them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from flsplit.account.clock import Leg
+from flsplit.errors import ProtocolError
+from flsplit.message import request as parts
+from flsplit.message.arrays import to_array, to_tensor
+from flsplit.message.fields import Fields, In, Records, Slot, record, value
+from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over
+from flsplit.message.round_plan import RoundPlan
+from flsplit.message.types import LOCAL
+
+_MEMORY = ("segment", "activations", "auxiliary", "auxiliary-activations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryPlan(Fields):
+    """Which auxiliary model a client works with in a round, and what it does with it.
+
+    Attributes
+    ----------
+    kind : {'linear', 'first-stage', 'given'}
+        How it is built.
+    shape : tuple of int
+        Shape of one row of the smashed data it takes.
+    num_classes : int
+        How many classes it tells apart.
+    version : int
+        Which of the server's versions the client must hold.
+    train : bool
+        Whether the client trains it on its own loss.
+    lr : float
+        The learning rate for that.
+    """
+
+    kind: str
+    shape: Annotated[tuple[int, ...], In(least=1, length=1)]
+    num_classes: Annotated[int, In(least=1)]
+    version: Annotated[int, In(least=0)]
+    train: bool
+    lr: Annotated[float, In(least=0.0)]
+
+
+def _put_auxiliary_plan(content: RecordDict, plan: AuxiliaryPlan) -> None:
+    content["auxiliary-config"] = plan.to_config()
+
+
+def _get_auxiliary_plan(records: Records) -> AuxiliaryPlan:
+    return AuxiliaryPlan.from_config(record(records, "auxiliary-config", ConfigRecord))
+
+
+def _put_uploads(content: RecordDict, uploads: Mapping[int, Batch]) -> None:
+    smashed, labels = content["smashed-data"], content["labels"] = ArrayRecord(), ArrayRecord()
+    for step, (rows, of_rows) in uploads.items():
+        smashed[str(step)], labels[str(step)] = to_array(rows), to_array(of_rows)
+
+
+def _get_uploads(records: Records) -> dict[int, Batch]:
+    smashed = record(records, "smashed-data", ArrayRecord)
+    labels = record(records, "labels", ArrayRecord)
+    if list(smashed) != list(labels):
+        raise ProtocolError(
+            f"smashed-data is of steps {list(smashed)}, labels of steps {list(labels)}"
+        )
+    uploads = {}
+    for key in smashed:
+        if not (key.isdecimal() and len(key) < 10 and str(int(key)) == key):
+            raise ProtocolError(f"smashed-data: key is {key!r}, expected a step")
+        uploads[int(key)] = (
+            to_tensor(smashed[key], field=f"smashed-data[{key!r}]"),
+            to_tensor(labels[key], field=f"labels[{key!r}]"),
+        )
+    return uploads
+
+
+def _put_memory(content: RecordDict, memory: Mapping[str, int]) -> None:
+    content["memory"] = MetricRecord({name: memory[name] for name in _MEMORY})
+
+
+def _get_memory(records: Records) -> dict[str, int]:
+    memory = record(records, "memory", MetricRecord)
+    return {name: value(memory, name, int, minimum=0) for name in _MEMORY}
+
+
+_State = Annotated[dict[str, Tensor] | None, parts.state_dict("auxiliary")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalReply(Reply):
+    """What came of a client's local steps.
+
+    Attributes
+    ----------
+    client : str
+        Whose reply it is.
+    server_round, step : int
+        Which request it answers.
+    uploads : mapping of int to (torch.Tensor, torch.Tensor)
+        Smashed data ``(b, ...)`` and labels ``(b, ...)`` by step.
+    num_examples : int
+        Size of the client's training data.
+    num_steps, steps_done : int
+        How many steps the client has this round, and how many it has done.
+    rows : sequence of int
+        How many rows each step that was asked for had, from ``step`` on.
+    seconds : float
+        Compute time.
+    memory : mapping of str to int
+        Measured bytes: ``segment`` and ``auxiliary`` (parameters, buffers, gradients, optimizer)
+        and ``activations`` and ``auxiliary-activations`` (what a batch leaves for backward; 0
+        where step 0 was not among the steps).
+    segment, auxiliary : dict of str to torch.Tensor or None
+        State dicts, where they were asked for and the client's round has ended.
+    """
+
+    client: parts.Client
+    server_round: parts.Round
+    step: Annotated[int, In("reply", 0)]
+    uploads: Annotated[
+        Mapping[int, Batch], Slot("smashed-data", _put_uploads, _get_uploads, required=True)
+    ]
+    num_examples: Annotated[int, In("metrics", 1)]
+    num_steps: Annotated[int, In("metrics", 1)]
+    steps_done: Annotated[int, In("metrics", 0)]
+    rows: Annotated[Sequence[int], In("metrics", 0, length=1)]
+    seconds: parts.Seconds
+    memory: Annotated[
+        Mapping[str, int], Slot("memory", _put_memory, _get_memory, required=True)
+    ] = field(default_factory=lambda: dict.fromkeys(_MEMORY, 0))
+    segment: parts.State = None
+    auxiliary: _State = None
+
+    def batches(self) -> list[Batch]:
+        """Return the uploads."""
+        return list(self.uploads.values())
+
+    def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
+        """Return a leg per step; what goes up of a step goes up before the next."""
+        is_peek = self.steps_done == self.step
+        sent = {step: x.nbytes + y.nbytes for step, (x, y) in self.uploads.items()}
+        for step, rows in enumerate(self.rows, start=self.step):
+            trained = 0 if is_peek else rows
+            yield Leg(
+                forward_rows=rows,
+                backward_rows=trained,
+                auxiliary_rows=trained,
+                up_bytes=sent.get(step, 0),
+                step=step if step in sent else None,
+            )
+        yield Leg(up_bytes=up_bytes - sum(sent.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRequest(Request):
+    """Asks a client for local steps from ``step`` on.
+
+    Attributes
+    ----------
+    server_round, step : int
+        The round, and the first step to take.
+    stop : int
+        The first step not to take; 0 stands for the end of the client's round.
+    upload_every : int
+        Smashed data and labels of every step that this divides go up.
+    upload_from : int
+        Nothing of earlier steps goes up.
+    peek : bool
+        Take no step: send the smashed data of ``step`` only.
+    upload_segment, upload_auxiliary : bool
+        Whether to hand them over when the client's round ends.
+    plan, auxiliary_plan : RoundPlan, AuxiliaryPlan
+        Begin a round; they come with step 0 only.
+    segment : SegmentArrays or None
+        The client segment, for a client that doesn't hold it.
+    auxiliary : dict of str to torch.Tensor or None
+        The auxiliary model's state dict, likewise.
+    auxiliary_held : bool
+        Whether the client is believed to hold that auxiliary model. It stays on the server.
+    like, auxiliary_like : dict of str to torch.Tensor or None
+        What a segment and an auxiliary model that are handed over must fit. They stay on the
+        server.
+    num_steps : int or None
+        How many steps the client has this round, as far as that is known. It stays on the server.
+    planned : RoundPlan or None
+        The plan of the client's round. It stays on the server, too.
+    """
+
+    kind = LOCAL
+    answer = LocalReply
+    echoed = ("server_round", "step", "num_steps")
+
+    server_round: Annotated[int, In("local", 1)]
+    step: Annotated[int, In("local", 0)]
+    stop: Annotated[int, In("local", 0)] = 0
+    upload_every: Annotated[int, In("local", 1)] = 1
+    upload_from: Annotated[int, In("local", 0)] = 0
+    peek: Annotated[bool, In("local")] = False
+    upload_segment: Annotated[bool, In("local")] = False
+    upload_auxiliary: Annotated[bool, In("local")] = False
+    plan: parts.Plan = None
+    auxiliary_plan: Annotated[
+        AuxiliaryPlan | None, Slot("auxiliary-config", _put_auxiliary_plan, _get_auxiliary_plan)
+    ] = None
+    segment: parts.Segment = None
+    auxiliary: _State = None
+    auxiliary_held: bool = False
+    like: dict[str, Tensor] | None = None
+    auxiliary_like: dict[str, Tensor] | None = None
+    num_steps: int | None = None
+    planned: RoundPlan | None = None
+
+    def uploads(self, done: int, plan: RoundPlan | None) -> list[int]:
+        """Return the steps whose smashed data goes up, if the client has done ``done`` steps.
+
+        Those that it sits out have none.
+        """
+        first = self.step if self.peek else max(self.step, self.upload_from)
+        steps = [self.step] if self.peek else range(first, done)
+        return [
+            step
+            for step in steps
+            if (self.peek or step % self.upload_every == 0) and (not plan or plan.rows_at(step))
+        ]
+
+    def end(self, num_steps: int) -> int:
+        """Return how many steps a client with ``num_steps`` has done afterwards."""
+        if self.peek:
+            return self.step
+        return min(self.stop or num_steps, num_steps)
+
+    def check(self, reply: LocalReply) -> None:
+        """Check that the steps asked for were done, and what goes up."""
+        done = self.end(reply.num_steps)
+        if reply.steps_done != done:
+            raise ProtocolError(f"reply: steps-done is {reply.steps_done}, expected {done}")
+        if list(reply.uploads) != (expected := self.uploads(done, self.planned)):
+            raise ProtocolError(
+                f"smashed-data is of steps {list(reply.uploads)}, expected steps {expected}"
+            )
+        if len(reply.rows) != (steps := done - self.step or 1):
+            raise ProtocolError(f"field 'rows' is {list(reply.rows)}, expected {steps} numbers")
+        for step, (smashed, labels) in reply.uploads.items():
+            check_batch(smashed, labels, self.planned.rows_at(step) if self.planned else None)
+            if len(smashed) != (rows := reply.rows[step - self.step]):
+                raise ProtocolError(
+                    f"smashed-data of step {step} has {len(smashed)} rows, field 'rows' says {rows}"
+                )
+        if done < reply.num_steps or self.peek:
+            return
+        if self.upload_segment:
+            check_handed_over(reply.segment, self.like, "arrays", "client segment")
+        if self.upload_auxiliary:
+            like = self.auxiliary_like
+            check_handed_over(reply.auxiliary, like, "auxiliary", "auxiliary model")

@@ -1,0 +1,287 @@
+"""What all requests and replies have in common, and what several of them carry."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from flsplit.account.clock import Leg
+from flsplit.errors import NonFiniteError, ProtocolError
+from flsplit.finite import all_finite
+from flsplit.flower_internals import fill
+from flsplit.message.arrays import check_like, from_record, to_array, to_record, to_tensor
+from flsplit.message.fields import Content, In, Records, Slot, only_array, record, value
+from flsplit.message.optimizer_state import OptimizerState, state_from_records, state_to_records
+from flsplit.message.round_plan import RoundPlan
+
+Batch = tuple[Tensor, Tensor]
+"""Smashed data ``(b, ...)`` and labels ``(b, ...)``."""
+
+
+@dataclass(frozen=True)
+class SegmentArrays:
+    """A client segment sent by the server, and which one it is.
+
+    ``version`` counts the aggregated segments; a client remembers the last it was given, and
+    the server sends a segment only to clients that don't hold it yet.
+    """
+
+    version: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The cut-layer gradient of one step, on its way to a client.
+
+    Attributes
+    ----------
+    step : int
+        The step whose smashed data this is the gradient of.
+    gradient : torch.Tensor or None
+        Gradient of the client's own mean loss, of the smashed data's shape. None if the
+        client is not to step.
+    shared_rows : int
+        How many of the leading rows other clients of this step receive, too. It stays on the
+        server, where a broadcast row is counted once.
+    repeated : bool
+        Whether the shared rows are one and the same row.
+    """
+
+    step: int
+    gradient: Tensor | None
+    shared_rows: int = 0
+    repeated: bool = False
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the shared rows."""
+        if self.gradient is None or not self.shared_rows:
+            return 0
+        return self.gradient[: self.shared_rows].nbytes
+
+    @property
+    def broadcast_bytes(self) -> int:
+        """What the shared rows take on a broadcast channel; a repeated row is sent once."""
+        return self.shared_bytes // (self.shared_rows if self.repeated else 1)
+
+
+class Reply(Content):
+    """Base of what a client answers.
+
+    Attributes
+    ----------
+    client : str
+        Whose reply it is.
+    server_round : int
+        The round asked for.
+    seconds : float
+        Compute time since the message arrived.
+    """
+
+    categories: ClassVar[dict[str, str]] = {
+        "smashed-data": "activations-up",
+        "labels": "labels-up",
+        "arrays": "client-segments-up",
+        "optimizer": "optimizer-up",
+        "auxiliary": "auxiliary-up",
+    }
+    """Under which of the ledger's categories the bytes of a record are counted."""
+
+    client: str
+    server_round: int
+    seconds: float
+    num_steps: int | None
+
+    def __getattr__(self, name: str) -> None:
+        """Return None for the number of steps, where a reply has no such field."""
+        if name != "num_steps":
+            raise AttributeError(name)
+
+    def batches(self) -> list[Batch]:
+        """Return the smashed data and labels that the server segment is to take."""
+        return []
+
+    def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
+        """Return what the client did for this reply, for a clock."""
+        return ()
+
+
+class Request(Content):
+    """Base of what a client is asked.
+
+    A field that is no part of one kind of request is None in all its objects.
+    """
+
+    kind: ClassVar[str]
+    """Flower's message type."""
+    answer: ClassVar[type[Reply]]
+    """How a client answers."""
+    echoed: ClassVar[tuple[str, ...]] = ("server_round",)
+    """Fields that the reply must repeat, where they aren't None."""
+    categories: ClassVar[dict[str, str]] = {
+        "arrays": "client-segments-down",
+        "optimizer": "optimizer-down",
+        "auxiliary": "auxiliary-down",
+        "cut-gradient": "gradients-down-unicast",
+    }
+    """Under which of the ledger's categories the bytes of a record are counted."""
+
+    server_round: int
+    step: int | None
+    plan: RoundPlan | None
+    backward: Backward | None
+    segment: SegmentArrays | None
+    auxiliary: dict[str, Tensor] | None
+
+    def __getattr__(self, name: str) -> None:
+        """Return None for the above, where a kind of request has no such field.
+
+        A default in the class would become that of the dataclasses' own fields.
+        """
+        if name not in Request.__annotations__:
+            raise AttributeError(name)
+
+    def check(self, reply: Any) -> None:
+        """Check what a reply holds; whose it is has been checked, and its plain fields.
+
+        Raises
+        ------
+        ProtocolError
+            If it isn't what was asked for, or its tensors can't be used.
+        SegmentMismatchError
+            If the client handed over another segment than it was given.
+        NonFiniteError
+            If smashed data or a segment handed over is NaN or infinite.
+        """
+
+
+def check_batch(smashed: Tensor, labels: Tensor, most: int | None = None) -> None:
+    """Check smashed data and labels of a step that may have up to ``most`` rows, if that is known.
+
+    A client that sits a step out sends none.
+    """
+    if not smashed.is_floating_point():
+        raise ProtocolError(f"smashed-data: dtype is {smashed.dtype}, expected floating point")
+    if smashed.ndim == 0 or (len(smashed) == 0 and most != 0):
+        raise ProtocolError(
+            f"smashed-data: shape is {tuple(smashed.shape)}, expected one row or more"
+        )
+    if most is not None and len(smashed) > most:
+        raise ProtocolError(f"smashed-data: {len(smashed)} rows came, at most {most} were planned")
+    if labels.shape[:1] != smashed.shape[:1]:
+        raise ProtocolError(
+            f"labels: shape is {tuple(labels.shape)}, expected {len(smashed)} rows as in the "
+            f"smashed data {tuple(smashed.shape)}"
+        )
+    if not all_finite(smashed):
+        raise NonFiniteError("smashed-data: there are values that are NaN or infinite")
+
+
+def check_handed_over(
+    state: Mapping[str, Tensor] | None, like: Mapping[str, Tensor] | None, key: str, what: str
+) -> None:
+    """Check the state dict in the record ``key`` that was asked for against what was given."""
+    if state is None:
+        raise ProtocolError(f"record {key!r} is missing, the {what} was asked for")
+    if like is None:
+        return
+    for name, tensor in check_like(state, like, what=what).items():
+        # A buffer may be infinite on purpose (a mask): only what became so is wrong.
+        if bool((~torch.isfinite(tensor) & torch.isfinite(like[name])).any()):
+            raise NonFiniteError(f"{what}: {name!r} has values that are NaN or infinite")
+
+
+# --- how fields travel -----------------------------------------------------------------------
+
+
+def one_array(key: str) -> Slot:
+    """Return how a tensor travels raw, alone in a record."""
+
+    def put(content: RecordDict, tensor: Tensor) -> None:
+        arrays = ArrayRecord()
+        fill(arrays, {"0": to_array(tensor)})
+        fill(content, {key: arrays})
+
+    def get(records: Records) -> Tensor:
+        found = records.get(key)
+        arrays = list(found.values()) if type(found) is ArrayRecord else []
+        # The other says what is wrong.
+        array = arrays[0] if len(arrays) == 1 else only_array(records, key)
+        return to_tensor(array, field=key)
+
+    return Slot(key, put, get, required=True)
+
+
+def state_dict(key: str) -> Slot:
+    """Return how a state dict travels."""
+
+    def put(content: RecordDict, tensors: dict[str, Tensor]) -> None:
+        content[key] = to_record(tensors)
+
+    return Slot(key, put, lambda records: from_record(record(records, key, ArrayRecord), field=key))
+
+
+_GRADIENT, _ARRAYS = one_array("cut-gradient"), state_dict("arrays")
+
+
+def _put_segment(content: RecordDict, segment: SegmentArrays) -> None:
+    _ARRAYS.put(content, segment.tensors)
+    content["segment"] = ConfigRecord({"version": segment.version})
+
+
+def _get_segment(records: Records) -> SegmentArrays:
+    version = value(record(records, "segment", ConfigRecord), "version", int, minimum=0)
+    return SegmentArrays(version, _ARRAYS.get(records))
+
+
+@dataclass(frozen=True)
+class _Told(Content):
+    step: Annotated[int, In("backward", 0)]
+    update: Annotated[bool, In("backward")]
+
+
+def _put_backward(content: RecordDict, backward: Backward) -> None:
+    update = backward.gradient is not None
+    fill(content, _Told(backward.step, update).to_content())
+    if update:
+        _GRADIENT.put(content, backward.gradient)
+
+
+def _get_backward(records: Records) -> Backward:
+    fields = _Told.from_content(records)
+    return Backward(fields.step, _GRADIENT.get(records) if fields.update else None)
+
+
+def _put_optimizer(content: RecordDict, state: OptimizerState) -> None:
+    content["optimizer"], content["optimizer-numbers"] = state_to_records(state)
+
+
+def _get_optimizer(records: Records) -> OptimizerState:
+    return state_from_records(
+        record(records, "optimizer", ArrayRecord),
+        record(records, "optimizer-numbers", ConfigRecord),
+    )
+
+
+def _put_plan(content: RecordDict, plan: RoundPlan) -> None:
+    content["config"] = plan.to_config()
+
+
+def _get_plan(records: Records) -> RoundPlan:
+    return RoundPlan.from_config(record(records, "config", ConfigRecord))
+
+
+Client = Annotated[str, In("reply")]
+Round = Annotated[int, In("reply", 1)]
+Seconds = Annotated[float, In("metrics", 0.0)]
+Smashed = Annotated[Tensor, one_array("smashed-data")]
+Labels = Annotated[Tensor, one_array("labels")]
+Segment = Annotated[SegmentArrays | None, Slot("arrays", _put_segment, _get_segment)]
+State = Annotated[dict[str, Tensor] | None, _ARRAYS]
+Gradient = Annotated[Backward | None, Slot("backward", _put_backward, _get_backward)]
+Optimizer = Annotated[OptimizerState | None, Slot("optimizer", _put_optimizer, _get_optimizer)]
+Plan = Annotated[RoundPlan | None, Slot("config", _put_plan, _get_plan)]

@@ -1,0 +1,89 @@
+"""What a client is told at the beginning of a round."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Self
+
+from flsplit.errors import ConfigError, ProtocolError
+from flsplit.message.fields import Fields, In
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundPlan(Fields):
+    """A round's knobs; they come from the server, so that they live in one place.
+
+    Attributes
+    ----------
+    server_round : int
+        The round, starting from 1.
+    num_rounds : int
+        How many rounds the run has.
+    cut : str
+        The cut layer. A client that is cut elsewhere refuses the round.
+    segment_version : int
+        Which of the server's client segments the client must hold.
+    seed : int
+        The run's seed.
+    lr : float
+        The client's learning rate.
+    batch_size : int
+        Examples per mini-batch.
+    local_epochs : int
+        How often a client goes over its data; used when ``local_steps`` is 0.
+    local_steps : int
+        Mini-batches per round; 0 stands for ``local_epochs`` whole epochs.
+    experiment : str
+        Names the run; a resumed one keeps it. A client that was in another run starts anew.
+    drop_last : bool
+        Leave out an epoch's last mini-batch when it is smaller than ``batch_size``.
+    batch_sizes : tuple of int
+        Examples of each step of the round, in place of ``batch_size``, ``drop_last`` and what
+        says how many steps there are; in a step of 0
+        the client sits out. Empty for ``batch_size`` everywhere. An epoch then ends within a batch.
+    client_parts : str
+        What the client does beside the plain step, as :mod:`flsplit.client_parts` describes it.
+    """
+
+    server_round: Annotated[int, In(least=1)]
+    num_rounds: Annotated[int, In(least=1)]
+    cut: str
+    segment_version: Annotated[int, In(least=0)]
+    seed: Annotated[int, In(least=0)]
+    lr: Annotated[float, In(least=0.0)]
+    batch_size: Annotated[int, In(least=1)]
+    local_epochs: Annotated[int, In(least=0)]
+    local_steps: Annotated[int, In(least=0)]
+    drop_last: bool
+    experiment: str = ""
+    batch_sizes: Annotated[tuple[int, ...], In(least=0)] = ()
+    client_parts: str = ""
+
+    def rows_at(self, step: int) -> int:
+        """Return how many rows a step may have; 0 if the client sits it out."""
+        if not self.batch_sizes:
+            return self.batch_size
+        return self.batch_sizes[step] if step < len(self.batch_sizes) else 0
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many steps the round has; None if that depends on how much data a client has."""
+        return len(self.batch_sizes) or self.local_steps or None
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """Return the plan with other values, by field.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such field, or it can't have this value.
+        """
+        known = [one.name for one in fields(self)]
+        if unknown := [name for name in changes if name not in known]:
+            raise ConfigError(f"a plan has no field {unknown[0]!r} (it has {', '.join(known)})")
+        try:
+            plan = self.from_config(replace(self, **changes).to_config())
+        except (ProtocolError, TypeError) as error:
+            raise ConfigError(str(error)) from error
+        if not (plan.num_steps or plan.local_epochs):
+            raise ConfigError("local-epochs and local-steps are both 0: nothing would be trained")
+        return plan
