@@ -105,7 +105,7 @@ def plan(
 ) -> None:
     """Choose cut, subchannels and powers for FLEET, so that a round is as short as possible."""
     gc.disable()  # imports make a great many objects and no garbage: looking for it takes a while
-    from flsplit.strategies.registry import plan_method
+    from flsplit.run.registry import plan_method
     from flsplit.wireless.fleet_file import load_fleet
     from flsplit.wireless.fleet_plan import format_plan, make_plan, plan_to_json
     from flsplit.wireless.models import example_input, load_model

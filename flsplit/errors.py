@@ -35,6 +35,10 @@ class StateLostError(FlsplitError):
     """A client was asked to go on but has no segment: it is new or lost its state."""
 
 
+class MethodError(FlsplitError, ValueError):
+    """A method did something with a step that it can't: the method is named, not a client."""
+
+
 class NotEnoughClientsError(FlsplitError, RuntimeError):
     """Fewer clients are left than ``min_available_nodes``."""
 

@@ -3,20 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from flsplit.auxiliary import emulated_gradient, keeping_buffers
-from flsplit.message.arrays import from_record, to_array
 from flsplit.message.steps import FinishReply
+from flsplit.run import DecoupledStrategy, Round
+from flsplit.run.decoupled import AuxiliarySent
+from flsplit.run.options import LearningRate, at_round, of_kind
 from flsplit.server.aggregate import average_buffers
 from flsplit.server.arguments import number
-from flsplit.strategies.decoupled import DecoupledStrategy, Sent
-from flsplit.strategies.options import LearningRate, at_round, of_kind
-from flsplit.strategies.round import Round
+from flsplit.storage import State
 from flsplit.wireless.phases import Phase, Work, aggregation
-
-_AVERAGED, _VERSION = "auxiliary-averaged", "auxiliary-version"
 
 
 class CSEFSL(DecoupledStrategy):
@@ -34,9 +31,9 @@ class CSEFSL(DecoupledStrategy):
         Average the auxiliary models, weighted by the clients' numbers of examples; otherwise each
         stays with its client.
     upload_every, auxiliary, overlap
-        See :class:`~flsplit.strategies.decoupled.DecoupledStrategy`.
+        See :class:`~flsplit.run.DecoupledStrategy`.
     **options
-        See :class:`~flsplit.strategies.options.SplitOptions`.
+        See :class:`~flsplit.run.SplitOptions`.
 
     References
     ----------
@@ -83,9 +80,9 @@ class CSEFSL(DecoupledStrategy):
         given = self.auxiliary_lr
         return round_.plan.lr if given is None else at_round(given, round_.plan.server_round)
 
-    def auxiliary_of(self, client: str) -> Sent:
+    def auxiliary_of(self, client: str) -> AuxiliarySent:
         """Return the averaged auxiliary model, the same for all."""
-        return Sent(self._version, self._averaged or self.initial)
+        return AuxiliarySent(self._version, self._averaged or self.initial)
 
     def emulated(self, client: str, smashed: Tensor, labels: Tensor) -> Tensor | None:
         """Return ĝ with the model that the clients began the round with."""
@@ -109,15 +106,13 @@ class CSEFSL(DecoupledStrategy):
             )
         self._version += 1
 
-    def state_records(self) -> RecordDict:
+    def state_dict(self) -> State:
         """Return all that a checkpoint needs, with the averaged auxiliary model."""
-        records = super().state_records()
-        records[_AVERAGED] = ArrayRecord({k: to_array(v) for k, v in self._averaged.items()})
-        records[_VERSION] = ConfigRecord({"version": self._version})
-        return records
+        averaged = {"version": self._version, "tensors": self._averaged}
+        return super().state_dict() | {"averaged": averaged}
 
-    def load_state_records(self, records: RecordDict, segment_version: int) -> None:
-        """Go on from a checkpoint's records."""
-        super().load_state_records(records, segment_version)
-        self._averaged = from_record(records.array_records[_AVERAGED], field=_AVERAGED)
-        self._version = int(records.config_records[_VERSION]["version"])  # type: ignore[arg-type]
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self._version = state["averaged"]["version"]
+        self._averaged = state["averaged"]["tensors"]

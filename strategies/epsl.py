@@ -1,32 +1,70 @@
 """EPSL."""
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
-from flsplit.errors import ConfigError
-from flsplit.server.arguments import one_of
-from flsplit.server.passes import Replay, SharedDelta
-from flsplit.server.passes.positions import ceil_fraction
-from flsplit.strategies.psl import PSL
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flsplit.errors import ConfigError, DataError
+from flsplit.run import ClientBatch, ParallelStrategy, Step, ceil_fraction
+from flsplit.server.arguments import fraction, one_of
+from flsplit.server.segment import Loss
 from flsplit.wireless.phases import Phase, Work, parallel_steps, server_passes
 
 Aggregation = Literal["replay", "shared_delta"]
-_PASSES = {"replay": Replay, "shared_delta": SharedDelta}
+
+_NOT_CLASSIFIERS = (
+    functional.mse_loss,
+    functional.l1_loss,
+    functional.smooth_l1_loss,
+    functional.huber_loss,
+    functional.gaussian_nll_loss,
+    functional.poisson_nll_loss,
+    functional.kl_div,
+    functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits,
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.GaussianNLLLoss,
+    nn.PoissonNLLLoss,
+    nn.KLDivLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+)
 
 
-class EPSL(PSL):
+class EPSL(ParallelStrategy):
     r"""EPSL: PSL with the last layer's gradients aggregated over clients.
 
     The server aggregates last-layer gradients, a portion φ of them, and has less to
     back-propagate and to send; φ=0 is PSL. So much is in the paper's abstract [1]_ and, of φ, in
-    others' summaries.
+    others' summaries. All else is our reading, not checked against the paper's equations.
 
-    All else is our reading, not checked against the paper's equations. Of the b positions of a
-    mini-batch, m = ⌈φ·b⌉ are aggregated: their gradients at the logits, summed over the clients
-    with the shares λ, are back-propagated once, and the cut-layer gradient is broadcast to all
-    clients. The other b − m rows of each client are treated as in PSL. So m + C(b − m) rows go
-    back through the server segment instead of C·b. How an aggregated gradient is
-    back-propagated: :class:`~flsplit.server.passes.Replay` (E1) or
-    :class:`~flsplit.server.passes.SharedDelta` (E2).
+    Of the b positions of a mini-batch, m = ⌈φ·b⌉ are aggregated. With :math:`z_{i,j}` the gradient
+    of client i's loss by its logits at position j, :math:`s_{i,j}` its smashed data and the shares
+    λ, for :math:`j \le m`
+
+    .. math:: \bar z_j = \sum_i \lambda_i z_{i,j}, \qquad
+              \bar s_j = \sum_i \lambda_i s_{i,j}
+
+    ``replay`` (E1)
+        One pass over the m + C(b−m) rows :math:`[\bar s_1 … \bar s_m; s_{i,j}, j > m]` carries
+        :math:`[\bar z_j / b; \lambda_i z_{i,j} / b]` back from the logits. All clients receive
+        the cut-layer gradient of :math:`\bar s_j`, the other rows' go to their owners.
+        BatchNorm's running statistics come from the first pass alone (the real rows).
+    ``shared_delta`` (E2)
+        :math:`\bar z_j` replaces :math:`z_{i,j}` in every client's row and goes back through that
+        client's own Jacobian; the cut-layer gradients at a position are averaged afterwards.
+        Nothing is saved on the server. An ablation of ours: it tells what mixing activations costs.
+
+    Rows weigh :math:`a_i = \lambda_i / b_i`; position j stands for the rows j of all clients that
+    have one, b being the largest batch of the step. Gradients have the magnitude of a gradient of
+    the client's own mean loss. Each pass draws dropout masks of its own.
 
     Parameters
     ----------
@@ -35,8 +73,7 @@ class EPSL(PSL):
     aggregation : {'replay', 'shared_delta'}
         The reading: E1, or E2, which computes all rows.
     **options
-        See :class:`~flsplit.strategies.options.SplitOptions`. A ``server_pass`` is refused: EPSL
-        is one.
+        See :class:`~flsplit.run.SplitOptions`. ``server_batchnorm`` must be ``pooled``.
 
     References
     ----------
@@ -47,14 +84,82 @@ class EPSL(PSL):
     def __init__(
         self, *, phi: float = 0.5, aggregation: Aggregation = "replay", **options: Any
     ) -> None:
-        if options.get("server_pass") is not None:
-            raise ConfigError(
-                "EPSL is a server pass itself and takes no server_pass; PSL takes one"
-            )
-        kind = _PASSES[one_of("aggregation", aggregation, get_args(Aggregation))]
-        self.phi = phi
-        self.aggregation = aggregation
-        super().__init__(**options | {"server_pass": kind(phi)})
+        self.phi = fraction("phi", phi)
+        self.aggregation = one_of("aggregation", aggregation, get_args(Aggregation))
+        super().__init__(**options)
+        if self.phi > 0:
+            _check_loss(self.options.loss)
+            if self.options.server_batchnorm != "pooled":
+                raise ConfigError(
+                    "server_batchnorm is 'per_client', but EPSL takes 'pooled' only: aggregated "
+                    "rows belong to no client"
+                )
+
+    def step(self, step: Step) -> None:
+        """Aggregate the gradients of the first positions at the logits, and carry them back."""
+        m = ceil_fraction(self.phi, max(len(batch) for batch in step.batches))
+        if m == 0:
+            found = step.gradients()
+            step.update(found)
+            step.reply(found.cut_gradients)
+        elif self.aggregation == "replay":
+            self._replay(step, m)
+        else:
+            self._share_delta(step, m)
+
+    def _replay(self, step: Step, m: int) -> None:
+        batches, weights = step.batches, step.weights
+        w = [weights[batch.client] for batch in batches]
+        a = [weights[batch.client] / len(batch) for batch in batches]
+        smashed = [batch.smashed for batch in batches]
+        real = step.forward(step.pooled(), graph=False)
+        z = _logit_gradients(step, real.outputs)
+
+        total = weights_at_positions(batches, a, m, like=smashed[0])
+        mean = sum_heads(smashed, a, m) / total
+        rows = torch.cat([mean, *(s[m:] for s in smashed)])
+        injected = torch.cat(
+            [sum_heads(z, w, m), *(wi * zi[m:] for wi, zi in zip(w, z, strict=True))]
+        )
+        made_up = step.forward(rows, moves_buffers=False)
+        server_gradients, by_rows = step.backward(made_up, injected)
+
+        shared = by_rows[:m] / total
+        own = torch.split(by_rows[m:], [max(len(batch) - m, 0) for batch in batches])
+        step.update(server_gradients)
+        self._reply(step, m, shared, dict(zip(step.clients, own, strict=True)))
+
+    def _share_delta(self, step: Step, m: int) -> None:
+        batches, weights = step.batches, step.weights
+        w = [weights[batch.client] for batch in batches]
+        a = [weights[batch.client] / len(batch) for batch in batches]
+        real = step.forward(step.pooled())
+        z = _logit_gradients(step, real.outputs)
+
+        mean = sum_heads(z, w, m) / weights_at_positions(batches, a, m, like=z[0])
+        injected = torch.cat(
+            [
+                torch.cat([ai * mean[: len(zi)], wi * zi[m:]])
+                for ai, wi, zi in zip(a, w, z, strict=True)
+            ]
+        )
+        server_gradients, by_rows = step.backward(real, injected)
+        cut = torch.split(by_rows, [len(batch) for batch in batches])
+        total = weights_at_positions(batches, a, m, like=cut[0])
+        shared = sum_heads(cut, [1.0] * len(cut), m) / total
+        step.update(server_gradients)
+        own = {client: g[m:] for client, g in zip(step.clients, cut, strict=True)}
+        self._reply(step, m, shared, own)
+
+    def _reply(self, step: Step, m: int, shared: Tensor, own: Mapping[str, Tensor]) -> None:
+        weights = step.weights
+        step.reply(
+            {
+                b.client: torch.cat([shared[: len(b)] / len(b), own[b.client] / weights[b.client]])
+                for b in step.batches
+            },
+            shared_rows={b.client: min(m, len(b)) for b in step.batches},
+        )
 
     @classmethod
     def phases(
@@ -91,3 +196,52 @@ class EPSL(PSL):
         if phi == 0.0 or aggregation != "replay":
             return ""
         return 'server forward has the second pass of aggregation = "replay"'
+
+
+def _logit_gradients(step: Step, outputs: Tensor) -> list[Tensor]:
+    """Return each client's gradient of its mean loss by its logits ``(b, C)``.
+
+    Raises
+    ------
+    DataError
+        If these are not a classifier's logits and labels.
+    """
+    for batch in step.batches:
+        if outputs.ndim != 2 or batch.labels.ndim != 1 or batch.labels.is_floating_point():
+            raise DataError(
+                f"client {batch.client!r}: EPSL aggregates a classifier's gradients, with logits "
+                f"(b, C) and class indices (b,); these are logits "
+                f"{(len(batch), *outputs.shape[1:])} and labels {tuple(batch.labels.shape)} of "
+                f"{batch.labels.dtype}"
+            )
+    return list(step.logit_gradients(outputs).values())
+
+
+def sum_heads(tensors: Sequence[Tensor], factors: Sequence[float], m: int) -> Tensor:
+    """Return Σ_i factors[i] · tensors[i] over the first m rows; a row that is missing adds 0."""
+    total = torch.zeros_like(tensors[0][:1]).expand(m, *tensors[0].shape[1:]).clone()
+    for tensor, factor in zip(tensors, factors, strict=True):
+        head = tensor[:m]
+        total[: len(head)] += factor * head
+    return total
+
+
+def weights_at_positions(
+    batches: Sequence[ClientBatch], factors: Sequence[float], m: int, like: Tensor
+) -> Tensor:
+    """Return Σ_i factors[i] over the clients that have a row at each position, to divide by."""
+    ones = [torch.ones(len(b), dtype=like.dtype, device=like.device) for b in batches]
+    return sum_heads(ones, factors, m).view(m, *[1] * (like.ndim - 1))
+
+
+def _check_loss(loss: Loss) -> None:
+    """Refuse torch's losses that take no class indices: aggregation is of classes' logits."""
+    while isinstance(loss, partial):
+        loss = loss.func
+    kinds = tuple(one for one in _NOT_CLASSIFIERS if isinstance(one, type))
+    if loss in _NOT_CLASSIFIERS or isinstance(loss, kinds):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise ConfigError(
+            f"EPSL aggregates gradients of class logits, but the loss is {name}; use a "
+            "classifier's loss, or phi=0"
+        )

@@ -1,30 +1,28 @@
 """FSL-SAGE."""
 
+import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flsplit.auxiliary import cosine, emulated_gradient, keeping_buffers
 from flsplit.errors import ConfigError
 from flsplit.log import logger
-from flsplit.message.arrays import from_record, to_array
 from flsplit.message.optimizer_state import get_state, set_state
-from flsplit.seeds import derive_seed
-from flsplit.server.alignment import AlignedAuxiliary
+from flsplit.run import DecoupledStrategy, Round
+from flsplit.run.decoupled import AuxiliarySent
+from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import number, one_of, whole
-from flsplit.strategies.checkpoint import get_optimizer_state, put_optimizer_state
-from flsplit.strategies.decoupled import DecoupledStrategy, Sent
-from flsplit.strategies.round import Round
+from flsplit.server.segment import ServerSegment
+from flsplit.storage import State
 from flsplit.wireless.phases import Phase, Stage, Where, Work, server_phase
 
 BEFORE_ROUND, IN_ROUND = "before_round", "in_round"
-
-_MODEL, _OPTIMIZER, _BUFFER = "aligned:", "aligned-optimizer:", "aligned-buffer:"
-_NUMBERS = "aligned-version:"
 
 
 class FSLSAGE(DecoupledStrategy):
@@ -51,9 +49,9 @@ class FSLSAGE(DecoupledStrategy):
     auxiliary_lr : float
         Its learning rate.
     upload_every, auxiliary, overlap
-        See :class:`~flsplit.strategies.decoupled.DecoupledStrategy`.
+        See :class:`~flsplit.run.DecoupledStrategy`.
     **options
-        See :class:`~flsplit.strategies.options.SplitOptions`.
+        See :class:`~flsplit.run.SplitOptions`.
 
     References
     ----------
@@ -137,10 +135,10 @@ class FSLSAGE(DecoupledStrategy):
         """Align on buffers that have the round's first uploads."""
         self._align(round_, names)
 
-    def auxiliary_of(self, client: str) -> Sent:
+    def auxiliary_of(self, client: str) -> AuxiliarySent:
         """Return the client's own auxiliary model."""
         own = self.aligned[client]
-        return Sent(own.version, own.module.state_dict())
+        return AuxiliarySent(own.version, own.module.state_dict())
 
     def emulated(self, client: str, smashed: Tensor, labels: Tensor) -> Tensor | None:
         """Return ĝ of an upload as the client has it."""
@@ -152,7 +150,7 @@ class FSLSAGE(DecoupledStrategy):
 
     # --- alignment -----------------------------------------------------------------------
 
-    def _new(self) -> AlignedAuxiliary:
+    def _new(self) -> "AlignedAuxiliary":
         return AlignedAuxiliary(
             self.new_auxiliary(), self.auxiliary_optimizer, self.auxiliary_lr, self.buffer_size
         )
@@ -197,33 +195,164 @@ class FSLSAGE(DecoupledStrategy):
 
     # --- checkpoints ---------------------------------------------------------------------
 
-    def state_records(self) -> RecordDict:
+    def state_dict(self) -> State:
         """Return all that a checkpoint needs, with auxiliary models and buffers."""
-        records = super().state_records()
-        for name, own in self.aligned.items():
-            state = own.module.state_dict()
-            records[_MODEL + name] = ArrayRecord({k: to_array(v) for k, v in state.items()})
-            put_optimizer_state(records, _OPTIMIZER + name, get_state(own.optimizer))
-            records[_NUMBERS + name] = ConfigRecord({"version": own.version})
-            buffer = ArrayRecord()
-            if own.buffer.smashed is not None and own.buffer.labels is not None:
-                buffer["smashed-data"] = to_array(own.buffer.smashed)
-                buffer["labels"] = to_array(own.buffer.labels)
-            records[_BUFFER + name] = buffer
-        return records
+        aligned = {name: own.state_dict() for name, own in self.aligned.items()}
+        return super().state_dict() | {"aligned": aligned}
 
-    def load_state_records(self, records: RecordDict, segment_version: int) -> None:
-        """Go on from a checkpoint's records."""
-        super().load_state_records(records, segment_version)
-        for key in list(records.array_records):
-            if not key.startswith(_MODEL):
-                continue
-            name = key.removeprefix(_MODEL)
-            own = self.aligned[name] = self._new()
-            own.module.load_state_dict(from_record(records.array_records[key], field=key))
-            set_state(own.optimizer, get_optimizer_state(records, _OPTIMIZER + name))
-            own.version = int(records.config_records[_NUMBERS + name]["version"])  # type: ignore[arg-type]
-            buffer = from_record(records.array_records[_BUFFER + name], field=_BUFFER + name)
-            if buffer:
-                smashed, labels = buffer["smashed-data"], buffer["labels"]
-                own.buffer.add(smashed.to(self.device), labels.to(self.device))
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a :meth:`state_dict`."""
+        super().load_state_dict(state)
+        for name, own in state["aligned"].items():
+            self.aligned[name] = self._new()
+            self.aligned[name].load_state_dict(own)
+
+
+class UploadBuffer:
+    """A client's latest uploads, first in, first out.
+
+    Parameters
+    ----------
+    size : int
+        How many samples it keeps.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.smashed: Tensor | None = None
+        self.labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return 0 if self.smashed is None else len(self.smashed)
+
+    def add(self, smashed: Tensor, labels: Tensor) -> None:
+        """Take a batch; forget the oldest samples where there are too many."""
+        if self.smashed is not None and self.labels is not None:
+            smashed = torch.cat([self.smashed, smashed])
+            labels = torch.cat([self.labels, labels])
+        self.smashed, self.labels = smashed[-self.size :], labels[-self.size :]
+
+
+@dataclass(frozen=True)
+class AlignmentOutcome:
+    """What an alignment came to.
+
+    Attributes
+    ----------
+    cosine_before, cosine_after : float
+        Between the emulated and the true gradient of the buffer.
+    error_before, error_after : float
+        Sum of squared errors between the two.
+    diverged : bool
+        Whether the result was thrown away: an error or a weight that is NaN or infinite, or an
+        error larger than before.
+    """
+
+    cosine_before: float
+    cosine_after: float
+    error_before: float
+    error_after: float
+    diverged: bool
+
+
+class AlignedAuxiliary:
+    """The server's copy of one client's auxiliary model, changed by alignment alone.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The auxiliary model, on the server's device.
+    optimizer : callable
+        Called as ``optimizer(parameters, lr=…)``; lives as long as the run.
+    lr : float
+        Its learning rate.
+    buffer_size : int
+        Samples that the buffer keeps.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: Callable[..., Optimizer], lr: float, buffer_size: int
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer([p for p in module.parameters() if p.requires_grad], lr=lr)
+        self.buffer = UploadBuffer(buffer_size)
+        self.version = 0
+
+    def emulate(self, smashed: Tensor, labels: Tensor) -> Tensor:
+        """Return ĝ of a batch; nothing changes."""
+        with keeping_buffers(self.module):
+            return emulated_gradient(self.module, smashed, labels)
+
+    def align(self, segment: ServerSegment, epochs: int, seed: int) -> AlignmentOutcome:
+        """Label the buffer with the server segment as it is now, and fit the model to that.
+
+        The targets are the gradients of the mean loss over the whole buffer, and so is what they
+        are compared with. An epoch is one optimizer step on the whole buffer. If it diverges the
+        model and its optimizer are as before.
+        """
+        smashed, labels = self.buffer.smashed, self.buffer.labels
+        if smashed is None or labels is None:
+            raise ValueError("an empty buffer can't be aligned on")
+        with seeded(seed, segment.device):
+            targets = true_gradient(segment, smashed, labels)
+            kept = copy.deepcopy((self.module.state_dict(), self.optimizer.state_dict()))
+            before = self.emulate(smashed, labels)
+            for _ in range(epochs):
+                self._fit(smashed, labels, targets)
+            after = self.emulate(smashed, labels)
+        errors = [float((one - targets).pow(2).sum()) for one in (before, after)]
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        finite = all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+        diverged = not (finite and errors[1] <= errors[0])
+        if diverged:
+            self.module.load_state_dict(kept[0])
+            self.optimizer.load_state_dict(kept[1])
+            after = before
+        else:
+            self.version += 1
+        return AlignmentOutcome(
+            cosine_before=cosine(before, targets),
+            cosine_after=cosine(after, targets),
+            error_before=errors[0],
+            error_after=errors[1],
+            diverged=diverged,
+        )
+
+    def state_dict(self) -> State:
+        """Return model, optimizer and buffer."""
+        return {
+            "module": dict(self.module.state_dict()),
+            "optimizer": get_state(self.optimizer),
+            "version": self.version,
+            "smashed-data": self.buffer.smashed,
+            "labels": self.buffer.labels,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self.module.load_state_dict(state["module"])
+        set_state(self.optimizer, state["optimizer"])
+        self.version = state["version"]
+        smashed, labels = state["smashed-data"], state["labels"]
+        if smashed is not None:
+            device = next(self.module.parameters()).device
+            self.buffer.add(smashed.to(device), labels.to(device))
+
+    def _fit(self, smashed: Tensor, labels: Tensor, targets: Tensor) -> None:
+        """Do one optimizer step on Σ ‖ĝ − target‖², differentiating ĝ itself."""
+        gradient = emulated_gradient(self.module, smashed, labels, create_graph=True)
+        error = (gradient - targets).pow(2).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        error.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+
+def true_gradient(segment: ServerSegment, smashed: Tensor, labels: Tensor) -> Tensor:
+    """Return the cut-layer gradient of the mean loss, in training mode; nothing changes."""
+    leaf = smashed.detach().requires_grad_(True)
+    segment.module.train()
+    with segment.keeping_buffers():
+        loss = segment.mean_loss(segment.forward(leaf.clone()), labels)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient

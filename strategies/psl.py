@@ -1,10 +1,6 @@
 """Parallel split learning."""
 
-from flsplit.message.request import Backward
-from flsplit.server.step import ClientBatch
-from flsplit.strategies.base import backward_requests
-from flsplit.strategies.parallel import ParallelStrategy
-from flsplit.strategies.round import Round
+from flsplit.run import ParallelStrategy, Step
 
 
 class PSL(ParallelStrategy):
@@ -23,7 +19,7 @@ class PSL(ParallelStrategy):
     Parameters
     ----------
     **options
-        See :class:`~flsplit.strategies.options.SplitOptions`.
+        See :class:`~flsplit.run.SplitOptions`.
 
     References
     ----------
@@ -31,9 +27,8 @@ class PSL(ParallelStrategy):
        Scalable Split Learning, https://arxiv.org/abs/2112.05929
     """
 
-    def server_step(
-        self, round_: Round, step: int, steps: int, batches: list[ClientBatch]
-    ) -> dict[str, Backward]:
+    def step(self, step: Step) -> None:
         """Do one pass over all clients' smashed data and one optimizer step."""
-        result = self.segment_step(self.server, round_, step, steps, batches)
-        return backward_requests(result, step, batches)
+        found = step.gradients()
+        step.update(found)
+        step.reply(found.cut_gradients)

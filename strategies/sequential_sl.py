@@ -2,18 +2,13 @@
 
 from typing import Any
 
-from flwr.app import RecordDict
-
 from flsplit.errors import ConfigError
 from flsplit.message.optimizer_state import OptimizerState
 from flsplit.message.request import Backward
 from flsplit.message.steps import FinishReply
-from flsplit.strategies.base import SplitStrategy, backward_requests
-from flsplit.strategies.checkpoint import get_optimizer_state, put_optimizer_state
-from flsplit.strategies.round import Round
+from flsplit.run import Round, SplitStrategy, Step
+from flsplit.storage import State
 from flsplit.wireless.phases import Phase, Stage, Where, Work
-
-_HANDED_ON = "handed-on-optimizer"
 
 
 class SequentialSL(SplitStrategy):
@@ -25,7 +20,7 @@ class SequentialSL(SplitStrategy):
     Parameters
     ----------
     **options
-        See :class:`~flsplit.strategies.options.SplitOptions`. A ``client_strategy`` is refused:
+        See :class:`~flsplit.run.SplitOptions`. A ``client_strategy`` is refused:
         there is only one client segment.
 
     References
@@ -35,7 +30,7 @@ class SequentialSL(SplitStrategy):
     """
 
     hands_on = True
-    one_by_one = True
+    pools = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -83,6 +78,12 @@ class SequentialSL(SplitStrategy):
                 break
         return finished
 
+    def step(self, step: Step) -> None:
+        """Do one pass and one optimizer step on the client's batch."""
+        found = step.gradients()
+        step.update(found)
+        step.reply(found.cut_gradients)
+
     def exchanges_per_round(self, steps: int, participants: int) -> int:
         """Count every client's turn."""
         return participants * (steps + 1)
@@ -95,9 +96,7 @@ class SequentialSL(SplitStrategy):
             step, steps = replies[name].step, replies[name].num_steps
             backward = Backward(step, None)
             if batches:  # else the client sits this step out
-                result = self.segment_step(self.server, round_, step, steps, batches)
-                round_.entry.steps += 1
-                backward = backward_requests(result, step, batches)[name]
+                backward = self.take_step(round_, step, steps, batches)[name]
             request = round_.next_request(replies[name], backward, upload_optimizer=True)
             replies, finished = round_.exchange({name: request})
         if reply := finished.get(name):
@@ -107,13 +106,11 @@ class SequentialSL(SplitStrategy):
             round_.clients.holds.pop(name, None)
         return finished
 
-    def state_records(self) -> RecordDict:
+    def state_dict(self) -> State:
         """Return all that a checkpoint needs, with the optimizer state that is handed on."""
-        records = super().state_records()
-        put_optimizer_state(records, _HANDED_ON, self._optimizer or {})
-        return records
+        return super().state_dict() | {"handed-on-optimizer": self._optimizer or {}}
 
-    def load_state_records(self, records: RecordDict, segment_version: int) -> None:
-        """Go on from a checkpoint's records."""
-        super().load_state_records(records, segment_version)
-        self._optimizer = get_optimizer_state(records, _HANDED_ON)
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self._optimizer = state["handed-on-optimizer"]

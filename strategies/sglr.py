@@ -1,21 +1,24 @@
 """SGLR."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
-from flsplit.errors import ConfigError
-from flsplit.message.steps import FinishReply
-from flsplit.strategies.options import at_round
-from flsplit.strategies.psl import PSL
-from flsplit.strategies.round import Round
-from flsplit.strategies.rules.cut_gradient_averaging import Averaging, CutGradientAveraging
-from flsplit.strategies.rules.split_lr import SplitLr
+import torch
+from torch import Tensor
+
+from flsplit.errors import ConfigError, SegmentMismatchError
+from flsplit.run import ParallelStrategy, Round, Step, ceil_fraction
+from flsplit.run.options import at_round
+from flsplit.server.arguments import fraction, number, one_of
+
+Averaging = Literal["position_mean", "position_sum", "batch_mean"]
 
 
-class SGLR(PSL):
+class SGLR(ParallelStrategy):
     r"""SGLR: PSL with SplitAvg (averaged cut-layer gradients) and SplitLr (a scaled server rate).
 
-    In each step of C clients, :math:`C_a` being φ·C of them drawn anew [1]_:
+    In each step of C clients, :math:`C_a` being ⌈φ·C⌉ of them drawn anew (equations 15 and 17 of
+    [1]_, and its section 3):
 
     .. math::
         w_s &\leftarrow w_s - \eta_c C^\alpha g_s, \qquad
@@ -24,25 +27,39 @@ class SGLR(PSL):
             BP(\text{average of } g_k, k \in C_a) & i \in C_a \\ BP(g_i) & \text{else}
         \end{cases}
 
-    The rules :class:`~flsplit.strategies.rules.CutGradientAveraging` and
-    :class:`~flsplit.strategies.rules.SplitLr` say what in them is the paper's and what our
-    reading. One reading is here: the clients' gradients are those of their own mean loss, as in
-    all of flsplit's methods, and not 1/C of it, which one mean loss over all rows would give.
+    The paper leaves open what the average is; three readings:
+
+    ``position_mean``
+        The unweighted mean at each in-batch position, as the authors' code computes it (it does
+        so for all clients; the draw of a fraction is in the paper only).
+    ``position_sum``
+        Without dividing by the number of active clients, as equation 15 is printed.
+    ``batch_mean``
+        One gradient for every position: the mean over all rows of all active clients. Its
+        payload, one sample's size, is that of the paper's Table 6.
+
+    Our readings: the clients' gradients are those of their own mean loss, as in all of flsplit's
+    methods, and not 1/C of it, which one mean loss over all rows would give. C counts the clients
+    *in this step*. *Batches of different size*: what is averaged is the gradient per sample,
+    :math:`b_k g_{k,j}` for client k's mean loss over :math:`b_k` rows; at a position that only
+    some active clients have, over those; and client i receives the first :math:`b_i` positions,
+    divided by :math:`b_i`. With equal batches all of this is the plain formula.
 
     Parameters
     ----------
     phi : float
-        Fraction φ of the step's clients that share a gradient; 0 leaves SplitAvg out.
+        Fraction φ of the step's clients that share a gradient; 0 leaves SplitAvg out. With 1 for a
+        whole run and many clients the paper sees training diverge; see ``phases``.
     alpha : float
-        Exponent α of SplitLr; 0 leaves it out. The paper takes 0.5 to 1 with Adam.
+        Exponent α of SplitLr, at least 0; 0 leaves it out. The paper takes 0.5 to 1 with Adam.
     averaging : {'position_mean', 'position_sum', 'batch_mean'}
         What the average is.
     phases : (float, float)
-        Part of the run's progress in which gradients are averaged.
+        Average only while the run's progress is in this interval [start, end) of 0 … 1: ``(0.0,
+        0.6)`` is the first, ``(0.6, 1.0)`` the last part of the run (Table 3 of the paper).
     **options
-        See :class:`~flsplit.strategies.options.SplitOptions`. ``client_lr`` (or else
-        ``server_lr``) is :math:`\eta_c`, which ``train_config`` can't change; ``shares`` is
-        ``batch`` by default. ``rules`` come after SGLR's own.
+        See :class:`~flsplit.run.SplitOptions`. ``client_lr`` (or else ``server_lr``) is
+        :math:`\eta_c`, which ``train_config`` can't change; ``shares`` is ``batch`` by default.
 
     References
     ----------
@@ -59,18 +76,43 @@ class SGLR(PSL):
         phases: Sequence[float] = (0.0, 1.0),
         **options: Any,
     ) -> None:
-        rules = [CutGradientAveraging(phi, averaging, phases), SplitLr(alpha)]
-        options["rules"] = [*rules, *options.get("rules", ())]
+        self.phi, self.alpha = fraction("phi", phi), number("alpha", alpha, minimum=0.0)
+        self.averaging = one_of("averaging", averaging, get_args(Averaging))
+        self._averages_in = _interval(phases)  # ``phases`` is what a round sends and computes
         options.setdefault("shares", "batch")
         super().__init__(**_one_rate(options))
 
-    def train_round(self, round_: Round) -> dict[str, FinishReply]:
-        """See :class:`~flsplit.strategies.parallel.ParallelStrategy`.
+    def step(self, step: Step) -> None:
+        """Update with a scaled rate, average the active clients' gradients, reply."""
+        found = step.gradients()
+        active = self._draw(step)
+        step.record({"cut-gradient-averaging.active": float(len(active))})
+        shared = averaged(found.cut_gradients, active, self.averaging)
+        factor = len(step.clients) ** self.alpha
+        step.record({"split-lr.factor": factor})
+        step.update(found, lr_factor=factor)
+        step.reply(
+            found.cut_gradients | shared,
+            shared_rows={client: len(gradient) for client, gradient in shared.items()},
+            repeated=active if self.averaging == "batch_mean" else (),
+        )
+
+    def _draw(self, step: Step) -> list[str]:
+        """Return the step's active clients, in their order; none outside the phase."""
+        start, end = self._averages_in
+        count = ceil_fraction(self.phi, len(step.clients))
+        if count == 0 or not start <= step.progress < end:
+            return []
+        chosen = step.rng.choice(len(step.clients), size=count, replace=False)
+        return [step.clients[index] for index in sorted(chosen.tolist())]
+
+    def begin_round(self, round_: Round) -> None:
+        """Refuse a learning rate of the clients that the server's doesn't follow.
 
         Raises
         ------
         ConfigError
-            If the clients were given a learning rate that the server's doesn't follow.
+            If ``train_config`` has another.
         """
         plan, rate = round_.plan, at_round(self.options.server_lr, round_.plan.server_round)
         if plan.lr != rate:
@@ -79,7 +121,95 @@ class SGLR(PSL):
                 "learning rate is client_lr · C**alpha; leave lr out and give client_lr, which may "
                 "be a function of the round"
             )
-        return super().train_round(round_)
+
+
+def averaged(
+    gradients: Mapping[str, Tensor], active: Sequence[str], averaging: Averaging | str
+) -> dict[str, Tensor]:
+    """Return the gradient that each active client receives instead of its own.
+
+    Parameters
+    ----------
+    gradients : mapping of str to torch.Tensor
+        Cut-layer gradients ``(b_i, ...)`` of the clients' own mean losses.
+    active : sequence of str
+        The clients that share one.
+    averaging : {'position_mean', 'position_sum', 'batch_mean'}
+        What the average is; see :class:`SGLR`.
+
+    Raises
+    ------
+    SegmentMismatchError
+        If rows of two clients have different shapes.
+    """
+    if not active:
+        return {}
+    own = _of(active, gradients)
+    common = _AVERAGES[averaging]({client: len(g) * g for client, g in own.items()})
+    found = {}
+    for client, gradient in own.items():
+        b = len(gradient)
+        rows = common[:b] if averaging != "batch_mean" else common.repeat_interleave(b, 0)
+        found[client] = rows / b
+    return found
+
+
+def position_sum(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum at each position, as long as the longest batch."""
+    longest = max(gradients.values(), key=len)
+    total = torch.zeros_like(longest)
+    for gradient in gradients.values():
+        total[: len(gradient)] += gradient
+    return total
+
+
+def position_mean(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean at each position over the clients that have one there."""
+    total = position_sum(gradients)
+    counts = [sum(len(g) > j for g in gradients.values()) for j in range(len(total))]
+    return total / torch.tensor(counts).to(total).view(-1, *[1] * (total.ndim - 1))
+
+
+def batch_mean(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean over all rows of all clients, as one row ``(1, ...)``."""
+    return torch.cat(list(gradients.values())).mean(0, keepdim=True)
+
+
+_AVERAGES = {
+    "position_mean": position_mean,
+    "position_sum": position_sum,
+    "batch_mean": batch_mean,
+}
+
+
+def _of(active: Sequence[str], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the active clients' gradients.
+
+    Raises
+    ------
+    SegmentMismatchError
+        If a client's differs from the first one's in more than the number of rows.
+    """
+    first = gradients[active[0]]
+    for client in active:
+        if gradients[client].shape[1:] != first.shape[1:]:
+            raise SegmentMismatchError(
+                f"the cut-layer gradient of client {client!r} has shape "
+                f"{tuple(gradients[client].shape)}, that of client {active[0]!r} "
+                f"{tuple(first.shape)}: they can't be averaged"
+            )
+    return {client: gradients[client] for client in active}
+
+
+def _interval(phases: Sequence[float]) -> tuple[float, float]:
+    if isinstance(phases, str) or not isinstance(phases, Sequence) or len(phases) != 2:
+        raise ConfigError(f"phases is {phases!r}, expected a pair (start, end)")
+    start, end = (
+        fraction(f"phases, {name}", p) for name, p in zip(("start", "end"), phases, strict=True)
+    )
+    if start >= end:
+        raise ConfigError(f"phases is {phases!r}, expected a start before the end")
+    return start, end
 
 
 def _one_rate(options: dict[str, Any]) -> dict[str, Any]:

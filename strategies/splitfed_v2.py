@@ -2,12 +2,7 @@
 
 import torch
 
-from flsplit.message.request import Backward
-from flsplit.seeds import generator
-from flsplit.server.step import ClientBatch
-from flsplit.strategies.base import backward_requests
-from flsplit.strategies.parallel import ParallelStrategy
-from flsplit.strategies.round import Round
+from flsplit.run import ParallelStrategy, Step
 
 
 class SplitFedV2(ParallelStrategy):
@@ -21,7 +16,7 @@ class SplitFedV2(ParallelStrategy):
     Parameters
     ----------
     **options
-        See :class:`~flsplit.strategies.options.SplitOptions`.
+        See :class:`~flsplit.run.SplitOptions`.
 
     References
     ----------
@@ -30,17 +25,12 @@ class SplitFedV2(ParallelStrategy):
     """
 
     aggregates = True
-    one_by_one = True
+    pools = False
 
-    def server_step(
-        self, round_: Round, step: int, steps: int, batches: list[ClientBatch]
-    ) -> dict[str, Backward]:
+    def step(self, step: Step) -> None:
         """Do a pass and an optimizer step for each client, in random order."""
-        plan = round_.plan
-        rng = generator(plan.seed, "interleave", plan.server_round, step)
-        requests: dict[str, Backward] = {}
-        for index in torch.randperm(len(batches), generator=rng).tolist():
-            one = [batches[index]]
-            result = self.segment_step(self.server, round_, step, steps, one)
-            requests |= backward_requests(result, step, one)
-        return requests
+        order = torch.randperm(len(step.batches), generator=step.generator("interleave"))
+        for index in order.tolist():
+            found = step.gradients([step.batches[index]])
+            step.update(found)
+            step.reply(found.cut_gradients)

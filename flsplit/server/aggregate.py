@@ -2,8 +2,10 @@
 
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
@@ -18,10 +20,11 @@ from flsplit.message.arrays import check_like, from_record, to_record
 
 @dataclass(frozen=True)
 class Upload:
-    """What one client brings to an aggregation: a state dict and its weight."""
+    """What one client brings to an aggregation: a state dict, its weight, how it trained."""
 
     tensors: dict[str, Tensor]
     num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class _ClientView(MessageGrid):
@@ -78,7 +81,16 @@ class SegmentAggregator:
     def __init__(self, strategy: Strategy, buffers: set[str]) -> None:
         self.strategy = strategy
         self.buffers = buffers
+        self.metrics = MetricRecord()
+        """What the strategy's ``train_metrics_aggr_fn`` made of the last round's metrics."""
         self._messages: dict[str, Message] = {}
+        if type(strategy).__name__.startswith("DifferentialPrivacy"):
+            logger.warning(
+                "%s sees the client segments only: neither the server segment nor smashed data nor "
+                "gradients are clipped or get noise, so nothing of the run is differentially "
+                "private by it",
+                type(strategy).__name__,
+            )
 
     @property
     def least_clients(self) -> int:
@@ -134,7 +146,8 @@ class SegmentAggregator:
         if not uploads:
             return dict(before)
         replies = [self._reply(name, upload) for name, upload in uploads.items()]
-        arrays, _ = self.strategy.aggregate_train(server_round, replies)
+        arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        self.metrics = metrics or MetricRecord()
         if arrays is None:
             logger.warning(
                 "%s aggregated nothing in round %d: the segment stays as it was",
@@ -155,10 +168,49 @@ class SegmentAggregator:
                 getattr(self.strategy, "arrayrecord_key", "arrays"): to_record(
                     self._parameters(upload.tensors)
                 ),
-                "metrics": MetricRecord({key: upload.num_examples}),
+                "metrics": MetricRecord({key: upload.num_examples, **upload.metrics}),
             }
         )
         return Message(content, reply_to=self._messages[name])
+
+    def evaluate(
+        self, server_round: int, scores: Mapping[str, Mapping[str, float]]
+    ) -> MetricRecord:
+        """Return what the strategy makes of the clients' evaluations, as Flower calls it.
+
+        Parameters
+        ----------
+        server_round : int
+            The round.
+        scores : mapping of str to mapping of str to float
+            Each client's loss and metrics, ``num-examples`` among them.
+        """
+        key = getattr(self.strategy, "weighted_by_key", "num-examples")
+        replies = []
+        for index, numbers in enumerate(scores.values()):
+            metrics = MetricRecord({**numbers, key: int(numbers["num-examples"])})
+            asked = Message(RecordDict(), index, "evaluate", group_id=str(server_round))
+            replies.append(Message(RecordDict({"metrics": metrics}), reply_to=asked))
+        return self.strategy.aggregate_evaluate(server_round, replies) or MetricRecord()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the arrays that the strategy remembers from round to round.
+
+        FedAdam, FedAvgM and their like keep them as dicts of NumPy arrays in attributes; Flower
+        has no interface for saving them.
+        """
+        return {
+            name: {key: torch.from_numpy(np.array(array)) for key, array in value.items()}
+            for name, value in vars(self.strategy).items()
+            if isinstance(value, dict)
+            and value
+            and all(isinstance(one, np.ndarray) for one in value.values())
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        for name, tensors in state.items():
+            setattr(self.strategy, name, {key: one.numpy() for key, one in tensors.items()})
 
     def _parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in tensors.items() if name not in self.buffers}

@@ -1,54 +1,167 @@
-"""Inner products and combinations of the clients' server gradients."""
+"""The clients' own gradients of the server segment: compared, combined, and kept small."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from flsplit.server.linear import Factors
-from flsplit.server.segment import Gradients
-from flsplit.server.step import GradientProducts, StepResult
+from flsplit.server.segment import ServerGradients
 
 BLOCK = 1 << 15
 """So many elements of every client's gradient are in float64 at a time."""
 
-KeptGradient = Tensor | Factors | None
-"""One client's gradient of one parameter."""
+GROUPS = 2
+"""Into so many groups of layers gradients that are computed twice are divided."""
 
 
-class KeptProducts:
-    """Of gradients that are all in memory.
+class ClientGradients(ABC):
+    """The gradients g_i of each client's own mean loss by the server segment's parameters.
+
+    Attributes
+    ----------
+    clients : list of str
+        The clients, in the order of the matrix and the coefficients.
+    """
+
+    clients: list[str]
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """Return the float64 matrix ``(S, S)`` of inner products ⟨g_i, g_j⟩, on the CPU."""
+
+    @abstractmethod
+    def combine(self, coefficients: Sequence[float]) -> ServerGradients:
+        """Return Σ_i coefficients[i] · g_i, a gradient per parameter."""
+
+
+class KeptGradients(ClientGradients):
+    """Gradients that are all in memory.
 
     Parameters
     ----------
+    clients : list of str
+        Whose they are.
     gradients : sequence of sequences of Tensor, Factors or None
         One client after the other, a gradient per parameter.
     """
 
-    def __init__(self, gradients: Sequence[Sequence[KeptGradient]]) -> None:
-        self.gradients = gradients
+    def __init__(self, clients: list[str], gradients: "Sequence[Sequence[KeptGradient]]") -> None:
+        self.clients = clients
+        self._gradients = gradients
+
+    def of(self, client: str) -> ServerGradients:
+        """Return one client's gradient, a tensor (or None) per parameter."""
+        return [_tensor(one) for one in self._gradients[self.clients.index(client)]]
 
     def gram(self) -> Tensor:
-        """Return the matrix of inner products, accumulated layer by layer, block by block."""
-        size = len(self.gradients)
+        """Accumulate layer by layer, block by block."""
+        size = len(self._gradients)
         total = torch.zeros(size, size, dtype=torch.float64)
-        for layer in zip(*self.gradients, strict=True):
+        for layer in zip(*self._gradients, strict=True):
             total += layer_gram(layer)
         return total
 
-    def combine(self, coefficients: Sequence[float], into: Gradients) -> Gradients:
-        """Return Σ_i coefficients[i] · g_i, in the tensors of ``into`` where there are any."""
-        return [
-            _combine_layer(layer, coefficients, out)
-            for layer, out in zip(zip(*self.gradients, strict=True), into, strict=True)
-        ]
+    def combine(self, coefficients: Sequence[float]) -> ServerGradients:
+        """Combine layer by layer."""
+        layers = zip(*self._gradients, strict=True)
+        return [_combine_layer(layer, coefficients) for layer in layers]
 
 
-def products_of(result: StepResult) -> GradientProducts:
-    """Return the products that a pass which provides GRADIENT_PRODUCTS left in its result."""
-    if result.products is not None:
-        return result.products
-    return KeptProducts(list(result.client_server_gradients.values()))
+class TwiceComputedGradients(ClientGradients):
+    """Gradients that are compared and combined without all being in memory.
+
+    The clients' graphs stay alive. Gradients are computed for one group of layers at a time,
+    compared, and thrown away. The groups go from the last layers to the first, so all but one of
+    these backward passes are partial; when the combination is known, one more computes it.
+
+    Parameters
+    ----------
+    clients : list of str
+        Whose they are.
+    parameters : sequence of torch.Tensor
+        The server segment's.
+    losses, leaves : list of torch.Tensor
+        The clients' mean losses, and their smashed data in the graph.
+    """
+
+    def __init__(
+        self,
+        clients: list[str],
+        parameters: Sequence[Tensor],
+        losses: list[Tensor],
+        leaves: list[Tensor],
+    ) -> None:
+        self.clients = clients
+        self._parameters, self._losses = parameters, losses
+        self._gram = torch.zeros(len(losses), len(losses), dtype=torch.float64)
+        self.by_leaves: list[Tensor | None] = []
+        """Gradients by ``leaves``, from the last backward pass."""
+        groups = grouped(parameters, GROUPS)
+        for number, group in enumerate(groups):
+            gradients: list[tuple[Tensor | None, ...]] = []
+            for loss, leaf in zip(losses, leaves, strict=True):
+                last = [leaf] * (number == len(groups) - 1)
+                found = torch.autograd.grad(
+                    loss, [*group, *last], retain_graph=True, allow_unused=True
+                )
+                gradients.append(found[: len(group)])
+                self.by_leaves += found[len(group) :]
+            for layer in zip(*gradients, strict=True):
+                self._gram += layer_gram(layer)
+
+    def gram(self) -> Tensor:
+        """Return what was accumulated group by group."""
+        return self._gram
+
+    def combine(self, coefficients: Sequence[float]) -> ServerGradients:
+        """Combine by one backward pass; the graphs are gone then."""
+        pairs = [(c, loss) for c, loss in zip(coefficients, self._losses, strict=True) if c]
+        self._losses = []
+        if not pairs:
+            return [None] * len(self._parameters)
+        total = torch.stack([c * loss for c, loss in pairs]).sum()
+        return list(torch.autograd.grad(total, self._parameters, allow_unused=True))
+
+
+def grouped(parameters: Sequence[Tensor], groups: int) -> list[list[Tensor]]:
+    """Return the parameters in groups of about equal size, the last layers first."""
+    target = sum(p.numel() for p in parameters) / groups
+    found: list[list[Tensor]] = [[]]
+    size = 0
+    for parameter in reversed(parameters):
+        if found[-1] and size >= target * len(found) and len(found) < groups:
+            found.append([])
+        found[-1].append(parameter)
+        size += parameter.numel()
+    return found
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The gradient of a Linear layer's weight, :math:`D^T X`.
+
+    Attributes
+    ----------
+    outputs : torch.Tensor
+        D, the gradient by the layer's output, ``(n, out)`` for n rows.
+    inputs : torch.Tensor
+        X, what went into the layer, ``(n, in)``.
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+
+    def tensor(self) -> Tensor:
+        """Return the gradient itself, ``(out, in)``."""
+        return self.outputs.T @ self.inputs
+
+
+KeptGradient = Tensor | Factors | None
+"""One client's gradient of one parameter."""
 
 
 def layer_gram(layer: Sequence[KeptGradient]) -> Tensor:
@@ -103,17 +216,15 @@ def _tensors_gram(layer: Sequence[Tensor | None]) -> Tensor:
     return total
 
 
-def _combine_layer(
-    layer: Sequence[KeptGradient], coefficients: Sequence[float], out: Tensor | None
-) -> Tensor | None:
+def _combine_layer(layer: Sequence[KeptGradient], coefficients: Sequence[float]) -> Tensor | None:
     if factors := _all_factors(layer):
         return _combine_factors(factors, coefficients)
     pairs = zip(coefficients, map(_tensor, layer), strict=True)
     terms = [(c, g) for c, g in pairs if g is not None and c]
     if not terms:
-        return None if out is None else out.zero_()
+        return None
     (first, gradient), *rest = terms
-    total = torch.mul(gradient, first, out=out)
+    total = gradient * first
     for coefficient, gradient in rest:
         total.add_(gradient, alpha=coefficient)
     return total
@@ -126,3 +237,87 @@ def _combine_factors(factors: list[Factors], coefficients: Sequence[float]) -> T
         return None
     outputs = torch.cat([c * one.outputs for c, one in terms])
     return Factors(outputs, torch.cat([one.inputs for _, one in terms])).tensor()
+
+
+@dataclass
+class _Calls:
+    outputs: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+
+    def factors(self) -> Factors:
+        return Factors(torch.cat(self.outputs), torch.cat(self.inputs))
+
+
+class LinearRecorder:
+    """Lets Linear layers keep factors instead of computing their weights' gradients.
+
+    Only where factors are the cheaper: two gradients of n rows are compared in n²(in + out)
+    multiplications then, instead of in · out.
+
+    Parameters
+    ----------
+    module : nn.Module
+        What has the layers.
+    parameters : sequence of torch.Tensor
+        The trainable parameters; other layers are left alone.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
+        trainable = {id(parameter) for parameter in parameters}
+        # A subclass may use its weight in another way, and so may a parametrised layer.
+        self._layers = [
+            one
+            for one in module.modules()
+            if type(one) is nn.Linear and id(one.weight) in trainable
+        ]
+        self._calls: dict[int, _Calls] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the forward and backward passes of the block."""
+        self._calls = {}
+        for layer in self._layers:
+            layer.forward = self._forward(layer)  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                del layer.forward  # the class's is behind it
+
+    def _forward(self, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(inputs: Tensor) -> Tensor:
+            rows = inputs.numel() // layer.in_features
+            if rows * rows * (layer.in_features + layer.out_features) > layer.weight.numel():
+                return functional.linear(inputs, layer.weight, layer.bias)
+            # Autograd sees a constant; what else the weight is used for keeps its gradient.
+            output = functional.linear(inputs, layer.weight.detach(), layer.bias)
+            if not output.requires_grad:  # of a constant, or without a graph: no hook would run
+                return functional.linear(inputs, layer.weight, layer.bias)
+            calls = self._calls.setdefault(id(layer.weight), _Calls())
+            kept = inputs.detach().clone().reshape(rows, -1)
+
+            def backward(gradient: Tensor) -> None:
+                calls.outputs.append(gradient.reshape(rows, -1).to(layer.weight.dtype))
+                calls.inputs.append(kept.to(layer.weight.dtype))
+
+            # Of the output as it is before an in-place layer changes it.
+            output.register_hook(backward)  # type: ignore[no-untyped-call]
+            return output
+
+        return forward
+
+    def gradient(self, parameter: Tensor, other: Tensor | None) -> Tensor | Factors | None:
+        """Return a parameter's gradient.
+
+        Parameters
+        ----------
+        parameter : torch.Tensor
+            Whose gradient it is.
+        other : torch.Tensor or None
+            What autograd found, which lacks what was recorded.
+        """
+        calls = self._calls.get(id(parameter))
+        if calls is None or not calls.outputs:
+            return other
+        factors = calls.factors()
+        return factors if other is None else factors.tensor() + other

@@ -1,7 +1,7 @@
 """The server segment with its optimizer, which lives as long as the run."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
 from flsplit.labels import check_labels
 from flsplit.message.arrays import check_like
+from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.server.optimizer import make_optimizer, make_scheduler
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of ``(logits, labels)``, a scalar tensor."""
 
-Gradients = list[Tensor | None]
+ServerGradients = list[Tensor | None]
 """One gradient per trainable parameter of the server segment, None where there is none."""
 
 
@@ -104,32 +105,29 @@ class ServerSegment:
             raise ConfigError("the loss returned a tensor that is detached from the logits")
         return loss
 
-    @contextmanager
-    def undoing_buffers(self) -> Iterator[None]:
-        """Put the buffers (BatchNorm's) back to what they were if the block raises."""
-        before = [buffer.clone() for buffer in self.module.buffers()]
-        try:
-            yield
-        except Exception:
-            for buffer, old in zip(self.module.buffers(), before, strict=True):
-                buffer.copy_(old)
-            raise
+    def copied_buffers(self) -> list[Tensor]:
+        """Return copies of the buffers (BatchNorm's)."""
+        return [buffer.clone() for buffer in self.module.buffers()]
+
+    def put_buffers(self, before: Sequence[Tensor]) -> None:
+        """Put the buffers back to what :meth:`copied_buffers` returned."""
+        for buffer, old in zip(self.module.buffers(), before, strict=True):
+            buffer.copy_(old)
 
     @contextmanager
     def keeping_buffers(self) -> Iterator[None]:
-        """Put the buffers (BatchNorm's) back to what they were at the end of the block."""
-        before = [buffer.clone() for buffer in self.module.buffers()]
+        """Put the buffers back to what they were at the end of the block."""
+        before = self.copied_buffers()
         try:
             yield
         finally:
-            for buffer, old in zip(self.module.buffers(), before, strict=True):
-                buffer.copy_(old)
+            self.put_buffers(before)
 
     def receive(self, tensor: Tensor) -> Tensor:
         """Move smashed data to the segment's device and floating-point dtype."""
         return tensor.to(self.device, self.parameters[0].dtype)
 
-    def step(self, gradients: Gradients, lr_factor: float = 1.0) -> None:
+    def step(self, gradients: ServerGradients, lr_factor: float = 1.0) -> None:
         """Let the optimizer step with ``gradients``, at ``lr_factor`` times its learning rate."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -164,21 +162,19 @@ class ServerSegment:
         self.module.load_state_dict(check_like(arrays, self.arrays(), what="the server segment"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a checkpoint needs."""
+        """Return all that a checkpoint needs: arrays, the optimizer's state, the scheduler's."""
         return {
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "arrays": self.arrays(),
+            "optimizer": get_state(self.optimizer),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`."""
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler:
+        self.load_arrays(state["arrays"])
+        set_state(self.optimizer, state["optimizer"])
+        if self.scheduler and state["scheduler"]:
             self.scheduler.load_state_dict(state["scheduler"])
-
-
-def split_rows(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Split a batch ``(sum(sizes), ...)`` into one part per client."""
-    return torch.split(tensor, list(sizes))
+            rates = self.scheduler.get_last_lr()
+            for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr

@@ -1,7 +1,7 @@
 """Loss, accuracy and metrics of an evaluation, over all samples however they come in batches."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,11 @@ from torch import Tensor
 
 from flsplit.errors import TORCH_ERRORS, ConfigError
 from flsplit.message.evaluate import EvaluateReply
+from flsplit.run.round import count_correct
 from flsplit.server.segment import ServerSegment
-from flsplit.server.step import count_correct
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
-
-_INTERFACE = ("update", "compute", "to")
 
 
 class Scores:
@@ -33,25 +31,22 @@ class Scores:
         self._loss, self._samples = 0.0, 0
         self._correct, self._classified = 0, 0
 
-    @torch.no_grad()
-    def update(self, segment: ServerSegment, reply: EvaluateReply) -> None:
-        """Run a test batch through the server segment and count it.
+    def update(self, logits: Tensor, labels: Tensor, loss: float) -> None:
+        """Count a test batch, whose mean loss is ``loss``.
 
         Raises
         ------
         ConfigError
             If a metric can't take the logits or labels.
         """
-        labels = reply.labels.to(segment.device)
-        logits = segment.forward(segment.receive(reply.smashed))
-        self._loss += float(segment.mean_loss(logits, labels)) * len(labels)
+        self._loss += loss * len(labels)
         self._samples += len(labels)
         correct, classified = count_correct(logits, labels)
         self._correct += correct
         self._classified += classified
         for name, metric in self._metrics.items():
             try:
-                metric.to(segment.device).update(logits, labels)
+                metric.to(logits.device).update(logits, labels)
             except TORCH_ERRORS as error:
                 raise ConfigError(
                     f"metrics: {name!r} can't take logits of shape {tuple(logits.shape)} with "
@@ -70,18 +65,14 @@ class Scores:
         return scores
 
 
-def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Raise ConfigError for what isn't an object like those of torchmetrics."""
-    for name, metric in metrics.items():
-        if isinstance(metric, type):
-            raise ConfigError(
-                f"metrics: {name!r} is the class {metric.__name__}, expected an object of it"
-            )
-        if not all(callable(getattr(metric, one, None)) for one in _INTERFACE):
-            raise ConfigError(
-                f"metrics: {name!r} is {metric!r}, expected a torchmetrics metric (an object with "
-                f"{', '.join(_INTERFACE)})"
-            )
+@torch.no_grad()
+def update_all(scores: Sequence[Scores], segment: ServerSegment, reply: EvaluateReply) -> None:
+    """Run a test batch through the server segment, and count it in all ``scores``."""
+    labels = reply.labels.to(segment.device)
+    logits = segment.forward(segment.receive(reply.smashed))
+    loss = float(segment.mean_loss(logits, labels))
+    for one in scores:
+        one.update(logits, labels, loss)
 
 
 def _numbers(name: str, value: Any) -> dict[str, float]:

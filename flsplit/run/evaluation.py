@@ -7,10 +7,10 @@ from flsplit.account.ledger import RoundEntry
 from flsplit.errors import FlsplitError, located
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.request import SegmentArrays
+from flsplit.run.scores import Scores, update_all
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits, leave_out_misfits
 from flsplit.server.segment import ServerSegment
-from flsplit.strategies.scores import Scores
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -26,7 +26,8 @@ def evaluate_clients(
     batch_size: int,
     metrics: "Mapping[str, Metric]",
     fits: Fits,
-) -> dict[str, float]:
+    each: bool = False,
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Return loss and metrics over all test samples of the clients ``names``.
 
     Parameters
@@ -47,14 +48,17 @@ def evaluate_clients(
         Further metrics by name, updated with ``(logits, labels)``.
     fits : Fits
         Tells whose smashed data and labels the server segment can't take.
+    each : bool
+        Whether each client's scores are wanted, too.
 
     Returns
     -------
-    dict of str to float
+    tuple of dicts
         ``loss``, ``num-examples``, ``accuracy`` where labels are classes, and the metrics; empty
-        if no client has test data.
+        if no client has test data. And the same of each client by name, where it is wanted.
     """
     scores, remaining, batch = Scores(metrics), list(names), 0
+    of_client: dict[str, Scores] = {}
     segment.module.eval()
     while remaining:
         requests = {
@@ -78,7 +82,10 @@ def evaluate_clients(
                 )
             if reply.num_batches:
                 with located(f"evaluation of round {entry.round}, client {name!r}"):
-                    scores.update(segment, reply)
+                    wanted = [scores]
+                    if each:
+                        wanted.append(of_client.setdefault(name, Scores(metrics)))
+                    update_all(wanted, segment, reply)
             if batch < reply.num_batches:
                 remaining.append(name)
-    return scores.compute()
+    return scores.compute(), {name: own.compute() for name, own in of_client.items()}

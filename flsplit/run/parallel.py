@@ -1,25 +1,17 @@
 """The parallel schedule: all clients of a round do the same step at the same time."""
 
-from abc import abstractmethod
-
 from flsplit.message.request import Backward
 from flsplit.message.steps import FinishReply
-from flsplit.server.step import ClientBatch
-from flsplit.strategies.base import SplitStrategy
-from flsplit.strategies.round import Round
+from flsplit.run.round import Round
+from flsplit.run.strategy import SplitStrategy
 
 
 class ParallelStrategy(SplitStrategy):
     """Base class of methods whose clients work in parallel.
 
-    A client that has finished its epoch drops out of the round's later steps.
+    A subclass says what the server does in one step, in :meth:`step`. A client that has finished
+    its epoch drops out of the round's later steps.
     """
-
-    @abstractmethod
-    def server_step(
-        self, round_: Round, step: int, steps: int, batches: list[ClientBatch]
-    ) -> dict[str, Backward]:
-        """Turn one step's smashed data into what each client is told for its backward pass."""
 
     def train_round(self, round_: Round) -> dict[str, FinishReply]:
         """Let all participants step together until each has done its steps."""
@@ -27,12 +19,11 @@ class ParallelStrategy(SplitStrategy):
             {name: round_.first_request(name) for name in round_.participants}
         )
         steps = max((reply.num_steps for reply in replies.values()), default=0)
-        for step in range(steps):
+        for index in range(steps):
             told: dict[str, Backward] = {}
             if batches := round_.batches(replies):  # else all sit this step out
-                told = self.server_step(round_, step, steps, batches)
-                round_.entry.steps += 1
-            nothing = Backward(step, None)
+                told = self.take_step(round_, index, steps, batches)
+            nothing = Backward(index, None)
             replies, ended = round_.exchange(
                 {
                     name: round_.next_request(reply, told.get(name, nothing))

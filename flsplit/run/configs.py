@@ -4,7 +4,7 @@ from flwr.app import ConfigRecord, ConfigRecordValues
 
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.message.round_plan import RoundPlan
-from flsplit.strategies.options import SplitOptions, at_round, refuse_unknown
+from flsplit.run.options import SplitOptions, at_round, refuse_unknown
 
 _TRAIN_KEYS = ("lr", "batch-size", "local-epochs", "local-steps", "drop-last")
 _SET_BY_FLOWER = ("server-round",)

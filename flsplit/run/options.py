@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 import torch
 from flwr.serverapp.strategy import Strategy
@@ -19,16 +19,16 @@ from flsplit.carry.choose import CarrierName
 from flsplit.carry.session import SessionSettings
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.errors import ConfigError
-from flsplit.server.passes import ServerPass
-from flsplit.server.rules import GradientRule
+from flsplit.run.callbacks import Callback
 from flsplit.server.segment import Loss
-from flsplit.server.step import Reduction, Shares
-from flsplit.strategies.scores import check_metrics
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.fleet_file import find_fleet
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
+
+Shares = Literal["examples", "batch", "equal"]
+Reduction = Literal["mean", "sum"]
 
 LearningRate = float | Callable[[int], float]
 """A learning rate, or a function of the round (from 1) that returns one."""
@@ -75,10 +75,8 @@ class SplitOptions:
         Σ λ_i L_i, or S times that for S clients.
     server_batchnorm : {'pooled', 'per_client'}
         Whether the server segment normalises over all clients' rows or one client's at a time.
-    server_pass : ServerPass, optional
-        How the server computes a step, instead of what ``server_batchnorm`` says.
-    rules : sequence of GradientRule
-        Edits of a step's gradients, in order.
+    callbacks : sequence of Callback
+        What watches over the run, once per round: early stopping, the best model, a printout.
     client_parts : sequence of ClientPart
         What clients do beside the plain step, in order: clipping, noise, a proximal term.
     device : str
@@ -128,8 +126,7 @@ class SplitOptions:
     shares: Shares = "examples"
     reduction: Reduction = "mean"
     server_batchnorm: str = "pooled"
-    server_pass: ServerPass | None = None
-    rules: Sequence[GradientRule] = field(default_factory=tuple)
+    callbacks: Sequence[Callback] = field(default_factory=tuple)
     client_parts: Sequence[ClientPart] = field(default_factory=tuple)
     device: str = "auto"
     client_strategy: Strategy | None = None
@@ -152,13 +149,13 @@ class SplitOptions:
         """Refuse values that can't be used."""
         for name, kind in _KINDS.items():
             of_kind(name, getattr(self, name), kind)
-        check_metrics(self.metrics)
+        _check_metrics(self.metrics)
         for name in ("server_optimizer", "loss"):
             _callable(name, getattr(self, name))
         if self.server_scheduler is not None:
             _callable("server_scheduler", self.server_scheduler)
-        for rule in self.rules:
-            of_kind("rules: one of them", rule, GradientRule)
+        for callback in self.callbacks:
+            of_kind("callbacks: one of them", callback, Callback)
         describe_parts(self.client_parts)  # what can't be sent is said now
         _rate("server_lr", self.server_lr)
         if self.client_lr is not None:
@@ -197,21 +194,20 @@ class SplitOptions:
             raise ConfigError(
                 "server_lr is a function and server_scheduler is given: use one of them"
             )
-        if self.server_pass and self.server_batchnorm != "pooled":
-            raise ConfigError("server_batchnorm is part of server_pass: give one of them")
         if self.client_strategy and self.fraction_train != 1.0:
             raise ConfigError(
                 "client_strategy chooses the clients: set fraction_train there, not here"
             )
 
 
+_METRIC_INTERFACE = ("update", "compute", "to")
+
 _KINDS: dict[str, type | UnionType] = {
     "model": nn.Module,
     "cut": str,
     "metrics": Mapping,
     "drop_last": bool,
-    "server_pass": ServerPass | None,
-    "rules": Sequence,
+    "callbacks": Sequence,
     "client_parts": Sequence,
     "device": str,
     "client_strategy": Strategy | None,
@@ -281,3 +277,17 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 def _at_least(name: str, value: int, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{name} is {value!r}, expected a whole number of at least {minimum}")
+
+
+def _check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what isn't an object like those of torchmetrics."""
+    for name, metric in metrics.items():
+        if isinstance(metric, type):
+            raise ConfigError(
+                f"metrics: {name!r} is the class {metric.__name__}, expected an object of it"
+            )
+        if not all(callable(getattr(metric, one, None)) for one in _METRIC_INTERFACE):
+            raise ConfigError(
+                f"metrics: {name!r} is {metric!r}, expected a torchmetrics metric (an object with "
+                f"{', '.join(_METRIC_INTERFACE)})"
+            )

@@ -10,8 +10,8 @@ from flsplit.account.ledger import RoundEntry
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
 from flsplit.message.shape import ShapeReply, ShapeRequest
+from flsplit.run.options import SplitOptions
 from flsplit.server.clients import Clients
-from flsplit.strategies.options import SplitOptions
 from flsplit.wireless.fleet_clock import Costs, FleetClock
 from flsplit.wireless.fleet_file import find_fleet
 from flsplit.wireless.optimise import Freedom, optimise

@@ -4,8 +4,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
 from flsplit.message.local_steps import LocalReply, LocalRequest
+from flsplit.run.round import Round
 from flsplit.server.clients import Sent
-from flsplit.strategies.round import Round
 
 AHEAD = 4  # parts: a client with one more to do never waits for the server to take the last one
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.client_parts import ClientPart
@@ -17,17 +18,39 @@ from flsplit.message.optimizer_state import OptimizerState
 from flsplit.message.request import Backward, Reply, Request, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
-from flsplit.seeds import derive_seed
 from flsplit.server.clients import Clients, Sent
+from flsplit.server.gradients import ClientBatch
 from flsplit.server.misfits import Fits, leave_out_misfits
-from flsplit.server.step import (
-    ClientBatch,
-    Shares,
-    StepContext,
-    StepResult,
-    client_shares,
-    count_correct,
-)
+
+
+@dataclass
+class Tally:
+    """Sums over training rows, of one client or of all."""
+
+    rows: int = 0
+    loss: float = 0.0
+    correct: int = 0
+    classified: int = 0
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean over the rows, in training mode."""
+        return self.loss / self.rows if self.rows else None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the rows that are classified correctly; None where labels are no classes."""
+        return self.correct / self.classified if self.classified else None
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
+    """Return how many rows are classified correctly, and how many there are to classify.
+
+    There are none unless logits are ``(b, C)`` and labels ``(b,)`` class indices.
+    """
+    if logits.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
+        return 0, 0
+    return int((logits.argmax(1) == labels).sum()), len(labels)
 
 
 @dataclass
@@ -76,10 +99,8 @@ class Round:
     entry: RoundEntry = field(init=False)
     ended: bool = field(default=False, init=False)
     _plans: dict[str, RoundPlan] = field(default_factory=dict)
-    _rows: int = 0
-    _loss: float = 0.0
-    _classified: int = 0
-    _correct: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    _total: Tally = field(default_factory=Tally)
     _metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -231,8 +252,6 @@ class Round:
         self.ended = True
         return False
 
-    # --- a server step -------------------------------------------------------------------
-
     def batches(self, replies: Mapping[str, StepReply]) -> list[ClientBatch]:
         """Return the clients' mini-batches as they came, in the clients' fixed order.
 
@@ -244,66 +263,17 @@ class Round:
             if len(reply.smashed)
         ]
 
-    def context(
-        self, step: int, batches: list[ClientBatch], shares: Shares, steps: int
-    ) -> StepContext:
-        """Return where in the run a step is."""
-        plan = self.plan
-        names = tuple(batch.client for batch in batches)
-        done = plan.server_round - 1 + step / max(steps, step + 1)
-        return StepContext(
-            client_ids=names,
-            shares=client_shares(batches, shares),
-            round=plan.server_round,
-            num_rounds=plan.num_rounds,
-            step=step,
-            progress=done / plan.num_rounds,
-            rng=np.random.default_rng(
-                derive_seed(plan.seed, "rules", plan.server_round, step, *names)
-            ),
-        )
-
-    def server_seed(self, context: StepContext) -> int:
-        """Return the seed of the server's dropout in a step."""
-        return derive_seed(
-            self.plan.seed, "server", context.round, context.step, *context.client_ids
-        )
-
     # --- keeping account -----------------------------------------------------------------
 
-    def record_step(
-        self,
-        step: int,
-        batches: list[ClientBatch],
-        result: StepResult,
-        started: float,
-        *,
-        replays: bool = False,
-    ) -> None:
-        """Count a server step's rows, losses, correct answers, rules' metrics and time.
-
-        ``replays`` says whether the rows that went back went forward a second time for that.
-        """
-        self.entry.server_seconds += time.perf_counter() - started
-        if self.clients.clock:
-            uploads = [(batch.client, step) for batch in batches]
-            rows = sum(map(len, batches))
-            self.clients.clock.stepped(
-                uploads,
-                forward_rows=rows + replays * result.rows,
-                backward_rows=result.rows,
-                logit_rows=rows,
-                started=started,
-            )
-        self.entry.rows += result.rows
-        for batch in batches:
-            self._rows += len(batch)
-            self._loss += result.losses[batch.client] * len(batch)
-            logits = result.logits[batch.client]
-            correct, classified = count_correct(logits, batch.labels)
-            self._correct += correct
-            self._classified += classified
-        self.record_metrics(result.metrics)
+    def record_loss(self, batch: ClientBatch, loss: float, logits: Tensor) -> None:
+        """Count a client's mini-batch: its rows, its mean loss and its correct answers."""
+        correct, classified = count_correct(logits, batch.labels)
+        tally = self.tallies.setdefault(batch.client, Tally())
+        for one in (tally, self._total):
+            one.rows += len(batch)
+            one.loss += loss * len(batch)
+            one.correct += correct
+            one.classified += classified
 
     def record_alignment(self, rows: int, epochs: int, started: float) -> None:
         """Count the time of an auxiliary model's alignment on ``rows`` of smashed data."""
@@ -318,8 +288,7 @@ class Round:
 
     def close(self) -> RoundEntry:
         """Fill in the entry's means and wall time, and return it."""
-        self.entry.loss = self._loss / self._rows if self._rows else None
-        self.entry.accuracy = self._correct / self._classified if self._classified else None
+        self.entry.loss, self.entry.accuracy = self._total.mean_loss, self._total.accuracy
         self.entry.metrics = {name: float(np.mean(all_)) for name, all_ in self._metrics.items()}
         self.entry.seconds = time.perf_counter() - self._started
         if self.clients.clock:

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
 from flsplit.message.local_steps import LocalReply
+from flsplit.server.gradients import ClientBatch
 from flsplit.server.segment import ServerSegment
-from flsplit.server.step import ClientBatch
 
 
 class HeldMemory:

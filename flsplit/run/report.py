@@ -3,32 +3,25 @@
 import datetime
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
-from inspect import signature
-from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord
 from torch import nn
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.log import logger
-from flsplit.server.passes import ServerPass
-from flsplit.server.rules import GradientRule
-
-if TYPE_CHECKING:
-    from flsplit.strategies.base import SplitStrategy
-    from flsplit.strategies.options import SplitOptions
+from flsplit.run.method import SplitMethod
+from flsplit.run.options import SplitOptions
 
 
-def log_start(strategy: "SplitStrategy", num_rounds: int, arrays: ArrayRecord) -> None:
+def log_start(strategy: SplitMethod, num_rounds: int, arrays: ArrayRecord) -> None:
     """Log what is about to run."""
     size = sum(len(array.data) for array in arrays.values()) / 2**20
     logger.info("Starting %s strategy:", type(strategy).__name__)
     logger.info("\t├── Number of rounds: %d", num_rounds)
     logger.info("\t├── ArrayRecord (%.2f MB)", size)
-    strategy.summary()
 
 
-def log_summary(strategy: "SplitStrategy", own_arguments: list[str]) -> None:
+def log_summary(strategy: SplitMethod, own_arguments: list[str]) -> None:
     """Log the arguments as a tree, as Flower's strategies do."""
     options = strategy.options
     logger.info("\t├──> Cut after %r:", options.cut)
@@ -44,7 +37,7 @@ def log_summary(strategy: "SplitStrategy", own_arguments: list[str]) -> None:
     logger.info("\t\t└── seed: %d", options.seed)
 
 
-def _chosen(options: "SplitOptions") -> dict[str, object]:
+def _chosen(options: SplitOptions) -> dict[str, object]:
     """Return the options that the user has set."""
     chosen = {}
     for one in fields(options):
@@ -89,10 +82,6 @@ def _show(value: object) -> str:
         return ", ".join(map(_show, value))
     if isinstance(value, (str, int, float, tuple, type(None))):
         return repr(value)
-    if isinstance(value, GradientRule | ServerPass):
-        kept = _kept_arguments(value, signature(type(value)).parameters)
-        shown = ", ".join(f"{name}={_show(one)}" for name, one in kept.items())
-        return f"{type(value).__name__}({shown})"
     return str(getattr(value, "__name__", type(value).__name__))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
@@ -20,20 +19,19 @@ from flsplit.client_parts import describe_parts
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
 from flsplit.message.steps import FinishReply
+from flsplit.run.callbacks import Callback, FinishedRound
+from flsplit.run.checkpoint import Checkpoints
+from flsplit.run.configs import evaluate_batch_size, make_plan
+from flsplit.run.evaluation import evaluate_clients
+from flsplit.run.method import SplitMethod
+from flsplit.run.options import at_round
+from flsplit.run.report import log_round
+from flsplit.run.result import SplitResult
+from flsplit.run.round import Round
+from flsplit.run.run_clock import make_clock
 from flsplit.seeds import derive_seed
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits
-from flsplit.strategies.checkpoint import Checkpoints
-from flsplit.strategies.evaluation import evaluate_clients
-from flsplit.strategies.options import at_round
-from flsplit.strategies.plan import evaluate_batch_size, make_plan
-from flsplit.strategies.report import log_round
-from flsplit.strategies.result import SplitResult
-from flsplit.strategies.round import Round
-from flsplit.strategies.run_clock import make_clock
-
-if TYPE_CHECKING:
-    from flsplit.strategies.base import SplitStrategy
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -42,25 +40,33 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 class Run:
     """A strategy at work for some rounds.
 
-    The arguments are those of :meth:`~flsplit.strategies.base.SplitStrategy.start`.
+    The arguments are those of :meth:`~flsplit.run.strategy.SplitStrategy.start`.
     """
 
-    strategy: "SplitStrategy"
+    strategy: SplitMethod
     num_rounds: int
     timeout: float
     train_config: ConfigRecord | None
     evaluate_config: ConfigRecord | None
     evaluate_fn: EvaluateFn | None
     result: SplitResult = field(default_factory=SplitResult)
+    callbacks: list[Callback] = field(init=False)
+    _client_scores: dict[str, dict[str, float]] = field(default_factory=dict)
     _experiment: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        """Take the callbacks that the options name."""
+        self.callbacks = list(self.strategy.options.callbacks)
 
     def execute(self, grid: Grid) -> SplitResult:
         """Do all rounds, from the last checkpoint on if the options say so."""
         options = self.strategy.options
-        checkpoints = Checkpoints(Path(options.checkpoint_dir)) if options.checkpoint_dir else None
+        checkpoints = None
+        if options.checkpoint_dir:
+            checkpoints = Checkpoints(Path(options.checkpoint_dir), self.strategy, self.callbacks)
         holds: dict[str, int] = {}
         if checkpoints and options.resume:
-            holds, history, self._experiment = checkpoints.load(self.strategy)
+            holds, history, self._experiment = checkpoints.load()
             for entry in history:
                 self._keep(entry)
             logger.info("resuming after round %d", self._rounds_done)
@@ -99,8 +105,8 @@ class Run:
     @cached_property
     def _fits(self) -> Fits:
         """What training has shown to fit together; evaluation is judged by itself."""
-        pools = self.strategy.server_pass.pools and not self.strategy.one_by_one
-        return Fits(self.strategy.server, pools=pools)
+        pooled = self.strategy.options.server_batchnorm == "pooled"
+        return Fits(self.strategy.server, pools=pooled and self.strategy.pools)
 
     def _do_rounds(
         self,
@@ -116,6 +122,7 @@ class Run:
             round_ = self._open(server_round, clients)
             if server_round == first:
                 round_.exchanges_left = partial(self._exchanges_left, round_)
+            self.strategy.begin_round(round_)
             finished = self.strategy.train_round(round_)
             self.strategy.end_round(round_, finished)
             for segment in self.strategy.server_segments():
@@ -125,17 +132,35 @@ class Run:
             self._keep_shared(finished)
             self._evaluate_centrally(server_round)
             self._keep(round_.close())
+            self._keep_aggregated(round_)
+            stop = self._call_back(round_)
             if checkpoints:
-                checkpoints.save(
-                    self.strategy, clients.holds, self.result.history, self._experiment
-                )
+                checkpoints.save(clients.holds, self.result.history, self._experiment)
             spent = (time.perf_counter() - started) / (server_round - first + 1)
             log_round(round_.entry, self.num_rounds, spent * (self.num_rounds - server_round))
+            if stop:
+                break
             if server_round < self.num_rounds:
                 carrier.end_round(server_round, self.timeout)
             if server_round == first and clients.exchanges:  # now evaluation is known, too
                 mean = round_.entry.waiting_seconds / clients.exchanges
                 carrier.check_speed(mean, clients.exchanges * (self.num_rounds - server_round))
+
+    def _call_back(self, round_: Round) -> bool:
+        """Let all callbacks see the round; tell whether one of them ends the run."""
+        if not self.callbacks:
+            return False
+        central: Mapping[str, object] = self.result.evaluate_metrics_serverapp.get(
+            round_.entry.round, {}
+        )
+        finished = FinishedRound(
+            round_.entry,
+            self.num_rounds,
+            self.result.arrays,
+            {name: one for name, one in central.items() if isinstance(one, (int, float))},
+        )
+        answers = [one.on_round_end(finished) for one in self.callbacks]  # all of them see it
+        return any(answers)
 
     def _exchanges_left(self, round_: Round, steps: int) -> int:
         """Return how many exchanges it takes from this round on; in evaluation, at least one."""
@@ -169,7 +194,11 @@ class Run:
             segment=strategy.client_segment,
             participants=self._choose(server_round, clients),
             upload_segment=strategy.gives_whole_model
-            or (options.share_client_segments and server_round == self.num_rounds),
+            or (
+                options.share_client_segments
+                # any round may be the last where a callback can end the run
+                and (server_round == self.num_rounds or bool(self.callbacks))
+            ),
             min_clients=options.min_available_nodes,
             fits=self._fits,
         )
@@ -195,7 +224,7 @@ class Run:
         names = round_.clients.directory.discover()
         count = max(int(len(names) * options.fraction_evaluate), options.min_evaluate_nodes)
         seed = derive_seed(options.seed, "evaluate", round_.plan.server_round)
-        round_.entry.evaluation = evaluate_clients(
+        round_.entry.evaluation, self._client_scores = evaluate_clients(
             self.strategy.server,
             round_.clients,
             sample(names, count, seed),
@@ -204,6 +233,7 @@ class Run:
             batch_size=evaluate_batch_size(options, self.evaluate_config),
             metrics=options.metrics,
             fits=Fits(self.strategy.server, pools=False),
+            each=options.client_strategy is not None,
         )
 
     def _evaluate_centrally(self, server_round: int) -> None:
@@ -219,6 +249,20 @@ class Run:
         if entry.evaluation:
             metrics = MetricRecord({**entry.evaluation})
             self.result.evaluate_metrics_clientapp[entry.round] = metrics
+
+    def _keep_aggregated(self, round_: Round) -> None:
+        """Add what a client strategy's metric aggregation functions return, under other names."""
+        aggregator = self.strategy.aggregator
+        if aggregator is None:
+            return
+        server_round, result = round_.plan.server_round, self.result
+        kept = [(result.train_metrics_clientapp, aggregator.metrics)]
+        if self.strategy.options.client_strategy and self._client_scores:
+            found = aggregator.evaluate(server_round, self._client_scores)
+            kept.append((result.evaluate_metrics_clientapp, found))
+        for record, more in kept:
+            own = record.get(server_round, MetricRecord())
+            record[server_round] = MetricRecord({**more, **own})
 
     def _keep_shared(self, finished: Mapping[str, FinishReply]) -> None:
         if self.strategy.options.share_client_segments and not self.strategy.gives_whole_model:

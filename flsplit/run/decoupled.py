@@ -2,14 +2,12 @@
 
 import copy
 import itertools
-import json
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from flsplit.auxiliary import (
@@ -24,24 +22,23 @@ from flsplit.cut import split
 from flsplit.cut.flops import forward_flops
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
-from flsplit.message.arrays import from_record, to_array
 from flsplit.message.local_steps import AuxiliaryPlan, LocalReply, LocalRequest
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.message.steps import FinishReply
+from flsplit.run.ahead import FurtherParts
+from flsplit.run.held_memory import HeldMemory
+from flsplit.run.options import of_kind
+from flsplit.run.round import Round
+from flsplit.run.step import Step
+from flsplit.run.strategy import SplitStrategy
 from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import one_of, whole
-from flsplit.server.step import ClientBatch
-from flsplit.strategies.base import SplitStrategy
-from flsplit.strategies.memory import HeldMemory
-from flsplit.strategies.options import of_kind
-from flsplit.strategies.parts import FurtherParts
-from flsplit.strategies.round import Round
+from flsplit.server.gradients import ClientBatch
+from flsplit.storage import State
 from flsplit.wireless.phases import BITS, Phase, Stage, Where, Work, server_passes
 
-_AUXILIARY, _INITIAL = "auxiliary", "auxiliary-initial"
 
-
-class Sent(NamedTuple):
+class AuxiliarySent(NamedTuple):
     """The auxiliary model that a client is to work with: its version and weights."""
 
     version: int
@@ -68,11 +65,11 @@ class DecoupledStrategy(SplitStrategy):
         Over a session, let uploads come up while clients go on with their local steps, and work
         on them meanwhile. The numbers are the same.
     **options
-        See :class:`~flsplit.strategies.options.SplitOptions`.
+        See :class:`~flsplit.run.options.SplitOptions`.
     """
 
     aggregates = True
-    one_by_one = True
+    pools = False
 
     trains_auxiliary = False
     """Whether clients train their auxiliary models."""
@@ -159,7 +156,7 @@ class DecoupledStrategy(SplitStrategy):
     # --- what a subclass says ------------------------------------------------------------
 
     @abstractmethod
-    def auxiliary_of(self, client: str) -> Sent:
+    def auxiliary_of(self, client: str) -> AuxiliarySent:
         """Return the auxiliary model that a client is to work with now."""
 
     def auxiliary_lr_in(self, round_: Round) -> float:
@@ -348,24 +345,21 @@ class DecoupledStrategy(SplitStrategy):
         for step, _, name in sorted(order):
             reply = replies[name]
             batch = ClientBatch(name, *reply.uploads[step], reply.num_examples)
-            self._step_on_one(round_, step, reply.num_steps, batch.to(self.server))
+            self.take_step(round_, step, reply.num_steps, [batch], replies_expected=False)
 
-    def _step_on_one(self, round_: Round, step: int, steps: int, batch: ClientBatch) -> None:
+    def step(self, step: Step) -> None:
+        """Step on one upload, and compare its true gradient with the one that the client had."""
+        (batch,) = step.batches
         with self._memory.measuring(batch):
-            result = self.segment_step(self.server, round_, step, steps, [batch])
-        round_.entry.steps += 1
-        where = f"round {round_.plan.server_round}, step {step}, client {batch.client!r}"
-        with located(where), seeded(self._emulation_seed(round_, step, batch), self.device):
+            found = step.gradients()
+        step.update(found)
+        # Seeded as when the client computed ĝ of this batch.
+        seed = derive_seed(self.options.seed, "auxiliary", batch.client, step.round, step.index)
+        with located(f"{step.where}, client {batch.client!r}"), seeded(seed, self.device):
             emulated = self.emulated(batch.client, batch.smashed, batch.labels)
         if emulated is not None:
-            angle = cosine(emulated, result.cut_gradients[batch.client])
-            round_.record_metrics({"auxiliary-cosine": angle})
+            step.record({"auxiliary-cosine": cosine(emulated, found.cut_gradients[batch.client])})
         self.uploaded(batch.client, batch.smashed, batch.labels)
-
-    def _emulation_seed(self, round_: Round, step: int, batch: ClientBatch) -> int:
-        """Return the seed with which the client computed ĝ of this batch."""
-        server_round = round_.plan.server_round
-        return derive_seed(round_.plan.seed, "auxiliary", batch.client, server_round, step)
 
     def _warn_if_it_never_fires(self, replies: Mapping[str, LocalReply]) -> None:
         rarely = [name for name, one in replies.items() if 1 < one.num_steps <= self.upload_every]
@@ -378,26 +372,23 @@ class DecoupledStrategy(SplitStrategy):
 
     # --- checkpoints ---------------------------------------------------------------------
 
-    def state_records(self) -> RecordDict:
+    def state_dict(self) -> State:
         """Return all that a checkpoint needs, with how auxiliary models are built."""
-        records = super().state_records()
-        records[_AUXILIARY] = ConfigRecord(
-            {
+        return super().state_dict() | {
+            "auxiliary": {
                 "shape": list(self._row),
                 "num-classes": self._classes,
-                "held": json.dumps(self._held),
+                "held": self._held,
+                "initial": self.initial,
             }
-        )
-        records[_INITIAL] = ArrayRecord({k: to_array(v) for k, v in self.initial.items()})
-        return records
+        }
 
-    def load_state_records(self, records: RecordDict, segment_version: int) -> None:
-        """Go on from a checkpoint's records."""
-        super().load_state_records(records, segment_version)
-        config: Mapping[str, Any] = records.config_records[_AUXILIARY]
-        self._row, self._classes = tuple(config["shape"]), int(config["num-classes"])
-        self._held = json.loads(config["held"])
-        self.initial = from_record(records.array_records[_INITIAL], field=_INITIAL)
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a :meth:`state_dict`."""
+        super().load_state_dict(state)
+        auxiliary = state["auxiliary"]
+        self._row, self._classes = tuple(auxiliary["shape"]), auxiliary["num-classes"]
+        self._held, self.initial = auxiliary["held"], auxiliary["initial"]
 
 
 def _finished(reply: LocalReply) -> FinishReply:

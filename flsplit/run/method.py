@@ -1,0 +1,322 @@
+"""What a method is: what it says of itself, its server segment, its state, its step."""
+
+import copy
+import inspect
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from flsplit.client.spec import pick_device
+from flsplit.client_parts import ClientPart
+from flsplit.cut import split
+from flsplit.errors import FlsplitError, located
+from flsplit.message.arrays import check_like, from_record, to_record
+from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.steps import FinishReply
+from flsplit.run.options import SplitOptions, at_round, option_names, refuse_unknown
+from flsplit.run.round import Round
+from flsplit.run.step import Step, StepSettings
+from flsplit.server.aggregate import SegmentAggregator, Upload
+from flsplit.server.gradients import ClientBatch
+from flsplit.server.segment import ServerSegment
+from flsplit.storage import State
+from flsplit.wireless.phases import Method, SaysPhases
+
+
+class SplitMethod(SaysPhases):
+    """A method of split learning, as far as it needs nothing of Flower's strategies.
+
+    A subclass says how a round is trained (:meth:`train_round`); most derive from
+    :class:`~flsplit.run.parallel.ParallelStrategy` and only say what the server does
+    with the smashed data of one step.
+
+    Parameters
+    ----------
+    **options
+        The fields of :class:`~flsplit.run.options.SplitOptions`; ``model`` and ``cut``
+        are required.
+
+    Attributes
+    ----------
+    aggregates : bool
+        Whether client segments are aggregated even if no ``client_strategy`` is given; then by
+        FedAvg.
+    hands_on : bool
+        Whether all clients work on one segment in turn, so that a whole model comes out.
+    pools : bool
+        Whether the clients' rows of a step go through the server segment together, and so must be
+        of one shape.
+    client_parts : sequence of ClientPart
+        What the method has its clients do beside the plain step; the options' parts come after.
+
+    Raises
+    ------
+    ConfigError
+        If an option doesn't exist, has a value that can't be used, or contradicts another.
+    flsplit.cut.CutError
+        If the model can't be cut there.
+    """
+
+    hands_on: ClassVar[bool] = False
+    pools: ClassVar[bool] = True
+    client_parts: Sequence[ClientPart] = ()
+
+    ATTRIBUTES: ClassVar[tuple[str, ...]] = (
+        "options", "parts", "device", "aggregator", "server", "client_segment", "_settings",
+    )  # fmt: skip
+    """What every method has; anything else is its own."""
+
+    server: ServerSegment
+    client_segment: SegmentArrays
+
+    def __init__(self, **options: Any) -> None:
+        refuse_unknown(type(self).__name__, options, argument_names(type(self)))
+        self.options = SplitOptions(**options)
+        self.parts = split(self.options.model, self.options.cut)
+        self.device = pick_device(self.options.device)
+        self._settings = StepSettings(
+            self.options.shares, self.options.reduction, self.options.server_batchnorm == "pooled"
+        )
+        self.aggregator = self._make_aggregator()
+
+    # --- what a subclass says ------------------------------------------------------------
+
+    @abstractmethod
+    def train_round(self, round_: Round) -> dict[str, FinishReply]:
+        """Train one round and return the clients' replies at its end."""
+
+    @abstractmethod
+    def step(self, step: Step) -> None:
+        """Do one step at the server: gradients, what the method makes of them, update, reply."""
+
+    def begin_run(self) -> None:
+        """Prepare what the method remembers beside the server segment."""
+
+    def begin_round(self, round_: Round) -> None:
+        """Prepare a round; a client's plan may be changed here, in ``round_.overrides``."""
+
+    def end_round(self, round_: Round, finished: Mapping[str, FinishReply]) -> None:
+        """Aggregate what the clients handed over at the end of a round."""
+        if self.aggregator:
+            uploads = {
+                name: self.upload(round_, reply, self.parts_of(reply))
+                for name, reply in finished.items()
+            }
+            aggregated = self.aggregator.aggregate(
+                round_.plan.server_round, uploads, self.client_segment.tensors
+            )
+            self.replace_client_segment(aggregated)
+
+    def upload(self, round_: Round, reply: FinishReply, tensors: dict[str, Tensor]) -> Upload:
+        """Return what a client brings to an aggregation: tensors, its weight, how it trained."""
+        tally, metrics = round_.tallies.get(reply.client), {}
+        if tally and tally.mean_loss is not None:
+            metrics["train-loss"] = tally.mean_loss
+        if tally and tally.accuracy is not None:
+            metrics["train-accuracy"] = tally.accuracy
+        return Upload(tensors, reply.num_examples, metrics)
+
+    def exchanges_per_round(self, steps: int, participants: int) -> int:
+        """Return how many exchanges a round takes whose clients have up to ``steps`` steps."""
+        return steps + 1
+
+    # --- what the planner and a fleet's clock ask ----------------------------------------
+
+    def planned(self, name: str = "", given: Mapping[str, Any] | None = None) -> Method:
+        """Return the method as the planner wants it: the class, and what it was made with.
+
+        An argument of the constructor has the value of the attribute of that name, as far as there
+        is one, and otherwise its default.
+
+        Parameters
+        ----------
+        name : str
+            The strategy's name in a run's configuration. Default: its class's.
+        given : mapping of str to object, optional
+            Its arguments in a run's configuration, to be shown with a plan.
+        """
+        kind, options = type(self), self.options
+        arguments = {one.name: getattr(options, one.name) for one in fields(options)}
+        for parameter in own_parameters(kind):
+            kept = vars(self).get(parameter.name, parameter.default)
+            arguments.setdefault(parameter.name, kept)
+        del arguments["model"], arguments["cut"]  # a plan has a profile and a place instead
+        return Method(name or kind.__name__, kind, arguments, given or {})
+
+    # --- state of a run ------------------------------------------------------------------
+
+    @property
+    def gives_whole_model(self) -> bool:
+        """Whether ``Result.arrays`` is a whole model's state dict."""
+        return self.aggregator is not None or self.hands_on
+
+    def arrays(self) -> ArrayRecord:
+        """Return the whole model's state dict, or the server segment's."""
+        server = self.server.arrays()
+        if not self.gives_whole_model:
+            return to_record(server)
+        return to_record(self.parts.join(self.client_segment.tensors, server))
+
+    def replace_client_segment(self, tensors: dict[str, Tensor]) -> None:
+        """Make ``tensors`` the server's version of the client segment, which clients then get."""
+        self.client_segment = SegmentArrays(self.client_segment.version + 1, tensors)
+
+    def parts_of(self, reply: FinishReply) -> dict[str, Tensor]:
+        """Return the client segment in a reply at the end of a round."""
+        if reply.segment is None:
+            raise FlsplitError(f"client {reply.client!r} handed over no segment")
+        return reply.segment
+
+    def new_server_segment(self, server_round: int = 1) -> ServerSegment:
+        """Return a copy of the server segment as it is in the model, with a new optimizer."""
+        options = self.options
+        segment = ServerSegment(
+            copy.deepcopy(self.parts.server),
+            loss=options.loss,
+            optimizer=options.server_optimizer,
+            lr=at_round(options.server_lr, server_round),
+            scheduler=options.server_scheduler,
+            device=self.device,
+        )
+        for _ in range(1, server_round):
+            segment.end_round()
+        return segment
+
+    def server_segments(self) -> list[ServerSegment]:
+        """Return all server segments that learn; their learning rates go together."""
+        return [self.server]
+
+    def begin(self, initial_arrays: ArrayRecord) -> None:
+        """Take the initial arrays, and forget an earlier run."""
+        tensors = from_record(initial_arrays, field="initial_arrays")
+        client, server = self.parts.divide(tensors)
+        like = self.parts.client.state_dict()
+        client = check_like(client, like, what="initial_arrays, client segment")
+        self.client_segment = SegmentArrays(0, client)
+        self.server = self.new_server_segment()
+        with located("initial_arrays"):
+            self.server.load_arrays(server)
+        self.begin_run()
+
+    # --- a round -------------------------------------------------------------------------
+
+    def least_clients(self) -> int:
+        """Return how many clients a round needs; a client strategy would wait for them for ever."""
+        least = max(self.options.min_available_nodes, self.options.min_train_nodes)
+        if self.aggregator:
+            least = max(least, self.aggregator.least_clients)
+        return least
+
+    def aggregated_tensors(self) -> dict[str, Tensor]:
+        """Return what the client strategy aggregates, as it is before the round."""
+        return self.client_segment.tensors
+
+    def take_step(
+        self,
+        round_: Round,
+        index: int,
+        num_steps: int,
+        batches: Sequence[ClientBatch],
+        *,
+        replies_expected: bool = True,
+    ) -> dict[str, Backward]:
+        """Let the method do one step on the clients' batches; return what each is told.
+
+        Raises
+        ------
+        NonFiniteError, DataError, SegmentMismatchError
+            If the loss or a gradient is NaN or infinite, or the step can't be computed.
+        MethodError
+            If the method does something with the step that it can't.
+        """
+        started, name = time.perf_counter(), type(self).__name__
+        step = Step(name, self.server, self._settings, round_, index, num_steps, batches)
+        self.step(step)
+        round_.entry.steps += 1
+        round_.entry.server_seconds += time.perf_counter() - started
+        return step.end(replies_expected=replies_expected)
+
+    # --- checkpoints ---------------------------------------------------------------------
+
+    def auxiliary_flops(self) -> int:
+        """Return the FLOPs of a row's forward pass through an auxiliary model, if there is one."""
+        return 0
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a run must have in common with the one that it resumes."""
+        return {
+            "strategy": type(self).__name__,
+            "cut": self.options.cut,
+            "seed": self.options.seed,
+            "server_optimizer": type(self.server.optimizer).__name__,
+            "client_strategy": type(self.aggregator.strategy).__name__ if self.aggregator else "",
+        }
+
+    def state_dict(self) -> State:
+        """Return all that a checkpoint of the run needs: nested dicts of tensors and numbers.
+
+        A method that remembers something from step to step adds it to what this returns, and takes
+        it in :meth:`load_state_dict`.
+        """
+        state: State = {
+            "client-segment": dict(self.client_segment.tensors),
+            "segment-version": self.client_segment.version,
+            "server": self.server.state_dict(),
+        }
+        if self.aggregator:
+            state["client-strategy"] = self.aggregator.state_dict()
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a :meth:`state_dict`; only what is there by name is looked at."""
+        self.client_segment = SegmentArrays(state["segment-version"], state["client-segment"])
+        self.server.load_state_dict(state["server"])
+        if self.aggregator:
+            self.aggregator.load_state_dict(state["client-strategy"])
+
+    # --- construction --------------------------------------------------------------------
+
+    def _make_aggregator(self) -> SegmentAggregator | None:
+        strategy = self.options.client_strategy
+        if strategy is None and not self.aggregates:
+            return None
+        return SegmentAggregator(strategy or self._default_strategy(), self.buffer_names())
+
+    def _default_strategy(self) -> FedAvg:
+        options = self.options
+        return FedAvg(
+            fraction_train=options.fraction_train,
+            min_train_nodes=options.min_train_nodes,
+            min_available_nodes=options.min_available_nodes,
+            weighted_by_key=options.weighted_by_key,
+        )
+
+    def buffer_names(self) -> set[str]:
+        """Return the names of the whole model's buffers."""
+        return {name for name, _ in self.options.model.named_buffers()}
+
+
+def argument_names(cls: type[SplitMethod]) -> list[str]:
+    """Return the arguments that a strategy's constructor takes, its own ones first."""
+    return own_argument_names(cls) + option_names()
+
+
+def own_argument_names(cls: type[SplitMethod]) -> list[str]:
+    """Return the arguments that a strategy takes beside the options of all."""
+    return [parameter.name for parameter in own_parameters(cls)]
+
+
+def own_parameters(cls: type[SplitMethod]) -> list[inspect.Parameter]:
+    """Return the parameters that a strategy's constructor has beside the options of all."""
+    own: list[inspect.Parameter] = []
+    for one in cls.__mro__:
+        if "__init__" in vars(one) and issubclass(one, SplitMethod):
+            parameters = list(inspect.signature(one.__init__).parameters.values())[1:]
+            own += [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return own

@@ -1,0 +1,496 @@
+"""One step of a method at the server: what it has in hand, and what it can do with it."""
+
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flsplit.errors import MethodError, located
+from flsplit.finite import all_finite
+from flsplit.log import logger
+from flsplit.message.request import Backward
+from flsplit.run.options import Reduction, Shares
+from flsplit.run.round import Round
+from flsplit.seeds import derive_seed, generator, seeded
+from flsplit.server.gradients import (
+    ClientBatch,
+    StepGradients,
+    check_finite,
+    check_server_gradients,
+    client_gradients,
+    client_loss,
+    named,
+    pool,
+    pooled_gradients,
+    separate_gradients,
+)
+from flsplit.server.segment import ServerGradients, ServerSegment
+
+POOL = "pooled rows"
+"""What errors and seeds call rows of several clients that are computed on as one batch."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step takes from the strategy's options.
+
+    Attributes
+    ----------
+    shares : {'examples', 'batch', 'equal'}
+        What a client's share λ follows.
+    reduction : {'mean', 'sum'}
+        Σ λ_i L_i, or S times that for S clients.
+    pools : bool
+        Whether the clients' rows go through the server segment together.
+    """
+
+    shares: Shares
+    reduction: Reduction
+    pools: bool
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass of rows through the server segment, whose backward pass may follow."""
+
+    rows: Tensor  # a leaf of the graph
+    outputs: Tensor
+
+
+class Step:
+    """What the server has in hand in one step, and what it can do with it.
+
+    :meth:`gradients` computes and changes no weight, :meth:`update` moves the server segment,
+    :meth:`reply` says what clients step with. Each may be called as often as a method wants.
+    Every computation is seeded by its place in the step, so that random layers draw anew in each
+    and the same in a run that is repeated; it is checked for what isn't finite, and counted in
+    the ledger's rows and on a fleet's clock.
+
+    Attributes
+    ----------
+    index, num_steps : int
+        The step in the round, from 0, and how many steps the round has at most.
+    round, num_rounds : int
+        The round, from 1, and how many there are.
+    progress : float
+        From 0 at the run's first step towards 1 at its end.
+    batches : list of ClientBatch
+        The clients' smashed data and labels, on the server's device, in the clients' fixed order.
+    clients : list of str
+        Whose they are.
+    shares : dict of str to float
+        Their shares λ, which sum to 1 over the step.
+    lr : float
+        The clients' learning rate in this round.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        segment: ServerSegment,
+        settings: StepSettings,
+        round_: Round,
+        index: int,
+        num_steps: int,
+        batches: Sequence[ClientBatch],
+    ) -> None:
+        plan = round_.plan
+        self.index, self.num_steps = index, num_steps
+        self.round, self.num_rounds, self.lr = plan.server_round, plan.num_rounds, plan.lr
+        self.batches = [batch.to(segment) for batch in batches]
+        self.clients = [batch.client for batch in batches]
+        self.shares = client_shares(self.batches, settings.shares)
+        self._method, self._segment, self._settings = method, segment, settings
+        self._round, self._seed = round_, plan.seed
+        self._told: dict[str, Backward] = {}
+        self._unrecorded = set(self.clients)
+        self._updated = False
+        self._calls: dict[tuple[str, ...], int] = {}
+
+    @property
+    def progress(self) -> float:
+        """From 0 at the run's first step towards 1 at its end."""
+        done = self.round - 1 + self.index / max(self.num_steps, self.index + 1)
+        return done / self.num_rounds
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each client's mean loss counts in the server's: λ, times S for a sum."""
+        return self._weights(self.batches)
+
+    def pooled(self) -> Tensor:
+        """Return the smashed data of all clients, concatenated in their order."""
+        return pool([batch.smashed for batch in self.batches], self.batches)
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        """Random numbers of this step, from the run's seed."""
+        return np.random.default_rng(
+            derive_seed(self._seed, "rules", self.round, self.index, *self.clients)
+        )
+
+    def generator(self, *labels: str | int) -> torch.Generator:
+        """Return a torch generator (CPU) for one use in this step, named by ``labels``."""
+        return generator(self._seed, *labels, self.round, self.index)
+
+    @property
+    def where(self) -> str:
+        """Round and step, for errors."""
+        return f"round {self.round}, step {self.index}"
+
+    # --- gradients -----------------------------------------------------------------------
+
+    def gradients(
+        self,
+        batches: Sequence[ClientBatch] | None = None,
+        *,
+        segment: ServerSegment | None = None,
+        per_client: bool = False,
+        low_memory: bool = False,
+    ) -> StepGradients:
+        """Return the gradients of Σ_i λ_i L_i over ``batches``; no weight changes.
+
+        Parameters
+        ----------
+        batches : sequence of ClientBatch, optional
+            Some of the step's, or rows from :meth:`shuffled_rows`; all by default. The shares λ
+            are renormalised over them.
+        segment : ServerSegment, optional
+            Another server segment than the strategy's own.
+        per_client : bool
+            Also each client's own gradient of the server segment, in ``clients``; BatchNorm then
+            sees one client at a time.
+        low_memory : bool
+            Compute these twice, in parts, instead of keeping all of them.
+
+        Raises
+        ------
+        NonFiniteError
+            If a loss or gradient is NaN or infinite; it names the client.
+        SegmentMismatchError, DataError
+            If the server segment or the loss can't take a batch.
+        """
+        started = time.perf_counter()
+        batches = self.batches if batches is None else batches
+        segment = segment or self._segment
+        names = [batch.client for batch in batches]
+        weights = self._weights(batches)
+        with self._computing(segment, names) as before:
+            if per_client:
+                found = client_gradients(segment, batches, weights, low_memory=low_memory)
+            elif self._settings.pools:
+                found = pooled_gradients(segment, batches, weights)
+            else:
+                found = separate_gradients(segment, batches, weights)
+            check_finite(found, segment, batches, self.where)
+        found.buffers = before
+        self._count(started, forward=found.rows, backward=found.rows, logits=found.rows)
+        self._round.entry.rows += found.rows
+        for batch in batches:
+            self._record_loss(batch, found.losses[batch.client], found.logits[batch.client])
+        return found
+
+    def shuffled_rows(self, batch_size: int) -> Iterator[list[ClientBatch]]:
+        """Yield mini-batches of all clients' rows, mixed: what a method trains the server on.
+
+        Parameters
+        ----------
+        batch_size : int
+            Rows in each; the last may have fewer.
+
+        Yields
+        ------
+        list of ClientBatch
+            One batch without an owner, for :meth:`gradients`. The order follows the run's seed.
+        """
+        smashed = self.pooled()
+        labels = torch.cat([batch.labels for batch in self.batches])
+        order = torch.from_numpy(self.rng.permutation(len(smashed))).to(smashed.device)
+        for rows in torch.split(order, batch_size):
+            yield [ClientBatch(POOL, smashed[rows], labels[rows], len(rows))]
+
+    def forward(self, rows: Tensor, *, graph: bool = True, moves_buffers: bool = True) -> Forward:
+        """Run rows through the server segment: the clients' own, or some that a method made up.
+
+        Parameters
+        ----------
+        rows : torch.Tensor
+            Smashed data ``(n, ...)``.
+        graph : bool
+            Whether :meth:`backward` is to follow.
+        moves_buffers : bool
+            Whether BatchNorm's running statistics move.
+        """
+        started, segment = time.perf_counter(), self._segment
+        leaf = rows.detach().requires_grad_(graph)
+        with (
+            self._computing(segment, self.clients, moves_buffers=moves_buffers),
+            located(named(self.batches)),
+            torch.set_grad_enabled(graph),
+        ):
+            outputs = segment.forward(leaf)
+        self._count(started, forward=len(rows))
+        return Forward(leaf, outputs)
+
+    def logit_gradients(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return the gradient of each client's mean loss by its logits ``(b, C)``.
+
+        Parameters
+        ----------
+        outputs : torch.Tensor
+            Logits of all rows of the step, in the clients' order.
+        """
+        started = time.perf_counter()
+        split = torch.split(outputs.detach(), [len(batch) for batch in self.batches])
+        gradients = {}
+        with located(self.where):
+            for batch, own in zip(self.batches, split, strict=True):
+                leaf = own.detach().requires_grad_()
+                loss = client_loss(self._segment, leaf, batch)
+                (gradients[batch.client],) = torch.autograd.grad(loss, leaf)
+                self._record_loss(batch, loss.item(), own)
+        self._count(started, logits=len(outputs))
+        return gradients
+
+    def backward(self, forward: Forward, gradients: Tensor) -> tuple[ServerGradients, Tensor]:
+        """Carry gradients at the logits back; return the server segment's, and the rows'.
+
+        Parameters
+        ----------
+        forward : Forward
+            From :meth:`forward`.
+        gradients : torch.Tensor
+            Of the shape of its outputs.
+        """
+        started, parameters = time.perf_counter(), self._segment.parameters
+        found = torch.autograd.grad(
+            forward.outputs, [*parameters, forward.rows], grad_outputs=gradients, allow_unused=True
+        )
+        by_rows = torch.zeros_like(forward.rows) if found[-1] is None else found[-1]
+        self._count(started, backward=len(forward.rows))
+        self._round.entry.rows += len(forward.rows)
+        return list(found[:-1]), by_rows
+
+    # --- what becomes of them ------------------------------------------------------------
+
+    def update(
+        self,
+        found: StepGradients | ServerGradients,
+        *,
+        lr_factor: float = 1.0,
+        segment: ServerSegment | None = None,
+    ) -> None:
+        """Let the server's optimizer step.
+
+        Parameters
+        ----------
+        found : StepGradients, or list of torch.Tensor or None
+            What :meth:`gradients` returned, or a gradient per trainable parameter of the server
+            segment, in their order.
+        lr_factor : float
+            What the learning rate is multiplied with in this step.
+        segment : ServerSegment, optional
+            Another than the strategy's own.
+
+        Raises
+        ------
+        NonFiniteError
+            If a gradient is NaN or infinite; weights and buffers stay as they were.
+        MethodError
+            If it is something else than gradients.
+        """
+        segment = segment or self._segment
+        checked = isinstance(found, StepGradients) and found.clients is None
+        gradients = found.server_gradients if isinstance(found, StepGradients) else found
+        if not checked:
+            self._check_update(gradients, segment)
+            try:
+                check_server_gradients(gradients, segment, self.batches, self.where)
+            except ArithmeticError:
+                if isinstance(found, StepGradients):
+                    segment.put_buffers(found.buffers)
+                raise
+        segment.step(gradients, lr_factor)
+        self._updated = True
+
+    def leave(self) -> None:
+        """Say that the server segment stays as it is in this step, on purpose."""
+        self._updated = True
+
+    def reply(
+        self,
+        cut_gradients: Mapping[str, Tensor],
+        *,
+        shared_rows: Mapping[str, int] | None = None,
+        repeated: Collection[str] = (),
+    ) -> None:
+        """Let clients step with these cut-layer gradients; who is told nothing does not step.
+
+        Parameters
+        ----------
+        cut_gradients : mapping of str to torch.Tensor
+            By client; of the shape of its smashed data, and of the size of a gradient of the
+            client's own mean loss.
+        shared_rows : mapping of str to int, optional
+            How many leading rows a client shares with others of the step: the ledger counts them
+            once, as on a broadcast channel.
+        repeated : collection of str
+            Clients whose shared rows are all one row, which is broadcast once.
+
+        Raises
+        ------
+        MethodError
+            If a client is not in the step, or a gradient has another shape or isn't finite.
+        """
+        if not isinstance(cut_gradients, Mapping):
+            raise self._error(f"replied with {_shown(cut_gradients)}, expected a dict of gradients")
+        shapes = {batch.client: batch.smashed.shape for batch in self.batches}
+        shared = shared_rows or {}
+        for client, gradient in cut_gradients.items():
+            if client not in shapes:
+                raise self._error(
+                    f"replied to client {client!r}, expected one of {', '.join(map(repr, shapes))}"
+                )
+            if not isinstance(gradient, Tensor) or gradient.shape != shapes[client]:
+                raise self._error(
+                    f"replied to client {client!r} with {_shown(gradient)}, expected a cut-layer "
+                    f"gradient of shape {tuple(shapes[client])}"
+                )
+            if not all_finite(gradient):
+                raise self._error(f"replied to client {client!r} with NaN or infinite values")
+            self._told[client] = Backward(
+                self.index, gradient, shared.get(client, 0), client in repeated
+            )
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Put numbers into the ledger, by name; a round's entry has their mean over the steps.
+
+        Raises
+        ------
+        MethodError
+            If one is not a number.
+        """
+        for name, number in metrics.items():
+            try:
+                self._round.record_metrics({name: float(number)})
+            except (TypeError, ValueError) as error:
+                raise self._error(
+                    f"recorded {name!r} as {_shown(number)}, expected a number"
+                ) from error
+
+    # --- for the strategy's base class ---------------------------------------------------
+
+    def end(self, *, replies_expected: bool) -> dict[str, Backward]:
+        """Return what each client is told; raise MethodError if the method forgot the server."""
+        if not self._updated:
+            raise self._error(
+                "ended without update(): the server segment would never learn. Call "
+                "step.update(found), or step.leave() where that is meant"
+            )
+        if replies_expected and not self._told:
+            logger.warning(
+                "%s.step replied to no client in %s: no client steps (step.reply is missing?)",
+                self._method, self.where,
+            )  # fmt: skip
+        nothing = Backward(self.index, None)
+        return {client: self._told.get(client, nothing) for client in self.clients}
+
+    def _record_loss(self, batch: ClientBatch, loss: float, logits: Tensor) -> None:
+        """Count a client's mini-batch in the ledger's loss: once, as it was first computed."""
+        if batch.client in self._unrecorded and any(batch is own for own in self.batches):
+            self._unrecorded.discard(batch.client)
+            self._round.record_loss(batch, loss, logits)
+
+    def _weights(self, batches: Sequence[ClientBatch]) -> dict[str, float]:
+        """Return what each client's mean loss is multiplied with in the server's loss."""
+        shares = self.shares
+        if batches is not self.batches:
+            shares = client_shares(batches, self._settings.shares)
+        factor = 1 if self._settings.reduction == "mean" else len(shares)
+        return {client: share * factor for client, share in shares.items()}
+
+    @contextmanager
+    def _computing(
+        self, segment: ServerSegment, names: Sequence[str], *, moves_buffers: bool = True
+    ) -> Iterator[list[Tensor]]:
+        """Seed and locate what is computed inside, and undo BatchNorm's statistics if it fails."""
+        key = tuple(names)
+        calls = self._calls[key] = self._calls.get(key, -1) + 1
+        # The first computation on some clients' batches is seeded by their names alone; a second
+        # one by its number, too, or it would draw the same dropout masks.
+        again = (calls,) if calls else ()
+        seed = derive_seed(self._seed, "server", self.round, self.index, *names, *again)
+        segment.module.train()
+        before = segment.copied_buffers()
+        try:
+            with located(self.where), seeded(seed, segment.device):
+                yield before
+        except Exception:
+            segment.put_buffers(before)
+            raise
+        if not moves_buffers:
+            segment.put_buffers(before)
+
+    def _count(
+        self, started: float, *, forward: int = 0, backward: int = 0, logits: int = 0
+    ) -> None:
+        if clock := self._round.clients.clock:
+            clock.stepped(
+                [(client, self.index) for client in self.clients],
+                forward_rows=forward,
+                backward_rows=backward,
+                logit_rows=logits,
+                started=started,
+            )
+
+    def _check_update(self, gradients: object, segment: ServerSegment) -> None:
+        expected = [tuple(parameter.shape) for parameter in segment.parameters]
+        if not isinstance(gradients, Sequence) or len(gradients) != len(expected):
+            raise self._error(
+                f"updated with {_shown(gradients)}, expected {len(expected)} gradients, one per "
+                "trainable parameter of the server segment"
+            )
+        for index, (gradient, shape) in enumerate(zip(gradients, expected, strict=True)):
+            if gradient is not None and not (
+                isinstance(gradient, Tensor) and tuple(gradient.shape) == shape
+            ):
+                raise self._error(
+                    f"updated with {_shown(gradient)} for parameter {index}, expected a gradient "
+                    f"of shape {shape}"
+                )
+
+    def _error(self, what: str) -> MethodError:
+        return MethodError(f"{self._method}.step {what} ({self.where})")
+
+
+def client_shares(batches: Sequence[ClientBatch], shares: Shares) -> dict[str, float]:
+    """Return the clients' shares λ, renormalised over those in the step so that they sum to 1.
+
+    ``examples`` weighs a client by the size of its training data, ``batch`` by its rows in this
+    step (the mean over the concatenated batch), ``equal`` gives all the same.
+    """
+    each = {
+        "examples": [batch.num_examples for batch in batches],
+        "batch": [len(batch) for batch in batches],
+        "equal": [1] * len(batches),
+    }[shares]
+    total = sum(each)
+    return {batch.client: size / total for batch, size in zip(batches, each, strict=True)}
+
+
+def ceil_fraction(share: float, count: int) -> int:
+    """Return ⌈share·count⌉, not misled by 0.1 · 30 being a little more than 3."""
+    return math.ceil(share * count - 1e-9)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    plain = value is None or isinstance(value, (str, int, float))
+    return repr(value) if plain else f"a {type(value).__name__}"
