@@ -68,7 +68,7 @@ class Slot:
     required: bool = False
 
 
-class _Entry(NamedTuple):
+class _FieldAt(NamedTuple):
     name: str
     key: str
     kind: Any
@@ -76,15 +76,15 @@ class _Entry(NamedTuple):
     length: int
 
 
-_Group = tuple[str, Any, Sequence[_Entry]]
+_Group = tuple[str, Any, Sequence[_FieldAt]]
 """A record's name, its class, and its fields."""
 
 
-def _entry(name: str, hint: Any, at: In) -> _Entry:
+def _entry(name: str, hint: Any, at: In) -> _FieldAt:
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(kind) in (tuple, Sequence):
         kind = tuple
-    return _Entry(name, at.key or name.replace("_", "-"), kind, at.least, at.length)
+    return _FieldAt(name, at.key or name.replace("_", "-"), kind, at.least, at.length)
 
 
 def _said(hint: Any, kind: type) -> Any:
@@ -96,7 +96,7 @@ def _said(hint: Any, kind: type) -> Any:
 class Fields:
     """Base of dataclasses that are one record, with all their fields."""
 
-    _entries: ClassVar[Sequence[_Entry]] = ()
+    _entries: ClassVar[Sequence[_FieldAt]] = ()
 
     def __init_subclass__(cls) -> None:
         """Read the annotations once."""
@@ -116,6 +116,15 @@ class Fields:
         return cls(**_read({"it": config}, [("it", ConfigRecord, cls._entries)]))
 
 
+def nested(key: str, kind: type[Fields]) -> Slot:
+    """Return how a dataclass that is one record travels in a message."""
+
+    def put(content: RecordDict, value: Fields) -> None:
+        content[key] = value.to_config()
+
+    return Slot(key, put, lambda records: kind.from_config(record(records, key, ConfigRecord)))
+
+
 class Content:
     """Base of dataclasses that are a message's content."""
 
@@ -124,7 +133,7 @@ class Content:
 
     def __init_subclass__(cls) -> None:
         """Read the annotations once."""
-        groups: dict[str, list[_Entry]] = {}
+        groups: dict[str, list[_FieldAt]] = {}
         slots = []
         for name, hint in hints_of(cls, include_extras=True).items():
             if at := _said(hint, In):
@@ -241,7 +250,7 @@ def value(
     minimum: float | None = None,
 ) -> Value:
     """Return the field ``key`` of ``kind`` (an int passes for a float), at least ``minimum``."""
-    group = ("it", type(fields), [_Entry("it", key, kind, minimum, 0)])
+    group = ("it", type(fields), [_FieldAt("it", key, kind, minimum, 0)])
     found: Value = _read({"it": fields}, [group])["it"]
     return found
 
