@@ -18,7 +18,7 @@ Argument = bool | int | float | str
 
 @dataclass(frozen=True)
 class PartWhere:
-    """PartWhere in a run a part is at work.
+    """Where in a run a part is at work.
 
     Attributes
     ----------
