@@ -61,7 +61,7 @@ class StepReply(Reply):
             forward_rows=len(self.smashed),
             backward_rows=backward_rows,
             up_bytes=up_bytes,
-            step=self.step,
+            step=self.step if len(self.smashed) else None,
         )
 
 
