@@ -58,7 +58,7 @@ def client_app(
         Turns a batch of the DataLoader into ``(inputs, labels)``, e.g.
         ``lambda batch: (batch["img"], batch["label"])``. Not needed where it is such a pair.
     auxiliary : callable, optional
-        Builds the auxiliary model of FSL-SAGE and CSE-FSL from the shape of one row of smashed
+        Builds the auxiliary model of decoupled methods from the shape of one row of smashed
         data and the number of classes; the strategy gets the same function. Not needed for those
         that flsplit builds.
     client_parts : sequence of type, optional

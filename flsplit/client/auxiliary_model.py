@@ -99,10 +99,9 @@ class Auxiliary:
 
     def state(self) -> AuxiliaryState:
         """Return what must be remembered between two messages."""
-        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         return AuxiliaryState(
             plan=self.plan,
-            tensors={name: tensor.detach() for name, tensor in tensors.items()},
+            tensors={name: tensor.detach() for name, tensor in self._tensors().items()},
             optimizer=get_state(self.optimizer),
             version=self.version,
         )
@@ -110,9 +109,12 @@ class Auxiliary:
     @torch.no_grad()
     def load(self, state: AuxiliaryState) -> None:
         """Go on from a state."""
-        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        own = self._tensors()
         stored = check_like(state.tensors, own, what="the stored auxiliary model")
         for name, tensor in stored.items():
             own[name].copy_(tensor)
         set_state(self.optimizer, state.optimizer)
         self.version = state.version
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}

@@ -213,14 +213,15 @@ class Client:
         DataError, SegmentMismatchError, NonFiniteError
             If the batch can't be computed.
         """
+        plan = self.plan
         if not step == self._state.steps_done < self.num_steps:
             raise ProtocolError(
                 f"step is {step}, expected {self._state.steps_done} of {self.num_steps} "
-                f"(client {self.name!r}, round {self.plan.server_round})"
+                f"(client {self.name!r}, round {plan.server_round})"
             )
         if self._pending:  # asked twice for a step: the buffers move once
             self._undo_forward()
-        self._pending = self._compute(self.plan, step)
+        self._pending = self._compute(plan, step)
         self._state.pending = step
         return self._pending.smashed.detach(), self._pending.labels
 

@@ -1,15 +1,15 @@
 """Everything a client must remember between two messages, as one explicit value."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.fields import Content, In, Records, Slot, record
+from flsplit.message.fields import Content, In, Slot, nested, record
 from flsplit.message.local_steps import AuxiliaryPlan
-from flsplit.message.optimizer_state import IndexedState, state_from_records, state_to_records
+from flsplit.message.optimizer_state import IndexedState, indexed
 from flsplit.message.round_plan import RoundPlan
 
 _PREFIX = "flsplit."
@@ -30,31 +30,8 @@ def _tensors(key: str) -> Slot:
     return Slot(key, put, lambda records: from_record(record(records, key, ArrayRecord), field=key))
 
 
-def _indexed(key: str) -> Slot:
-    """Return how the state of an optimizer or of client parts is kept."""
-    numbers = f"{key}-numbers"
-
-    def put(records: RecordDict, state: IndexedState) -> None:
-        records[key], records[numbers] = state_to_records(state)
-
-    def get(records: Records) -> IndexedState:
-        kept = record(records, key, ArrayRecord), record(records, numbers, ConfigRecord)
-        return state_from_records(*kept)
-
-    return Slot(key, put, get)
-
-
-def _plan(key: str, kind: Any) -> Slot:
-    def put(records: RecordDict, plan: Any) -> None:
-        records[key] = plan.to_config()
-
-    return Slot(key, put, lambda records: kind.from_config(record(records, key, ConfigRecord)))
-
-
 _AUXILIARY = f"{_PREFIX}auxiliary"
-_AUXILIARY_PLAN = _plan(f"{_AUXILIARY}-plan", AuxiliaryPlan)
-_AUXILIARY_TENSORS = _tensors(_AUXILIARY)
-_AUXILIARY_OPTIMIZER = _indexed(f"{_AUXILIARY}-optimizer")
+_AUXILIARY_PLAN = nested(f"{_AUXILIARY}-plan", AuxiliaryPlan)
 
 
 @dataclass
@@ -74,8 +51,8 @@ class AuxiliaryState(Content):
     """
 
     plan: Annotated[AuxiliaryPlan, _AUXILIARY_PLAN]
-    tensors: Annotated[dict[str, Tensor], _AUXILIARY_TENSORS]
-    optimizer: Annotated[IndexedState, _AUXILIARY_OPTIMIZER]
+    tensors: Annotated[dict[str, Tensor], _tensors(_AUXILIARY)]
+    optimizer: Annotated[IndexedState, indexed(f"{_AUXILIARY}-optimizer")]
     version: Annotated[int, In(f"{_AUXILIARY}-progress")]
 
 
@@ -116,19 +93,17 @@ class ClientState(Content):
     """
 
     segment: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}segment")]
-    optimizer: Annotated[IndexedState, _indexed(f"{_PREFIX}optimizer")] = field(
-        default_factory=dict
-    )
+    optimizer: Annotated[IndexedState, indexed(f"{_PREFIX}optimizer")] = field(default_factory=dict)
     version: Annotated[int, In(_PROGRESS)] = NO_SEGMENT
     drawn: Annotated[int, In(_PROGRESS)] = 0
     steps_done: Annotated[int, In(_PROGRESS)] = 0
     pending: Annotated[int, In(_PROGRESS)] = NO_STEP
-    plan: Annotated[RoundPlan | None, _plan(f"{_PREFIX}plan", RoundPlan)] = None
+    plan: Annotated[RoundPlan | None, nested(f"{_PREFIX}plan", RoundPlan)] = None
     auxiliary: Annotated[
         AuxiliaryState | None,
         Slot(_AUXILIARY_PLAN.record, _put_auxiliary, AuxiliaryState.from_content),
     ] = None
-    parts: Annotated[IndexedState, _indexed(f"{_PREFIX}parts")] = field(default_factory=dict)
+    parts: Annotated[IndexedState, indexed(f"{_PREFIX}parts")] = field(default_factory=dict)
     round_start: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}round-start")] = field(
         default_factory=dict
     )

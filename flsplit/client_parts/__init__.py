@@ -1,6 +1,6 @@
 """What a method has its clients do beside the plain split step, inside autograd."""
 
-from flsplit.client_parts.client_part import ClientPart, ClientWhere, Where
+from flsplit.client_parts.client_part import ClientPart, ClientWhere, PartWhere
 from flsplit.client_parts.finding import describe_parts, make_part, part_names
 from flsplit.client_parts.stock import Clip, Noise, Proximal
 
@@ -9,8 +9,8 @@ __all__ = [
     "ClientWhere",
     "Clip",
     "Noise",
+    "PartWhere",
     "Proximal",
-    "Where",
     "describe_parts",
     "make_part",
     "part_names",

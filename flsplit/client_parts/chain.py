@@ -11,7 +11,7 @@ from flsplit.client_parts.client_part import (
     Argument,
     ClientPart,
     ClientWhere,
-    Where,
+    PartWhere,
     overrides,
     seed_at,
 )
@@ -144,12 +144,14 @@ def sent_down(
     """Return the cut-layer gradient that goes down to a client, edited by the parts' ``down``."""
     for index, part in enumerate(parts):
         if overrides(part, "down"):
-            where = Where(client, round_, step, seed_at(seed, client, round_, step, index, "down"))
+            where = PartWhere(
+                client, round_, step, seed_at(seed, client, round_, step, index, "down")
+            )
             gradient = _called(part, "down", where, gradient)
     return gradient
 
 
-def _called(part: ClientPart, hook: str, where: Where, tensor: Tensor) -> Tensor:
+def _called(part: ClientPart, hook: str, where: PartWhere, tensor: Tensor) -> Tensor:
     found = getattr(part, hook)(where, tensor)
     if not (isinstance(found, Tensor) and found.shape == tensor.shape):
         expected = f"expected a tensor of shape {tuple(tensor.shape)}"

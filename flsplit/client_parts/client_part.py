@@ -17,7 +17,7 @@ Argument = bool | int | float | str
 
 
 @dataclass(frozen=True)
-class Where:
+class PartWhere:
     """Where in a run a part is at work.
 
     Attributes
@@ -42,7 +42,7 @@ class Where:
 
 
 @dataclass(frozen=True)
-class ClientWhere(Where):
+class ClientWhere(PartWhere):
     """The same on the client.
 
     Attributes
@@ -99,7 +99,7 @@ class ClientPart:
     def gradients(self, where: ClientWhere, parameters: Sequence[nn.Parameter]) -> None:
         """Edit ``grad`` of the client's parameters (those that have one) in place."""
 
-    def down(self, where: Where, cut_gradient: Tensor) -> Tensor:
+    def down(self, where: PartWhere, cut_gradient: Tensor) -> Tensor:
         """Return the cut-layer gradient that the server sends down, of the same shape.
 
         This one runs on the server, for each client, and must not keep anything.

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from flwr.app import RecordDict
 
-from flsplit.message import request as parts
+from flsplit.message import request as common
 from flsplit.message.fields import In
 from flsplit.message.request import Batch, Reply, Request, check_batch
 from flsplit.message.types import EVALUATE
@@ -23,13 +23,13 @@ class EvaluateReply(Reply):
         "labels": "evaluation-up",
     }
 
-    client: parts.Client
+    client: common.Client
     server_round: Annotated[int, In("reply", 0)]
     batch: Annotated[int, In("reply", 0)]
     num_batches: Annotated[int, In("metrics", 0)]
-    smashed: parts.Smashed
-    labels: parts.Labels
-    seconds: parts.Seconds
+    smashed: common.Smashed
+    labels: common.Labels
+    seconds: common.Seconds
 
     def to_content(self) -> RecordDict:
         """Return the content of a message; how many rows it has is for people to read."""
@@ -54,7 +54,7 @@ class EvaluateRequest(Request):
     batch: Annotated[int, In("config", 0)]
     batch_size: Annotated[int, In("config", 1)]
     segment_version: Annotated[int, In("config", 0)]
-    segment: parts.Segment = None
+    segment: common.Segment = None
 
     def check(self, reply: EvaluateReply) -> None:
         """Check the smashed data and labels, if there are any."""

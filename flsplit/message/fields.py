@@ -68,7 +68,7 @@ class Slot:
     required: bool = False
 
 
-class _Entry(NamedTuple):
+class _FieldAt(NamedTuple):
     name: str
     key: str
     kind: Any
@@ -76,44 +76,21 @@ class _Entry(NamedTuple):
     length: int
 
 
-_Group = tuple[str, Any, Sequence[_Entry]]
+_Group = tuple[str, Any, Sequence[_FieldAt]]
 """A record's name, its class, and its fields."""
 
 
-def _entry(name: str, hint: Any, at: In) -> _Entry:
+def _entry(name: str, hint: Any, at: In) -> _FieldAt:
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(kind) in (tuple, Sequence):
         kind = tuple
-    return _Entry(name, at.key or name.replace("_", "-"), kind, at.least, at.length)
+    return _FieldAt(name, at.key or name.replace("_", "-"), kind, at.least, at.length)
 
 
 def _said(hint: Any, kind: type) -> Any:
     """Return the ``In`` or ``Slot`` of an annotation, None if there is none."""
     extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
     return next((one for one in extras if isinstance(one, kind)), None)
-
-
-class Fields:
-    """Base of dataclasses that are one record, with all their fields."""
-
-    _entries: ClassVar[Sequence[_Entry]] = ()
-
-    def __init_subclass__(cls) -> None:
-        """Read the annotations once."""
-        hints = hints_of(cls, include_extras=True)
-        del hints["_entries"]
-        cls._entries = [_entry(name, hint, _said(hint, In) or In()) for name, hint in hints.items()]
-
-    def to_config(self) -> ConfigRecord:
-        """Return the record."""
-        content = RecordDict()
-        _write(self, content, [("it", ConfigRecord, self._entries)])
-        return record(content, "it", ConfigRecord)
-
-    @classmethod
-    def from_config(cls, config: ConfigRecord) -> Self:
-        """Return what a record says; ProtocolError if a field is missing, wrong or too small."""
-        return cls(**_read({"it": config}, [("it", ConfigRecord, cls._entries)]))
 
 
 class Content:
@@ -124,7 +101,7 @@ class Content:
 
     def __init_subclass__(cls) -> None:
         """Read the annotations once."""
-        groups: dict[str, list[_Entry]] = {}
+        groups: dict[str, list[_FieldAt]] = {}
         slots = []
         for name, hint in hints_of(cls, include_extras=True).items():
             if at := _said(hint, In):
@@ -140,7 +117,18 @@ class Content:
     def to_content(self) -> RecordDict:
         """Return the content of a message."""
         content = RecordDict()
-        _write(self, content, self._groups)
+        for record_name, make, entries in self._groups:
+            fields = {}
+            for name, key, kind, _, _ in entries:
+                found = getattr(self, name)
+                if kind is tuple:
+                    found = list(found)
+                elif kind is torch.dtype:
+                    found = dtype_name(found)
+                fields[key] = found
+            written = make()
+            fill(written, fields)
+            fill(content, {record_name: written})
         for name, slot in self._slots:
             if (found := getattr(self, name)) is not None:
                 slot.put(content, found)
@@ -157,24 +145,36 @@ class Content:
         return cls(**values)
 
 
-# What follows runs for every message of every client: loops, and no call for each field.
+class Fields(Content):
+    """Base of dataclasses that are one record, with all their fields."""
+
+    def __init_subclass__(cls) -> None:
+        """Read the annotations once."""
+        hints = hints_of(cls, include_extras=True).items()
+        plain = [(name, hint) for name, hint in hints if get_origin(hint) is not ClassVar]
+        entries = [_entry(name, hint, _said(hint, In) or In()) for name, hint in plain]
+        cls._groups = [("", ConfigRecord, entries)]
+
+    def to_config(self) -> ConfigRecord:
+        """Return the record."""
+        return record(self.to_content(), "", ConfigRecord)
+
+    @classmethod
+    def from_config(cls, config: ConfigRecord) -> Self:
+        """Return what a record says; ProtocolError if a field is missing, wrong or too small."""
+        return cls.from_content({"": config})
 
 
-def _write(source: object, content: RecordDict, groups: Sequence[_Group]) -> None:
-    for record_name, make, entries in groups:
-        fields = {}
-        for name, key, kind, _, _ in entries:
-            found = getattr(source, name)
-            if kind is tuple:
-                found = list(found)
-            elif kind is torch.dtype:
-                found = dtype_name(found)
-            fields[key] = found
-        written = make()
-        fill(written, fields)
-        fill(content, {record_name: written})
+def nested(key: str, kind: type[Fields]) -> Slot:
+    """Return how a dataclass that is one record travels in a message."""
+
+    def put(content: RecordDict, value: Fields) -> None:
+        content[key] = value.to_config()
+
+    return Slot(key, put, lambda records: kind.from_config(record(records, key, ConfigRecord)))
 
 
+# This runs for every message of every client: loops, and no call for each field.
 def _read(records: Records, groups: Sequence[_Group]) -> dict[str, Any]:
     values = {}
     for record_name, record_kind, entries in groups:
@@ -241,7 +241,7 @@ def value(
     minimum: float | None = None,
 ) -> Value:
     """Return the field ``key`` of ``kind`` (an int passes for a float), at least ``minimum``."""
-    group = ("it", type(fields), [_Entry("it", key, kind, minimum, 0)])
+    group = ("it", type(fields), [_FieldAt("it", key, kind, minimum, 0)])
     found: Value = _read({"it": fields}, [group])["it"]
     return found
 

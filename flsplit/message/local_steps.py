@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from flsplit.account.clock import Leg
 from flsplit.errors import ProtocolError
-from flsplit.message import request as parts
+from flsplit.message import request as common
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import Fields, In, Records, Slot, record, value
+from flsplit.message.fields import Fields, In, Records, Slot, nested, record, value
 from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import LOCAL
@@ -51,14 +51,6 @@ class AuxiliaryPlan(Fields):
     lr: Annotated[float, In(least=0.0)]
 
 
-def _put_auxiliary_plan(content: RecordDict, plan: AuxiliaryPlan) -> None:
-    content["auxiliary-config"] = plan.to_config()
-
-
-def _get_auxiliary_plan(records: Records) -> AuxiliaryPlan:
-    return AuxiliaryPlan.from_config(record(records, "auxiliary-config", ConfigRecord))
-
-
 def _put_uploads(content: RecordDict, uploads: Mapping[int, Batch]) -> None:
     smashed, labels = content["smashed-data"], content["labels"] = ArrayRecord(), ArrayRecord()
     for step, (rows, of_rows) in uploads.items():
@@ -92,7 +84,7 @@ def _get_memory(records: Records) -> dict[str, int]:
     return {name: value(memory, name, int, minimum=0) for name in _MEMORY}
 
 
-_State = Annotated[dict[str, Tensor] | None, parts.state_dict("auxiliary")]
+_State = Annotated[dict[str, Tensor] | None, common.state_dict("auxiliary")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +115,8 @@ class LocalReply(Reply):
         State dicts, where they were asked for and the client's round has ended.
     """
 
-    client: parts.Client
-    server_round: parts.Round
+    client: common.Client
+    server_round: common.Round
     step: Annotated[int, In("reply", 0)]
     uploads: Annotated[
         Mapping[int, Batch], Slot("smashed-data", _put_uploads, _get_uploads, required=True)
@@ -133,11 +125,11 @@ class LocalReply(Reply):
     num_steps: Annotated[int, In("metrics", 1)]
     steps_done: Annotated[int, In("metrics", 0)]
     rows: Annotated[Sequence[int], In("metrics", 0, length=1)]
-    seconds: parts.Seconds
+    seconds: common.Seconds
     memory: Annotated[
         Mapping[str, int], Slot("memory", _put_memory, _get_memory, required=True)
     ] = field(default_factory=lambda: dict.fromkeys(_MEMORY, 0))
-    segment: parts.State = None
+    segment: common.State = None
     auxiliary: _State = None
 
     def batches(self) -> list[Batch]:
@@ -207,11 +199,11 @@ class LocalRequest(Request):
     peek: Annotated[bool, In("local")] = False
     upload_segment: Annotated[bool, In("local")] = False
     upload_auxiliary: Annotated[bool, In("local")] = False
-    plan: parts.Plan = None
-    auxiliary_plan: Annotated[
-        AuxiliaryPlan | None, Slot("auxiliary-config", _put_auxiliary_plan, _get_auxiliary_plan)
-    ] = None
-    segment: parts.Segment = None
+    plan: common.Plan = None
+    auxiliary_plan: Annotated[AuxiliaryPlan | None, nested("auxiliary-config", AuxiliaryPlan)] = (
+        None
+    )
+    segment: common.Segment = None
     auxiliary: _State = None
     auxiliary_held: bool = False
     like: dict[str, Tensor] | None = None

@@ -13,8 +13,8 @@ from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite
 from flsplit.flower_internals import fill
 from flsplit.message.arrays import check_like, from_record, to_array, to_record, to_tensor
-from flsplit.message.fields import Content, In, Records, Slot, only_array, record, value
-from flsplit.message.optimizer_state import OptimizerState, state_from_records, state_to_records
+from flsplit.message.fields import Content, In, Records, Slot, nested, only_array, record, value
+from flsplit.message.optimizer_state import OptimizerState, indexed
 from flsplit.message.round_plan import RoundPlan
 
 Batch = tuple[Tensor, Tensor]
@@ -239,40 +239,21 @@ def _get_segment(records: Records) -> SegmentArrays:
 
 
 @dataclass(frozen=True)
-class _Told(Content):
+class _BackwardFields(Content):
     step: Annotated[int, In("backward", 0)]
     update: Annotated[bool, In("backward")]
 
 
 def _put_backward(content: RecordDict, backward: Backward) -> None:
     update = backward.gradient is not None
-    fill(content, _Told(backward.step, update).to_content())
+    fill(content, _BackwardFields(backward.step, update).to_content())
     if update:
         _GRADIENT.put(content, backward.gradient)
 
 
 def _get_backward(records: Records) -> Backward:
-    fields = _Told.from_content(records)
+    fields = _BackwardFields.from_content(records)
     return Backward(fields.step, _GRADIENT.get(records) if fields.update else None)
-
-
-def _put_optimizer(content: RecordDict, state: OptimizerState) -> None:
-    content["optimizer"], content["optimizer-numbers"] = state_to_records(state)
-
-
-def _get_optimizer(records: Records) -> OptimizerState:
-    return state_from_records(
-        record(records, "optimizer", ArrayRecord),
-        record(records, "optimizer-numbers", ConfigRecord),
-    )
-
-
-def _put_plan(content: RecordDict, plan: RoundPlan) -> None:
-    content["config"] = plan.to_config()
-
-
-def _get_plan(records: Records) -> RoundPlan:
-    return RoundPlan.from_config(record(records, "config", ConfigRecord))
 
 
 Client = Annotated[str, In("reply")]
@@ -283,5 +264,5 @@ Labels = Annotated[Tensor, one_array("labels")]
 Segment = Annotated[SegmentArrays | None, Slot("arrays", _put_segment, _get_segment)]
 State = Annotated[dict[str, Tensor] | None, _ARRAYS]
 Gradient = Annotated[Backward | None, Slot("backward", _put_backward, _get_backward)]
-Optimizer = Annotated[OptimizerState | None, Slot("optimizer", _put_optimizer, _get_optimizer)]
-Plan = Annotated[RoundPlan | None, Slot("config", _put_plan, _get_plan)]
+Optimizer = Annotated[OptimizerState | None, indexed("optimizer")]
+Plan = Annotated[RoundPlan | None, nested("config", RoundPlan)]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 
-from flsplit.message import request as parts
+from flsplit.message import request as common
 from flsplit.message.fields import In
 from flsplit.message.request import Reply, Request
 from flsplit.message.types import SHAPE
@@ -32,12 +32,12 @@ class ShapeReply(Reply):
         Compute time.
     """
 
-    client: parts.Client
-    server_round: parts.Round
+    client: common.Client
+    server_round: common.Round
     shape: Annotated[tuple[int, ...], In("smashed-data", 1, length=1)]
     input_shape: Annotated[tuple[int, ...], In("inputs", 1, key="shape")]
     input_dtype: Annotated[torch.dtype, In("inputs", key="dtype")]
-    seconds: parts.Seconds
+    seconds: common.Seconds
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flsplit.account.clock import Leg
 from flsplit.errors import ProtocolError
-from flsplit.message import request as parts
+from flsplit.message import request as common
 from flsplit.message.fields import In
 from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over
 from flsplit.message.round_plan import RoundPlan
@@ -42,14 +42,14 @@ class StepReply(Reply):
         Compute time since the message arrived.
     """
 
-    client: parts.Client
-    server_round: parts.Round
+    client: common.Client
+    server_round: common.Round
     step: Annotated[int, In("reply", 0)]
-    smashed: parts.Smashed
-    labels: parts.Labels
+    smashed: common.Smashed
+    labels: common.Labels
     num_examples: Annotated[int, In("metrics", 1)]
     num_steps: Annotated[int, In("metrics", 1)]
-    seconds: parts.Seconds
+    seconds: common.Seconds
 
     def batches(self) -> list[Batch]:
         """Return the one batch, none of a client that sits the step out."""
@@ -61,7 +61,7 @@ class StepReply(Reply):
             forward_rows=len(self.smashed),
             backward_rows=backward_rows,
             up_bytes=up_bytes,
-            step=self.step,
+            step=self.step if len(self.smashed) else None,
         )
 
 
@@ -80,10 +80,10 @@ class StepRequest(Request):
 
     server_round: Annotated[int, In("step", 1)]
     step: Annotated[int, In("step", 0)]
-    backward: parts.Gradient = None
-    plan: parts.Plan = None
-    segment: parts.Segment = None
-    optimizer: parts.Optimizer = None
+    backward: common.Gradient = None
+    plan: common.Plan = None
+    segment: common.Segment = None
+    optimizer: common.Optimizer = None
     num_steps: int | None = None
     planned: RoundPlan | None = None
 
@@ -97,12 +97,12 @@ class StepRequest(Request):
 class FinishReply(Reply):
     """A client's end of a round, with its segment and optimizer state where they were asked for."""
 
-    client: parts.Client
-    server_round: parts.Round
+    client: common.Client
+    server_round: common.Round
     num_examples: Annotated[int, In("metrics", 1)]
-    seconds: parts.Seconds
-    segment: parts.State = None
-    optimizer: parts.Optimizer = None
+    seconds: common.Seconds
+    segment: common.State = None
+    optimizer: common.Optimizer = None
 
     def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
         """Return the last backward pass."""
@@ -121,7 +121,7 @@ class FinishRequest(Request):
     answer = FinishReply
 
     server_round: Annotated[int, In("finish", 1)]
-    backward: parts.Gradient = None
+    backward: common.Gradient = None
     upload_segment: Annotated[bool, In("finish")] = False
     upload_optimizer: Annotated[bool, In("finish")] = False
     like: dict[str, Tensor] | None = None

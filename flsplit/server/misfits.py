@@ -1,7 +1,7 @@
 """Whose smashed data and labels are not of the shape and kind that the server segment takes."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,11 +33,11 @@ class Fits:
         self._pools = pools
         self._taken: set[_Kind] = set()
 
-    def all_known(self, batches: Mapping[str, Sequence[Batch]]) -> bool:
+    def all_known(self, replies: Iterable[Reply]) -> bool:
         """Tell at a glance, as in most steps, whether all batches are of one kind that fits."""
         kinds = set()
-        for of_client in batches.values():
-            for smashed, labels in of_client:
+        for reply in replies:
+            for smashed, labels in reply.batches():
                 kinds.add((smashed.shape[1:], labels.shape[1:], labels.dtype))
         return len(kinds) == 1 and kinds <= self._taken
 
@@ -99,10 +99,9 @@ def leave_out_misfits(
     entry: RoundEntry,
 ) -> dict[str, Reply]:
     """Return the replies, without those that the server segment can't take."""
-    batches = {name: reply.batches() for name, reply in replies.items()}
-    if fits.all_known(batches):
+    if fits.all_known(replies.values()):
         return dict(replies)
-    misfits = fits.misfits(batches)
+    misfits = fits.misfits({name: reply.batches() for name, reply in replies.items()})
     for name, error in misfits.items():
         clients.leave_out(name, requests[name], error, entry)
     return {name: reply for name, reply in replies.items() if name not in misfits}

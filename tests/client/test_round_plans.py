@@ -1,5 +1,7 @@
 """The plan of a round differs from client to client: batch sizes of each step, steps, rates."""
 
+import operator
+
 import pytest
 import torch
 from carry.threaded import ThreadedGrid
@@ -167,6 +169,37 @@ def test_clients_have_their_own_sizes_steps_and_rates():
         for name, record in result.client_segments.items()
     }
     assert moved == {"0": True, "1": True, "2": False}
+
+
+def test_the_clock_is_told_the_rows_that_were_there():
+    told = []
+
+    class Clock:
+        def exchanged(self, exchange, started):
+            told.append({name: errand.legs for name, errand in exchange.errands.items()})
+
+        def stepped(self, uploads, rows, backward_rows, started):
+            told.append((list(uploads), rows))
+
+        def end_round(self):
+            return 1.0
+
+    class Timed(planned(PSL, lambda _: {"0": {"batch_sizes": (2, 0)}, "1": {"batch_size": 4}})):
+        def train_round(self, round_):
+            round_.clients.clock = Clock()
+            finished = super().train_round(round_)
+            round_.clients.clock = None
+            return finished
+
+    run_split(Timed, plain_net, make_parts([8, 8]), rounds=1)
+    rows = operator.attrgetter("forward_rows", "backward_rows", "step")
+    legs = [{name: [*map(rows, of)] for name, of in x.items()} for x in told if isinstance(x, dict)]
+    assert legs == [
+        {"0": [(2, 0, 0)], "1": [(4, 0, 0)]},
+        {"0": [(0, 2, None)], "1": [(4, 4, 1)]},
+        {"0": [(0, 0, None)], "1": [(0, 4, None)]},
+    ]
+    assert [x for x in told if isinstance(x, tuple)] == [([("0", 0), ("1", 0)], 6), ([("1", 1)], 4)]
 
 
 @pytest.mark.parametrize("cls", [PSL, SequentialSL])

@@ -19,6 +19,11 @@ SIZES = {"num-server-rounds": 2, "batch-size": 64}
 METHODS = {
     # Simulated seconds are numbers, too.
     "splitfed-v1": SIZES | {"fleet": "fleet.toml"},
+    "psl": SIZES
+    | {
+        "strategy-args": '{local-steps = 2, client-parts = ["clip", {name = "noise", sigma = 0.1},'
+        " {name = 'proximal', mu = 0.1}]}",
+    },
     "sglr": SIZES | {"strategy-args": "{phi = 0.5, alpha = 0.5}"},
     "epsl": SIZES | {"strategy-args": "{phi = 0.5, local-steps = 2}"},
     "gapsl": SIZES,
