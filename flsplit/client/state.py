@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.fields import Content, In, Slot, nested, record
+from flsplit.message.fields import Content, In, Record, Slot, nested, record
 from flsplit.message.local_steps import AuxiliaryPlan
 from flsplit.message.optimizer_state import IndexedState, indexed
 from flsplit.message.round_plan import RoundPlan
@@ -22,7 +22,7 @@ NO_SEGMENT = -1
 def _tensors(key: str) -> Slot:
     """Return how tensors are kept: raw, since NumPy doesn't know all their types."""
 
-    def put(records: RecordDict, tensors: dict[str, Tensor]) -> None:
+    def put(records: dict[str, Record], tensors: dict[str, Tensor]) -> None:
         arrays = records[key] = ArrayRecord()
         for name, tensor in tensors.items():
             arrays[name] = to_array(tensor)
@@ -56,7 +56,7 @@ class AuxiliaryState(Content):
     version: Annotated[int, In(f"{_AUXILIARY}-progress")]
 
 
-def _put_auxiliary(records: RecordDict, state: AuxiliaryState) -> None:
+def _put_auxiliary(records: dict[str, Record], state: AuxiliaryState) -> None:
     records.update(state.to_content())
 
 

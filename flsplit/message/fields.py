@@ -55,7 +55,7 @@ class Slot:
     record : str
         The record that tells whether it is there.
     put : callable
-        Takes a message's content and the value, and writes it.
+        Takes a message's records and the value, and adds what it is written in.
     get : callable
         Takes the records by name and returns the value.
     required : bool
@@ -63,7 +63,7 @@ class Slot:
     """
 
     record: str
-    put: Callable[[RecordDict, Any], None]
+    put: Callable[[dict[str, Record], Any], None]
     get: Callable[[Records], Any]
     required: bool = False
 
@@ -116,7 +116,7 @@ class Content:
 
     def to_content(self) -> RecordDict:
         """Return the content of a message."""
-        content = RecordDict()
+        records: dict[str, Record] = {}
         for record_name, make, entries in self._groups:
             fields = {}
             for name, key, kind, _, _ in entries:
@@ -126,12 +126,13 @@ class Content:
                 elif kind is torch.dtype:
                     found = dtype_name(found)
                 fields[key] = found
-            written = make()
+            records[record_name] = written = make()
             fill(written, fields)
-            fill(content, {record_name: written})
         for name, slot in self._slots:
             if (found := getattr(self, name)) is not None:
-                slot.put(content, found)
+                slot.put(records, found)
+        content = RecordDict()
+        fill(content, records)
         return content
 
     @classmethod
@@ -168,8 +169,8 @@ class Fields(Content):
 def nested(key: str, kind: type[Fields]) -> Slot:
     """Return how a dataclass that is one record travels in a message."""
 
-    def put(content: RecordDict, value: Fields) -> None:
-        content[key] = value.to_config()
+    def put(records: dict[str, Record], value: Fields) -> None:
+        records[key] = value.to_config()
 
     return Slot(key, put, lambda records: kind.from_config(record(records, key, ConfigRecord)))
 

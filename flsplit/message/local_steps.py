@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord
 from torch import Tensor
 
 from flsplit.account.clock import Leg
 from flsplit.errors import ProtocolError
 from flsplit.message import request as common
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import Fields, In, Records, Slot, nested, record, value
+from flsplit.message.fields import Fields, In, Record, Records, Slot, nested, record, value
 from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import LOCAL
@@ -51,8 +51,8 @@ class AuxiliaryPlan(Fields):
     lr: Annotated[float, In(least=0.0)]
 
 
-def _put_uploads(content: RecordDict, uploads: Mapping[int, Batch]) -> None:
-    smashed, labels = content["smashed-data"], content["labels"] = ArrayRecord(), ArrayRecord()
+def _put_uploads(records: dict[str, Record], uploads: Mapping[int, Batch]) -> None:
+    smashed, labels = records["smashed-data"], records["labels"] = ArrayRecord(), ArrayRecord()
     for step, (rows, of_rows) in uploads.items():
         smashed[str(step)], labels[str(step)] = to_array(rows), to_array(of_rows)
 
@@ -75,8 +75,8 @@ def _get_uploads(records: Records) -> dict[int, Batch]:
     return uploads
 
 
-def _put_memory(content: RecordDict, memory: Mapping[str, int]) -> None:
-    content["memory"] = MetricRecord({name: memory[name] for name in _MEMORY})
+def _put_memory(records: dict[str, Record], memory: Mapping[str, int]) -> None:
+    records["memory"] = MetricRecord({name: memory[name] for name in _MEMORY})
 
 
 def _get_memory(records: Records) -> dict[str, int]:

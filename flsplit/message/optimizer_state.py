@@ -7,12 +7,12 @@ are set on either side: the learning rate every round, the rest by the optimizer
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord
 from torch.optim import Optimizer
 
 from flsplit.errors import ProtocolError
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import Records, Slot, record
+from flsplit.message.fields import Record, Records, Slot, record
 
 IndexedState = dict[int, dict[str, Any]]
 """Tensors and plain values by name, for each index: of a parameter, or of a client part."""
@@ -42,8 +42,8 @@ def indexed(key: str) -> Slot:
     """Return how such a state travels, and is kept: in the records ``key`` and ``key-numbers``."""
     numbers = f"{key}-numbers"
 
-    def put(content: RecordDict, state: IndexedState) -> None:
-        content[key], content[numbers] = state_to_records(state)
+    def put(records: dict[str, Record], state: IndexedState) -> None:
+        records[key], records[numbers] = state_to_records(state)
 
     def get(records: Records) -> IndexedState:
         arrays = record(records, key, ArrayRecord)

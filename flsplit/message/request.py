@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord
 from torch import Tensor
 
 from flsplit.account.clock import Leg
@@ -13,7 +13,17 @@ from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite
 from flsplit.flower_internals import fill
 from flsplit.message.arrays import check_like, from_record, to_array, to_record, to_tensor
-from flsplit.message.fields import Content, In, Records, Slot, nested, only_array, record, value
+from flsplit.message.fields import (
+    Content,
+    In,
+    Record,
+    Records,
+    Slot,
+    nested,
+    only_array,
+    record,
+    value,
+)
 from flsplit.message.optimizer_state import OptimizerState, indexed
 from flsplit.message.round_plan import RoundPlan
 
@@ -201,10 +211,10 @@ def check_handed_over(
 def one_array(key: str) -> Slot:
     """Return how a tensor travels raw, alone in a record."""
 
-    def put(content: RecordDict, tensor: Tensor) -> None:
+    def put(records: dict[str, Record], tensor: Tensor) -> None:
         arrays = ArrayRecord()
         fill(arrays, {"0": to_array(tensor)})
-        fill(content, {key: arrays})
+        records[key] = arrays
 
     def get(records: Records) -> Tensor:
         found = records.get(key)
@@ -219,8 +229,8 @@ def one_array(key: str) -> Slot:
 def state_dict(key: str) -> Slot:
     """Return how a state dict travels."""
 
-    def put(content: RecordDict, tensors: dict[str, Tensor]) -> None:
-        content[key] = to_record(tensors)
+    def put(records: dict[str, Record], tensors: dict[str, Tensor]) -> None:
+        records[key] = to_record(tensors)
 
     return Slot(key, put, lambda records: from_record(record(records, key, ArrayRecord), field=key))
 
@@ -228,9 +238,9 @@ def state_dict(key: str) -> Slot:
 _GRADIENT, _ARRAYS = one_array("cut-gradient"), state_dict("arrays")
 
 
-def _put_segment(content: RecordDict, segment: SegmentArrays) -> None:
-    _ARRAYS.put(content, segment.tensors)
-    content["segment"] = ConfigRecord({"version": segment.version})
+def _put_segment(records: dict[str, Record], segment: SegmentArrays) -> None:
+    _ARRAYS.put(records, segment.tensors)
+    records["segment"] = ConfigRecord({"version": segment.version})
 
 
 def _get_segment(records: Records) -> SegmentArrays:
@@ -244,11 +254,12 @@ class _BackwardFields(Content):
     update: Annotated[bool, In("backward")]
 
 
-def _put_backward(content: RecordDict, backward: Backward) -> None:
+def _put_backward(records: dict[str, Record], backward: Backward) -> None:
     update = backward.gradient is not None
-    fill(content, _BackwardFields(backward.step, update).to_content())
+    records["backward"] = fields = ConfigRecord()
+    fill(fields, {"step": backward.step, "update": update})
     if update:
-        _GRADIENT.put(content, backward.gradient)
+        _GRADIENT.put(records, backward.gradient)
 
 
 def _get_backward(records: Records) -> Backward:
