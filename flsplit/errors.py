@@ -43,11 +43,17 @@ class NotEnoughClientsError(FlsplitError, RuntimeError):
     """Fewer clients are left than ``min_available_nodes``."""
 
 
+def at(where: str, error: FlsplitError) -> FlsplitError:
+    """Put ``where`` in front of what an error says, and return it."""
+    error.args = (f"{where}: {error}",)
+    return error
+
+
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """Put ``where`` in front of what any flsplit error raised inside the block says."""
     try:
         yield
     except FlsplitError as error:
-        error.args = (f"{where}: {error}",)
+        at(where, error)
         raise

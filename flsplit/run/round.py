@@ -190,8 +190,13 @@ class Round:
         replies = self._exchange(requests)
         if not self._enough_are_left():
             replies = {n: r for n, r in replies.items() if isinstance(r, FinishReply)}
-        steps = {n: r for n, r in replies.items() if isinstance(r, StepReply)}
-        ends = {n: r for n, r in replies.items() if isinstance(r, FinishReply)}
+        steps: dict[str, StepReply] = {}
+        ends: dict[str, FinishReply] = {}
+        for name, reply in replies.items():
+            if isinstance(reply, StepReply):
+                steps[name] = reply
+            elif isinstance(reply, FinishReply):
+                ends[name] = reply
         return steps, ends
 
     def exchange_local(self, requests: Mapping[str, LocalRequest]) -> dict[str, LocalReply]:
@@ -219,11 +224,12 @@ class Round:
         """Exchange; after the run's first, let the carrier say if it is too slow for the rest."""
         before = self.entry.waiting_seconds
         replies = self.clients.exchange(requests, self.entry)
-        steps = [r.num_steps for r in replies.values() if isinstance(r, StepReply | LocalReply)]
-        if self.exchanges_left and steps:
-            exchanges = self.exchanges_left(max(steps))
-            self.clients.carrier.check_speed(self.entry.waiting_seconds - before, exchanges)
-            self.exchanges_left = None
+        if self.exchanges_left:
+            steps = [r.num_steps for r in replies.values() if isinstance(r, StepReply | LocalReply)]
+            if steps:
+                exchanges = self.exchanges_left(max(steps))
+                self.clients.carrier.check_speed(self.entry.waiting_seconds - before, exchanges)
+                self.exchanges_left = None
         return leave_out_misfits(self.fits, self.clients, requests, replies, self.entry)
 
     def _enough_are_left(self) -> bool:
@@ -235,6 +241,8 @@ class Round:
         """
         if self.ended:
             return False
+        if not self.entry.left_out:
+            return True
         lost = {one.client: one.reason for one in self.entry.left_out}
         left = set(self.clients.directory.node_of) - lost.keys()
         trains = bool(set(self.participants) - lost.keys())

@@ -88,6 +88,8 @@ class Step:
         Their shares λ, which sum to 1 over the step.
     lr : float
         The clients' learning rate in this round.
+    where : str
+        Round and step, for errors.
     """
 
     def __init__(
@@ -103,13 +105,17 @@ class Step:
         plan = round_.plan
         self.index, self.num_steps = index, num_steps
         self.round, self.num_rounds, self.lr = plan.server_round, plan.num_rounds, plan.lr
-        self.batches = [batch.to(segment) for batch in batches]
-        self.clients = [batch.client for batch in batches]
+        self.batches: list[ClientBatch] = []
+        self.clients: list[str] = []
+        for batch in batches:
+            self.batches.append(batch.to(segment))
+            self.clients.append(batch.client)
+        self.where = f"round {self.round}, step {index}"
         self.shares = client_shares(self.batches, settings.shares)
         self._method, self._segment, self._settings = method, segment, settings
         self._round, self._seed = round_, plan.seed
         self._told: dict[str, Backward] = {}
-        self._unrecorded = set(self.clients)
+        self._unrecorded = set(map(id, self.batches))
         self._updated = False
         self._calls: dict[tuple[str, ...], int] = {}
 
@@ -138,11 +144,6 @@ class Step:
     def generator(self, *labels: str | int) -> torch.Generator:
         """Return a torch generator (CPU) for one use in this step, named by ``labels``."""
         return generator(self._seed, *labels, self.round, self.index)
-
-    @property
-    def where(self) -> str:
-        """Round and step, for errors."""
-        return f"round {self.round}, step {self.index}"
 
     # --- gradients -----------------------------------------------------------------------
 
@@ -179,7 +180,8 @@ class Step:
         started = time.perf_counter()
         batches = self.batches if batches is None else batches
         segment = segment or self._segment
-        names = [batch.client for batch in batches]
+        whole = batches is self.batches
+        names = self.clients if whole else [batch.client for batch in batches]
         weights = self._weights(batches)
         with self._computing(segment, names) as before:
             if per_client:
@@ -398,13 +400,15 @@ class Step:
                 "%s.step replied to no client in %s: no client steps (step.reply is missing?)",
                 self._method, self.where,
             )  # fmt: skip
-        nothing = Backward(self.index, None)
-        return {client: self._told.get(client, nothing) for client in self.clients}
+        for client in self.clients:
+            if client not in self._told:
+                self._told[client] = Backward(self.index, None)
+        return self._told
 
     def _record_loss(self, batch: ClientBatch, loss: float, logits: Tensor) -> None:
         """Count a client's mini-batch in the ledger's loss: once, as it was first computed."""
-        if batch.client in self._unrecorded and any(batch is own for own in self.batches):
-            self._unrecorded.discard(batch.client)
+        if id(batch) in self._unrecorded:
+            self._unrecorded.discard(id(batch))
             self._round.record_loss(batch, loss, logits)
 
     def _weights(self, batches: Sequence[ClientBatch]) -> dict[str, float]:
@@ -412,7 +416,9 @@ class Step:
         shares = self.shares
         if batches is not self.batches:
             shares = client_shares(batches, self._settings.shares)
-        factor = 1 if self._settings.reduction == "mean" else len(shares)
+        if self._settings.reduction == "mean":
+            return shares
+        factor = len(shares)
         return {client: share * factor for client, share in shares.items()}
 
     @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flsplit.errors import FlsplitError, NonFiniteError, SegmentMismatchError, located
+from flsplit.errors import FlsplitError, NonFiniteError, SegmentMismatchError, at, located
 from flsplit.finite import all_finite
 from flsplit.server.products import (
     ClientGradients,
@@ -97,25 +97,33 @@ def pooled_gradients(
     segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
 ) -> StepGradients:
     """Return gradients by one pass over the concatenated smashed data of all clients."""
-    leaves = [batch.smashed.detach().requires_grad_() for batch in batches]
+    leaves, sizes, terms = [], [], []
+    for batch in batches:
+        leaves.append(batch.smashed.detach().requires_grad_())
+        sizes.append(len(batch.smashed))
+    result = StepGradients({}, {}, {}, dict(weights), rows=sum(sizes))
     pooled = pool(leaves, batches)
-    with located(named(batches)):
-        logits = torch.split(segment.forward(pooled), [len(batch) for batch in batches])
-    losses = [client_loss(segment, z, b) for z, b in zip(logits, batches, strict=True)]
-    total = _weighted_sum(losses, [weights[batch.client] for batch in batches])
+    try:
+        outputs = torch.split(segment.forward(pooled), sizes)
+    except FlsplitError as error:
+        at(named(batches), error)
+        raise
+    for batch, logits in zip(batches, outputs, strict=True):
+        loss = client_loss(segment, logits, batch)
+        terms.append(weights[batch.client] * loss)
+        result.losses[batch.client] = loss.item()
+        result.logits[batch.client] = logits.detach()
+    total = torch.stack(terms).sum()
     found = torch.autograd.grad(total, [*segment.parameters, *leaves], allow_unused=True)
     count = len(segment.parameters)
-    return StepGradients(
-        losses={b.client: loss.item() for b, loss in zip(batches, losses, strict=True)},
-        logits={b.client: z.detach() for b, z in zip(batches, logits, strict=True)},
-        cut_gradients={
-            b.client: torch.zeros_like(b.smashed) if g is None else g / weights[b.client]
-            for b, g in zip(batches, found[count:], strict=True)
-        },
-        weights=dict(weights),
-        rows=len(pooled),
-        _server=list(found[:count]),
-    )
+    result._server = list(found[:count])
+    for batch, gradient in zip(batches, found[count:], strict=True):
+        result.cut_gradients[batch.client] = (
+            torch.zeros_like(batch.smashed)
+            if gradient is None
+            else gradient / weights[batch.client]
+        )
+    return result
 
 
 def separate_gradients(
@@ -215,6 +223,8 @@ def pool(smashed: Sequence[Tensor], batches: Sequence[ClientBatch]) -> Tensor:
     SegmentMismatchError
         If one client's differs from another's in more than the number of rows.
     """
+    if len(smashed) == 1:
+        return smashed[0]
     for tensor, batch in zip(smashed, batches, strict=True):
         if tensor.shape[1:] != smashed[0].shape[1:]:
             raise SegmentMismatchError(
@@ -222,17 +232,16 @@ def pool(smashed: Sequence[Tensor], batches: Sequence[ClientBatch]) -> Tensor:
                 f"that of client {batches[0].client!r} {tuple(smashed[0].shape)}: do the clients' "
                 "models and inputs differ?"
             )
-    return torch.cat(list(smashed)) if len(smashed) > 1 else smashed[0]
+    return torch.cat(list(smashed))
 
 
 def client_loss(segment: ServerSegment, logits: Tensor, batch: ClientBatch) -> Tensor:
     """Return one client's mean loss; errors name the client."""
-    with located(named([batch])):
+    try:
         return segment.mean_loss(logits, batch.labels)
-
-
-def _weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
+    except FlsplitError as error:
+        at(named([batch]), error)
+        raise
 
 
 def check_finite(

@@ -107,7 +107,7 @@ class ServerSegment:
 
     def copied_buffers(self) -> list[Tensor]:
         """Return copies of the buffers (BatchNorm's)."""
-        return [buffer.clone() for buffer in self.module.buffers()]
+        return list(map(torch.clone, self.module.buffers()))
 
     def put_buffers(self, before: Sequence[Tensor]) -> None:
         """Put the buffers back to what :meth:`copied_buffers` returned."""
