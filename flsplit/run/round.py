@@ -148,7 +148,8 @@ class Round:
         self, reply: StepReply, backward: Backward, *, upload_optimizer: bool = False
     ) -> StepRequest | FinishRequest:
         """Return the request after ``reply``: the next step, or the end of the client's round."""
-        backward = self._edited(reply.client, backward)
+        if self.client_parts:
+            backward = self._edited(reply.client, backward)
         if backward.step + 1 < reply.num_steps:
             return StepRequest(
                 self.plan.server_round,
@@ -167,7 +168,7 @@ class Round:
 
     def _edited(self, client: str, backward: Backward) -> Backward:
         """Return what is told to a client, after the client parts' ``down``."""
-        if not self.client_parts or (gradient := backward.gradient) is None:
+        if (gradient := backward.gradient) is None:
             return backward
         plan = self.plan
         where = (plan.seed, client, plan.server_round, backward.step)
@@ -275,11 +276,12 @@ class Round:
 
     def record_loss(self, batch: ClientBatch, loss: float, logits: Tensor) -> None:
         """Count a client's mini-batch: its rows, its mean loss and its correct answers."""
+        rows = len(batch)
         correct, classified = count_correct(logits, batch.labels)
         tally = self.tallies.setdefault(batch.client, Tally())
         for one in (tally, self._total):
-            one.rows += len(batch)
-            one.loss += loss * len(batch)
+            one.rows += rows
+            one.loss += loss * rows
             one.correct += correct
             one.classified += classified
 

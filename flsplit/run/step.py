@@ -481,13 +481,14 @@ def client_shares(batches: Sequence[ClientBatch], shares: Shares) -> dict[str, f
     ``examples`` weighs a client by the size of its training data, ``batch`` by its rows in this
     step (the mean over the concatenated batch), ``equal`` gives all the same.
     """
-    each = {
-        "examples": [batch.num_examples for batch in batches],
-        "batch": [len(batch) for batch in batches],
-        "equal": [1] * len(batches),
-    }[shares]
-    total = sum(each)
-    return {batch.client: size / total for batch, size in zip(batches, each, strict=True)}
+    sizes: dict[str, int] = {}
+    for batch in batches:
+        if shares == "examples":
+            sizes[batch.client] = batch.num_examples
+        else:
+            sizes[batch.client] = len(batch) if shares == "batch" else 1
+    total = sum(sizes.values())
+    return {client: size / total for client, size in sizes.items()}
 
 
 def ceil_fraction(share: float, count: int) -> int:
