@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from flsplit.client.spec import pick_device
-from flsplit.client_parts import ClientPart
+from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import split
 from flsplit.errors import FlsplitError, located
 from flsplit.message.arrays import check_like, from_record, to_record
@@ -254,6 +254,7 @@ class SplitMethod(SaysPhases):
             "strategy": type(self).__name__,
             "cut": self.options.cut,
             "seed": self.options.seed,
+            "client_parts": describe_parts([*self.client_parts, *self.options.client_parts]),
             "server_optimizer": type(self.server.optimizer).__name__,
             "client_strategy": type(self.aggregator.strategy).__name__ if self.aggregator else "",
         }

@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord
 from torch import nn
 
 from flsplit.account.ledger import RoundEntry
+from flsplit.client_parts import ClientPart
 from flsplit.log import logger
 from flsplit.run.method import SplitMethod
 from flsplit.run.options import SplitOptions
@@ -43,7 +44,8 @@ def _chosen(options: SplitOptions) -> dict[str, object]:
     for one in fields(options):
         default = one.default if one.default_factory is MISSING else one.default_factory()
         value = getattr(options, one.name)
-        if one.name not in ("model", "cut", "seed") and value != default:
+        is_set = value != default and value != ""  # an app passes "" for what nobody gave
+        if one.name not in ("model", "cut", "seed") and is_set:
             chosen[one.name] = value
     return chosen
 
@@ -78,10 +80,13 @@ def _count(module: nn.Module) -> str:
 
 
 def _show(value: object) -> str:
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return ", ".join(map(_show, value))
     if isinstance(value, (str, int, float, tuple, type(None))):
         return repr(value)
+    if isinstance(value, ClientPart):
+        arguments = ", ".join(f"{name}={_show(one)}" for name, one in value.arguments().items())
+        return f"{type(value).__name__}({arguments})"
     return str(getattr(value, "__name__", type(value).__name__))
 
 
