@@ -80,8 +80,10 @@ def _count(module: nn.Module) -> str:
 
 
 def _show(value: object) -> str:
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return ", ".join(map(_show, value))
+    if isinstance(value, tuple) and any(isinstance(one, ClientPart) for one in value):
+        return _show(list(value))
     if isinstance(value, (str, int, float, tuple, type(None))):
         return repr(value)
     if isinstance(value, ClientPart):
