@@ -232,11 +232,11 @@ class Step:
         started, segment = time.perf_counter(), self._segment
         leaf = rows.detach().requires_grad_(graph)
         with (
-            self._computing(segment, self.clients, moves_buffers=moves_buffers),
+            self._computing(segment, self.clients),
             located(named(self.batches)),
             torch.set_grad_enabled(graph),
         ):
-            outputs = segment.forward(leaf)
+            outputs = segment.forward(leaf, moves_buffers=moves_buffers)
         self._count(started, forward=len(rows))
         return Forward(leaf, outputs)
 
@@ -422,9 +422,7 @@ class Step:
         return {client: share * factor for client, share in shares.items()}
 
     @contextmanager
-    def _computing(
-        self, segment: ServerSegment, names: Sequence[str], *, moves_buffers: bool = True
-    ) -> Iterator[list[Tensor]]:
+    def _computing(self, segment: ServerSegment, names: Sequence[str]) -> Iterator[list[Tensor]]:
         """Seed and locate what is computed inside, and undo BatchNorm's statistics if it fails."""
         key = tuple(names)
         calls = self._calls[key] = self._calls.get(key, -1) + 1
@@ -440,8 +438,6 @@ class Step:
         except Exception:
             segment.put_buffers(before)
             raise
-        if not moves_buffers:
-            segment.put_buffers(before)
 
     def _count(
         self, started: float, *, forward: int = 0, backward: int = 0, logits: int = 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -64,10 +65,17 @@ class ServerSegment:
         self.optimizer = make_optimizer(optimizer, self.parameters, lr)
         self.scheduler = make_scheduler(scheduler, self.optimizer) if scheduler else None
 
-    def forward(self, smashed: Tensor) -> Tensor:
-        """Return the logits of ``smashed`` ``(b, ...)``; errors name the shape that didn't fit."""
+    def forward(self, smashed: Tensor, *, moves_buffers: bool = True) -> Tensor:
+        """Return the logits of ``smashed`` ``(b, ...)``; errors name the shape that didn't fit.
+
+        Without ``moves_buffers`` BatchNorm's running statistics stay as they are.
+        """
         try:
-            logits: Tensor = self.module(smashed)
+            if moves_buffers:
+                logits: Tensor = self.module(smashed)
+            else:  # copies move: the backward pass may still need what this pass has left in them
+                copies = {name: one.clone() for name, one in self.module.named_buffers()}
+                logits = functional_call(self.module, copies, (smashed,))
         except TORCH_ERRORS as error:
             if "more than 1 value per channel" in str(error):
                 raise DataError(
