@@ -1,20 +1,19 @@
 """What the pages say in tables is what the code has; their snippets run."""
 
 from dataclasses import MISSING, fields
+from inspect import signature
 
 import pytest
 from pages import Page
 
-from flsplit import SessionSettings
+from flsplit import SessionSettings, client_app
 from flsplit.account import RoundEntry
 from flsplit.account.ledger import CATEGORIES
-from flsplit.server.step import StepResult
-from flsplit.strategies import SplitOptions
+from flsplit.run import SplitOptions
 
 PAGES = [
     "README.md",
     "docs/strategies.md",
-    "docs/strategies-custom.md",
     "docs/client-parts.md",
     "docs/decoupled.md",
     "docs/carriers.md",
@@ -62,7 +61,10 @@ def test_all_keys_of_the_history_file_are_on_the_page():
     assert {row["key"] for row in rows} == RoundEntry(1).to_json().keys()
 
 
-def test_all_fields_of_a_step_result_are_on_the_page():
-    rows = Page("docs/strategies-custom.md").table("## How a step goes")
+def test_all_options_of_client_app_are_on_the_page():
+    rows = Page("docs/strategies.md").table("## Options of `client_app`")
+    parameters = signature(client_app).parameters.values()
 
-    assert {row["field"] for row in rows} == {one.name for one in fields(StepResult)}
+    assert [row["option"] for row in rows] == [one.name for one in parameters]
+    for row, one in zip(rows, parameters, strict=True):
+        assert (row["default"] == "required") == (one.default is one.empty)
