@@ -6,7 +6,7 @@ import sys
 CODE = """
 import sys
 from flsplit.cli import app
-from flsplit.strategies import make_strategy
+from flsplit.run import make_strategy
 from flsplit.wireless import Problem, Training, load_fleet, make_plan, profile_model
 from torch import nn
 

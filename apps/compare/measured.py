@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flsplit.account import History
-from flsplit.strategies import SplitStrategy
-from flsplit.strategies.round import Round
+from flsplit.run import SplitStrategy
+from flsplit.run.round import Round
 
 # Those of the ledger's metrics that are kept for every round that has them.
 COSINE = "auxiliary-cosine"

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from flsplit.strategies import EPSL, SplitStrategy
+from flsplit.run import SplitStrategy
+from flsplit.strategies import EPSL
 from flsplit.vision import load_torchvision
 from flsplit.wireless import Device, Method, ModelProfile, Phase, Work, profile_model
 from flsplit.wireless.phases import parallel_steps, server_passes

@@ -18,7 +18,7 @@ from flwr.app import Context, RecordDict
 
 from flsplit import History
 from flsplit.processes import Federation, simulation
-from flsplit.strategies.registry import plan_method
+from flsplit.run.registry import plan_method
 from flsplit.wireless import (
     Problem,
     Training,

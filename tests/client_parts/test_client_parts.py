@@ -25,7 +25,8 @@ from flsplit import LocalGrid, SessionSettings
 from flsplit.client_parts import ClientPart, Clip, Noise, Proximal, describe_parts, make_part
 from flsplit.client_parts import finding as finding_module
 from flsplit.errors import ConfigError, NotEnoughClientsError
-from flsplit.strategies import CSEFSL, FSLSAGE, PSL, SequentialSL, SplitFedV1, make_strategy
+from flsplit.run import make_strategy
+from flsplit.strategies import CSEFSL, FSLSAGE, PSL, SequentialSL, SplitFedV1
 
 SIZES = (11, 8, 6)
 

@@ -6,7 +6,7 @@ import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 
 from flsplit import LocalGrid
-from flsplit.strategies import make_strategy
+from flsplit.run import make_strategy
 from tests.flower_processes import REPOSITORY
 
 QUICKSTART = REPOSITORY / "apps" / "quickstart"

@@ -53,7 +53,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from safetensors.torch import save_file
 
-from flsplit.strategies import make_strategy
+from flsplit.run import make_strategy
 from quickstart.server_app import strategy_options
 from quickstart.task import build_model
 

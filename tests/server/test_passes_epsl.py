@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from flsplit.server.gradients import ClientBatch
 from flsplit.server.passes import Replay, SharedDelta
 from flsplit.server.segment import ServerSegment
-from flsplit.server.step import ClientBatch
 
 # One weight w = 2 and logits (w·s, 0). With labels 0: dl/do = (p - 1, 1 - p) for p = σ(w·s), so
 # the gradient by s is w (p - 1), the one by w is s (p - 1).

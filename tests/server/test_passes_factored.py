@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from flsplit.server.gradients import ClientBatch
 from flsplit.server.linear import Factors
 from flsplit.server.passes import PerClient, PerClientFactored
 from flsplit.server.products import KeptProducts
 from flsplit.server.segment import ServerSegment
-from flsplit.server.step import ClientBatch
 
 WIDTH = 48  # with so few rows, factors are the cheaper for a layer of this size
 

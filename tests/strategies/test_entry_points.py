@@ -9,8 +9,9 @@ from reference import CUT, fresh, make_parts, plain_net, split_app
 
 from flsplit import LocalGrid
 from flsplit.errors import ConfigError
+from flsplit.run import make_strategy
 from flsplit.server.passes import PerClient, Replay
-from flsplit.strategies import PSL, make_strategy, rule_names
+from flsplit.strategies import PSL, rule_names
 from flsplit.strategies.rules import CutGradientAveraging, SplitLr
 
 STRANGER = '''

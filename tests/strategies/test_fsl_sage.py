@@ -34,10 +34,10 @@ from flsplit import LocalGrid, SessionSettings
 from flsplit.auxiliary import emulated_gradient
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.log import logger
+from flsplit.run.ahead import AHEAD
 from flsplit.server.alignment import AlignedAuxiliary, Buffer
 from flsplit.server.segment import ServerSegment
 from flsplit.strategies import CSEFSL, FSLSAGE
-from flsplit.strategies.parts import AHEAD
 
 SIZES = (20, 13, 9)  # 5, 4 and 3 batches of 4
 ROW = (6,)  # the plain net's smashed data

@@ -1,7 +1,7 @@
 """Parts of a round of local steps: in which order they are asked for and taken."""
 
 from flsplit.message.local_steps import LocalReply, LocalRequest
-from flsplit.strategies.parts import AHEAD, FurtherParts
+from flsplit.run.ahead import AHEAD, FurtherParts
 
 
 class FakeRound:

@@ -11,7 +11,8 @@ from reference import CUT, fresh, make_parts, plain_net, run_split
 from typer.testing import CliRunner
 
 from flsplit.cli import app
-from flsplit.strategies import PSL, make_strategy
+from flsplit.run import make_strategy
+from flsplit.strategies import PSL
 from flsplit.wireless import Device, Fleet, Radio, Server
 
 STRANGER = '''

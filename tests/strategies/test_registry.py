@@ -9,14 +9,8 @@ from reference import CUT, make_parts, plain_net
 from tampering import set_up, train
 
 from flsplit.errors import ConfigError
-from flsplit.strategies import (
-    PSL,
-    SequentialSL,
-    SplitFedV1,
-    SplitFedV2,
-    make_strategy,
-    strategy_names,
-)
+from flsplit.run import make_strategy, strategy_names
+from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
 
 OWN = {
     "psl": PSL,

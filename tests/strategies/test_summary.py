@@ -6,17 +6,9 @@ from functools import partial
 import pytest
 from torch import nn
 
-from flsplit.strategies import (
-    CSEFSL,
-    EPSL,
-    FSLSAGE,
-    GAPSL,
-    PSL,
-    SGLR,
-    make_strategy,
-    strategy_names,
-)
-from flsplit.strategies.base import own_argument_names
+from flsplit.run import make_strategy, strategy_names
+from flsplit.run.strategy import own_argument_names
+from flsplit.strategies import CSEFSL, EPSL, FSLSAGE, GAPSL, PSL, SGLR
 
 
 def lines_of(strategy, caplog):

@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from flsplit.errors import ConfigError
-from flsplit.strategies import make_strategy, strategy_names
-from flsplit.strategies.registry import plan_method
+from flsplit.run import make_strategy, strategy_names
+from flsplit.run.registry import plan_method
 from flsplit.wireless import Problem, Training, format_plan, make_plan
 
 

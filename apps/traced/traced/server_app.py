@@ -12,10 +12,10 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from flsplit.message.steps import FinishReply
+from flsplit.run.round import Round
 from flsplit.server.segment import ServerSegment
 from flsplit.server.step import ClientBatch, StepResult
 from flsplit.strategies import FSLSAGE
-from flsplit.strategies.round import Round
 from traced.task import CUT, build_model
 from traced.trace import Arrivals, Trace
 
