@@ -9,33 +9,28 @@ that whatever else the machine does hits all of them.
 import argparse
 import time
 from functools import partial
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 from task import CUT, build_model
 from torch import nn
 from torch.nn import functional
 
+from flsplit.account import RoundEntry
 from flsplit.cut import split
-from flsplit.server.passes import (
-    PerClientFactored,
-    PerClientProducts,
-    Pooled,
-    Replay,
-    ServerPass,
-)
-from flsplit.server.rules import GradientRule
+from flsplit.message.request import Backward
+from flsplit.run import ClientBatch, SplitStrategy, Step
+from flsplit.run.step import StepSettings
 from flsplit.server.segment import ServerSegment
-from flsplit.server.step import ClientBatch, StepContext, StepResult, client_shares
-from flsplit.strategies.rules import LeaderAlignment
+from flsplit.strategies import EPSL, GAPSL, PSL
 from flsplit.vision import load_torchvision
 
-METHODS: dict[str, tuple[ServerPass, list[GradientRule]]] = {
-    "PSL": (Pooled(), []),
-    "EPSL phi=0.5": (Replay(0.5), []),
-    "EPSL phi=1": (Replay(1.0), []),
-    "GAPSL": (PerClientFactored(), [LeaderAlignment()]),
-    "GAPSL low memory": (PerClientProducts(), [LeaderAlignment()]),
+METHODS: dict[str, tuple[type[SplitStrategy], dict[str, object]]] = {
+    "PSL": (PSL, {}),
+    "EPSL phi=0.5": (EPSL, {"phi": 0.5}),
+    "EPSL phi=1": (EPSL, {"phi": 1.0}),
+    "GAPSL": (GAPSL, {}),
+    "GAPSL low memory": (GAPSL, {"low_memory": True}),
 }
 
 
@@ -44,9 +39,9 @@ class TimedSegment(ServerSegment):
 
     first_forward: float | None = None
 
-    def forward(self, smashed: torch.Tensor) -> torch.Tensor:
+    def forward(self, smashed: torch.Tensor, **options: bool) -> torch.Tensor:
         """Return the logits."""
-        logits = super().forward(smashed)
+        logits = super().forward(smashed, **options)
         if self.first_forward is None:
             self.first_forward = time.process_time()
         return logits
@@ -78,11 +73,10 @@ def main() -> None:
     sent = {}
     for _ in range(options.repeats):
         for method in options.methods:
-            result, whole, later = one_step(segment, batches, *METHODS[method])
+            rows, told, whole, later = one_step(segment, batches, *METHODS[method])
             total[method].append(whole)
             after[method].append(later)
-            sent[method] = (result.rows, downlink(result))
-            del result
+            sent[method] = (rows, downlink(told))
     base, base_after = min(total["PSL"]), min(after["PSL"])
     print(
         "| method | step, s | of PSL's | after the first forward, s | of PSL's | rows | down, MB |"
@@ -114,30 +108,36 @@ def server_segment(model: str) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def one_step(
-    segment: TimedSegment, batches: list[ClientBatch], server_pass: ServerPass,
-    rules: list[GradientRule],
-) -> tuple[StepResult, float, float]:  # fmt: skip
-    """Return a step's result, its seconds, and those after the first forward pass."""
-    shares = client_shares(batches, "equal")
-    context = StepContext(tuple(shares), shares, 1, 1, 0, 0.5, np.random.default_rng(0))
+    segment: TimedSegment, batches: list[ClientBatch], method: type[SplitStrategy],
+    arguments: dict[str, object],
+) -> tuple[int, dict[str, Backward], float, float]:  # fmt: skip
+    """Return a step's rows, what it tells, its seconds, and those after the first forward pass."""
+    # Of the whole strategy only its step is measured: any model that can be cut will do for it.
+    small = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    strategy = method(model=small, cut="0", **arguments)
+    strategy.begin_run()
+    round_ = SimpleNamespace(
+        plan=SimpleNamespace(server_round=1, num_rounds=1, lr=1e-4, seed=0),
+        entry=RoundEntry(1), clients=SimpleNamespace(clock=None),
+        record_loss=lambda *_: None, record_metrics=lambda _: None,
+    )  # fmt: skip
+    settings = StepSettings("equal", "mean", pools=True)
     segment.first_forward = None
     started = time.process_time()
-    result = server_pass(segment, batches, shares)
-    for rule in rules:
-        result = rule(context, result)
-    segment.step(result.server_gradients, result.server_lr_factor)
+    step = Step(method.__name__, segment, settings, round_, 0, 1, batches)
+    strategy.step(step)
     ended = time.process_time()
     assert segment.first_forward is not None
-    return result, ended - started, ended - segment.first_forward
+    told = step.end(replies_expected=True)
+    return round_.entry.rows, told, ended - started, ended - segment.first_forward
 
 
-def downlink(result: StepResult) -> int:
+def downlink(told: dict[str, Backward]) -> int:
     """Return the logical bytes of the step's cut-layer gradients."""
     unicast = broadcast = 0
-    for client, gradient in result.cut_gradients.items():
-        shared = gradient[: result.shared_rows.get(client, 0)].nbytes
-        unicast += gradient.nbytes - shared
-        broadcast = max(broadcast, shared)
+    for backward in told.values():
+        unicast += backward.gradient.nbytes - backward.shared_bytes
+        broadcast = max(broadcast, backward.broadcast_bytes)
     return unicast + broadcast
 
 

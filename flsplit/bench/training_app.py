@@ -7,7 +7,6 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from torch.optim import Optimizer
 from flsplit.app import client_app as split_client_app
 from flsplit.bench import workload
 from flsplit.message.types import STEP
+from flsplit.run import ParallelStrategy, Step
 
 WARM_UP = 5  # steps that are not counted
 MEMORY_EVERY = 100  # steps
-
-_STRATEGY = "psl"
 
 # The keys of the run config and their defaults.
 CONFIG: UserConfig = {
@@ -62,6 +60,16 @@ def server_app() -> ServerApp:
         Path(config["output"]).write_text(json.dumps(measured))
 
     return app
+
+
+class PooledSteps(ParallelStrategy):
+    """One pass and one optimizer step on all clients' rows: what is measured."""
+
+    def step(self, step: Step) -> None:
+        """Do it."""
+        found = step.gradients()
+        step.update(found)
+        step.reply(found.cut_gradients)
 
 
 class Stopwatch:
@@ -106,9 +114,7 @@ def train(grid: Grid, config: Mapping[str, Any]) -> Stopwatch:
     watch = Stopwatch(memory=bool(config["memory-dir"]))
     torch.manual_seed(0)
     model = workload.network(config["workload"])
-    # By name, as an app picks one: nothing in flsplit imports a strategy.
-    [found] = entry_points(group="flsplit.strategies", name=_STRATEGY)
-    strategy = found.load()(
+    strategy = PooledSteps(
         model=model,
         cut=workload.CUT,
         server_lr=workload.LR,

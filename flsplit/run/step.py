@@ -395,7 +395,7 @@ class Step:
                 "ended without update(): the server segment would never learn. Call "
                 "step.update(found), or step.leave() where that is meant"
             )
-        if replies_expected and not self._told:
+        if replies_expected and not self._told and self.round == 1 and self.index == 0:
             logger.warning(
                 "%s.step replied to no client in %s: no client steps (step.reply is missing?)",
                 self._method, self.where,

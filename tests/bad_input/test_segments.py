@@ -11,7 +11,6 @@ from torch import nn
 
 from flsplit import CutError, LocalGrid, client_app
 from flsplit.errors import ConfigError, NotEnoughClientsError, SegmentMismatchError
-from flsplit.server.passes import PerClient
 from flsplit.strategies import PSL, SplitFedV1, SplitFedV2
 
 PARTS = make_parts([8, 8])
@@ -127,7 +126,7 @@ def test_rows_that_fit_but_cannot_be_concatenated_with_those_of_most_are_left_ou
     pooled = train(set_up(parts, build=build)).history[0].left_out
     assert [one.client for one in pooled] == ["2"]
     assert "a row has shape (3, 3, 4), those of most clients have (3, 4, 4)" in pooled[0].reason
-    one_by_one = set_up(parts, build=build, server_pass=PerClient())
+    one_by_one = set_up(parts, build=build, server_batchnorm="per_client")
     assert train(one_by_one).history[0].left_out == []
 
 

@@ -178,8 +178,8 @@ def test_the_clock_is_told_the_rows_that_were_there():
         def exchanged(self, exchange, started):
             told.append({name: errand.legs for name, errand in exchange.errands.items()})
 
-        def stepped(self, uploads, rows, backward_rows, started):
-            told.append((list(uploads), rows))
+        def stepped(self, uploads, forward_rows, backward_rows, logit_rows, started):
+            told.append((list(uploads), forward_rows))
 
         def end_round(self):
             return 1.0

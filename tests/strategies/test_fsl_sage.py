@@ -35,9 +35,9 @@ from flsplit.auxiliary import emulated_gradient
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.log import logger
 from flsplit.run.ahead import AHEAD
-from flsplit.server.alignment import AlignedAuxiliary, Buffer
 from flsplit.server.segment import ServerSegment
 from flsplit.strategies import CSEFSL, FSLSAGE
+from flsplit.strategies.fsl_sage import AlignedAuxiliary, UploadBuffer
 
 SIZES = (20, 13, 9)  # 5, 4 and 3 batches of 4
 ROW = (6,)  # the plain net's smashed data
@@ -94,7 +94,7 @@ def test_a_small_buffer_forgets_the_oldest_samples():
 
 
 def test_the_buffer_is_first_in_first_out():
-    buffer = Buffer(5)
+    buffer = UploadBuffer(5)
     for start in (0, 3, 6):
         rows = torch.arange(start, start + 3)
         buffer.add(rows.float().unsqueeze(1), rows)
@@ -262,9 +262,9 @@ def test_clients_are_asked_for_further_parts_before_the_server_works_on_the_firs
     taken, seen = [], []
 
     class Watched(InParts):
-        def segment_step(self, segment, round_, step, steps, batches):
+        def step(self, step):
             seen.append(len(taken))
-            return super().segment_step(segment, round_, step, steps, batches)
+            super().step(step)
 
     def count(message, context, call_next):
         if message.metadata.message_type == "train.local":
@@ -299,7 +299,7 @@ class Watch:
 
 def test_a_client_s_part_begins_when_its_own_last_part_has_ended(monkeypatch):
     watch = Watch()
-    monkeypatch.setattr("flsplit.strategies.run.make_clock", lambda *_: watch)
+    monkeypatch.setattr("flsplit.run.execute.make_clock", lambda *_: watch)
     options = {"batch_size": 1, "upload_every": 1, "rounds": 1}
     run_split(InParts, plain_net, make_parts((8, 8)), **options)
 

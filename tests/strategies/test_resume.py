@@ -9,10 +9,10 @@ from flwr.serverapp.strategy import FedAdam
 from reference import CUT, MOMENTUM, OPTIMIZERS, SEED, fresh, make_parts, noisy_net, split_app
 
 from flsplit import LocalGrid
+from flsplit.client_parts import Noise
 from flsplit.errors import ConfigError
 from flsplit.storage import StorageError
 from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
-from flsplit.strategies.rules import CutGradientAveraging
 
 SIZES = (20, 13, 9)
 ROUNDS = 4
@@ -174,7 +174,7 @@ def test_a_grid_that_lives_on_without_states_on_disk_says_who_begins_anew(tmp_pa
         ({"cls": SequentialSL}, "with strategy 'PSL', this one has 'SequentialSL'"),
         ({"optimizer": torch.optim.Adam}, "with server_optimizer 'SGD', this one has 'Adam'"),
         ({"seed": SEED + 1}, "with seed "),
-        ({"rules": [CutGradientAveraging(0.5)]}, r"with rules \[\], .*CutGradientAveraging"),
+        ({"client_parts": [Noise(0.1)]}, "with client_parts '', .*noise"),
         ({"client_strategy": fed_adam()}, "with client_strategy '', this one has 'FedAdam'"),
     ],
 )

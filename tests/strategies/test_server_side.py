@@ -1,4 +1,4 @@
-"""What a strategy does on the server: shares, learning rates, gradient rules."""
+"""What a strategy does on the server: shares, learning rates, a method of one's own."""
 
 from functools import partial
 
@@ -29,8 +29,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from flsplit import LocalGrid
 from flsplit.errors import ConfigError
-from flsplit.server.passes import PER_CLIENT_GRADIENTS, PerClient
-from flsplit.server.rules import GradientRule
 from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
 
 ALL = [PSL, SplitFedV1, SplitFedV2, SequentialSL]
@@ -130,128 +128,101 @@ def test_flowers_train_config_goes_before_the_options():
     assert_bit_equal(whole_of(from_config), whole_of(from_options))
 
 
-# --- gradient rules --------------------------------------------------------------------------
+# --- a method of one's own -------------------------------------------------------------------
 
 
-class Scale(GradientRule):
-    """Multiplies cut gradients and server gradients."""
+def scaling(strategy_class, cut, server, plus=0.0):
+    """Return a strategy that multiplies what it tells clients, and what the server steps with."""
 
-    def __init__(self, cut=1.0, server=1.0, plus=0.0):
-        self.cut, self.server, self.plus = cut, server, plus
+    class Scaling(strategy_class):
+        def step(self, step):
+            update, reply = step.update, step.reply
+            step.update = lambda found, **o: update(
+                [g * server for g in found.server_gradients], **o
+            )
+            step.reply = lambda told: reply({c: g * cut + plus for c, g in told.items()})
+            super().step(step)
 
-    def __call__(self, context, result):
-        for client in result.cut_gradients:
-            result.cut_gradients[client] = result.cut_gradients[client] * self.cut + self.plus
-        result.server_gradients = [g * self.server for g in result.server_gradients]
-        return result
-
-
-class ScaleAgain(Scale):
-    """A second one in a chain."""
+    return Scaling
 
 
 @pytest.mark.parametrize("strategy_class", ALL)
-def test_a_rule_edits_the_gradients(strategy_class):
+def test_a_method_edits_the_gradients(strategy_class):
     """With plain SGD a factor is as good as another learning rate."""
     parts = make_parts((6, 9))
-    ruled = run_split(strategy_class, plain_net, parts, rules=[Scale(cut=0.5, server=2.0)], **SHARE)
+    edited = run_split(scaling(strategy_class, 0.5, 2.0), plain_net, parts, **SHARE)
     rated = run_split(strategy_class, plain_net, parts, client_lr=LR / 2, server_lr=LR * 2, **SHARE)
-    assert_close(weights_of(ruled.arrays), weights_of(rated.arrays), 1e-6)
-    for client, segment in ruled.client_segments.items():
+    assert_close(weights_of(edited.arrays), weights_of(rated.arrays), 1e-6)
+    for client, segment in edited.client_segments.items():
         assert_close(weights_of(segment), weights_of(rated.client_segments[client]), 1e-6)
 
 
-def test_rules_are_chained_in_order():
-    parts = make_parts([8])
-    first, second = Scale(cut=0.0, plus=1.0), ScaleAgain(cut=3.0)
-    kept, wiped = (
-        run_split(PSL, plain_net, parts, rules=rules, rounds=1, **SHARE)
-        for rules in ([first, second], [second, first])
-    )
-    before = fresh(plain_net).front.state_dict()
-    moved = {}
-    for name, result in (("kept", kept), ("wiped", wiped)):
-        after = weights_of(result.client_segments["0"])
-        moved[name] = after["front.0.bias"] - before["0.bias"]
-    assert moved["kept"].norm() > 2 * moved["wiped"].norm() > 0
-
-
-class Compare(GradientRule):
+class Compare(PSL):
     """Wants to see each client's server gradients."""
 
-    needs = frozenset({PER_CLIENT_GRADIENTS})
-
-    def __call__(self, context, result):
+    def step(self, step):
+        pooled = step.gradients()
+        own = step.gradients(per_client=True).clients
         combined = [
-            sum(context.shares[c] * g for c, g in zip(context.client_ids, own, strict=True))
-            for own in zip(
-                *(result.client_server_gradients[c] for c in context.client_ids), strict=True
-            )
+            sum(step.shares[c] * g for c, g in zip(step.clients, layer, strict=True))
+            for layer in zip(*(own.of(c) for c in step.clients), strict=True)
         ]
-        gaps = zip(combined, result.server_gradients, strict=True)
-        result.metrics["gap"] = max(float((a - b).abs().max()) for a, b in gaps)
-        result.metrics["clients"] = float(len(context.client_ids))
-        return result
+        gaps = [zip(other, pooled.server_gradients, strict=True)
+                for other in (combined, own.combine(list(step.shares.values())))]  # fmt: skip
+        gap = max(float((a - b).abs().max()) for pairs in gaps for a, b in pairs)
+        step.record({"gap": gap, "clients": len(step.clients)})
+        step.update(pooled)
+        step.reply(pooled.cut_gradients)
 
 
-def test_a_rule_whose_needs_are_not_met_is_refused():
-    with pytest.raises(ConfigError, match=r"Compare needs per-client server gradients.*Pooled"):
-        PSL(model=fresh(plain_net), cut="front", rules=[Compare()])
-    with pytest.raises(ConfigError, match=r"Compare needs.*PerClient"):
-        PSL(model=fresh(plain_net), cut="front", rules=[Compare()], server_pass=PerClient())
-
-
-def test_a_rule_sees_per_client_gradients_and_reports_to_the_ledger():
+def test_a_method_sees_per_client_gradients_and_reports_to_the_ledger():
     parts = make_parts((4, 8))  # 2 clients in the first step, 1 in the second
-    result = run_split(
-        PSL, plain_net, parts, rules=[Compare()], server_pass=PerClient(keep_gradients=True)
-    )
+    result = run_split(Compare, plain_net, parts)
     for entry in result.history:
         assert entry.metrics["clients"] == 1.5
         assert entry.metrics["gap"] < 1e-6
+        assert entry.rows == 2 * (4 + 8)  # each row went back twice
     assert result.train_metrics_clientapp[1]["clients"] == 1.5
+    usual = run_split(PSL, plain_net, parts)
+    assert_bit_equal(weights_of(result.arrays), weights_of(usual.arrays))
+    assert [e.loss for e in result.history] == [e.loss for e in usual.history]
 
 
-class Note(GradientRule):
-    """Remembers the contexts it was called with."""
-
-    def __init__(self):
-        self.contexts = []
-        self.draws = []
-
-    def __call__(self, context, result):
-        self.contexts.append(context)
-        self.draws.append(context.rng.random())
-        return result
-
-
-def test_rules_learn_where_in_the_run_they_are():
-    notes = [Note(), Note()]
+def test_a_method_learns_where_in_the_run_it_is():
+    notes = [[], []]
     for note in notes:
-        run_split(PSL, plain_net, make_parts((4, 12)), rounds=2, rules=[note])
-    contexts = notes[0].contexts
-    assert [(c.round, c.step) for c in contexts] == [(r, s) for r in (1, 2) for s in (0, 1, 2)]
-    assert [c.client_ids for c in contexts] == [("0", "1"), ("1",), ("1",)] * 2
-    assert [c.shares for c in contexts[:2]] == [{"0": 0.25, "1": 0.75}, {"1": 1.0}]
-    assert [c.progress for c in contexts] == pytest.approx([n / 6 for n in range(6)])
-    assert {c.num_rounds for c in contexts} == {2}
-    assert notes[0].draws == notes[1].draws
-    assert len(set(notes[0].draws)) == 6
+
+        class Note(PSL):
+            def step(self, step, note=note):
+                note.append((step, step.rng.random()))
+                super().step(step)
+
+        run_split(Note, plain_net, make_parts((4, 12)), rounds=2)
+    steps = [step for step, _ in notes[0]]
+    assert [(s.round, s.index) for s in steps] == [(r, s) for r in (1, 2) for s in (0, 1, 2)]
+    assert [s.clients for s in steps] == [["0", "1"], ["1"], ["1"]] * 2
+    assert [s.shares for s in steps[:2]] == [{"0": 0.25, "1": 0.75}, {"1": 1.0}]
+    assert [s.progress for s in steps] == pytest.approx([n / 6 for n in range(6)])
+    assert {s.num_rounds for s in steps} == {2}
+    draws = [[draw for _, draw in note] for note in notes]
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) == 6
 
 
-class Skip(GradientRule):
+class Skip(PSL):
     """Lets one client sit out."""
 
-    def __call__(self, context, result):
-        result.skipped.add("1")
-        return result
+    def step(self, step):
+        found = step.gradients()
+        step.update(found)
+        step.reply({c: g for c, g in found.cut_gradients.items() if c != "1"})
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
 def test_a_skipped_client_keeps_its_weights_and_gets_no_gradient(cache):
     parts = make_parts((8, 8))
     options = {"optimizer": MOMENTUM, "cache": cache} | SHARE
-    skipping = run_split(PSL, plain_net, parts, rules=[Skip()], **options)
+    skipping = run_split(Skip, plain_net, parts, **options)
     usual = run_split(PSL, plain_net, parts, **options)
     before = {f"front.{k}": v for k, v in fresh(plain_net).front.state_dict().items()}
     assert_bit_equal(weights_of(skipping.client_segments["1"]), before)

@@ -1,36 +1,59 @@
 """Seeing the steps of a run, and comparing them with a twin's."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from reference import assert_close, run_split, weights_of, whole_of
 
-from flsplit.server.rules import GradientRule
 
+def recording(strategy, results):
+    """Return a class of strategies that notes every server step: what it found, did and told."""
 
-class Recorder(GradientRule):
-    """Keeps a copy of every step's result, as the rules before it left it."""
+    class Recording(strategy):
+        def step(self, step):
+            kept = SimpleNamespace(
+                losses={}, cut_gradients={}, skipped=set(step.clients), metrics={},
+                server_gradients=[], server_lr_factor=1.0, rows=-step._round.entry.rows,
+            )  # fmt: skip
+            gradients, update, reply, record = step.gradients, step.update, step.reply, step.record
 
-    def __init__(self):
-        self.contexts, self.results = [], []
+            def noting_gradients(*args, **options):
+                found = gradients(*args, **options)
+                kept.losses |= found.losses
+                kept.cut_gradients |= {name: g.clone() for name, g in found.cut_gradients.items()}
+                return found
 
-    def __call__(self, context, result):
-        kept = copy.copy(result)
-        kept.server_gradients = [None if g is None else g.clone() for g in result.server_gradients]
-        kept.cut_gradients = {name: g.clone() for name, g in result.cut_gradients.items()}
-        kept.skipped, kept.metrics = set(result.skipped), dict(result.metrics)
-        kept.products, kept.client_server_gradients = None, {}
-        self.contexts.append(context)
-        self.results.append(kept)
-        return result
+            def noting_update(found, *, lr_factor=1.0, **options):
+                of_server = getattr(found, "server_gradients", found)
+                kept.server_gradients = [None if g is None else g.clone() for g in of_server]
+                kept.server_lr_factor = lr_factor
+                update(found, lr_factor=lr_factor, **options)
+
+            def noting_reply(cut_gradients, **options):
+                kept.cut_gradients |= {name: g.clone() for name, g in cut_gradients.items()}
+                kept.skipped -= cut_gradients.keys()
+                reply(cut_gradients, **options)
+
+            def noting_record(metrics):
+                kept.metrics |= metrics
+                record(metrics)
+
+            step.gradients, step.update = noting_gradients, noting_update
+            step.reply, step.record = noting_reply, noting_record
+            super().step(step)
+            kept.rows += step._round.entry.rows
+            results.append(kept)
+
+    Recording.__name__ = strategy.__name__
+    return Recording
 
 
 def recorded(strategy, build, parts, **options):
     """Run a strategy; return its result and the steps."""
-    recorder = Recorder()
-    options["rules"] = [*options.get("rules", ()), recorder]
-    return run_split(strategy, build, parts, **options), recorder.results
+    results = []
+    return run_split(recording(strategy, results), build, parts, **options), results
 
 
 def noting(strategy, auxiliaries):
