@@ -43,7 +43,9 @@ def test_the_program_trains(program, capsys):
     assert accuracy > 0.8
 
 
-@pytest.mark.parametrize("name", ["psl", "splitfed-v1", "splitfed-v2", "sequential-sl", "sfl-ga", "cyclesl"])
+@pytest.mark.parametrize(
+    "name", ["psl", "splitfed-v1", "splitfed-v2", "sequential-sl", "sfl-ga", "cyclesl"]
+)
 def test_every_strategy_of_the_table_runs_the_program(program, name):
     app, task = import_module("digits.client_app").app, import_module("digits.task")
     model = task.build_model()

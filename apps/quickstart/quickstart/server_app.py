@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 import flsplit
 from flsplit import SessionSettings
-from flsplit.strategies import make_strategy
+from flsplit.run import make_strategy
 from quickstart.output import output_dir, save_run
 from quickstart.task import CUT, build_model
 
