@@ -9,7 +9,7 @@ from flwr.app import Context
 from safetensors.torch import save_file
 
 from flsplit import draw_histories
-from flsplit.strategies import SplitResult
+from flsplit.run import SplitResult
 
 logger = logging.getLogger("flwr")
 
