@@ -110,7 +110,7 @@ class RoundEntry:
     restarted : list of str
         Who had lost its state and started from the server's segment.
     metrics : dict of str to float
-        What gradient rules report, mean over the round's steps.
+        What methods record, mean over the round's steps.
     """
 
     round: int

@@ -1,1 +1,1 @@
-"""The server side: the segment, passes over it, gradient rules, and talking to clients."""
+"""The server side: the segment, gradients, aggregation, and talking to clients."""

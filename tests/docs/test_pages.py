@@ -9,7 +9,7 @@ from pages import Page
 from flsplit import SessionSettings, client_app
 from flsplit.account import RoundEntry
 from flsplit.account.ledger import CATEGORIES
-from flsplit.run import SplitOptions
+from flsplit.run import EarlyStopping, KeepBest, PrintMetrics, SplitOptions
 
 PAGES = [
     "README.md",
@@ -68,3 +68,18 @@ def test_all_options_of_client_app_are_on_the_page():
     assert [row["option"] for row in rows] == [one.name for one in parameters]
     for row, one in zip(rows, parameters, strict=True):
         assert (row["default"] == "required") == (one.default is one.empty)
+
+
+def test_callbacks_are_as_written():
+    rows = Page("docs/strategies.md").table("## Callbacks")
+
+    assert [row["callback"] for row in rows] == [
+        shown(EarlyStopping), shown(KeepBest), shown(PrintMetrics),
+    ]  # fmt: skip
+
+
+def shown(cls):
+    arguments = signature(cls).parameters.values()
+    return f"{cls.__name__}({', '.join(f'{a.name}={a.default!r}' for a in arguments)})".replace(
+        "'", '"'
+    )
