@@ -8,7 +8,17 @@ from decoupled_methods import ABLATIONS, DECOUPLED
 from flwr.serverapp.strategy import FedAvg
 from method import Method, Rates, made_with, pairs
 
-from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SequentialSL, SplitFedV1, SplitFedV2
+from flsplit.strategies import (
+    EPSL,
+    GAPSL,
+    PSL,
+    SFLGA,
+    SGLR,
+    CycleSL,
+    SequentialSL,
+    SplitFedV1,
+    SplitFedV2,
+)
 
 
 def _with_fedavg(cls: type, **fixed: Any) -> Callable[..., Any]:
@@ -22,7 +32,7 @@ def _one(rates: list[float]) -> list[Rates]:
 
 # A client segment that is never averaged does better with small steps, where labels are skewed.
 _OWN = pairs([0.03, 0.1, 0.3], [0.001, 0.01])
-_SUM = pairs([0.003, 0.01, 0.03], [0.001, 0.01])  # a sum over ten clients, not a mean
+_SUM = pairs([0.003, 0.01, 0.03], [0.001, 0.01])  # ten clients' sum, or ten server steps
 _SGLR = [{"client_lr": lr, "alpha": a} for lr, a in product([0.003, 0.01, 0.03], [1.0, 1.5])]
 _SHARED = pairs([0.03, 0.1, 0.3], [0.01, 0.03])
 _SUM_SHARED = pairs([0.003, 0.01, 0.03], [0.01, 0.03])
@@ -116,6 +126,20 @@ METHODS = {
         False,
         made_with(GAPSL, eta=0.3),
         _SUM,
+    ),
+    "cyclesl": Method(
+        "CycleSL",
+        "the server trains on all rows, mixed, in mini-batches of 32; then clients get gradients",
+        False,
+        CycleSL,
+        _SUM,
+    ),
+    "sfl-ga": Method(
+        "SFL-GA",
+        "PSL; all clients step with one broadcast mean of the cut-layer gradients",
+        False,
+        SFLGA,
+        _OWN,
     ),
     # Variants, to find out why a method does as it does.
     "gapsl-mean": Method(

@@ -1,6 +1,6 @@
 """Cutting a model into a client segment and a server segment."""
 
-from flsplit.cut.errors import (
+from flsplit.cut.cut_errors import (
     CrossingError,
     CutError,
     EmptySegmentError,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flsplit.cut.errors import CutError
+from flsplit.cut.cut_errors import CutError
 
 # More than one sample, because BatchNorm may want that, and to recognise the batch dimension.
 BATCH = 2

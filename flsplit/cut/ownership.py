@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
-from flsplit.cut.errors import SharedStateError, UnusedStateError, listed
+from flsplit.cut.cut_errors import SharedStateError, UnusedStateError, listed
 from flsplit.cut.tracing import Trace
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from flsplit.cut.errors import CutError
+from flsplit.cut.cut_errors import CutError
 from flsplit.cut.flops import BATCH, Profile, profile
 from flsplit.cut.survey import Candidate, Survey
 

@@ -21,7 +21,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Step:
+class ProgramStep:
     """One call.
 
     Attributes
@@ -63,7 +63,7 @@ class Program:
 
     Attributes
     ----------
-    steps : tuple of Step
+    steps : tuple of ProgramStep
         In order of execution. Result 0 is what the program is given.
     result : int
         Number of the result that the program returns.
@@ -71,7 +71,7 @@ class Program:
         Which results aren't needed any more after a step, by that step's number.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[ProgramStep, ...]
     result: int
     last_uses: dict[int, tuple[int, ...]]
 
@@ -100,7 +100,7 @@ def compile_program(nodes: Sequence[fx.Node], given: fx.Node, result: fx.Node) -
     for node in _with_reads(nodes):
         numbers[node] = len(numbers)
         args, kwargs = _numbered((node.args, node.kwargs), numbers)
-        steps.append(Step(numbers[node], node.op, node.target, args, kwargs))
+        steps.append(ProgramStep(numbers[node], node.op, node.target, args, kwargs))
     return Program(tuple(steps), numbers[result], _last_uses(steps, keep=numbers[result]))
 
 
@@ -122,7 +122,7 @@ def _with_reads(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return list(ordered)
 
 
-def _last_uses(steps: list[Step], keep: int) -> dict[int, tuple[int, ...]]:
+def _last_uses(steps: list[ProgramStep], keep: int) -> dict[int, tuple[int, ...]]:
     last_use = {0: 0}
     for step in steps:
         last_use[step.number] = step.number  # a result that nobody uses goes at once
@@ -134,7 +134,7 @@ def _last_uses(steps: list[Step], keep: int) -> dict[int, tuple[int, ...]]:
     return uses
 
 
-def _results_in(step: Step) -> list[int]:
+def _results_in(step: ProgramStep) -> list[int]:
     found: list[int] = []
     map_aggregate(
         (step.args, step.kwargs),

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import fx, nn
 
 from flsplit.cut.crossing import Flow, explained, is_output
-from flsplit.cut.errors import (
+from flsplit.cut.cut_errors import (
     CrossingError,
     CutError,
     EmptySegmentError,
@@ -17,9 +17,9 @@ from flsplit.cut.errors import (
     UntraceableError,
     listed,
 )
+from flsplit.cut.half import Plan, build_segment, part_of, with_copies
 from flsplit.cut.ownership import check_each_on_one_side, inventory
 from flsplit.cut.program import compile_program
-from flsplit.cut.segment import Plan, build_segment, part_of, with_copies
 from flsplit.cut.survey import Survey
 from flsplit.cut.tracer import Call
 from flsplit.cut.tracing import Trace, trace_around

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from flsplit.cut.errors import CutError, UntraceableError
+from flsplit.cut.cut_errors import CutError, UntraceableError
 from flsplit.cut.guards import Frozen, nothing_changes, torch_modes
 
 _REMEDY = (

@@ -11,7 +11,7 @@ from threading import Lock
 import torch
 from torch import fx, nn
 
-from flsplit.cut.errors import UntraceableError
+from flsplit.cut.cut_errors import UntraceableError
 from flsplit.cut.guards import Frozen, NoTensorWork, training_flags
 from flsplit.cut.tracer import Call, LenientTracer, Tracer, described, untraceable
 

@@ -2,7 +2,7 @@
 
 from flsplit.storage.record_file import StorageError, load_records, save_records
 from flsplit.storage.round_folder import ClientStore, RoundFolder
-from flsplit.storage.state import State, from_records, to_records
+from flsplit.storage.state_codec import State, from_records, to_records
 
 __all__ = [
     "ClientStore",

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, fx, nn
 
-from flsplit.cut.errors import CrossingError
+from flsplit.cut.cut_errors import CrossingError
 from flsplit.cut.ownership import used_tensors
 from flsplit.cut.program import Program
 
