@@ -44,8 +44,9 @@ class NotEnoughClientsError(FlsplitError, RuntimeError):
 
 
 def at(where: str, error: FlsplitError) -> FlsplitError:
-    """Put ``where`` in front of what an error says, and return it."""
-    error.args = (f"{where}: {error}",)
+    """Put ``where`` in front of what an error says, unless it says so already; return it."""
+    if where not in str(error):
+        error.args = (f"{where}: {error}",)
     return error
 
 

@@ -78,7 +78,7 @@ class SGLR(ParallelStrategy):
     ) -> None:
         self.phi, self.alpha = fraction("phi", phi), number("alpha", alpha, minimum=0.0)
         self.averaging = one_of("averaging", averaging, get_args(Averaging))
-        self._averages_in = _interval(phases)  # ``phases`` is what a round sends and computes
+        self._phases = _interval(phases)  # ``phases`` itself is what a round sends and computes
         options.setdefault("shares", "batch")
         super().__init__(**_one_rate(options))
 
@@ -99,7 +99,7 @@ class SGLR(ParallelStrategy):
 
     def _draw(self, step: Step) -> list[str]:
         """Return the step's active clients, in their order; none outside the phase."""
-        start, end = self._averages_in
+        start, end = self._phases
         count = ceil_fraction(self.phi, len(step.clients))
         if count == 0 or not start <= step.progress < end:
             return []

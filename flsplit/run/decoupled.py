@@ -355,7 +355,7 @@ class DecoupledStrategy(SplitStrategy):
         step.update(found)
         # Seeded as when the client computed ĝ of this batch.
         seed = derive_seed(self.options.seed, "auxiliary", batch.client, step.round, step.index)
-        with located(f"{step.where}, client {batch.client!r}"), seeded(seed, self.device):
+        with located(f"client {batch.client!r}"), seeded(seed, self.device):
             emulated = self.emulated(batch.client, batch.smashed, batch.labels)
         if emulated is not None:
             step.record({"auxiliary-cosine": cosine(emulated, found.cut_gradients[batch.client])})

@@ -237,10 +237,12 @@ class SplitMethod(SaysPhases):
         """
         started, name = time.perf_counter(), type(self).__name__
         step = Step(name, self.server, self._settings, round_, index, num_steps, batches)
-        self.step(step)
+        with located(step.where):
+            self.step(step)
+            told = step.end(replies_expected=replies_expected)
         round_.entry.steps += 1
         round_.entry.server_seconds += time.perf_counter() - started
-        return step.end(replies_expected=replies_expected)
+        return told
 
     # --- checkpoints ---------------------------------------------------------------------
 

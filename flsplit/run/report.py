@@ -52,7 +52,9 @@ def _chosen(options: SplitOptions) -> dict[str, object]:
 
 def _kept_arguments(thing: object, names: Iterable[str]) -> dict[str, object]:
     """Return what a thing was made with, as far as it keeps it under the argument's name."""
-    return {name: vars(thing)[name] for name in names if name in vars(thing)}
+    kept = vars(thing)
+    found = {name: kept.get(name, kept.get(f"_{name}", MISSING)) for name in names}
+    return {name: value for name, value in found.items() if value is not MISSING}
 
 
 def log_round(entry: RoundEntry, num_rounds: int, seconds_left: float) -> None:

@@ -251,12 +251,11 @@ class Step:
         started = time.perf_counter()
         split = torch.split(outputs.detach(), [len(batch) for batch in self.batches])
         gradients = {}
-        with located(self.where):
-            for batch, own in zip(self.batches, split, strict=True):
-                leaf = own.detach().requires_grad_()
-                loss = client_loss(self._segment, leaf, batch)
-                (gradients[batch.client],) = torch.autograd.grad(loss, leaf)
-                self._record_loss(batch, loss.item(), own)
+        for batch, own in zip(self.batches, split, strict=True):
+            leaf = own.detach().requires_grad_()
+            loss = client_loss(self._segment, leaf, batch)
+            (gradients[batch.client],) = torch.autograd.grad(loss, leaf)
+            self._record_loss(batch, loss.item(), own)
         self._count(started, logits=len(outputs))
         return gradients
 
@@ -423,7 +422,7 @@ class Step:
 
     @contextmanager
     def _computing(self, segment: ServerSegment, names: Sequence[str]) -> Iterator[list[Tensor]]:
-        """Seed and locate what is computed inside, and undo BatchNorm's statistics if it fails."""
+        """Seed what is computed inside, and undo BatchNorm's statistics if it fails."""
         key = tuple(names)
         calls = self._calls[key] = self._calls.get(key, -1) + 1
         # The first computation on some clients' batches is seeded by their names alone; a second
@@ -433,7 +432,7 @@ class Step:
         segment.module.train()
         before = segment.copied_buffers()
         try:
-            with located(self.where), seeded(seed, segment.device):
+            with seeded(seed, segment.device):
                 yield before
         except Exception:
             segment.put_buffers(before)
@@ -468,7 +467,7 @@ class Step:
                 )
 
     def _error(self, what: str) -> MethodError:
-        return MethodError(f"{self._method}.step {what} ({self.where})")
+        return MethodError(f"{self._method}.step {what}")
 
 
 def client_shares(batches: Sequence[ClientBatch], shares: Shares) -> dict[str, float]:

@@ -27,6 +27,8 @@ METHODS = {
     "sglr": SIZES | {"strategy-args": "{phi = 0.5, alpha = 0.5}"},
     "epsl": SIZES | {"strategy-args": "{phi = 0.5, local-steps = 2}"},
     "gapsl": SIZES,
+    "cyclesl": SIZES | {"strategy-args": "{server-batch-size = 24}"},
+    "sfl-ga": SIZES,
     "fsl-sage": SIZES
     | {
         "num-server-rounds": 3,

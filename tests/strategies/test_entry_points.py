@@ -1,4 +1,4 @@
-"""Rules, passes and strategies of another package, found by name in a run config."""
+"""Strategies and client parts of another package, found by name in a run config."""
 
 import sys
 import textwrap
@@ -9,44 +9,45 @@ from reference import CUT, fresh, make_parts, plain_net, split_app
 
 from flsplit import LocalGrid
 from flsplit.errors import ConfigError
-from flsplit.run import make_strategy
-from flsplit.server.passes import PerClient, Replay
-from flsplit.strategies import PSL, rule_names
-from flsplit.strategies.rules import CutGradientAveraging, SplitLr
+from flsplit.run import ParallelStrategy, make_strategy
 
 STRANGER = '''
-from flsplit.server.rules import GradientRule
+from flsplit.client_parts import ClientPart
 from flsplit.strategies import PSL
-
-
-class Shrink(GradientRule):
-    """Makes the server's gradient smaller, the more the longer the run."""
-
-    def __init__(self, factor, *, half_life=1.0):
-        self.factor, self.half_life, self.steps = factor, half_life, 0
-
-    def __call__(self, context, result):
-        self.steps += 1
-        result.server_gradients = [
-            None if g is None else g * self.factor for g in result.server_gradients
-        ]
-        result.metrics["shrink.steps"] = float(self.steps)
-        return result
 
 
 class Timid(PSL):
     """PSL whose server takes small steps."""
 
     def __init__(self, courage: float = 0.5, **options):
-        super().__init__(**options | {"rules": [Shrink(courage), *options.get("rules", ())]})
-        self.courage = courage
+        super().__init__(**options)
+        self.courage, self.taken = courage, 0
+
+    def step(self, step):
+        found = step.gradients()
+        self.taken += 1
+        step.update([None if g is None else g * self.courage for g in found.server_gradients])
+        step.reply(found.cut_gradients)
+        step.record({"steps-taken": self.taken})
+
+
+class Halve(ClientPart):
+    """Halves the cut-layer gradient, or takes another part of it."""
+
+    name = "halve"
+
+    def __init__(self, factor: float = 0.5):
+        self.factor = factor
+
+    def cut_gradient(self, where, gradient):
+        return gradient * self.factor
 '''
 ENTRY_POINTS = """
 [flsplit.strategies]
 timid = stranger_split:Timid
-[flsplit.rules]
-shrink = stranger_split:Shrink
-not-a-rule = stranger_split:Timid
+[flsplit.client_parts]
+halve = stranger_split:Halve
+not-a-part = stranger_split:Timid
 """
 
 
@@ -74,46 +75,29 @@ def run(strategy):
     )
 
 
-def test_a_strangers_strategy_and_rule_take_parameters_of_their_own(stranger):
-    assert "shrink" in rule_names()
+def test_a_strangers_strategy_and_part_take_parameters_of_their_own(stranger):
     timid = make("timid", "{courage = 0.25, batch-size = 4}")
-    shrink = "{name = 'shrink', factor = 0.25, half-life = 3}"
-    ruled = make("psl", f"{{rules = [{shrink}], batch-size = 4}}")
     assert timid.courage == 0.25
-    assert ruled.rules[0].half_life == 3
-    one, other = run(timid), run(ruled)
-    assert one.history.numbers() == other.history.numbers()
-    assert one.history[0].metrics["shrink.steps"] == 1.5
-    assert run(make("psl", "{batch-size = 4}")).history[0].loss != one.history[0].loss
-
-
-def test_flsplits_own_rules_and_passes_by_name():
-    strategy = make(
-        "psl",
-        '{rules = ["split-lr", {name = "cut-gradient-averaging", phi = 0.25, phases = [0.0, 0.5]}],'
-        ' server-pass = {name = "replay", phi = 0.5}}',
-    )
-    first, second = strategy.rules
-    assert isinstance(first, SplitLr)
-    assert isinstance(second, CutGradientAveraging)
-    assert (second.phi, second.phases) == (0.25, (0.0, 0.5))
-    assert isinstance(strategy.server_pass, Replay)
-    assert isinstance(make("psl", '{server-pass = "per-client"}').server_pass, PerClient)
+    one = run(timid)
+    assert one.history[0].metrics["steps-taken"] == 1.5
+    # Plain SGD: a factor is as good as another learning rate.
+    rated = run(make("psl", "{batch-size = 4, server-lr = 0.0025, client-lr = 0.01}"))
+    assert one.history[0].loss == pytest.approx(rated.history[0].loss, rel=1e-6)
+    halved = run(make("psl", '{batch-size = 4, client-parts = [{name = "halve", factor = 0.25}]}'))
+    rated = run(make("psl", "{batch-size = 4, client-lr = 0.0025}"))
+    assert halved.history[0].loss == pytest.approx(rated.history[0].loss, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        ('{rules = ["split-rl"]}', "there is no rule 'split-rl'; did you mean 'split-lr'"),
-        ('{rules = [{name = "split-lr", alfa = 1}]}', "rule 'split-lr' has no argument 'alfa'"),
-        ('{rules = [{phi = 0.5}]}', "rule is {'phi': 0.5}, expected a name or a table"),
-        ('{rules = "split-lr"}', "rules is 'split-lr', expected a list as"),
-        ('{rules = ["shrink"]}', "rule 'shrink': .*missing 1 required positional argument"),
-        ('{rules = ["not-a-rule"]}', "rule 'not-a-rule'"),
-        ('{rules = ["leader-alignment"]}', "needs inner products .* Pooled doesn't provide"),
-        ('{server-pass = "replay"}', "server pass 'replay': .*missing 1 required"),
-        ('{server-pass = {name = "replay", phi = 2}}', "phi is 2"),
-        ('{server-pass = "split-lr"}', "there is no server pass 'split-lr'"),
+        ('{rules = ["split-lr"]}', "strategy 'psl' has no argument 'rules'"),
+        ('{server-pass = "replay"}', "strategy 'psl' has no argument 'server_pass'"),
+        ('{client-parts = ["clap"]}', "there is no client part 'clap'"),
+        ('{client-parts = [{factor = 0.5}]}', "client part is {'factor': 0.5}, expected a name"),
+        ('{client-parts = "halve"}', "client-parts is 'halve', expected a list as"),
+        ('{client-parts = [{name = "halve", facto = 1}]}', "facto"),
+        ('{client-parts = ["not-a-part"]}', "not-a-part"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_is_refused_with_the_reason(stranger, args, why):
@@ -126,5 +110,7 @@ def test_every_preset_is_found_by_name():
         "sglr": "{phi = 0.5, alpha = 1.0, client-lr = 0.1}",
         "epsl": "{phi = 0.5, aggregation = 'shared_delta'}",
         "gapsl": "{eta = -1.0, low-memory = true}",
+        "cyclesl": "{server-epochs = 2, server-batch-size = 8}",
+        "sfl-ga": "{}",
     }.items():
-        assert isinstance(make(name, args), PSL)
+        assert isinstance(make(name, args), ParallelStrategy)

@@ -22,9 +22,7 @@ from twins.loop import train_twin
 from twins.recording import assert_same_steps, assert_same_weights, recorded
 
 from flsplit.errors import ConfigError, DataError
-from flsplit.server.passes import Replay
-from flsplit.strategies import EPSL, PSL, SequentialSL
-from flsplit.strategies.rules import LeaderAlignment
+from flsplit.strategies import EPSL, PSL
 
 SIZES = (8, 14, 11, 6)  # ragged batches, and clients that drop out: λ is renormalised
 
@@ -139,7 +137,7 @@ def test_a_client_that_is_lost_renormalises_the_shares():
         (lambda o: EPSL(**o, phi=-0.1), "phi is -0.1"),
         (lambda o: EPSL(**o, phi=float("nan")), "phi is nan"),
         (lambda o: EPSL(**o, aggregation="sum"), "expected one of 'replay', 'shared_delta'"),
-        (lambda o: EPSL(**o, server_pass=Replay(0.5)), "EPSL is a server pass itself"),
+        (lambda o: EPSL(**o, server_pass="replay"), "EPSL has no argument 'server_pass'"),
         (lambda o: EPSL(**o, loss=functional.mse_loss), "the loss is mse_loss; use a classifier's"),
         (lambda o: EPSL(**o, loss=nn.L1Loss()), "the loss is L1Loss"),
         (lambda o: EPSL(**o, loss=nn.BCEWithLogitsLoss()), "the loss is BCEWithLogitsLoss"),
@@ -148,15 +146,7 @@ def test_a_client_that_is_lost_renormalises_the_shares():
             lambda o: EPSL(**o, loss=partial(partial(functional.gaussian_nll_loss), full=True)),
             "the loss is gaussian_nll_loss",
         ),
-        (lambda o: EPSL(**o, server_batchnorm="per_client"), "server_batchnorm is part of"),
-        (
-            lambda o: EPSL(**o, rules=[LeaderAlignment()]),
-            "LeaderAlignment needs inner products .* Replay doesn't provide",
-        ),
-        (
-            lambda o: SequentialSL(**o, server_pass=Replay(0.5)),
-            "Replay works across the clients .* SequentialSL every server step is one client's",
-        ),
+        (lambda o: EPSL(**o, server_batchnorm="per_client"), "EPSL takes 'pooled' only"),
     ],
 )
 def test_what_can_not_be_is_refused_at_construction(make, why):

@@ -5,15 +5,14 @@ import sys
 
 import pytest
 import torch
+from flwr.app import ArrayRecord
 from reference import MOMENTUM, make_parts, normed_net, plain_net, run_split, whole_of
 from twins.gapsl import gapsl
 from twins.loop import train_twin
 from twins.recording import assert_same_steps, assert_same_weights, recorded
 
 from flsplit.errors import ConfigError
-from flsplit.server.passes import PerClient, Pooled
 from flsplit.strategies import GAPSL, PSL
-from flsplit.strategies.rules import LeaderAlignment
 
 SIZES = (8, 14, 11, 6, 9)
 CASES = [
@@ -116,11 +115,13 @@ def test_with_and_without_cache_the_history_is_the_same():
 
 
 def test_a_second_run_starts_anew():
-    rule = LeaderAlignment()
-    rule.load_state_dict({"extremes": [0.1, 0.4]})
-    assert rule.state_dict() == {"extremes": [0.1, 0.4]}
-    rule.begin_run()
-    assert rule.state_dict() == {"extremes": []}
+    model = plain_net()
+    strategy, arrays = GAPSL(model=model, cut="front"), ArrayRecord(model.state_dict())
+    strategy.begin(arrays)
+    strategy.load_state_dict(strategy.state_dict() | {"dispersion-extremes": [0.1, 0.4]})
+    assert strategy.state_dict()["dispersion-extremes"] == [0.1, 0.4]
+    strategy.begin(arrays)
+    assert strategy.state_dict()["dispersion-extremes"] == []
 
 
 @pytest.mark.parametrize(
@@ -131,15 +132,9 @@ def test_a_second_run_starts_anew():
         (lambda o: GAPSL(**o, eta=float("inf")), "eta is inf"),
         (lambda o: GAPSL(**o, lam=-1), "lam is -1"),
         (lambda o: GAPSL(**o, excluded_clients="zero"), "expected one of 'own_gradient', 'skip'"),
-        (lambda o: GAPSL(**o, reduction="sum"), "reduction is 'sum', but rule LeaderAlignment"),
-        (lambda o: GAPSL(**o, server_pass=Pooled()), "LeaderAlignment needs inner products"),
-        (
-            lambda o: GAPSL(**o, low_memory=True, server_pass=PerClient(keep_gradients=True)),
-            "low_memory chooses the server pass .* give one of them",
-        ),
+        (lambda o: GAPSL(**o, reduction="sum"), "reduction is 'sum', but GAPSL says itself"),
         (lambda o: GAPSL(**o, server_batchnorm="pooled"), "BatchNorm sees one client at a time"),
         (lambda o: GAPSL(**o, server_batchnorm="per_client"), "but GAPSL takes none"),
-        (lambda o: PSL(**o, rules=[LeaderAlignment()]), "which server pass Pooled doesn't"),
     ],
 )
 def test_what_can_not_be_is_refused_at_construction(make, why):
@@ -159,14 +154,15 @@ MEMORY = """
 import re, sys, torch
 from torch import nn
 from torch.nn import functional
-from flsplit.server.passes import PerClientFactored, PerClientProducts
-from flsplit.server.segment import ServerSegment
-from flsplit.server.step import ClientBatch, StepContext, client_shares
-from flsplit.strategies.rules import LeaderAlignment
+from types import SimpleNamespace
 import numpy as np
+from flsplit.run.step import client_shares
+from flsplit.server.gradients import ClientBatch, client_gradients
+from flsplit.server.segment import ServerSegment
+from flsplit.strategies import GAPSL
 torch.set_num_threads(1)
 
-class Plain(nn.Linear):  # no Linear layer, as far as PerClientFactored knows
+class Plain(nn.Linear):  # no Linear layer, as far as what records them knows
     pass
 
 Layer = nn.Linear if sys.argv[1] == "factored" else Plain
@@ -174,7 +170,7 @@ Layer = nn.Linear if sys.argv[1] == "factored" else Plain
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
-def step(width, server_pass, clients=8):
+def step(width, clients=8):
     layers = [Layer(width, width) for _ in range(4)]
     segment = ServerSegment(nn.Sequential(*layers, nn.Linear(width, 3)),
                             loss=functional.cross_entropy, optimizer=torch.optim.SGD, lr=0.1,
@@ -184,17 +180,16 @@ def step(width, server_pass, clients=8):
                for i in range(clients)]
     before = peak()
     shares = client_shares(batches, "equal")
-    result = server_pass(segment, batches, shares)
-    names = tuple(shares)
-    context = StepContext(names, shares, 1, 1, 0, 0.0, np.random.default_rng(0))
-    LeaderAlignment()(context, result)
+    low = sys.argv[1] == "low"
+    found = client_gradients(segment, batches, shares, low_memory=low).clients
+    gapsl = GAPSL(model=nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), cut="0")
+    gram = np.asarray(found.gram())
+    alignment = gapsl.align(gram, SimpleNamespace(clients=list(shares), progress=0.0))
+    found.combine(alignment.kept.astype(float).tolist())
     return (peak() - before) / size
 
-def make():
-    return PerClientProducts() if sys.argv[1] == "low" else PerClientFactored()
-
-step(64, make())
-print(step(1600, make()))
+step(64)
+print(step(1600))
 """
 
 

@@ -7,7 +7,6 @@ from reference import CUT, plain_net
 from torch import nn
 
 from flsplit.errors import ConfigError
-from flsplit.server.passes import Pooled
 from flsplit.strategies import PSL, SequentialSL, SplitFedV1
 
 WRONG = {
@@ -33,8 +32,8 @@ WRONG = {
     "shares": ("example", 1, ["equal"]),
     "reduction": ("average", None),
     "server_batchnorm": ("per-client", None),
-    "server_pass": ("pooled", Pooled),
-    "rules": (None, 3, ["averaging"]),
+    "callbacks": (None, 3, ["stopping"]),
+    "client_parts": (None, 3, ["clip"]),
     "device": (0, None),
     "client_strategy": ("fedavg", FedAvg),
     "share_client_segments": ("true", 0),
@@ -70,9 +69,9 @@ def test_a_value_that_cannot_be_used_is_refused_by_name(name, value):
         ),
         ("model", plain_net, "model is of type function, expected an object of type Module"),
         (
-            "rules",
-            ["averaging"],
-            "rules: one of them is 'averaging', expected an object of type GradientRule",
+            "callbacks",
+            ["stopping"],
+            "callbacks: one of them is 'stopping', expected an object of type Callback",
         ),
     ],
 )
@@ -98,10 +97,6 @@ def test_a_device_that_is_not_there(device):
                 "server_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1),
             },
             "server_lr is a function and server_scheduler is given",
-        ),
-        (
-            {"server_pass": Pooled(), "server_batchnorm": "per_client"},
-            "server_batchnorm is part of server_pass",
         ),
         (
             {"client_strategy": FedAvg(), "fraction_train": 0.5},
@@ -141,8 +136,8 @@ def test_sequential_split_learning_has_nothing_to_aggregate():
 def test_whatever_is_good_is_taken():
     strategy = make(
         server_lr=1, client_lr=lambda server_round: 1 / server_round, loss=nn.MSELoss(),
-        metrics={}, rules=[], fraction_train=1, fraction_evaluate=0, local_epochs=0,
-        local_steps=3, server_optimizer=torch.optim.AdamW, device="cpu", seed=2**40,
-        min_train_nodes=0, drop_last=True,
+        metrics={}, callbacks=[], client_parts=[], fraction_train=1, fraction_evaluate=0,
+        local_epochs=0, local_steps=3, server_optimizer=torch.optim.AdamW, seed=2**40,
+        min_train_nodes=0, drop_last=True, device="cpu",
     )  # fmt: skip
     assert strategy.options.local_steps == 3

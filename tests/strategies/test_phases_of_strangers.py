@@ -29,10 +29,12 @@ class Cyclic(PSL):
         super().__init__(**options)
         self.server_epochs = server_epochs
 
-    def server_step(self, *where):
+    def step(self, step):
         for _ in range(self.server_epochs):
-            super().server_step(*where)
-        return super().server_step(*where)
+            step.update(step.gradients())
+        found = step.gradients()
+        step.update(found)
+        step.reply(found.cut_gradients)
 
     @classmethod
     def phases(cls, work, *, server_epochs=1, **arguments):

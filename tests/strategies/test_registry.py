@@ -30,12 +30,10 @@ class Lazy(PSL):
         super().__init__(**options)
         self.patience, self.mood = patience, mood
 
-    def server_step(self, round_, step, steps, batches):
-        lr = self.server.optimizer.param_groups[0]["lr"]
-        self.server.set_lr(0.0 if step % self.patience else lr)
-        answer = super().server_step(round_, step, steps, batches)
-        self.server.set_lr(lr)
-        return answer
+    def step(self, step):
+        found = step.gradients()
+        step.update(found, lr_factor=0.0 if step.index % self.patience else 1.0)
+        step.reply(found.cut_gradients)
 
 
 def not_a_strategy():

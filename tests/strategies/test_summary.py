@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 from torch import nn
 
+from flsplit.client_parts import Noise
 from flsplit.run import make_strategy, strategy_names
 from flsplit.run.strategy import own_argument_names
 from flsplit.strategies import CSEFSL, EPSL, FSLSAGE, GAPSL, PSL, SGLR
@@ -25,14 +26,15 @@ def make(cls, **options):
 @pytest.mark.parametrize(
     ("cls", "options", "expected"),
     [
-        (EPSL, {"server_lr": 0.1, "phi": 0.25}, "server_pass: Replay(phi=0.25)"),
-        (SGLR, {"phi": 0.4}, "rules: CutGradientAveraging(phi=0.4"),
-        (SGLR, {"alpha": 1.5}, "SplitLr(alpha=1.5)"),
-        (GAPSL, {"server_lr": 0.1, "eta": 0.3}, "rules: LeaderAlignment(eta=0.3, k_min="),
+        (EPSL, {"server_lr": 0.1, "phi": 0.25}, "phi: 0.25"),
+        (SGLR, {"phi": 0.4}, "phi: 0.4"),
+        (SGLR, {"alpha": 1.5}, "alpha: 1.5"),
+        (GAPSL, {"server_lr": 0.1, "eta": 0.3}, "eta: 0.3"),
         (FSLSAGE, {"server_lr": 0.1, "align_every": 4}, "align_every: 4"),
         (FSLSAGE, {"server_lr": 0.1}, "upload_every: 5"),
         (CSEFSL, {"server_lr": 0.1, "auxiliary": "first-stage"}, "auxiliary: 'first-stage'"),
         (PSL, {"server_lr": 0.1}, "local_steps: 3"),
+        (PSL, {"client_parts": (Noise(0.5),)}, "client_parts: Noise(sigma=0.5"),
     ],
 )
 def test_a_summary_says_what_the_method_was_given(cls, options, expected, caplog):
@@ -49,9 +51,8 @@ def test_a_summary_names_all_arguments_of_a_method(name, caplog):
     cls = type(make(partial(make_strategy, name), **required))
     text = "\n".join(lines_of(make(cls, **required), caplog))
 
-    chosen_by = {"aggregation": "Replay(", "low_memory": "PerClientFactored("}  # the pass says it
     for argument in own_argument_names(cls):
-        assert chosen_by.get(argument, argument) in text, argument
+        assert f"{argument}: " in text, argument
 
 
 def test_a_summary_leaves_out_options_at_their_default(caplog):
