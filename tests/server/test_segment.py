@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import StepLR
 
 from flsplit.cut import split
-from flsplit.server.segment import ServerSegment, split_rows
+from flsplit.server.segment import ServerSegment
 
 CPU = torch.device("cpu")
 
@@ -105,8 +105,3 @@ def test_smashed_data_is_taken_in_the_weights_dtype():
     received = segment_of().receive(torch.ones(2, 6, dtype=torch.bfloat16))
     assert received.dtype == torch.float32
     assert torch.equal(received, torch.ones(2, 6))
-
-
-def test_rows_are_split_by_client():
-    parts = split_rows(torch.arange(6), [1, 3, 2])
-    assert [part.tolist() for part in parts] == [[0], [1, 2, 3], [4, 5]]

@@ -1,45 +1,66 @@
-"""LeaderAlignment, by vectors and angles worked out by hand."""
+"""GAPSL's alignment, by vectors and angles worked out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import plain_net
 
 from flsplit.errors import NonFiniteError
-from flsplit.server.products import KeptProducts
-from flsplit.server.step import StepContext, StepResult
-from flsplit.strategies.rules import LeaderAlignment
+from flsplit.server.gradients import StepGradients
+from flsplit.server.products import KeptGradients
+from flsplit.strategies import GAPSL
 
-RIGHT, DOWN = math.pi / 2, math.pi
-
-
-def context(size, progress=0.0):
-    names = tuple(str(i) for i in range(size))
-    shares = dict.fromkeys(names, 1 / size)
-    return StepContext(names, shares, 1, 1, 0, progress, np.random.default_rng(0))
+RIGHT = math.pi / 2
+MODEL = plain_net()
 
 
-def result(vectors, losses=None):
-    rows = [torch.as_tensor(v, dtype=torch.float32) for v in vectors]
-    names = [str(i) for i in range(len(rows))]
-    return StepResult(
-        dict(zip(names, losses or [1.0] * len(rows), strict=True)), {},
-        [torch.zeros_like(rows[0][:1]), torch.zeros_like(rows[0][1:])],
-        {name: torch.ones(2, 1) for name in names}, 0,
-        client_server_gradients={
-            n: [v[:1].clone(), v[1:].clone()] for n, v in zip(names, rows, strict=True)
-        },
-    )  # fmt: skip
+class VectorStep:
+    """A step whose clients' server gradients are given vectors."""
+
+    def __init__(self, vectors, progress=0.0, losses=None):
+        vectors = [torch.as_tensor(v, dtype=torch.float32) for v in vectors]
+        self.clients = [str(i) for i in range(len(vectors))]
+        self.shares = dict.fromkeys(self.clients, 1 / len(vectors))
+        self.progress, self.rng = progress, np.random.default_rng(0)
+        self.found = StepGradients(
+            losses=dict(zip(self.clients, losses or [1.0] * len(vectors), strict=True)),
+            logits={},
+            cut_gradients={name: torch.ones(2, 1) for name in self.clients},
+            weights=self.shares,
+            rows=0,
+            clients=KeptGradients(self.clients, [[v[:1].clone(), v[1:].clone()] for v in vectors]),
+        )
+        self.metrics = {}
+
+    def gradients(self, *, per_client, low_memory):
+        assert per_client
+        return self.found
+
+    def update(self, gradients):
+        self.gradient = torch.cat(gradients).tolist()
+
+    def reply(self, cut_gradients):
+        self.told = set(cut_gradients)
+
+    def record(self, metrics):
+        self.metrics = {k.removeprefix("leader-alignment."): v for k, v in metrics.items()}
+
+
+def gapsl(**options):
+    return GAPSL(model=MODEL, cut="front", **options)
 
 
 def aligned(vectors, progress=0.0, losses=None, **options):
-    """Return the server's gradient, the metrics and the result."""
-    found = LeaderAlignment(**options)(context(len(vectors), progress), result(vectors, losses))
-    metrics = {k.removeprefix("leader-alignment."): v for k, v in found.metrics.items()}
-    return torch.cat(found.server_gradients).tolist(), metrics, found
+    """Return the server's gradient, the metrics and the step."""
+    step = VectorStep(vectors, progress, losses)
+    gapsl(**options).step(step)
+    return step.gradient, step.metrics, step
 
 
 FAN = [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]  # at 0, 90 and 45 degrees
@@ -57,6 +78,21 @@ def test_a_fan_of_three():
     assert metrics["threshold"] == pytest.approx(math.radians(30), abs=1e-7)
     assert metrics["kept"] == metrics["kept.2"] == 1.0
     assert gradient == [1.0, 1.0]
+
+
+def test_a_fan_of_three_by_its_inner_products():
+    step = SimpleNamespace(
+        clients=list("012"), shares=dict.fromkeys("012", 1 / 3), progress=0.0,
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
+    found = gapsl().align(np.array(FAN) @ np.array(FAN).T, step)
+    assert np.degrees(found.scores) == pytest.approx([67.5, 67.5, 45.0])
+    assert np.degrees(found.dispersion) == pytest.approx(math.sqrt(112.5))
+    assert found.ratio == 20.0
+    assert found.leaders.tolist() == found.kept.tolist() == [False, False, True]
+    assert np.degrees(found.angles) == pytest.approx([45.0, 45.0, 0.0], abs=1e-5)
+    assert np.degrees(found.threshold) == pytest.approx(30.0, abs=1e-5)
+    assert found.lead_norm == pytest.approx(math.sqrt(2))
 
 
 @pytest.mark.parametrize(("reduction", "gradient"), [("sum", [2.0, 2.0]), ("mean", [2 / 3] * 2)])
@@ -94,29 +130,37 @@ def test_ties_stay():
         assert metrics["kept"] == 4.0
 
 
+def begun():
+    strategy = gapsl(k_min=20, k_max=80)
+    strategy.begin(ArrayRecord(MODEL.state_dict()))
+    return strategy
+
+
 def test_k_grows_with_progress_and_agreement():
     """Dispersions 0 (first step), then the fan's, then half way: equation 2 by hand."""
-    rule, options = LeaderAlignment(k_min=20, k_max=80), context(3, progress=0.5)
+    strategy = begun()
     narrow = [(1.0, 0.0), (1.0, 0.2), (1.0, 0.4)]
     ratios, dispersions = [], []
     for vectors in (FAN, FAN, narrow, FAN):
-        found = rule(options, result(vectors))
-        ratios.append(found.metrics["leader-alignment.k-percent"])
-        dispersions.append(found.metrics["leader-alignment.dispersion"])
+        step = VectorStep(vectors, progress=0.5)
+        strategy.step(step)
+        ratios.append(step.metrics["k-percent"])
+        dispersions.append(step.metrics["dispersion"])
     assert dispersions[2] < dispersions[0]
     assert ratios == pytest.approx([20.0, 20.0, 20 + 0.5 * 1.0 * 60, 20.0])
-    assert rule.state_dict() == {"extremes": [dispersions[2], dispersions[0]]}
-    other = LeaderAlignment(k_min=20, k_max=80)
-    other.load_state_dict(rule.state_dict())
-    again = other(options, result(narrow))
-    assert again.metrics["leader-alignment.k-percent"] == pytest.approx(50.0)
+    state = strategy.state_dict()
+    assert state["dispersion-extremes"] == [dispersions[2], dispersions[0]]
+    other, again = begun(), VectorStep(narrow, progress=0.5)
+    other.load_state_dict(state)
+    other.step(again)
+    assert again.metrics["k-percent"] == pytest.approx(50.0)
 
 
 def test_the_reported_loss_has_the_term_of_equation_7():
-    _, metrics, found = aligned(FAN, losses=[1.0, 2.0, 4.0], eta=-1.0, lam=0.5)
+    _, metrics, step = aligned(FAN, losses=[1.0, 2.0, 4.0], eta=-1.0, lam=0.5)
     term = 0.5 * (1 - math.cos(math.radians(45)))
     assert metrics["loss"] == pytest.approx(7 + 2 * term)
-    assert found.losses == {"0": 1.0, "1": 2.0, "2": 4.0}
+    assert step.found.losses == {"0": 1.0, "1": 2.0, "2": 4.0}
 
 
 def test_projection_turns_kept_gradients_to_the_leader():
@@ -127,8 +171,8 @@ def test_projection_turns_kept_gradients_to_the_leader():
 
 
 def test_excluded_clients_can_be_skipped():
-    assert aligned(FAN)[2].skipped == set()
-    assert aligned(FAN, excluded_clients="skip")[2].skipped == {"0", "1"}
+    assert aligned(FAN)[2].told == {"0", "1", "2"}
+    assert aligned(FAN, excluded_clients="skip")[2].told == {"2"}
 
 
 def test_without_gda_the_leader_alone_is_stepped_with():
@@ -162,15 +206,3 @@ def test_permuting_the_clients_permutes_the_result(seed, eta):
     for new, old in enumerate(order):
         for key in ("angle", "kept"):
             assert permuted[f"{key}.{new}"] == pytest.approx(metrics[f"{key}.{old}"], abs=1e-7)
-
-
-def test_inner_products_are_float64_however_large_the_layers():
-    """Over more than one block; float32 would be off by 1e-7 of the norm, and lose small angles."""
-    rng = torch.Generator().manual_seed(0)
-    first = torch.randn(70_000, generator=rng)
-    second = first + 1e-4 * torch.randn(70_000, generator=rng)
-    layers = [[v[:3].clone(), None, v[3:].view(-1, 1).clone()] for v in (first, second)]
-    expected = torch.stack([first, second]).double()
-    torch.testing.assert_close(
-        KeptProducts(layers).gram(), expected @ expected.T, rtol=1e-13, atol=0
-    )
