@@ -179,6 +179,8 @@ class Step:
         """
         started = time.perf_counter()
         batches = self.batches if batches is None else batches
+        if not batches:
+            raise self._error("asked for the gradients of no batches")
         segment = segment or self._segment
         whole = batches is self.batches
         names = self.clients if whole else [batch.client for batch in batches]
@@ -307,6 +309,8 @@ class Step:
             If it is something else than gradients.
         """
         segment = segment or self._segment
+        if not (isinstance(lr_factor, (int, float)) and math.isfinite(lr_factor)):
+            raise self._error(f"updated with lr_factor {lr_factor!r}, expected a finite number")
         checked = isinstance(found, StepGradients) and found.clients is None
         gradients = found.server_gradients if isinstance(found, StepGradients) else found
         if not checked:
@@ -363,6 +367,10 @@ class Step:
                     f"replied to client {client!r} with {_shown(gradient)}, expected a cut-layer "
                     f"gradient of shape {tuple(shapes[client])}"
                 )
+            if not gradient.is_floating_point():
+                raise self._error(
+                    f"replied to client {client!r} with {gradient.dtype}, expected floating point"
+                )
             if not all_finite(gradient):
                 raise self._error(f"replied to client {client!r} with NaN or infinite values")
             self._told[client] = Backward(
@@ -377,6 +385,8 @@ class Step:
         MethodError
             If one is not a number.
         """
+        if not isinstance(metrics, Mapping):
+            raise self._error(f"recorded {_shown(metrics)}, expected a dict of numbers")
         for name, number in metrics.items():
             try:
                 self._round.record_metrics({name: float(number)})

@@ -137,7 +137,7 @@ def test_a_fleets_clock_is_told_of_each_computation():
     assert told == [(10, 10, 10), (10, 0, 0), (0, 0, 10), (0, 10, 0)]
 
 
-def test_a_pass_apart_from_the_clients_own_rows_is_plain_autograd():
+def test_forward_and_backward_by_hand_give_what_gradients_gives():
     step = step_of()
     forward = step.forward(step.pooled())
     by_logits = step.logit_gradients(forward.outputs)
@@ -359,7 +359,7 @@ def test_only_numbers_are_recorded(value, shown):
         step.record({"note": value})
 
 
-def test_a_loss_of_the_users_is_the_one_that_logit_gradients_are_of():
+def test_logit_gradients_are_of_the_loss_that_was_given():
     segment = RecordedSegment(
         split(fresh(plain_net), "front").server,
         loss=lambda logits, labels: 2 * functional.cross_entropy(logits, labels),
@@ -369,3 +369,26 @@ def test_a_loss_of_the_users_is_the_one_that_logit_gradients_are_of():
     expected = once.logit_gradients(outputs)
     for name, found in twice.logit_gradients(outputs).items():
         torch.testing.assert_close(found, 2 * expected[name])
+
+
+@pytest.mark.parametrize(
+    ("act", "why"),
+    [
+        (lambda s: s.update(s.gradients(), lr_factor=float("nan")), "updated with lr_factor nan"),
+        (lambda s: s.gradients([]), "asked for the gradients of no batches"),
+        (lambda s: s.record("loss 0.5"), "recorded 'loss 0.5', expected a dict of numbers"),
+        (lambda s: s.record(None), "recorded None, expected a dict of numbers"),
+        (
+            lambda s: s.reply({"a": torch.zeros(s.batches[0].smashed.shape, dtype=torch.int64)}),
+            "replied to client 'a' with torch.int64, expected floating point",
+        ),
+    ],
+)
+def test_what_makes_no_sense_names_the_method_and_what_came(act, why):
+    with pytest.raises(MethodError, match=f"Mine.step {why}"):
+        act(make_step(*_small()))
+
+
+def _small():
+    segment = RecordedSegment(nn.Linear(3, 2))
+    return segment, [ClientBatch("a", torch.ones(2, 3), torch.tensor([0, 1]), 2)]

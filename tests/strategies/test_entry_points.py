@@ -13,6 +13,7 @@ from flsplit.run import ParallelStrategy, make_strategy
 
 STRANGER = '''
 from flsplit.client_parts import ClientPart
+from flsplit.run import ParallelStrategy
 from flsplit.strategies import PSL
 
 
@@ -31,6 +32,19 @@ class Timid(PSL):
         step.record({"steps-taken": self.taken})
 
 
+class Cyclic(ParallelStrategy):
+    """The server learns from everybody's rows, mixed, before it says anything."""
+
+    def __init__(self, courage: float = 0.5, *, half_batch=16, **options):
+        super().__init__(**options)
+        self.courage, self.half_batch = courage, half_batch
+
+    def step(self, step):
+        for rows in step.shuffled_rows(2 * self.half_batch):
+            step.update(step.gradients(rows), lr_factor=self.courage)
+        step.reply(step.gradients(per_client=True).cut_gradients)
+
+
 class Halve(ClientPart):
     """Halves the cut-layer gradient, or takes another part of it."""
 
@@ -45,6 +59,7 @@ class Halve(ClientPart):
 ENTRY_POINTS = """
 [flsplit.strategies]
 timid = stranger_split:Timid
+cyclic = stranger_split:Cyclic
 [flsplit.client_parts]
 halve = stranger_split:Halve
 not-a-part = stranger_split:Timid
@@ -86,6 +101,21 @@ def test_a_strangers_strategy_and_part_take_parameters_of_their_own(stranger):
     halved = run(make("psl", '{batch-size = 4, client-parts = [{name = "halve", factor = 0.25}]}'))
     rated = run(make("psl", "{batch-size = 4, client-lr = 0.0025}"))
     assert halved.history[0].loss == pytest.approx(rated.history[0].loss, rel=1e-6)
+
+
+def test_a_strangers_method_built_on_the_step_alone(stranger):
+    rates = "client-lr = 0.1, batch-size = 4"
+    cyclic = make("cyclic", f"{{courage = 0.25, half-batch = 2, server-lr = 0.2, {rates}}}")
+    assert isinstance(cyclic, ParallelStrategy)
+    assert (cyclic.courage, cyclic.half_batch) == (0.25, 2)
+    # A quarter of 0.2 is 0.05, also in floating point: the same to the last bit.
+    found = run(cyclic).history.numbers()
+    other = make("cyclesl", f"{{server-batch-size = 4, server-lr = 0.05, {rates}}}")
+    assert found == run(other).history.numbers()
+    bold = make("cyclic", f"{{courage = 1, half-batch = 2, server-lr = 0.2, {rates}}}")
+    assert found != run(bold).history.numbers()
+    with pytest.raises(ConfigError, match="'cyclic' has no argument 'rules'"):
+        make("cyclic", "{rules = []}")
 
 
 @pytest.mark.parametrize(

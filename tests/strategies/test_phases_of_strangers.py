@@ -31,10 +31,9 @@ class Cyclic(PSL):
 
     def step(self, step):
         for _ in range(self.server_epochs):
-            step.update(step.gradients())
-        found = step.gradients()
-        step.update(found)
-        step.reply(found.cut_gradients)
+            for rows in step.shuffled_rows(3):
+                step.update(step.gradients(rows))
+        step.reply(step.gradients().cut_gradients)
 
     @classmethod
     def phases(cls, work, *, server_epochs=1, **arguments):

@@ -42,6 +42,16 @@ def test_batchnorm_sees_all_rows_at_once():
     assert_same_weights(result, fronts, server)
 
 
+def test_one_client_at_a_time_gives_the_same_where_no_batchnorm_is():
+    parts, case = make_parts(SIZES), {"phi": 0.5, "alpha": 0.5}
+    answers, fronts, server = train_twin(sglr(**case), plain_net, parts, optimizer=SGD)
+    result, steps = recorded(
+        SGLR, plain_net, parts, share_client_segments=True, server_batchnorm="per_client", **case
+    )
+    assert_same_steps(steps, answers, "cut-gradient-averaging.")
+    assert_same_weights(result, fronts, server)
+
+
 def test_without_both_it_is_psl():
     parts = make_parts(SIZES)
     sglr_run = run_split(SGLR, plain_net, parts, phi=0.0, alpha=0.0)
