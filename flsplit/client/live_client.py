@@ -128,6 +128,7 @@ class Client:
         if other_run or self._state.is_ahead_of(plan.server_round, plan.experiment):
             # Another run must not go on with this one's state, nor an earlier round.
             set_state(self.optimizer, {})
+            self.auxiliary = None  # its optimizer remembers, too
             self._state.version, self._state.drawn = NO_SEGMENT, 0
             parts = PartChain(plan.client_parts, self.spec.client_parts, self.name)
         if segment:

@@ -65,7 +65,9 @@ class StepGradients:
         Each client's logits ``(b, C)``, detached.
     cut_gradients : dict of str to torch.Tensor
         Gradient of each client's *own mean loss* by its smashed data, of that shape: a client's
-        learning rate means the same with 1 client and with 100.
+        learning rate means the same with 1 client and with 100. Where BatchNorm sees all clients'
+        rows at once a client's rows are in the others' losses, too; then it is the gradient of the
+        server's loss over the client's weight.
     weights : dict of str to float
         What each client's mean loss counts in the server's.
     rows : int

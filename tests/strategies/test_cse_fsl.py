@@ -1,7 +1,16 @@
 """CSE-FSL: what it computes, against a twin; what it sends."""
 
 import pytest
-from reference import NUM_CLASSES, OPTIMIZERS, make_parts, plain_net, run_split
+import torch
+from reference import (
+    NUM_CLASSES,
+    OPTIMIZERS,
+    assert_bit_equal,
+    make_parts,
+    plain_net,
+    run_split,
+    weights_of,
+)
 from twins.fsl_sage import Twin
 from twins.recording import assert_same_run
 
@@ -72,3 +81,18 @@ def test_cosines_and_memory_are_in_the_ledger():
 def test_options_that_cannot_be_used_are_refused(option, value):
     with pytest.raises(ConfigError, match=option):
         cse(**{option: value})
+
+
+def test_a_second_run_on_the_same_clients_begins_anew():
+    """The auxiliary models' optimizer, too: Adam would remember."""
+    parts, grid = make_parts((8, 8)), []
+
+    def kept(one):
+        grid.append(one)
+        return grid[0]
+
+    runs = [
+        run_split(CSEFSL, plain_net, parts, optimizer=torch.optim.Adam, wrap=kept) for _ in range(2)
+    ]
+    assert len(grid) == 2
+    assert_bit_equal(weights_of(runs[1].arrays), weights_of(runs[0].arrays))
