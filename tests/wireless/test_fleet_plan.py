@@ -45,9 +45,9 @@ def test_arguments_to_paste(plan_of):
     )
     plan = plan_of("fsl-sage", given + "local_steps = 6}")
     assert plan.strategy_args == given + "local-steps = 6, batch-size = 64}"
-    rules = '{rules = ["split-lr", {name = "cut-gradient-averaging", phi = 0.25}]'
-    pasted = rules + ", batch-size = 64, local-steps = 1}"
-    assert plan_of("psl", rules + "}").strategy_args == pasted
+    parts = '{client-parts = ["clip", {name = "noise", sigma = 0.25}]'
+    pasted = parts + ", batch-size = 64, local-steps = 1}"
+    assert plan_of("psl", parts + "}").strategy_args == pasted
     assert plan_of("psl", pasted).strategy_args == pasted
 
 
