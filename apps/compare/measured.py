@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flsplit.account import History
-from flsplit.run import SplitStrategy
-from flsplit.run.round import Round
+from flsplit.run import Round, SplitStrategy
 
 # Those of the ledger's metrics that are kept for every round that has them.
 COSINE = "auxiliary-cosine"
@@ -50,16 +49,16 @@ def count_server_cpu(strategy: SplitStrategy) -> dict[int, float]:
     spent: dict[int, float] = defaultdict(float)
 
     def counted(work: Any) -> Any:
-        def wrapper(*given: Any) -> Any:
+        def wrapper(*given: Any, **named: Any) -> Any:
             (round_,) = (one for one in given if isinstance(one, Round))
             started = time.process_time()
-            result = work(*given)
+            result = work(*given, **named)
             spent[round_.entry.round] += time.process_time() - started
             return result
 
         return wrapper
 
-    for name in ("segment_step", "before_local_steps", "after_peek"):  # two places of alignments
+    for name in ("take_step", "before_local_steps", "after_peek"):  # two places of alignments
         if hasattr(strategy, name):
             setattr(strategy, name, counted(getattr(strategy, name)))
     return spent

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor
 
 from flsplit.message.steps import FinishReply
-from flsplit.run.round import Round
-from flsplit.server.segment import ServerSegment
-from flsplit.server.step import ClientBatch, StepResult
+from flsplit.run import Round, Step
 from flsplit.strategies import FSLSAGE
 from traced.task import CUT, build_model
 from traced.trace import Arrivals, Trace
@@ -42,22 +39,12 @@ class TracedFSLSAGE(FSLSAGE):
         super().before_local_steps(round_, names)
         self._trace.add("alignment", self._round, began)
 
-    def segment_step(
-        self,
-        segment: ServerSegment,
-        round_: Round,
-        step: int,
-        steps: int,
-        batches: list[ClientBatch],
-    ) -> StepResult:
-        """Do the server's step, which ends when the upload is in the buffer."""
-        self._began, self._step = time.monotonic(), step
-        return super().segment_step(segment, round_, step, steps, batches)
-
-    def uploaded(self, client: str, smashed: Tensor, labels: Tensor) -> None:
-        """Note when the server worked on an upload."""
-        super().uploaded(client, smashed, labels)
-        self._trace.add("server", self._round, self._began, client=client, step=self._step)
+    def step(self, step: Step) -> None:
+        """Do the server's step, which ends when the upload is in the buffer, and note when."""
+        began = time.monotonic()
+        super().step(step)
+        [client] = step.clients
+        self._trace.add("server", self._round, began, client=client, step=step.index)
 
 
 @app.main()
