@@ -436,9 +436,10 @@ class Step:
         key = tuple(names)
         calls = self._calls[key] = self._calls.get(key, -1) + 1
         # The first computation on some clients' batches is seeded by their names alone; a second
-        # one by its number, too, or it would draw the same dropout masks.
-        again = (calls,) if calls else ()
-        seed = derive_seed(self._seed, "server", self.round, self.index, *names, *again)
+        # one by its number, too, or it would draw the same dropout masks. The number stands in
+        # the first label: after the names it could be taken for one more client's.
+        use = f"server again {calls}" if calls else "server"
+        seed = derive_seed(self._seed, use, self.round, self.index, *names)
         segment.module.train()
         before = segment.copied_buffers()
         try:
