@@ -1,10 +1,14 @@
 """Checkpoints of a run on the server: one atomic file per round, no pickle."""
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from flsplit.account import History, RoundEntry
@@ -13,7 +17,10 @@ from flsplit.run.callbacks import Callback
 from flsplit.run.method import SplitMethod
 from flsplit.storage import RoundFolder, from_records, to_records
 
-_PLAIN = (bool, int, float, str, list, dict, tuple, set, Tensor, type(None))
+_PLAIN = (
+    bool, int, float, str, list, dict, tuple, set, deque, np.ndarray, np.generic, Tensor,
+    type(None),
+)  # fmt: skip
 
 
 class Checkpoints:
@@ -53,7 +60,7 @@ class Checkpoints:
             # as text: a history is read as a whole, and has a format of its own
             "history": [json.dumps(entry.to_json()) for entry in history],
             "method": self._method.state_dict(),
-            "callbacks": [one.state_dict() for one in self._callbacks],
+            "callbacks": [[type(one).__name__, one.state_dict()] for one in self._callbacks],
         }
         self._rounds.save(history[-1].round, to_records(state))
 
@@ -78,8 +85,13 @@ class Checkpoints:
         state = from_records(found[1])
         self._check_identity(state["identity"])
         self._method.load_state_dict(state["method"])
-        for callback, own in zip(self._callbacks, state["callbacks"], strict=False):
-            callback.load_state_dict(own)
+        stored = list(state["callbacks"])
+        for callback in self._callbacks:  # one that the run didn't have yet begins anew
+            for kept in stored:
+                if kept[0] == type(callback).__name__:
+                    callback.load_state_dict(kept[1])
+                    stored.remove(kept)
+                    break
         history = History(RoundEntry.from_json(json.loads(entry)) for entry in state["history"])
         return state["holds"], history, state["experiment"]
 
@@ -110,4 +122,18 @@ class Checkpoints:
 def _shown_attributes(method: SplitMethod) -> dict[str, str]:
     """Return the attributes that are a method's own and plain, as text."""
     own = {name: one for name, one in vars(method).items() if name not in SplitMethod.ATTRIBUTES}
-    return {name: repr(one) for name, one in own.items() if isinstance(one, _PLAIN)}
+    return {name: _shown(one) for name, one in own.items() if isinstance(one, _PLAIN)}
+
+
+def _shown(value: object) -> str:
+    """Return a value as text that changes with it: ``repr`` leaves out digits and elements."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return f"{value.dtype} {value.shape} {blake2b(value.tobytes()).hexdigest()}"
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return f"{value.dtype} {tuple(value.shape)} {blake2b(raw.tobytes()).hexdigest()}"
+    if isinstance(value, Mapping):
+        return str([(repr(key), _shown(one)) for key, one in value.items()])
+    if isinstance(value, (list, tuple, deque)):
+        return str([_shown(one) for one in value])
+    return repr(value)
