@@ -12,7 +12,7 @@ from flsplit import LocalGrid
 from flsplit.client_parts import Noise
 from flsplit.errors import ConfigError
 from flsplit.storage import StorageError
-from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
+from flsplit.strategies import PSL, SFLGA, CycleSL, SequentialSL, SplitFedV1, SplitFedV2
 
 SIZES = (20, 13, 9)
 ROUNDS = 4
@@ -67,6 +67,8 @@ CASES = {
     "splitfed-v2": (SplitFedV2, {}),
     "splitfed-v2-fedadam": (SplitFedV2, {"client_strategy": fed_adam}),
     "sequential-sl": (SequentialSL, {}),
+    "cyclesl": (CycleSL, {"server_batch_size": 6, "server_epochs": 2}),
+    "sfl-ga": (SFLGA, {}),
 }
 
 
