@@ -118,6 +118,7 @@ class Step:
         self._unrecorded = set(map(id, self.batches))
         self._updated = False
         self._calls: dict[tuple[str, ...], int] = {}
+        self._buffers: dict[int, list[Tensor]] = {}  # by segment, as at its last update
 
     @property
     def progress(self) -> float:
@@ -185,7 +186,7 @@ class Step:
         whole = batches is self.batches
         names = self.clients if whole else [batch.client for batch in batches]
         weights = self._weights(batches)
-        with self._computing(segment, names) as before:
+        with self._computing(segment, names):
             if per_client:
                 found = client_gradients(segment, batches, weights, low_memory=low_memory)
             elif self._settings.pools:
@@ -193,7 +194,6 @@ class Step:
             else:
                 found = separate_gradients(segment, batches, weights)
             check_finite(found, segment, batches, self.where)
-        found.buffers = before
         self._count(started, forward=found.rows, backward=found.rows, logits=found.rows)
         self._round.entry.rows += found.rows
         for batch in batches:
@@ -318,10 +318,11 @@ class Step:
             try:
                 check_server_gradients(gradients, segment, self.batches, self.where)
             except ArithmeticError:
-                if isinstance(found, StepGradients):
-                    segment.put_buffers(found.buffers)
+                if id(segment) in self._buffers:
+                    segment.put_buffers(self._buffers[id(segment)])
                 raise
         segment.step(gradients, lr_factor)
+        self._buffers.pop(id(segment), None)
         self._updated = True
 
     def leave(self) -> None:
@@ -431,7 +432,7 @@ class Step:
         return {client: share * factor for client, share in shares.items()}
 
     @contextmanager
-    def _computing(self, segment: ServerSegment, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    def _computing(self, segment: ServerSegment, names: Sequence[str]) -> Iterator[None]:
         """Seed what is computed inside, and undo BatchNorm's statistics if it fails."""
         key = tuple(names)
         calls = self._calls[key] = self._calls.get(key, -1) + 1
@@ -442,9 +443,10 @@ class Step:
         seed = derive_seed(self._seed, use, self.round, self.index, *names)
         segment.module.train()
         before = segment.copied_buffers()
+        self._buffers.setdefault(id(segment), before)
         try:
             with seeded(seed, segment.device):
-                yield before
+                yield
         except Exception:
             segment.put_buffers(before)
             raise

@@ -4,7 +4,7 @@ Everything here computes and changes no weight. BatchNorm's buffers move, as in 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,7 +83,6 @@ class StepGradients:
     rows: int
     clients: ClientGradients | None = None
     _server: ServerGradients | None = None
-    buffers: list[Tensor] = field(default_factory=list)  # as they were before
 
     @property
     def server_gradients(self) -> ServerGradients:

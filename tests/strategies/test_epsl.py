@@ -21,7 +21,8 @@ from twins.epsl import epsl
 from twins.loop import train_twin
 from twins.recording import assert_same_steps, assert_same_weights, recorded
 
-from flsplit.errors import ConfigError, DataError
+from flsplit.errors import ConfigError, DataError, NonFiniteError
+from flsplit.run import ClientBatch
 from flsplit.strategies import EPSL, PSL
 
 SIZES = (8, 14, 11, 6)  # ragged batches, and clients that drop out: λ is renormalised
@@ -160,3 +161,17 @@ def test_a_loss_that_is_no_classifiers_names_client_round_and_step():
         part.tensors = (part.tensors[0], functional.one_hot(part.tensors[1], 3).float())
     with pytest.raises(DataError, match=r"round 1, step 0: client '0': EPSL aggregates"):
         run_split(EPSL, plain_net, parts)
+
+
+def test_a_gradient_that_is_not_finite_leaves_batchnorm_as_it_was():
+    from tests.server.one_step import RecordedSegment, make_step
+
+    segment = RecordedSegment(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)))
+    before = [one.clone() for one in segment.module.buffers()]
+    batches = [ClientBatch("a", torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), 4)]
+    step = make_step(segment, batches)
+    real = step.forward(step.pooled())
+    server_gradients, _ = step.backward(real, torch.full_like(real.outputs, float("nan")))
+    with pytest.raises(NonFiniteError):
+        step.update(server_gradients)
+    assert all(torch.equal(a, b) for a, b in zip(before, segment.module.buffers(), strict=True))
