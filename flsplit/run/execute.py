@@ -177,7 +177,7 @@ class Run:
             for segment in strategy.server_segments():
                 segment.set_lr(at_round(options.server_lr, server_round))
         config = ConfigRecord({**(self.train_config or {})})
-        parts = [*strategy.client_parts, *options.client_parts]
+        parts = strategy.all_client_parts()
         version = strategy.client_segment.version
         return Round(
             clients=clients,

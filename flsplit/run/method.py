@@ -206,6 +206,10 @@ class SplitMethod(SaysPhases):
 
     # --- a round -------------------------------------------------------------------------
 
+    def all_client_parts(self) -> list[ClientPart]:
+        """Return the method's own client parts, then those of the options."""
+        return [*self.client_parts, *self.options.client_parts]
+
     def least_clients(self) -> int:
         """Return how many clients a round needs; a client strategy would wait for them for ever."""
         least = max(self.options.min_available_nodes, self.options.min_train_nodes)
@@ -256,7 +260,7 @@ class SplitMethod(SaysPhases):
             "strategy": type(self).__name__,
             "cut": self.options.cut,
             "seed": self.options.seed,
-            "client_parts": describe_parts([*self.client_parts, *self.options.client_parts]),
+            "client_parts": describe_parts(self.all_client_parts()),
             "server_optimizer": type(self.server.optimizer).__name__,
             "client_strategy": type(self.aggregator.strategy).__name__ if self.aggregator else "",
         }

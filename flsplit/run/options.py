@@ -20,6 +20,7 @@ from flsplit.carry.session import SessionSettings
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.errors import ConfigError
 from flsplit.run.callbacks import Callback
+from flsplit.server.arguments import one_of, whole
 from flsplit.server.segment import Loss
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.fleet_file import find_fleet
@@ -160,12 +161,12 @@ class SplitOptions:
         _rate("server_lr", self.server_lr)
         if self.client_lr is not None:
             _rate("client_lr", self.client_lr)
-        _one_of("shares", self.shares, get_args(Shares))
-        _one_of("carrier", self.carrier, get_args(CarrierName))
-        _one_of("reduction", self.reduction, get_args(Reduction))
-        _one_of("server_batchnorm", self.server_batchnorm, ("pooled", "per_client"))
+        one_of("shares", self.shares, get_args(Shares))
+        one_of("carrier", self.carrier, get_args(CarrierName))
+        one_of("reduction", self.reduction, get_args(Reduction))
+        one_of("server_batchnorm", self.server_batchnorm, ("pooled", "per_client"))
         for name in ("batch_size", "evaluate_batch_size"):
-            _at_least(name, getattr(self, name), 1)
+            whole(name, getattr(self, name), 1)
         for name in (
             "local_epochs",
             "local_steps",
@@ -173,8 +174,8 @@ class SplitOptions:
             "min_evaluate_nodes",
             "seed",
         ):
-            _at_least(name, getattr(self, name), 0)
-        _at_least("min_available_nodes", self.min_available_nodes, 1)
+            whole(name, getattr(self, name), 0)
+        whole("min_available_nodes", self.min_available_nodes, 1)
         if self.checkpoint_dir and not Path(self.checkpoint_dir).is_absolute():
             raise ConfigError(
                 f"checkpoint_dir is {self.checkpoint_dir!r}, expected an absolute path"
@@ -267,16 +268,6 @@ def _rate(name: str, value: object) -> None:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
-
-
-def _at_least(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name} is {value!r}, expected a whole number of at least {minimum}")
 
 
 def _check_metrics(metrics: Mapping[str, Any]) -> None:
