@@ -314,7 +314,8 @@ class ServerHalf(Half):
         mode = self.training, torch.is_grad_enabled(), _autocast()
         found = known.get(mode) or known.get((mode, given.shape))
         if found is None:
-            found = self._derive(given)
+            with undisturbed((), {}):
+                found = self._derive(given)
             known[(mode, given.shape) if found.asks_sizes else mode] = found
         return found
 

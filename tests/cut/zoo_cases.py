@@ -235,7 +235,6 @@ OWN = {
     "kept": Case(around(keeps), ["a"], X),
     "checkpoint": Case(
         around(lambda m, x: m.c(checkpoint(m.b, m.a(x), use_reentrant=False))), ["a", "b"], X,
-        refused=("b",),
     ),
     "scripted": Case(around(lambda m, x: m.c(m.b(m.s(m.a(x)))), s=scripted), ["a", "s", "b"], X,
                      double=False),
