@@ -276,6 +276,9 @@ class Scripted(nn.Module):
         script = memo.get(id(vars(self)["script"])) or copy.deepcopy(vars(self)["script"], memo)
         other = Scripted(script, hold=bool(self._parameters or self._buffers or self._modules))
         memo[id(self)] = other
+        other._forward_hooks = copy.deepcopy(self._forward_hooks, memo)
+        if isinstance(stub := vars(self).get("forward"), Stub):
+            vars(other)["forward"] = Stub(other, stub.name)
         return other
 
     @classmethod
