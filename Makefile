@@ -63,6 +63,12 @@ test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, s
 	@$(BIN)/python -m pytest -m 'not e2e' --numprocesses 2 --dist loadfile $(ARGS)
 	@$(BIN)/python -m pytest -m e2e --numprocesses 3 --dist worksteal $(ARGS)
 
+# A tenth of it is among the tests. Its models come with the extra "zoo", which nothing else needs.
+.PHONY: zoo
+zoo: $(STAMP) ## Cut many models and compare them with the uncut ones, bit for bit
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[zoo]'
+	@$(BIN)/python tests/cut/zoo.py $(ARGS)
+
 .PHONY: lint
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/python -m ruff check .

@@ -4,27 +4,31 @@ from flsplit.cut.cut_errors import (
     CrossingError,
     CutError,
     EmptySegmentError,
+    ExampleError,
+    PathError,
     SharedStateError,
     StateDictError,
     UnknownCutError,
-    UntraceableError,
-    UnusedStateError,
 )
 from flsplit.cut.points import CutPoint, cuts
 from flsplit.cut.splitting import Split, split
+from flsplit.cut.stretch import Crossing
 from flsplit.cut.table import format_cuts
+from flsplit.cut.trace import Trace
 
 __all__ = [
+    "Crossing",
     "CrossingError",
     "CutError",
     "CutPoint",
     "EmptySegmentError",
+    "ExampleError",
+    "PathError",
     "SharedStateError",
     "Split",
     "StateDictError",
+    "Trace",
     "UnknownCutError",
-    "UntraceableError",
-    "UnusedStateError",
     "cuts",
     "format_cuts",
     "split",

@@ -1,5 +1,7 @@
 """What can be wrong with a cut."""
 
+from collections.abc import Mapping, Sequence
+
 from flsplit.errors import FlsplitError
 
 
@@ -8,27 +10,27 @@ class CutError(FlsplitError, ValueError):
 
 
 class UnknownCutError(CutError):
-    """No submodule has that name, or ``forward`` doesn't call it exactly once."""
+    """No submodule has that name, or ``forward`` doesn't call it that often."""
 
 
-class UntraceableError(CutError):
-    """The ``forward`` of the model, or of a module around the cut, can't be taken apart."""
+class ExampleError(CutError):
+    """The model has to be run once to be cut, and can't be: an example of its input is needed."""
 
 
 class CrossingError(CutError):
-    """Something else than the one tensor that the cut layer returns crosses the cut."""
+    """A value crosses the cut that mustn't, or is needed and didn't cross."""
 
 
 class SharedStateError(CutError):
-    """Both segments need the same parameter or buffer."""
-
-
-class UnusedStateError(CutError):
-    """A parameter or buffer belongs to neither segment, because ``forward`` never uses it."""
+    """Both segments would train the same parameter or buffer."""
 
 
 class EmptySegmentError(CutError):
     """The server segment has no parameters, so there is nothing to train on the server."""
+
+
+class PathError(CutError):
+    """The two sides' forwards went different ways before the cut."""
 
 
 class StateDictError(CutError):
@@ -40,3 +42,14 @@ def listed(names: list[str], limit: int = 6) -> str:
     shown = ", ".join(repr(name) for name in names[:limit])
     left_out = len(names) - limit
     return f"{shown} and {left_out} more" if left_out > 0 else shown
+
+
+def check_keys(what: str, found: Mapping[str, object], expected: Sequence[str]) -> None:
+    """Raise StateDictError if a state dict has other keys than are expected."""
+    missing = [key for key in expected if key not in found]
+    unexpected = sorted(set(found) - set(expected))
+    if missing or unexpected:
+        raise StateDictError(
+            f"{what} should have {len(expected)} keys and has {len(found)}. "
+            f"Missing: {listed(missing) or 'none'}. Unexpected: {listed(unexpected) or 'none'}"
+        )

@@ -1,106 +1,77 @@
-"""Counts what the modules of a model compute and return, without computing it."""
+"""Counts what modules compute, without computing it."""
 
-import copy
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flsplit.cut.cut_errors import CutError
+from flsplit.cut.halves import without_data
+from flsplit.cut.survey import Survey
+from flsplit.cut.trace import Spec, map_tree
 
 # More than one sample, because BatchNorm may want that, and to recognise the batch dimension.
 BATCH = 2
 
 
-@dataclass
-class Profile:
-    """What one forward pass of `BATCH` samples did.
-
-    Attributes
-    ----------
-    total_flops : int
-        FLOPs of the whole pass.
-    flops : dict of str to int
-        FLOPs of the pass up to the return of a module, by the module's name.
-    outputs : dict of str to object
-        What the modules returned: tensors on the *meta* device, which have no data.
-    """
-
-    total_flops: int = 0
-    flops: dict[str, int] = field(default_factory=dict)
-    outputs: dict[str, object] = field(default_factory=dict)
-
-
-def profile(model: nn.Module, sample: Tensor, names: Iterable[str]) -> Profile:
-    """Profile one forward pass in eval mode on the *meta* device.
+class CountedSurvey(Survey):
+    """A forward in eval mode on the *meta* device, and the FLOPs up to the return of each module.
 
     There, and not on the CPU, FlopCounterMode sees what attention computes.
 
-    Parameters
+    Attributes
     ----------
-    model : nn.Module
-        The whole model; a copy of it is run.
-    sample : Tensor
-        One sample, of which shape and dtype are used.
-    names : iterable of str
-        The modules to record; each must be called once.
-
-    Returns
-    -------
-    Profile
-        Their FLOPs and outputs.
+    flops : dict of str to int
+        By the module's name; of its last call.
+    total_flops : int
+        Of the whole pass.
 
     Raises
     ------
     CutError
-        If the model can't run on the *meta* device or on such a sample.
+        If the model can't run on the *meta* device or on such a batch.
     """
-    recorded = Profile()
-    counter = FlopCounterMode(display=False)
-    batch = torch.empty((BATCH, *sample.shape), dtype=sample.dtype, device="meta")
-    try:
-        ghost = _without_data(model).eval()
-        for name in names:
-            _record(ghost.get_submodule(name), name, counter, recorded)
-        # Tensors that a forward makes without saying where must be on the same device.
-        with torch.device("meta"), torch.no_grad(), counter:
-            ghost(batch)
-    except Exception as error:
-        raise CutError(
-            f"{type(model).__name__} can't be profiled on {BATCH} samples of shape "
-            f"{tuple(sample.shape)} and type {sample.dtype}, on the meta device, where tensors "
-            f"have shapes but no data: {type(error).__name__}: {error}"
-        ) from error
-    recorded.total_flops = counter.get_total_flops()
-    return recorded
+
+    def __init__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._counter, self.flops = FlopCounterMode(display=False), dict[str, int]()
+        args, kwargs = map_tree(_to_meta, (args, dict(kwargs)))
+        try:
+            ghost = without_data(model).eval()
+            # Tensors that a forward makes without saying where must be on the same device.
+            with torch.device("meta"), torch.no_grad(), self._counter:
+                super().__init__(ghost, args, kwargs)
+        except CutError:
+            raise
+        except Exception as error:
+            raise CutError(
+                f"{type(model).__name__} can't be profiled on {_described(args, kwargs)}, on the "
+                "meta device, where tensors have shapes but no data: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self.total_flops = self._counter.get_total_flops()
+
+    def layer_returned(self, name: str, output: Any) -> None:
+        """Count up to here."""
+        super().layer_returned(name, output)
+        self.flops[name] = self._counter.get_total_flops()
 
 
 def forward_flops(module: nn.Module, row: Tensor) -> int:
-    """Return the FLOPs of one row's forward pass through a module; see `profile`."""
-    return profile(module, row, ()).total_flops // BATCH
+    """Return the FLOPs of one row's forward pass through a module; see `CountedSurvey`."""
+    batch = torch.empty((BATCH, *row.shape), dtype=row.dtype, device="meta")
+    return CountedSurvey(module, (batch,), {}).total_flops // BATCH
 
 
-def _record(module: nn.Module, name: str, counter: FlopCounterMode, recorded: Profile) -> None:
-    def hook(module: nn.Module, args: object, output: object) -> None:
-        recorded.flops[name] = counter.get_total_flops()
-        recorded.outputs[name] = output
-
-    module.register_forward_hook(hook)
+def _to_meta(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
 
 
-def _without_data(model: nn.Module) -> nn.Module:
-    """Copy a model to the *meta* device without copying its weights on the way."""
-    plain = (value for module in model.modules() for value in vars(module).values())
-    attributes = (value for value in plain if isinstance(value, Tensor))
-    tensors = chain(model.parameters(), model.buffers(), attributes)
-    return copy.deepcopy(model, {id(tensor): _ghost(tensor) for tensor in tensors})
-
-
-def _ghost(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    return empty
+def _described(args: Any, kwargs: Mapping[str, Any]) -> str:
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        shape = tuple(args[0].shape[1:])
+        return f"{len(args[0])} samples of shape {shape} and type {args[0].dtype}"
+    specs = map_tree(lambda leaf: Spec.of(leaf).shape if isinstance(leaf, Tensor) else leaf,
+                     (list(args), dict(kwargs)))  # fmt: skip
+    return f"a batch {specs}"

@@ -1,15 +1,19 @@
 """Lists the places where a model can be cut, and what each costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from flsplit.cut.cut_errors import CutError
-from flsplit.cut.flops import BATCH, Profile, profile
-from flsplit.cut.survey import Candidate, Survey
+from flsplit.cut.flops import BATCH, CountedSurvey
+from flsplit.cut.look import clean, divided
+from flsplit.cut.splitting import arguments
+from flsplit.cut.survey import Call, Value
+from flsplit.cut.trace import tensors_in
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class CutPoint:
     smashed_dtype: torch.dtype
 
 
-def cuts(model: nn.Module, example_input: Tensor | Sequence[int]) -> list[CutPoint]:
+def cuts(model: nn.Module, example_input: Any) -> list[CutPoint]:
     """Return every place where a model can be cut so that one tensor crosses.
 
     Parameters
@@ -52,9 +56,10 @@ def cuts(model: nn.Module, example_input: Tensor | Sequence[int]) -> list[CutPoi
     model : nn.Module
         The whole model. It is not changed, and not run either: the FLOPs are counted on a copy
         without data, in eval mode.
-    example_input : Tensor or sequence of int
-        A batch, batch dimension first, or the shape of one sample. Only shape and dtype are
-        used; a shape stands for numbers of the type of the model's parameters.
+    example_input : Tensor, sequence of int, tuple or dict
+        A batch, batch dimension first, or the shape of one sample; for a model with several
+        inputs a tuple or dict of them. Only shapes and dtypes are used; a shape stands for numbers
+        of the type of the model's parameters.
 
     Returns
     -------
@@ -67,16 +72,23 @@ def cuts(model: nn.Module, example_input: Tensor | Sequence[int]) -> list[CutPoi
     Raises
     ------
     CutError
-        If the model can't be traced, or can't be profiled with such an input.
+        If the model can't be profiled with such an input.
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise CutError(f"{type(model).__name__} has lazy parameters: run it on one batch first")
-    sample = _sample(model, example_input)
-    candidates = Survey(model).candidates()
-    names = [candidate.call.name for candidate in candidates]
-    measured = profile(model, sample, names)
-    points = [_cut_point(candidate, measured) for candidate in candidates]
+    args, kwargs, rows = _batch(model, example_input)
+    survey = CountedSurvey(model, args, kwargs)
+    points = [_cut_point(survey, rows, *found) for found in clean(survey)]
     return [point for point in points if point is not None]
+
+
+def _batch(model: nn.Module, example_input: Any) -> tuple[Any, dict[str, Any], int]:
+    several = isinstance(example_input, Mapping | tuple | list)
+    if several and (tensors := tensors_in(arguments(example_input))):
+        args, kwargs = arguments(example_input)
+        return args, kwargs, len(tensors[0]) if tensors[0].dim() else 1
+    sample = _sample(model, example_input)
+    return (torch.empty((BATCH, *sample.shape), dtype=sample.dtype, device="meta"),), {}, BATCH
 
 
 def _sample(model: nn.Module, example_input: Tensor | Sequence[int]) -> Tensor:
@@ -94,22 +106,29 @@ def _sample(model: nn.Module, example_input: Tensor | Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=next(floats, torch.get_default_dtype()), device="meta")
 
 
-def _cut_point(candidate: Candidate, measured: Profile) -> CutPoint | None:
-    name = candidate.call.name
-    smashed = measured.outputs[name]
-    if candidate.item is not None and isinstance(smashed, tuple | list):
-        smashed = smashed[candidate.item]
-    if not isinstance(smashed, Tensor) or not smashed.is_floating_point():
+def _cut_point(survey: CountedSurvey, rows: int, call: Call, value: Value) -> CutPoint | None:
+    assert value.spec is not None  # it is a tensor
+    shape, dtype = value.spec.shape, value.spec.dtype
+    if not dtype.is_floating_point or not shape or shape[0] != rows:
         return None
-    if smashed.dim() == 0 or len(smashed) != BATCH:
-        return None
+    # The parameters of the client: those used before the cut, unused ones where they lie.
+    client, server = divided(survey, call)
+    flops = survey.flops[call.name]
     return CutPoint(
-        cut=name,
-        client_params=candidate.client_params,
-        server_params=candidate.server_params,
-        client_flops=measured.flops[name] // BATCH,
-        server_flops=(measured.total_flops - measured.flops[name]) // BATCH,
-        smashed_shape=tuple(smashed.shape[1:]),
-        smashed_elements=smashed[0].numel(),
-        smashed_dtype=smashed.dtype,
+        cut=call.name,
+        client_params=_count(survey, client),
+        server_params=_count(survey, server),
+        client_flops=flops // rows,
+        server_flops=(survey.total_flops - flops) // rows,
+        smashed_shape=shape[1:],
+        smashed_elements=torch.Size(shape[1:]).numel(),
+        smashed_dtype=dtype,
+    )
+
+
+def _count(survey: CountedSurvey, names: frozenset[str]) -> int:
+    return sum(
+        state.tensor.numel()
+        for state in survey.state.values()
+        if isinstance(state.tensor, nn.Parameter) and not names.isdisjoint(state.names)
     )

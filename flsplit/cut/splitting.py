@@ -1,28 +1,19 @@
 """Cuts a model in two."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import fx, nn
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
-from flsplit.cut.crossing import Flow, explained, is_output
-from flsplit.cut.cut_errors import (
-    CrossingError,
-    CutError,
-    EmptySegmentError,
-    StateDictError,
-    UnknownCutError,
-    UntraceableError,
-    listed,
-)
-from flsplit.cut.half import Plan, build_segment, part_of, with_copies
-from flsplit.cut.ownership import check_each_on_one_side, inventory
-from flsplit.cut.program import compile_program
-from flsplit.cut.survey import Survey
-from flsplit.cut.tracer import Call
-from flsplit.cut.tracing import Trace, trace_around
+from flsplit.cut.cut_errors import CutError, ExampleError, check_keys, listed
+from flsplit.cut.examples import NEEDS_VALUES, ROWS, likely_rows, needs_values, with_values
+from flsplit.cut.halves import ClientHalf, Cut, ServerHalf, one_side, without_data
+from flsplit.cut.look import Look, find_layer, look, verify
+from flsplit.cut.remembering import fingerprint, remembered
+from flsplit.cut.watch import is_compiled
 
 T = TypeVar("T")
 
@@ -34,7 +25,7 @@ class Split:
     Attributes
     ----------
     client : nn.Module
-        The client segment: turns an input batch into smashed data.
+        The client segment: turns an input batch into smashed data, a tensor or a `Crossing`.
     server : nn.Module
         The server segment: turns smashed data into the model's output.
     cut : str
@@ -59,17 +50,20 @@ class Split:
         Returns
         -------
         tuple of two dicts
-            The client segment's and the server segment's part. Values are not copied.
+            The client segment's and the server segment's part. Frozen tensors that both sides use
+            are in both. Values are not copied.
 
         Raises
         ------
         StateDictError
             If keys of the whole model are missing or others are there.
         """
-        _check_keys("the whole model's state dict", state_dict, self.keys)
-        client_keys = self.client.state_dict().keys()
-        client = {key: state_dict[key] for key in self.keys if key in client_keys}
-        return client, {key: state_dict[key] for key in self.keys if key not in client_keys}
+        check_keys("the whole model's state dict", state_dict, self.keys)
+        client, server = self.client.state_dict(), self.server.state_dict()
+        return (
+            {key: state_dict[key] for key in self.keys if key in client},
+            {key: state_dict[key] for key in self.keys if key in server},
+        )
 
     def join(self, client: Mapping[str, T], server: Mapping[str, T]) -> dict[str, T]:
         """Join the segments' state dicts.
@@ -89,25 +83,31 @@ class Split:
         StateDictError
             If keys of a segment are missing or others are there.
         """
-        _check_keys("the client segment's state dict", client, tuple(self.client.state_dict()))
-        _check_keys("the server segment's state dict", server, tuple(self.server.state_dict()))
-        return {key: client[key] if key in client else server[key] for key in self.keys}
+        check_keys("the client segment's state dict", client, tuple(self.client.state_dict()))
+        check_keys("the server segment's state dict", server, tuple(self.server.state_dict()))
+        return {key: server[key] if key in server else client[key] for key in self.keys}
 
 
-def split(model: nn.Module, cut: str) -> Split:
+def split(model: nn.Module, cut: str, example: Any = None, *, share: Sequence[str] = ()) -> Split:
     """Cut a model in two after one of its modules.
 
-    The client segment is everything up to and including the output of the cut layer, the
-    server segment is the rest. Both run the model's own operations on the model's own
-    parameters, so together they compute bit for bit what the model computes.
+    The client segment is everything up to the moment when the cut layer returns, the server
+    segment is the rest. Both are the model's own forward, run by Python, of which only one
+    stretch computes; so together they compute bit for bit what the model computes.
 
     Parameters
     ----------
     model : nn.Module
-        The whole model: its forward takes one tensor and returns one. It is not changed.
-        No other thread may run a model meanwhile: torch.fx patches ``nn.Module`` to trace.
+        The whole model. It is not changed.
     cut : str
-        The cut layer: the dotted name of a submodule, as in ``model.named_modules()``.
+        The cut layer: the dotted name of a submodule, as in ``model.named_modules()``. If forward
+        calls it more than once, ``"relu#2"`` is after the second call.
+    example : Tensor, tuple or dict, optional
+        A batch: the model's input, its arguments, or its keyword arguments. The model is run with
+        it, whole and split, and both have to compute the same. Without an example, one is made up
+        from what the first layers take, where they take one tensor.
+    share : sequence of str
+        Inputs that may be sent to the server, as they are or in values made of them alone.
 
     Returns
     -------
@@ -117,144 +117,74 @@ def split(model: nn.Module, cut: str) -> Split:
     Raises
     ------
     UnknownCutError
-        If there is no such module, or forward doesn't call it exactly once.
-    UntraceableError
-        If the forward of a module around the cut can't be taken apart faithfully.
+        If there is no such module, or forward doesn't call it, or calls it more than once.
+    ExampleError
+        If no input could be made up.
     CrossingError
-        If something else than the cut layer's output crosses the cut.
+        If something crosses that mustn't: an input that is not shared, what can't be described.
     SharedStateError
-        If both sides need the same parameter or persistent buffer.
-    UnusedStateError
-        If forward never uses some parameter or persistent buffer.
+        If both sides would train the same parameter.
     EmptySegmentError
         If no parameters are left for the server.
+    CutError
+        If the split model would compute something else, for another reason.
     """
-    layer = _find(model, cut)
-    trace = trace_around(model, _ancestors(model, cut))
-    call = _only_call(model, trace, layer, cut)
-    smashed = _only_crossing(model, trace, call, cut)
-    check_each_on_one_side(inventory(model, trace), cut, call.position)
-    halves = _build(model, trace, call, smashed, cut)
-    _check_halves(model, halves)
-    return halves
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(model.named_modules(remove_duplicate=False))
-
-
-def _find(model: nn.Module, cut: str) -> nn.Module:
-    modules = _modules(model)
-    if cut and cut in modules:
-        return modules[cut]
-    names = [name for name in modules if name]
-    nearest = difflib.get_close_matches(str(cut), names, n=5, cutoff=0.4)
-    near = f"The nearest names are {listed(nearest)}. " if nearest else ""
-    outermost = listed([name for name in names if "." not in name], limit=12)
-    raise UnknownCutError(
-        f"{type(model).__name__} has no submodule {cut!r} to cut after. {near}At the top there are "
-        f"{outermost or 'none'}. flsplit.cuts(model, example_input) lists every place to cut"
-    )
-
-
-def _ancestors(model: nn.Module, cut: str) -> list[nn.Module]:
-    modules, atoms = _modules(model), cut.split(".")
-    return [modules[".".join(atoms[:depth])] for depth in range(len(atoms))]
-
-
-def _only_call(model: nn.Module, trace: Trace, layer: nn.Module, cut: str) -> Call:
-    calls = trace.calls_of(layer)
-    if len(calls) == 1:
-        return calls[0]
-    if calls:
-        raise UnknownCutError(
-            f"forward calls {cut!r} {len(calls)} times, so it doesn't say where to cut. "
-            f"{_suggestion(model, layer)}"
-        )
-    raise UnknownCutError(
-        f"forward never calls {cut!r} ({type(layer).__name__}) itself: it may only hold other "
-        "modules or weights, or not be used at all. flsplit.cuts(model, example_input) lists "
-        "every place to cut"
-    )
-
-
-def _only_crossing(model: nn.Module, trace: Trace, call: Call, cut: str) -> fx.Node:
-    """Return the one value that crosses the cut, or say which ones do."""
-    crossing = Flow(trace.nodes).crossing(call.position)
-    if len(crossing) == 1 and is_output(crossing[0], call.outputs):
-        return crossing[0]
-    values = "; ".join(explained(node, model) for node in crossing)
-    raise CrossingError(
-        f"after {cut!r} exactly its output, one tensor, may cross to the server, but what is used "
-        f"there is: {values or 'nothing'}. {_suggestion(model, call.module)}"
-    )
-
-
-def _suggestion(model: nn.Module, layer: nn.Module) -> str:
-    """Return a sentence about the clean cuts around `layer`."""
-    try:
-        before, after = Survey(model).nearest(layer)
-    except CutError:
-        before, after = None, None
-    clean = [
-        f"{name!r} ({side} it)"
-        for name, side in ((before, "before"), (after, "after"))
-        if name is not None
-    ]
-    if clean:
-        return f"The nearest clean cuts are {' and '.join(clean)}"
-    return "There is no clean cut near it; flsplit.cuts(model, example_input) lists those there are"
-
-
-def _build(model: nn.Module, trace: Trace, call: Call, smashed: fx.Node, cut: str) -> Split:
-    client_nodes, server_nodes = _halves(trace.nodes, call.position, smashed)
-    client_program = compile_program(client_nodes, given=trace.nodes[0], result=smashed)
-    server_program = compile_program(server_nodes, given=smashed, result=trace.result)
-    client_part, server_part = part_of(model, client_nodes), part_of(model, server_nodes)
-    server_part = with_copies(server_part, client_part)
-    return Split(
-        client=build_segment(model, Plan(client_program, "client", cut), client_part),
-        server=build_segment(model, Plan(server_program, "server", cut), server_part),
+    find_layer(model, cut)
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise CutError(f"{type(model).__name__} has lazy parameters: run it on one batch first")
+    allowed = frozenset([share] if isinstance(share, str) else share)
+    key, alive = fingerprint(model)
+    key = (*key, cut, allowed)
+    if example is None:
+        found = remembered(key, lambda: _look_without_example(model, cut, allowed), alive)
+    else:
+        args, kwargs = arguments(example)
+        found = look(model, cut, args, kwargs, allowed)
+        verify(model, cut, found, args, kwargs)
+    rows = likely_rows(model) if example is None else ()
+    plan = Cut(cut, allowed, found, rows, key, any(map(is_compiled, model.modules())))
+    halves = Split(
+        client=ClientHalf(one_side(model, found.client), plan),
+        server=ServerHalf(one_side(model, found.server), plan),
         cut=cut,
         keys=tuple(model.state_dict()),
     )
-
-
-def _halves(
-    nodes: Sequence[fx.Node], position: int, smashed: fx.Node
-) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return the calls before and after a place, without inputs, outputs and reads of tensors."""
-    client, server = list(nodes[:position]), list(nodes[position:])
-    if smashed in server:
-        # The cut layer returns a tuple: what picks the tensor out of it moves to the client.
-        items = smashed.all_input_nodes[0].users
-        client, server = [*client, smashed], [node for node in server if node not in items]
-    calls = ("call_module", "call_function", "call_method")
-    return [node for node in client if node.op in calls], [n for n in server if n.op in calls]
-
-
-def _check_halves(model: nn.Module, halves: Split) -> None:
-    """Make sure that the server has something to train and that no state is lost."""
-    if next(halves.server.parameters(), None) is None:
-        raise EmptySegmentError(
-            f"no parameters of {type(model).__name__} come after {halves.cut!r}, so the server "
-            "would have nothing to train: cut earlier"
-        )
-    kept = [*halves.client.state_dict(), *halves.server.state_dict()]
-    lost = sorted(set(kept) ^ set(halves.keys))
-    if lost:
-        raise UntraceableError(
+    kept = {*halves.client.state_dict(), *halves.server.state_dict()}
+    if lost := sorted(kept ^ set(halves.keys)):
+        raise CutError(
             f"the segments' state dicts and that of {type(model).__name__} differ in "
-            f"{listed(lost)}: a module around the cut {halves.cut!r} makes its state dict in a "
-            "way of its own"
+            f"{listed(lost)}: a module makes its state dict in a way of its own"
         )
+    return halves
 
 
-def _check_keys(what: str, found: Mapping[str, object], expected: Sequence[str]) -> None:
-    missing = [key for key in expected if key not in found]
-    unexpected = sorted(set(found) - set(expected))
-    if missing or unexpected:
-        raise StateDictError(
-            f"{what} should have {len(expected)} keys and has {len(found)}. "
-            f"Missing: {listed(missing) or 'none'}. Unexpected: {listed(unexpected) or 'none'}"
-        )
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that a batch stands for."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
+
+
+def _look_without_example(model: nn.Module, cut: str, share: frozenset[str]) -> Look:
+    """Look at a model with made-up batches until it takes one."""
+    ghost = without_data(model)
+    solid = next((p.device for p in model.parameters()), torch.device("cpu"))
+    reasons: list[str] = []
+    for shape, dtype in likely_rows(model):
+        batch = torch.empty((ROWS, *shape), dtype=dtype, device="meta")
+        try:
+            try:
+                with torch.device("meta"):
+                    return look(ghost, cut, (batch,), {}, share)
+            except NEEDS_VALUES as error:
+                if not needs_values(error):
+                    raise
+                return look(model, cut, (with_values(batch).to(solid),), {}, share)
+        except CutError:
+            raise
+        except Exception as error:
+            reasons.append(f"{tuple(batch.shape)}: {type(error).__name__}: {error}")
+    raise ExampleError(
+        f"{type(model).__name__} has to be run once to be cut, and no input was found that it "
+        f"takes: give split() an example. The first tried: {reasons[0] if reasons else 'none'}"
+    )

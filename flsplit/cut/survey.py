@@ -1,131 +1,349 @@
-"""Finds every clean cut of a model from one trace."""
+"""Follows one whole forward: who makes and who uses each value and each weight, and when."""
 
-import itertools
+import inspect
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx, nn
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flsplit.cut.crossing import Flow, is_item, is_output
-from flsplit.cut.ownership import Held, inventory
-from flsplit.cut.tracer import Call
-from flsplit.cut.tracing import Trace, trace_everywhere
+from flsplit.cut.cut_errors import CrossingError, CutError
+from flsplit.cut.private import Unseen, bare
+from flsplit.cut.trace import Number, Same, Spec, Trace, can_be_sent, map_tree, tensors_in
+from flsplit.cut.watch import (
+    LIKES,
+    PartialForward,
+    Scripted,
+    Stub,
+    asks,
+    eager,
+    instrument,
+    name_of,
+    sendable,
+)
+
+
+@dataclass
+class Value:
+    """A tensor that forward makes, or a number (without a spec) that it makes of tensors."""
+
+    what: str
+    spec: Spec | None
+    made: int  # the number of the call
+    inputs: frozenset[str] = frozenset()  # the model's inputs that it depends on
+    learnt: bool = False  # whether a parameter or buffer had a part in it
+    last_use: int = -1
+
+
+@dataclass
+class Call:
+    """One call of a module, whose forward made the watched calls from `start` to `end`."""
+
+    name: str
+    nth: int
+    start: int
+    around: tuple["Call", ...]
+    inside_torch: bool  # in one of torch's own layers, which call their parts as they like
+    output: "Written | None" = None  # of forward
+    end: int = 0
+    returned: Any = None  # after the hooks, which belong to the module's side
+    reached: int = 0
+    drawn: bool = False  # whether Python or NumPy had drawn a random number by then
+    grad: bool = True  # whether gradients were recorded as at the start
+    closed: bool = False  # one of torch's own layers
+
+
+@dataclass
+class State:
+    """A parameter or buffer: its names, and the first and last call that used it."""
+
+    tensor: Tensor
+    names: list[str]
+    version: int
+    first: int = -1
+    last: int = -1
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A module after which exactly one value crosses.
+class Written:
+    """One call and what it returned: a tree for a `Trace`, and the ids of its new tensors."""
+
+    name: str
+    tree: Any
+    made: list[int]  # 0: one of its arguments
+
+    @classmethod
+    def of(cls, name: str, ins: list[Tensor], output: Any) -> "Written":
+        """Describe a call as `Recording` does."""
+        made: list[int] = []
+        known = {id(t): i for i, t in enumerate(ins)}
+
+        def described(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            made.append(0 if id(leaf) in known else id(leaf))
+            return Same(known[id(leaf)]) if id(leaf) in known else Spec.of(leaf)
+
+        return cls(name, map_tree(described, output), made)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What crosses at one place.
 
     Attributes
     ----------
-    call : Call
-        Where it is called in the trace.
+    trace : Trace
+        The calls before it.
+    whole : set of str
+        The modules that are one call.
+    values : dict of str to Value
+        The tensors that cross.
+    reads : tuple of Value
+        The numbers that cross, as part of the trace.
     item : int or None
-        Which item of the module's output crosses; None if the output itself does.
-    client_params, server_params : int
-        Numbers of parameters on the two sides.
+        If a single tensor crosses and no number: which of the tensors that the layer returns.
     """
 
-    call: Call
+    trace: Trace
+    whole: frozenset[str]
+    values: dict[str, Value]
+    reads: tuple[Value, ...]
     item: int | None
-    client_params: int
-    server_params: int
 
 
-class Survey:
-    """A model, traced as deep as it can be, and its clean cuts.
+class _Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells a survey of the tensors that a call uses which is none of Python's: TorchScript's."""
+
+    def __init__(self, survey: "Survey") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._survey = survey
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make a call."""
+        if func.__name__.partition(".")[0] not in LIKES:
+            self._survey._use((args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class Survey(TorchFunctionMode, PartialForward):
+    """One forward of a copied model, with all that it does written down.
 
     Parameters
     ----------
     model : nn.Module
-        The whole model.
-
-    Raises
-    ------
-    UntraceableError
-        If the forward of the model itself can't be traced.
+        A copy; it is changed for good.
+    args, kwargs
+        What to call it with.
+    before : Survey, optional
+        The same copy's forward before, of which nothing may be used in this one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._trace = trace_everywhere(model)
-        self._flow = Flow(self._trace.nodes)
-        self._inventory = inventory(model, self._trace)
-        self._closed = _assign_unused(model, self._trace, self._inventory)
+    def __init__(
+        self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], before: "Survey | None" = None
+    ) -> None:
+        TorchFunctionMode.__init__(self)
+        PartialForward.__init__(self)
+        if before is None:
+            instrument(model, None)
+        self.model = model
+        self._before = before._values if before else {}
+        self.state: dict[int, State] = {}
+        for name, t in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]:
+            self.state.setdefault(id(t), State(t, [], t._version)).names.append(name)
+        self.calls: list[Call] = []
+        self.reads: list[Value] = []
+        self._written: list[Written] = []
+        self._values: dict[int, tuple[Value, Tensor]] = {}  # the tensor is held: its id stays
+        self._open: list[Call] = []
+        self._random = _drawn()
+        attributes = _attributes(model)
+        self._write("the inputs", (), (args, dict(kwargs)))
+        self._name_inputs(args, kwargs)
+        with eager(), self, _Beneath(self), self.running():
+            self.output = model(*args, **kwargs)
+        self._use(self.output)
+        now = _attributes(model)
+        changed = [where for where, value in attributes.items() if now.get(where) != value]
+        if changed and before:  # the first forward may set up something
+            raise CutError(
+                f"forward counts in {changed[0]!r}: a server that serves several clients would "
+                "count otherwise"
+            )
 
-    def candidates(self) -> list[Candidate]:
-        """Return the clean cuts in order of execution, one for each place.
+    def _name_inputs(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        signature = inspect.signature(self.model.forward)
+        for name, tree in signature.bind_partial(*args, **kwargs).arguments.items():
+            variadic = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            for label, part in tree.items() if variadic else [(name, tree)]:
+                for t in tensors_in(part):
+                    value, _ = self._values[id(t)]
+                    value.inputs, value.what = frozenset([label]), f"the input {label!r}"
 
-        Of several modules that end at the same place, such as ``layer1`` and ``layer1.1``, it is
-        the innermost, which returns first.
-        """
-        found: dict[int, Candidate] = {}
-        for call in self._trace.calls:
-            candidate = self._candidate(call)
-            if candidate is not None:
-                found.setdefault(call.position, candidate)
-        return list(found.values())
+    # --- watching ------------------------------------------------------------------------
 
-    def nearest(self, module: nn.Module) -> tuple[str | None, str | None]:
-        """Return the names of the last clean cut before a module's end and the first after it."""
-        candidates = self.candidates()
-        position = max((call.position for call in self._trace.calls_of(module)), default=None)
-        if position is None:
-            return None, None
-        before = [cut.call.name for cut in candidates if cut.call.position < position]
-        after = [cut.call.name for cut in candidates if cut.call.position > position]
-        return (before[-1] if before else None), (after[0] if after else None)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make a call and write down what it uses and returns."""
+        kwargs, name = kwargs or {}, name_of(func)
+        if not asks(name) and name not in LIKES:
+            self._use((args, kwargs))
+        output = func(*args, **kwargs)
+        self._write(name, (args, kwargs), output)
+        return output
 
-    def _candidate(self, call: Call) -> Candidate | None:
-        crossing = self._flow.crossing(call.position)
-        if len(crossing) != 1 or not is_output(crossing[0], call.outputs):
-            return None
-        if len(self._trace.calls_of(call.module)) != 1 or self._inside_closed(call.name):
-            return None
-        if any(held.spans(call.position) for held in self._inventory if held.uses):
-            return None
-        client, server = self._parameters(call.position)
-        return Candidate(call, _item(crossing[0], call), client, server) if server else None
+    def module(self, stub: Stub, args: Any, kwargs: Any) -> Any:
+        """Call a module."""
+        nth = 1 + sum(c.name == stub.name for c in [*self.calls, *self._open])
+        ins = tensors_in((args, kwargs))
+        inside = any(call.closed for call in self._open)
+        call = Call(stub.name, nth, len(self._written), tuple(self._open), inside)
+        kind = type(stub.called)
+        call.closed = kind.__module__.startswith("torch.nn.") and kind is not nn.Sequential
+        self._open.append(call)
+        try:
+            if opaque := isinstance(stub.called, Scripted):  # nobody sees what it does
+                state = [*stub.called.parameters(), *stub.called.buffers()]
+                self._use([*ins, *state])
+            output = stub.forward(*args, **kwargs)
+            if opaque:
+                with Unseen():
+                    self._write(stub.as_call, [*ins, *state], output)
+        finally:
+            self._open.pop()
+        with Unseen():
+            call.output = Written.of(stub.as_call, ins, output)
+        call.returned = output
+        call.end = call.reached = len(self._written)
+        self.calls.append(call)
+        return output
 
-    def _inside_closed(self, name: str) -> bool:
-        return any(name.startswith(f"{closed}.") or not closed for closed in self._closed)
+    def layer_returned(self, name: str, output: Any) -> None:
+        """Be told that a module returned, and its hooks."""
+        call = next((c for c in reversed(self.calls) if c.name == name), None)
+        if call:
+            call.reached, call.returned = len(self._written), output
+            call.drawn, call.grad = _drawn() != self._random, torch.is_grad_enabled() == self._grad
 
-    def _parameters(self, position: int) -> tuple[int, int]:
-        """Return how many parameters the calls before and after a place use."""
-        parameters = [held for held in self._inventory if isinstance(held.tensor, nn.Parameter)]
-        client = sum(held.tensor.numel() for held in parameters if min(held.uses) < position)
-        return client, sum(held.tensor.numel() for held in parameters) - client
+    def _use(self, tree: Any) -> None:
+        now = len(self._written)
+        for t in map(bare, tensors_in(tree)):
+            if state := self.state.get(id(t)):
+                state.first = now if state.first < 0 else state.first
+                state.last = now
+            elif id(t) in self._values:
+                self._values[id(t)][0].last_use = now
+            elif id(t) in self._before and self._before[id(t)][0].inputs:
+                raise CrossingError(
+                    f"forward keeps a value {self._before[id(t)][0].what} from one batch for the "
+                    "next: one client's would reach another"
+                )
+
+    def _write(self, name: str, given: Any, output: Any) -> None:
+        ins, outs = tensors_in(given), tensors_in(output)
+        if not outs and (asks(name) or not ins):
+            return
+        known = {id(t) for t in ins}
+        if not outs:
+            self.reads.append(self._value(f"{name}() = {str(output)[:40]}", None, ins))
+        for t in outs:
+            if id(t) not in known:
+                self._values[id(t)] = self._value("made", Spec.of(t), ins), t
+        self._written.append(Written.of(name, ins, output))
+
+    def _value(self, verb: str, spec: Spec | None, ins: list[Tensor]) -> Value:
+        sources = [self._values[i][0] for i in map(id, ins) if i in self._values]
+        learnt = any(id(t) in self.state for t in ins) or any(v.learnt for v in sources)
+        inputs = frozenset[str]().union(*(v.inputs for v in sources))
+        where = f"in {self._open[-1].name!r}" if self._open else "in forward"
+        return Value(f"{verb} {where}", spec, len(self._written), inputs, learnt)
+
+    # --- asking --------------------------------------------------------------------------
+
+    def calls_of(self, name: str) -> list[Call]:
+        """Return the calls of a module."""
+        return [call for call in self.calls if call.name == name]
+
+    def crossing(self, cut: Call) -> list[Value]:
+        """Return the tensors that were made before a module returned and are used after it."""
+        return [v for v, _ in self._values.values() if v.made < cut.reached <= v.last_use]
+
+    def values_in(self, tree: Any) -> list[Value]:
+        """Return what is known of the tensors in a tree."""
+        return [self._values[id(t)][0] for t in tensors_in(tree) if id(t) in self._values]
+
+    def passage(self, cut: Call) -> Passage:
+        """Return what crosses when a module returns."""
+        whole = self._whole(cut)
+        outermost = {
+            call.start: call
+            for call in self.calls
+            if call.name in whole and not any(c.name in whole for c in call.around)
+        }
+        calls: list[tuple[str, Any]] = []
+        numbers: list[Any] = []
+        keys: dict[int, str] = {}
+        reads = {v.made: v for v in self.reads}
+        visible: list[Value] = []
+        place = 0
+        while place < cut.reached:
+            written, following = self._written[place], place + 1
+            if call := outermost.get(place):
+                written, following = call.output or written, call.end
+            tree = written.tree
+            if call is None and place in reads:
+                visible.append(reads[place])
+                if not isinstance(tree, bool | type(None)):
+                    numbers.append(sendable(written.name, tree))
+                    tree = Number(len(numbers) - 1)
+            keys |= {made: f"{len(calls)}.{n}" for n, made in enumerate(written.made) if made}
+            calls.append((written.name, tree))
+            place = following
+        crossing = {
+            keys[i]: value
+            for i, (value, _) in self._values.items()
+            if i in keys and value.made < cut.reached <= value.last_use
+        }
+        item = None
+        if len(crossing) == 1 and not visible:
+            returned = [keys.get(id(t)) for t in tensors_in(cut.returned)]
+            item = next((i for i, key in enumerate(returned) if key in crossing), None)
+        return Passage(Trace(tuple(calls), tuple(numbers)), whole, crossing, tuple(visible), item)
+
+    def _whole(self, cut: Call) -> frozenset[str]:
+        """Return the modules that are done before the cut and keep nothing for later."""
+        before = [c for c in self.calls if c.end <= cut.reached and c.start < c.end]
+        names = {c.name for c in before} - {c.name for c in cut.around}
+        for call in before:
+            if call.name == cut.name:  # the server has to count these
+                names -= {c.name for c in call.around}
+            if not (call.output and call.output.made and can_be_sent(call.output.tree)):
+                names.discard(call.name)
+        for i, (value, _) in self._values.items():
+            for call in before:
+                outlives = call.start <= value.made < call.end <= value.last_use
+                if outlives and call.output and i not in call.output.made:
+                    names.discard(call.name)
+        return frozenset(names)
 
 
-def _item(crossing: fx.Node, call: Call) -> int | None:
-    """Return the place of the crossing value in what the module returns."""
-    if crossing not in call.outputs:
-        return int(str(crossing.args[1])) if is_item(crossing) else None
-    return call.outputs.index(crossing) if len(call.outputs) > 1 else None
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    plain = (bool, int, float, str)
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, plain)
+    }
 
 
-def _assign_unused(model: nn.Module, trace: Trace, inventory: list[Held]) -> set[str]:
-    """Give state that no recorded call uses to the innermost called module that holds it.
-
-    A cut outside that module leaves it whole, so the state goes where the module goes. A cut
-    inside it would have to be refused.
-
-    Returns
-    -------
-    set of str
-        The names of those modules; empty for the model itself.
-    """
-    ends = {call.name: call.position for call in trace.calls} | {"": len(trace.nodes)}
-    holders = set()
-    for held in inventory:
-        if not held.uses:
-            holder = next(name for name in _ancestors(held.names[0]) if name in ends)
-            held.uses.append(ends[holder] - 1)
-            if held.lasting:
-                holders.add(holder)
-    return holders
-
-
-def _ancestors(name: str) -> list[str]:
-    """Return the names of the modules that hold a tensor or module, innermost first."""
-    atoms = name.split(".")[:-1]
-    outermost_first = ["", *itertools.accumulate(atoms, "{}.{}".format)]
-    return outermost_first[::-1]
+def _drawn() -> tuple[Any, int]:
+    state = np.random.get_state()  # noqa: NPY002 - the generator that forwards use
+    return random.getstate(), hash((state[2], state[1][:8].tobytes()))  # type: ignore[index]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flsplit.cut import CrossingError, CutError, StateDictError, split
+from flsplit.cut import CutError, StateDictError, split
 
 
 class Net(nn.Module):
@@ -159,7 +159,7 @@ def test_two_modules_in_a_row_are_cut_at_the_client():
     assert torch.equal(halves.server(halves.client(batch())), back(front(batch())))
 
 
-def test_what_cannot_be_traced_may_lie_on_either_side():
+def test_branches_on_data_may_lie_on_either_side():
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
@@ -175,7 +175,7 @@ def test_what_cannot_be_traced_may_lie_on_either_side():
         assert torch.equal(halves.server(halves.client(data)), model(data))
 
 
-def test_isinstance_takes_what_is_traced_for_a_tensor():
+def test_forward_may_ask_for_types():
     class Asks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -223,7 +223,7 @@ def test_a_module_with_two_names_keeps_both():
     ]
 
 
-def test_a_segment_that_would_return_something_else_than_a_tensor_says_so():
+def test_a_cut_layer_may_return_a_dict(assert_same_step):
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
@@ -240,9 +240,9 @@ def test_a_segment_that_would_return_something_else_than_a_tensor_says_so():
         def forward(self, x):
             return self.layer(x["x"])
 
-    halves = split(nn.Sequential(Pair(), Use()), "0")
-    with pytest.raises(CrossingError, match="'0' returned a dict"):
-        halves.client(batch())
+    model = nn.Sequential(Pair(), Use())
+    assert split(model, "0").client(batch()).shape == (5, 4)
+    assert_same_step(model, "0", batch(), torch.tensor([0, 1, 2, 0, 1]))
 
 
 class TestDivideAndJoin:

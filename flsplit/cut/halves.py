@@ -1,0 +1,507 @@
+"""The client and the server segment: the whole model's forward, of which each computes a part."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
+from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
+from flsplit.cut.look import Look, fresh, look, undisturbed, verify
+from flsplit.cut.remembering import remembered
+from flsplit.cut.stretch import (
+    Crossing,
+    aliases,
+    record,
+    run_from_cut,
+    run_to_cut,
+    run_to_layer,
+    script_for,
+)
+from flsplit.cut.survey import Passage
+from flsplit.cut.trace import Spec, Trace, leaves_in, map_tree, tensors_in
+from flsplit.cut.watch import (
+    Recording,
+    Script,
+    eager,
+    instrument,
+    place_of,
+    plain_copy,
+    uninstrument,
+)
+from flsplit.errors import TORCH_ERRORS
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut of one model: where, what may be sent, and what was found out.
+
+    Attributes
+    ----------
+    name : str
+        The cut layer, as the user gave it.
+    share : set of str
+        Inputs that may be sent to the server.
+    found : Look
+        What was found with the batch that the model was split with.
+    rows : tuple of (shape, dtype)
+        Without an example: what a row of the model's input may be.
+    key : object
+        Stands for the model, see `remembering.fingerprint`.
+    compiled : bool
+        Whether modules of the model are compiled.
+    """
+
+    name: str
+    share: frozenset[str]
+    found: Look
+    rows: tuple[Row, ...]
+    key: Any
+    compiled: bool = False
+
+
+class Half(nn.Module):
+    """One side of a cut model.
+
+    Its parameters and buffers are the model's own, under the model's names. Those of the other
+    side are out of reach of ``parameters()``, ``state_dict()`` and ``to()``: they have no data.
+
+    Parameters
+    ----------
+    whole : nn.Module
+        The model with this side's state, see `one_side`.
+    cut : Cut
+        Where it is cut.
+    """
+
+    side = ""
+
+    def __init__(self, whole: nn.Module, cut: Cut) -> None:
+        super().__init__()
+        instrument(whole, cut.name, cut.found.before)
+        own = vars(self)
+        # The same dictionaries: what is moved or loaded here is so in the whole model, too.
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            own[name] = vars(whole)[name]
+        own["_whole"], own["_cut"] = whole, cut
+        self.training = whole.training
+
+    def train(self, mode: bool = True) -> "Half":
+        """Set the mode, as the whole model does it."""
+        vars(self)["_whole"].train(mode)
+        self.training = mode
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load this side's state.
+
+        Raises
+        ------
+        StateDictError
+            If keys of this side are missing or others are there, and ``strict`` is set.
+        """
+        if strict:
+            check_keys(f"the {self.side} segment's state dict", state_dict, [*self.state_dict()])
+        # BatchNorm adds a key to old state dicts by itself, also where its state isn't.
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Half":
+        """Move or convert this side, and the other's tensors along: they are to go together."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        done = set[int]()
+        for module in vars(self)["_whole"].modules():
+            for name in vars(module).get(_AWAY, ()):
+                tensor = vars(module)[name]
+                if not tensor.is_meta:
+                    vars(module)[name] = fn(tensor)
+                elif id(tensor) not in done:
+                    done.add(id(tensor))
+                    dtype = fn(torch.empty(0, dtype=tensor.dtype)).dtype
+                    tensor.data = torch.empty_like(tensor.data, dtype=dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        """Return the side and the cut."""
+        return f"{self.side} segment, cut={vars(self)['_cut'].name!r}"
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_whole" not in vars(self):
+                raise
+            return getattr(vars(self)["_whole"], name)
+
+
+class ClientHalf(Half):
+    """The client segment: turns a batch into what crosses the cut."""
+
+    side = "client"
+
+    def __init__(self, whole: nn.Module, cut: Cut) -> None:
+        super().__init__(whole, cut)
+        vars(self)["_passages"] = dict[Any, tuple[Passage, ...]]()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the smashed data.
+
+        A batch of a new shape is looked at first: both segments and the uncut model, on the same
+        weights, have to compute the same.
+
+        Returns
+        -------
+        Tensor or Crossing
+            The tensor if a single one crosses and no number; else see :meth:`crossing`.
+
+        Raises
+        ------
+        CutError
+            If the model can't be cut here with such a batch.
+        """
+        own = vars(self)
+        cut: Cut = own["_cut"]
+        passages = self._known(args, kwargs)
+        item = passages[0].item
+        if item is None:
+            return self.crossing(*args, **kwargs)
+        output = run_to_layer(own["_whole"], cut.name, args, kwargs)
+        return tensors_in(output)[item]
+
+    def crossing(self, *args: Any, **kwargs: Any) -> Crossing:
+        """Return all that crosses, whether a single tensor or many."""
+        cut: Cut = vars(self)["_cut"]
+        known = self._known(args, kwargs)
+        before = self._kept() if any(passage.reads for passage in known) else None
+        with eager() if cut.compiled else nullcontext():
+            trace, held = run_to_cut(vars(self)["_whole"], cut.name, args, kwargs, known)
+        passage = next((p for p in known if p.trace == trace), None)
+        if passage is None:  # another way through forward than any batch of this shape so far
+            if before is None:
+                raise CutError(f"forward takes a way before {cut.name!r} that it didn't before")
+            self._put_back(before)
+            self._look(_key(args, kwargs, self.training), args, kwargs)
+            return self.crossing(*args, **kwargs)
+        values = {key: held[key] for key in passage.values}
+        return Crossing(values, trace, aliases(values))
+
+    def _kept(self) -> Any:
+        return [buffer.clone() for buffer in self.buffers()], torch.get_rng_state()
+
+    def _put_back(self, before: Any) -> None:
+        for buffer, old in zip(self.buffers(), before[0], strict=True):
+            buffer.copy_(old)
+        torch.set_rng_state(before[1])
+
+    def _known(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[Passage, ...]:
+        key = _key(args, kwargs, self.training)
+        known: tuple[Passage, ...] | None = vars(self)["_passages"].get(key)
+        return known or self._look(key, args, kwargs)
+
+    def _look(self, key: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Passage, ...]:
+        own = vars(self)
+        cut: Cut = own["_cut"]
+
+        def find() -> Passage:
+            # The server's weights aren't here. Whether cut and uncut agree, any weights can tell.
+            device = next((t.device for t in tensors_in((args, kwargs))), torch.device("cpu"))
+            model = _filled(own["_whole"], device)
+            try:
+                found = look(model, cut.name, args, kwargs, cut.share)
+            except TORCH_ERRORS as error:
+                if isinstance(error, CutError) or cut.found.passage.item is None:
+                    raise
+                # The uncut model can't take this batch. The client's part may, if it is the
+                # server's that wants more rows, of several clients, say.
+                instrument(model, cut.name, cut.found.before)
+                with undisturbed(args, kwargs):
+                    own_args, own_kwargs = fresh(args, kwargs)
+                    run_to_layer(model, cut.name, own_args, own_kwargs)
+                return cut.found.passage
+            missing = [n for n in found.client if n not in cut.found.client]
+            if missing:
+                raise CutError(
+                    f"with such a batch, the client segment of a cut at {cut.name!r} needs "
+                    f"{missing[0]!r}, which was found to be the server's: give split() an example"
+                )
+            verify(model, cut.name, found, args, kwargs)
+            return found.passage
+
+        known: tuple[Passage, ...] = own["_passages"].get(key, ())
+        seen = [passage.trace.digest for passage in known]
+        found = find() if known else remembered((cut.key, key), find)
+        if found.trace.digest in seen:
+            raise CutError(f"forward takes another way before {cut.name!r} when it is run again")
+        own["_passages"][key] = (*known, found)
+        return own["_passages"][key]  # type: ignore[no-any-return]
+
+
+_MOST_SCRIPTS = 64
+
+
+class _Scripts(dict[Any, Script]):
+    """Scripts by trace. They are made anew in a copy: they hold tensors without data."""
+
+    def __reduce__(self) -> Any:
+        """Pickle and copy as an empty one."""
+        return _Scripts, ()
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """What the client's forward must have done, found out without it."""
+
+    trace: Trace
+    name: str
+    asks_sizes: bool
+
+
+class ServerHalf(Half):
+    """The server segment: turns what crosses into the model's output."""
+
+    side = "server"
+
+    def __init__(self, whole: nn.Module, cut: Cut) -> None:
+        super().__init__(whole, cut)
+        vars(self)["_derived"] = dict[Any, _Derived]()
+        vars(self)["_scripts"] = _Scripts()
+
+    def forward(self, given: Tensor | Crossing, /, **extra: Any) -> Any:
+        """Return the model's output for smashed data.
+
+        It works on copies of what it is given: a network's first operation after the cut may be
+        one in place.
+
+        Parameters
+        ----------
+        given : Tensor or Crossing
+            What the client segment returned. Without the trace, that is of a tensor alone, the
+            client's forward is followed without data, from the sizes of the smashed data.
+        **extra
+            Arguments of the model that only the server has, such as ``labels``.
+
+        Raises
+        ------
+        CutError
+            If this can't be what crosses.
+        """
+        own = vars(self)
+        if isinstance(given, Tensor):
+            derived = self._trace_for(given)
+            given = Crossing({derived.name: given}, derived.trace)
+        with eager() if own["_cut"].compiled else nullcontext():
+            return run_from_cut(own["_whole"], own["_cut"].name, given, extra, self._script(given))
+
+    def _script(self, given: Crossing) -> Script:
+        """Return what was made ready for the same trace before."""
+        scripts: _Scripts = vars(self)["_scripts"]
+        device = next((v.device for v in given.values.values()), None)
+        key = id(given.trace.calls), device, *given.values
+        if key not in scripts:
+            if len(scripts) >= _MOST_SCRIPTS:
+                scripts.clear()
+            scripts[key] = script_for(given)  # holds the calls, so that their id stays theirs
+        return scripts[key]
+
+    def _trace_for(self, given: Tensor) -> _Derived:
+        known: dict[Any, _Derived] = vars(self)["_derived"]
+        mode = self.training, torch.is_grad_enabled(), _autocast()
+        found = known.get(mode) or known.get((mode, given.shape))
+        if found is None:
+            with undisturbed((), {}):
+                found = self._derive(given)
+            known[(mode, given.shape) if found.asks_sizes else mode] = found
+        return found
+
+    def _derive(self, given: Tensor) -> _Derived:
+        """Follow the client's forward on batches without data until one fits."""
+        cut: Cut = vars(self)["_cut"]
+        if cut.found.passage.item is None:
+            raise CrossingError(
+                f"after {cut.name!r} more than one tensor crosses: the server needs the client's "
+                "Crossing, with its trace"
+            )
+        fitting = dict[Any, _Derived]()
+        for recording in self._recordings(cut, len(given) if given.dim() else 1):
+            smashed = tensors_in(recording.output)[cut.found.passage.item]
+            name = next((k for k, t in recording.held.items() if t is smashed), None)
+            if name is None or (recording.asked and smashed.shape != given.shape):
+                continue
+            derived = _Derived(recording.trace, name, recording.asked)
+            fitting[derived.trace.digest] = derived
+            if not recording.asked or not cut.rows or len(fitting) > 1:
+                break
+        if not fitting or not self._all_same(given, list(fitting.values())):
+            raise ExampleError(
+                f"smashed data of shape {tuple(given.shape)} came, and "
+                f"{'several inputs give' if fitting else 'no input was found that gives'} such "
+                f"data at {cut.name!r}: give split() an example of the model's input"
+            )
+        return next(iter(fitting.values()))
+
+    def _recordings(self, cut: Cut, rows: int) -> Iterator[Recording]:
+        """Follow the client's forward on the *meta* device, or with made-up weights and values."""
+        ghost, solid = without_data(vars(self)["_whole"]), None
+        for batch in self._batches(rows):
+            recording = Recording(None, cut.found.passage.whole, place_of(cut.name)[1])
+            try:
+                try:
+                    with torch.device("meta"):
+                        record(recording, ghost, cut.name, *batch)
+                except NEEDS_VALUES as error:
+                    if not needs_values(error):
+                        raise
+                    solid = solid or self._solid(cut)
+                    recording = Recording(None, cut.found.passage.whole, place_of(cut.name)[1])
+                    with undisturbed((), {}):
+                        filled = map_tree(with_values, batch)
+                        record(recording, solid, cut.name, *filled)
+            except (CutError, *TORCH_ERRORS):
+                continue
+            if not recording.read:
+                yield recording
+
+    def _solid(self, cut: Cut) -> nn.Module:
+        model = _filled(vars(self)["_whole"], torch.device("cpu"))
+        instrument(model, cut.name, cut.found.before)
+        return model
+
+    def _all_same(self, given: Tensor, fitting: list[_Derived]) -> bool:
+        """Tell whether it makes no difference which of several inputs it was."""
+        outputs = []
+        for derived in fitting if len(fitting) > 1 else ():
+            model = copy.deepcopy(vars(self)["_whole"])
+            crossing = Crossing({derived.name: given.detach()}, derived.trace)
+            with undisturbed(given, {}), torch.no_grad():
+                outputs.append(run_from_cut(model, vars(self)["_cut"].name, crossing))
+        return all(
+            torch.equal(a, b)
+            for other in outputs[1:]
+            for a, b in zip(tensors_in(outputs[0]), tensors_in(other), strict=True)
+        )
+
+    def _batches(self, rows: int) -> Iterator[tuple[Any, Any]]:
+        cut: Cut = vars(self)["_cut"]
+        args, kwargs = cut.found.passage.trace.calls[0][1]
+        old = next((leaf.shape[0] for leaf in leaves_in((args, kwargs)) if isinstance(leaf, Spec)
+                    and leaf.shape), rows)  # fmt: skip
+
+        def batch(leaf: Any) -> Any:
+            if not isinstance(leaf, Spec):
+                return leaf
+            shape = leaf.shape
+            if shape and shape[0] == old:
+                shape = (rows, *shape[1:])
+            return torch.empty(shape, dtype=leaf.dtype, device="meta")
+
+        yield map_tree(batch, (args, kwargs))
+        for shape, dtype in cut.rows:
+            yield (torch.empty((rows, *shape), dtype=dtype, device="meta"),), {}
+
+
+def _key(args: Any, kwargs: Mapping[str, Any], training: bool) -> Any:
+    mode = training, torch.is_grad_enabled(), _autocast()
+    if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+        x = args[0]
+        return x.shape, x.dtype, x.requires_grad, x.device.type, mode
+    shapes = map_tree(_shape, (args, dict(kwargs)))
+    return repr(shapes), mode
+
+
+def _shape(leaf: Any) -> Any:
+    return (Spec.of(leaf), leaf.device.type) if isinstance(leaf, Tensor) else leaf
+
+
+def _autocast() -> Any:
+    on = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return on if not any(on) else (on, torch.get_autocast_dtype("cuda" if on[1] else "cpu"))
+
+
+# ------------------------------------------------------------------------------- parts of models
+
+_AWAY = "_away"
+"""In a module of one side: the names of the tensors that are the other side's, and whether each is
+a persistent buffer; None for parameters."""
+
+
+def one_side(model: nn.Module, mine: frozenset[str]) -> nn.Module:
+    """Return a copy of a model that shares one side's tensors and has the others without data.
+
+    The others can still be reached by the attributes that forward reads. The other side's buffers
+    keep their values, which are few: positions and masks, which a look at a new batch needs.
+    """
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+    for state in (*model.parameters(), *model.buffers()):
+        own = names.get(id(state), ())
+        memo[id(state)] = state if not own or not mine.isdisjoint(own) else _ghost(state)
+    side = plain_copy(model, memo)
+    for path, module in side.named_modules():
+        away: dict[str, bool | None] = {}
+        for kind in (module._parameters, module._buffers):
+            for name, held in list(kind.items()):
+                if held is not None and f"{path}.{name}".lstrip(".") not in mine:
+                    lasting = name not in module._non_persistent_buffers_set
+                    away[name] = None if kind is module._parameters else lasting
+                    del kind[name]
+                    vars(module)[name] = held
+        if away:
+            vars(module)[_AWAY] = away
+    return side
+
+
+def without_data(model: nn.Module) -> nn.Module:
+    """Copy a model to the *meta* device without copying its weights on the way."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        own = vars(module).values()
+        for value in (*own, *module._parameters.values(), *module._buffers.values()):
+            if isinstance(value, Tensor):
+                memo[id(value)] = _ghost(value)
+    return plain_copy(model, memo)
+
+
+def _ghost(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def _filled(side: nn.Module, device: torch.device) -> nn.Module:
+    """Return a whole model: a copy, with made-up weights where one side has none."""
+    numbers = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {}
+    for module in side.modules():
+        for name in vars(module).get(_AWAY, ()):
+            value = vars(module)[name]
+            memo[id(value)] = _made_up(value, numbers, device)
+    model = plain_copy(side, memo)
+    for module in model.modules():
+        uninstrument(module)
+        for name, lasting in vars(module).pop(_AWAY, {}).items():
+            tensor = vars(module).pop(name)
+            if lasting is None:
+                module.register_parameter(name, tensor)
+            else:
+                module.register_buffer(name, tensor, persistent=lasting)
+    return model
+
+
+def _made_up(value: Tensor, numbers: torch.Generator, device: torch.device) -> Tensor:
+    if not value.is_meta:
+        return value.to(device)
+    filled = torch.empty(value.shape, dtype=torch.float32).normal_(0, 0.02, generator=numbers)
+    return nn.Parameter(filled.to(device, value.dtype), requires_grad=value.requires_grad)

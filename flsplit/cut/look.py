@@ -1,0 +1,343 @@
+"""Looks at a model with one batch before it is split: what crosses, and whose its state is."""
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flsplit.cut.cut_errors import (
+    CrossingError,
+    CutError,
+    EmptySegmentError,
+    SharedStateError,
+    UnknownCutError,
+    listed,
+)
+from flsplit.cut.stretch import Crossing, aliases, run_from_cut, run_to_cut
+from flsplit.cut.survey import Call, Passage, State, Survey, Value
+from flsplit.cut.trace import map_tree, tensors_in
+from flsplit.cut.watch import eager, instrument, place_of, plain_copy
+from flsplit.errors import TORCH_ERRORS
+from flsplit.seeds import seeded
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found out about a cut.
+
+    Attributes
+    ----------
+    passage : Passage
+        What crosses, on the way that the batch took.
+    before : set of str
+        The modules that are done before the cut.
+    client, server : set of str
+        Names of the parameters and buffers that each side needs. What is frozen may be on both.
+    """
+
+    passage: Passage
+    before: frozenset[str]
+    client: frozenset[str]
+    server: frozenset[str]
+
+
+def look(
+    model: nn.Module,
+    cut: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    share: frozenset[str] = frozenset(),
+) -> Look:
+    """Follow the forward of a copy of a model with one batch.
+
+    Raises
+    ------
+    UnknownCutError, CrossingError, SharedStateError, EmptySegmentError, CutError
+        If the model can't be cut like this.
+    """
+    with undisturbed(args, kwargs):
+        ghost = plain_copy(model)
+        first = Survey(ghost, *fresh(args, kwargs))
+        survey = Survey(ghost, *fresh(args, kwargs), before=first)
+    call = call_at(survey, model, cut)
+    check_call(call)
+    passage = survey.passage(call)
+    _check_values(survey, call, passage, cut, share)
+    _check_state(survey, call, cut)
+    client, server = divided(survey, call)
+    if not any(
+        isinstance(state.tensor, nn.Parameter) and not server.isdisjoint(state.names)
+        for state in survey.state.values()
+    ):
+        raise EmptySegmentError(
+            f"no parameters of {type(model).__name__} come after {cut!r}, so the server would have "
+            "nothing to train: cut earlier"
+        )
+    passage.trace.to_json()  # what can't be described is refused here
+    around = {c.name for c in call.around}
+    before = {c.name for c in survey.calls if c.end <= call.reached} - around
+    return Look(passage, frozenset(before), client, server)
+
+
+def fresh(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a copy of a batch: forward may change it in place."""
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        return copy.deepcopy(leaf)
+
+    return map_tree(copied, (tuple(args), dict(kwargs)))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def undisturbed(args: Any, kwargs: Any) -> Iterator[None]:
+    """Leave all random generators as they are, and measurements of memory."""
+    device = next((t.device for t in tensors_in((args, kwargs))), None)
+    # Whoever measures what autograd keeps is not to measure this.
+    unmeasured = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with seeded(0, device), unmeasured:
+        yield
+
+
+def call_at(survey: Survey, model: nn.Module, cut: str) -> Call:
+    """Return the call that a cut lies behind, or say why there is none."""
+    name, nth = place_of(cut)
+    calls = survey.calls_of(name)
+    if not calls:
+        raise UnknownCutError(
+            f"forward never calls {cut!r} ({type(model.get_submodule(name)).__name__}) itself: it "
+            "may only hold other modules or weights, or not be used at all. "
+            "flsplit.cuts(model, example_input) lists every place to cut"
+        )
+    if nth > len(calls) or (len(calls) > 1 and "#" not in cut):
+        raise UnknownCutError(
+            f"forward calls {name!r} {len(calls)} times, so it doesn't say where to cut: "
+            f"'{name}#1' is after the first. {nearest(survey, calls[0])}"
+        )
+    return calls[nth - 1]
+
+
+def find_layer(model: nn.Module, cut: str) -> None:
+    """Refuse a cut that names no submodule.
+
+    Raises
+    ------
+    UnknownCutError
+        It names the nearest.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if place_of(cut)[0] in names:
+        return
+    close = difflib.get_close_matches(str(cut), names, n=5, cutoff=0.4)
+    near = f"The nearest names are {listed(close)}. " if close else ""
+    outermost = listed([name for name in names if "." not in name], limit=12)
+    raise UnknownCutError(
+        f"{type(model).__name__} has no submodule {cut!r} to cut after. {near}At the top there are "
+        f"{outermost or 'none'}. flsplit.cuts(model, example_input) lists every place to cut"
+    )
+
+
+def check_call(call: Call) -> None:
+    """Refuse a cut that lies where the other side can't follow."""
+    if not call.grad:
+        raise CutError(
+            f"the cut {call.name!r} lies in a region without gradients (torch.no_grad, a reentrant "
+            "checkpoint): cut outside it"
+        )
+    if call.drawn:
+        raise CutError(
+            f"before the cut {call.name!r}, forward draws a random number in Python or NumPy, "
+            "which the other side can't repeat: draw it with torch"
+        )
+
+
+# ----------------------------------------------------------------------------------- clean cuts
+
+
+def clean(survey: Survey) -> Iterator[tuple[Call, Value]]:
+    """Return the module calls after which a single tensor crosses, one for each place.
+
+    Of several that end at the same place, such as ``layer1`` and ``layer1.1``, it is the
+    innermost, which returns first.
+    """
+    places = set[int]()
+    for call in survey.calls:
+        if call.reached in places or len(survey.calls_of(call.name)) > 1 or not _may_be_cut(call):
+            continue
+        values = survey.crossing(call)
+        if len(values) != 1 or any(spans(survey, s, call) for s in survey.state.values()):
+            continue
+        if not any(_is_servers(s, call) for s in survey.state.values()):
+            continue
+        passage = survey.passage(call)
+        if passage.item is not None:
+            places.add(call.reached)
+            yield call, values[0]
+
+
+def _is_servers(state: State, call: Call) -> bool:
+    return isinstance(state.tensor, nn.Parameter) and state.last >= call.reached
+
+
+def _may_be_cut(call: Call) -> bool:
+    return call.grad and not call.drawn and not call.inside_torch
+
+
+def nearest(survey: Survey, call: Call) -> str:
+    """Return a sentence about the clean cuts around a call."""
+    found = [c for c, _ in clean(survey)]
+    before = [f"{c.name!r} (before it)" for c in found if c.reached < call.reached][-1:]
+    after = [f"{c.name!r} (after it)" for c in found if c.reached > call.reached][:1]
+    if both := [*before, *after]:
+        return f"The nearest cuts that a single tensor crosses are {' and '.join(both)}"
+    return "No single tensor crosses anywhere near it"
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def _check_values(
+    survey: Survey, call: Call, passage: Passage, cut: str, share: frozenset[str]
+) -> None:
+    # The layer's own output was named by the user: it may cross even if nothing was learnt yet.
+    own = [id(value) for value in survey.values_in(call.returned)]
+    for value in [*passage.values.values(), *passage.reads]:
+        missing = sorted(value.inputs - share)
+        if missing and not value.learnt and id(value) not in own:
+            shape = f" {value.spec.shape}" if value.spec else ""
+            names = ", ".join(map(repr, missing))
+            raise CrossingError(
+                f"after {cut!r} the server needs {value.what}{shape}, which is made of the input "
+                f"{names} alone: cut elsewhere, or allow it with share=({names},). "
+                f"{nearest(survey, call)}"
+            )
+
+
+def spans(survey: Survey, state: State, call: Call) -> bool:
+    """Tell whether both sides of a cut would change a parameter or buffer."""
+    changes = state.tensor.requires_grad or state.tensor._version != state.version
+    return changes and 0 <= state.first < call.reached <= state.last
+
+
+def _check_state(survey: Survey, call: Call, cut: str) -> None:
+    both = [s for s in survey.state.values() if spans(survey, s, call)]
+    if both:
+        names = [" = ".join(state.names) for state in both]
+        raise SharedStateError(
+            f"a cut at {cut!r} leaves {listed(names)} on both sides: weights are tied, or a module "
+            "is called before and after the cut. Two machines can't train one tensor: untie them "
+            "(give each side its own module), freeze them, or cut where all their uses are on one "
+            f"side. {nearest(survey, call)}"
+        )
+
+
+def divided(survey: Survey, call: Call) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of the state that the client and the server need."""
+    client, server = set[str](), set[str]()
+    for state in survey.state.values():
+        if state.first < 0:
+            (client if _unused_is_clients(survey, state, call) else server).update(state.names)
+        if 0 <= state.first < call.reached:
+            client.update(state.names)
+        if state.last >= call.reached:
+            server.update(state.names)
+    return frozenset(client), frozenset(server)
+
+
+def _unused_is_clients(survey: Survey, state: State, call: Call) -> bool:
+    """Give what forward never uses to the side of the innermost called module that holds it."""
+    holder = state.names[0]
+    while "." in holder:
+        holder = holder.rpartition(".")[0]
+        if calls := survey.calls_of(holder):
+            return calls[0].reached <= call.reached
+    return False
+
+
+# ------------------------------------------------------------------------------------ comparing
+
+
+def verify(
+    model: nn.Module, cut: str, found: Look, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Run one step whole and split, on copies, and compare the results.
+
+    Outputs, gradients and buffers must agree up to the order of a sum: what no rule sees (a hook
+    on a value that crosses, say) shows here.
+
+    Raises
+    ------
+    CutError
+        If they differ.
+    """
+    whole, client, server = (plain_copy(model) for _ in range(3))
+    for half in (client, server):
+        instrument(half, cut, found.before)
+    with undisturbed(args, kwargs), eager():
+        own_args, own_kwargs = fresh(args, kwargs)
+        expected = whole(*own_args, **own_kwargs)
+        try:
+            _backward(expected)
+            learns = torch.is_grad_enabled()
+        except RuntimeError:  # this model can't be trained in one piece, either
+            learns = False
+    with undisturbed(args, kwargs), eager():
+        args, kwargs = fresh(args, kwargs)
+        trace, held = run_to_cut(client, cut, args, kwargs, [found.passage])
+        if trace != found.passage.trace:
+            raise CutError(f"forward takes another way before {cut!r} when it is run again")
+        values = {key: held[key] for key in found.passage.values}
+        crossing = Crossing(values, trace, aliases(values))
+        sent = crossing.detached()
+        try:
+            output = run_from_cut(server, cut, sent)
+        except TORCH_ERRORS as error:
+            if isinstance(error, CutError):
+                raise
+            raise CutError(
+                f"cut at {cut!r}, the rest of forward fails, and uncut it doesn't: {error}"
+            ) from error
+        if learns:
+            _backward(output)
+        if learns and crossing.learning:
+            crossing.backward({key: sent.values[key].grad for key in crossing.learning})
+    pairs: list[tuple[str, Tensor | None, Tensor | None]] = [
+        ("an output", *both) for both in zip(tensors_in(expected), tensors_in(output), strict=True)
+    ]
+    theirs = {half: dict(_named(half)) for half in (client, server)}
+    for name, tensor in _named(whole):
+        other = theirs[client if name in found.client else server][name]
+        if isinstance(tensor, nn.Parameter) and learns:
+            pairs.append((f"the gradient of {name}", tensor.grad, other.grad))
+        elif not isinstance(tensor, nn.Parameter):
+            pairs.append((name, tensor, other))
+    for what, a, b in pairs:
+        if a is not b and (a is None or b is None or not _close(a, b)):
+            raise CutError(f"cut at {cut!r}, the model computes something else: {what} differs")
+
+
+def _backward(output: Any) -> None:
+    floats = [t for t in tensors_in(output) if t.requires_grad]
+    if floats and torch.is_grad_enabled():
+        torch.stack([t.abs().double().square().mean() for t in floats]).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.layout is not torch.strided or a.is_nested:
+        a, b = a.to_dense(), b.to_dense()
+    if torch.equal(a, b):
+        return True
+    tolerance = 1e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return torch.allclose(a.detach(), b.detach(), rtol=tolerance, atol=1e-6, equal_nan=True)

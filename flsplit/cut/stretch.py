@@ -1,0 +1,161 @@
+"""Runs one stretch of a model's forward: up to the cut, or from it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flsplit.cut.cut_errors import CrossingError, UnknownCutError
+from flsplit.cut.survey import Passage
+from flsplit.cut.trace import Trace, tensors_in
+from flsplit.cut.watch import Absent, PartialForward, Recording, Replaying, Script, place_of
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What goes from the client segment to the server segment.
+
+    Attributes
+    ----------
+    values : dict of str to Tensor
+        The smashed data by name. Names are the same for all batches with the same trace.
+    trace : Trace
+        What the calls before the cut returned, without values.
+    aliases : set of str
+        Names of tensors that share memory with another one.
+    """
+
+    values: dict[str, Tensor]
+    trace: Trace
+    aliases: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def learning(self) -> list[str]:
+        """Names of the tensors that need a gradient."""
+        return [name for name, value in self.values.items() if value.requires_grad]
+
+    def detached(self) -> "Crossing":
+        """Return what is sent: without graph, collecting gradients where they are needed."""
+        values = {k: v.detach().requires_grad_(v.requires_grad) for k, v in self.values.items()}
+        return Crossing(values, self.trace, self.aliases)
+
+    def backward(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Go on with the gradients that the server found, by name.
+
+        Raises
+        ------
+        CrossingError
+            If a gradient has another shape than its tensor, or no tensor of that name needs one.
+        """
+        found = {name: g for name, g in gradients.items() if g is not None}
+        for name, gradient in found.items():
+            value = self.values.get(name)
+            if value is None or not value.requires_grad or value.shape != gradient.shape:
+                expected = tuple(value.shape) if value is not None else "none"
+                raise CrossingError(
+                    f"a gradient of shape {tuple(gradient.shape)} came for value {name!r}, "
+                    f"expected {expected}; those that need one are {self.learning}"
+                )
+        torch.autograd.backward([self.values[name] for name in found], list(found.values()))
+
+
+def run_to_layer(model: nn.Module, cut: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Run a model up to its cut layer and return that layer's output; nothing is watched."""
+    run = PartialForward(place_of(cut)[1])
+    with run.running():
+        model(*args, **kwargs)
+    return _reached(run, cut)
+
+
+def run_to_cut(
+    model: nn.Module,
+    cut: str,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    passages: Iterable[Passage],
+) -> tuple[Trace, dict[str, Tensor]]:
+    """Run a model up to the cut.
+
+    Parameters
+    ----------
+    passages : iterable of Passage
+        The ways that forward may take.
+
+    Returns
+    -------
+    tuple of Trace and dict
+        The trace, and the values that cross on any of the ways.
+    """
+    known = list(passages)
+    keys = {key for passage in known for key in passage.values}
+    recording = Recording(keys, known[0].whole, place_of(cut)[1])
+    record(recording, model, cut, args, kwargs)
+    return recording.trace, recording.held
+
+
+def record(
+    recording: Recording, model: nn.Module, cut: str, args: Any, kwargs: Mapping[str, Any]
+) -> None:
+    """Run a model up to the cut under a recording."""
+    recording.write("the inputs", (), (args, dict(kwargs)))
+    with recording.running(), recording:
+        model(*args, **kwargs)
+    _reached(recording, cut)
+
+
+def script_for(given: Crossing) -> Script:
+    """Return what can be made ready for all batches with the same trace."""
+    device = next((v.device for v in given.values.values()), torch.device("cpu"))
+    return Script(given.trace.calls, frozenset(given.values), device)
+
+
+def run_from_cut(
+    model: nn.Module,
+    cut: str,
+    given: Crossing,
+    extra: Mapping[str, Any] | None = None,
+    script: Script | None = None,
+) -> Any:
+    """Run a model from the cut and return its output.
+
+    Parameters
+    ----------
+    given : Crossing
+        What came from the client.
+    extra : mapping of str to anything
+        Arguments of the model that the server has itself, such as ``labels``.
+    script : Script, optional
+        As `script_for` returned it for the same trace.
+    """
+    run = Replaying(
+        script or script_for(given), given.trace.numbers, given.values, place_of(cut)[1]
+    )
+    output = run.run(model, extra or {})
+    if not run.passed:
+        raise UnknownCutError(f"forward ended before the cut {cut!r}")
+    if changed := [key for key in given.aliases if run.changed(key)]:
+        raise CrossingError(
+            f"value {changed[0]} is changed in place after the cut, and shares memory with another "
+            "value that crosses"
+        )
+    for tensor in tensors_in(output):
+        if isinstance(tensor, Absent):
+            raise CrossingError(f"the model returned value {tensor.key}, which did not cross")
+    return output
+
+
+def _reached(run: PartialForward, cut: str) -> Any:
+    if not run.passed:
+        raise UnknownCutError(f"forward ended before the cut {cut!r}")
+    return run.output
+
+
+def aliases(values: Mapping[str, Tensor]) -> frozenset[str]:
+    """Return the names of the tensors that share memory with another one."""
+    at: dict[int, list[str]] = {}
+    for key, tensor in values.items():
+        if tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_nested:
+            at.setdefault(tensor.untyped_storage().data_ptr(), []).append(key)
+    return frozenset(key for keys in at.values() if len(keys) > 1 for key in keys)

@@ -1,0 +1,66 @@
+"""One step, whole and split, compared bit for bit: outputs, gradients, buffers; train and eval."""
+
+import copy
+import json
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flsplit.cut import Crossing, Trace, split
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def loss_of(output):
+    loss = getattr(output, "loss", None)
+    if loss is not None:
+        return loss
+    return sum(t.abs().square().mean() for t in tensors(output) if t.requires_grad)
+
+
+def assert_exact(model: nn.Module, cut, args=(), kwargs=None, *, share=(), modes=(True, False)):
+    """Compare a step of `model` with one of its halves; the crossing goes through JSON."""
+    kwargs, model = kwargs or {}, copy.deepcopy(model)
+    for training in modes:
+        model.train(training)
+        example = dict(kwargs) if not args else tuple(args)
+        halves = split(copy.deepcopy(model), cut, example, share=share)
+        client, server = copy.deepcopy(halves.client), copy.deepcopy(halves.server)
+        whole = copy.deepcopy(model)
+        torch.manual_seed(5)
+        expected = whole(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        loss_of(expected).backward()
+        torch.manual_seed(5)
+        mine = client.crossing(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        sent = mine.detached()
+        trace = Trace.from_json(mine.trace.to_json())
+        assert trace == mine.trace
+        assert trace.numbers == mine.trace.numbers
+        json.loads(trace.to_json())
+        output = server(Crossing(sent.values, trace, sent.aliases))
+        loss_of(output).backward()
+        mine.backward({name: sent.values[name].grad for name in mine.learning})
+        compare(whole, client, server, expected, output)
+
+
+def compare(whole, client, server, expected, output):
+    for a, b in zip(tensors(expected), tensors(output), strict=True):
+        assert same(a, b), f"an output differs by {float((a - b).abs().max()):.1e}"
+    assert {*client.state_dict(), *server.state_dict()} == whole.state_dict().keys()
+    sides = {**dict(client.named_parameters()), **dict(server.named_parameters())}
+    for name, parameter in whole.named_parameters():
+        theirs = sides[name].grad
+        assert (parameter.grad is None) == (theirs is None), name
+        assert theirs is None or same(parameter.grad, theirs), f"gradient of {name}"
+    sides = {**dict(client.named_buffers()), **dict(server.named_buffers())}
+    for name, buffer in whole.named_buffers():
+        assert name not in sides or same(buffer, sides[name]), name
+
+
+def same(a, b):
+    return a.shape == b.shape and torch.equal(
+        *tree_map(lambda t: t.detach().to_dense() if t.layout != torch.strided else t, (a, b))
+    )
