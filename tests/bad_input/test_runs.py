@@ -104,7 +104,7 @@ def test_a_client_that_raises_is_left_out_with_what_it_raised(strategy, when):
             return [self[row] for row in rows]
 
     def fail_if(now):
-        if when == now and batches or when == f"second {now}" and len(batches) == 2:
+        if (when == now and batches) or (when == f"second {now}" and len(batches) == 2):
             raise OSError("the disk is on fire")
 
     class Fail(torch.autograd.Function):
