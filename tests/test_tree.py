@@ -12,7 +12,7 @@ from tests.flower_processes import REPOSITORY
 
 # From the ground up: each imports only what comes before it. Nothing in flsplit knows a method.
 LAYERS = (
-    *("errors", "log", "finite", "seeds", "flower_internals", "vision", "labels"),
+    *("errors", "log", "finite", "nested", "seeds", "flower_internals", "vision", "labels"),
     *(
         "client_parts",
         "cut",
