@@ -27,6 +27,7 @@ def client_app(
     autocast: torch.dtype | None = None,
     max_grad_norm: float | None = None,
     unpack: Unpack | None = None,
+    share: Sequence[str] = (),
     auxiliary: BuildAuxiliary | None = None,
     client_parts: Sequence[type[ClientPart]] = (),
     mods: list[Mod] | None = None,
@@ -57,6 +58,9 @@ def client_app(
     unpack : callable, optional
         Turns a batch of the DataLoader into ``(inputs, labels)``, e.g.
         ``lambda batch: (batch["img"], batch["label"])``. Not needed where it is such a pair.
+    share : sequence of str, optional
+        Inputs of the model that may be sent to the server as they are, such as
+        ``"attention_mask"``, where layers after the cut need them. All others stay here.
     auxiliary : callable, optional
         Builds the auxiliary model of decoupled methods from the shape of one row of smashed
         data and the number of classes; the strategy gets the same function. Not needed for those
@@ -85,6 +89,7 @@ def client_app(
         autocast=autocast,
         max_grad_norm=max_grad_norm,
         unpack=unpack,
+        share=share,
         auxiliary=auxiliary,
         client_parts=client_parts,
     )

@@ -111,7 +111,7 @@ class EPSL(ParallelStrategy):
         batches, weights = step.batches, step.weights
         w = [weights[batch.client] for batch in batches]
         a = [weights[batch.client] / len(batch) for batch in batches]
-        smashed = [batch.smashed for batch in batches]
+        smashed = [batch.tensor for batch in batches]
         real = step.forward(step.pooled(), graph=False)
         z = _logit_gradients(step, real.outputs)
 

@@ -27,6 +27,8 @@ class PSL(ParallelStrategy):
        Scalable Split Learning, https://arxiv.org/abs/2112.05929
     """
 
+    pools = False  # rows of several shapes go through the server segment client by client
+
     def step(self, step: Step) -> None:
         """Do one pass over all clients' smashed data and one optimizer step."""
         found = step.gradients()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flsplit.message.crossings import value_by_value
 from flsplit.run import ParallelStrategy, Step
 from flsplit.wireless.phases import Phase, Work, parallel_steps
 
@@ -40,9 +41,10 @@ class SFLGA(ParallelStrategy):
         """Update as PSL does; reply with the λ-weighted mean of the cut-layer gradients."""
         found = step.gradients()
         step.update(found)
+        rows = {batch.client: len(batch) for batch in step.batches}
         step.reply(
-            broadcast_mean(found.cut_gradients, step.shares),
-            shared_rows={batch.client: len(batch) for batch in step.batches},
+            value_by_value(lambda own: broadcast_mean(own, step.shares), found.cut_gradients, rows),
+            shared_rows=rows,
         )
 
     @classmethod

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flsplit.errors import ConfigError, SegmentMismatchError
+from flsplit.message.crossings import value_by_value
 from flsplit.run import ParallelStrategy, Round, Step, ceil_fraction
 from flsplit.run.options import at_round
 from flsplit.server.arguments import fraction, number, one_of
@@ -87,13 +88,16 @@ class SGLR(ParallelStrategy):
         found = step.gradients()
         active = self._draw(step)
         step.record({"cut-gradient-averaging.active": float(len(active))})
-        shared = averaged(found.cut_gradients, active, self.averaging)
+        rows = {batch.client: len(batch) for batch in step.batches}
+        shared = value_by_value(
+            lambda own: averaged(own, active, self.averaging), found.cut_gradients, rows
+        )
         factor = len(step.clients) ** self.alpha
         step.record({"split-lr.factor": factor})
         step.update(found, lr_factor=factor)
         step.reply(
             found.cut_gradients | shared,
-            shared_rows={client: len(gradient) for client, gradient in shared.items()},
+            shared_rows={client: rows[client] for client in shared},
             repeated=active if self.averaging == "batch_mean" else (),
         )
 

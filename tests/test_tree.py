@@ -14,8 +14,8 @@ from tests.flower_processes import REPOSITORY
 LAYERS = (
     *("errors", "log", "finite", "nested", "seeds", "flower_internals", "vision", "labels"),
     *(
-        "client_parts",
         "cut",
+        "client_parts",
         "account",
         "wire",
         "message",

@@ -15,9 +15,11 @@ from flsplit.client.local_training import row_shapes, train_locally
 from flsplit.client.spec import ClientSpec, client_name
 from flsplit.errors import FlsplitError
 from flsplit.log import logger
+from flsplit.message.crossings import learning_in
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.local_steps import LocalRequest
 from flsplit.message.raised import raised
+from flsplit.message.request import num_rows
 from flsplit.message.shape import ShapeRequest
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 
@@ -69,6 +71,8 @@ def take_step(client: Client, request: StepRequest) -> StepReply:
         num_examples=client.num_examples,
         num_steps=client.num_steps,
         seconds=time.perf_counter() - started,
+        traces=client.untold([smashed]),
+        frozen=bool(num_rows(labels)) and not learning_in(smashed),
     )
 
 
@@ -103,6 +107,7 @@ def evaluate_batch(client: Client, request: EvaluateRequest) -> EvaluateReply:
         smashed=smashed,
         labels=labels,
         seconds=time.perf_counter() - started,
+        traces=client.untold([smashed]),
     )
 
 

@@ -1,32 +1,45 @@
 """One client at work: its segment, its optimizer, and the forward pass awaiting a gradient."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import Context
-from torch import Tensor
+from torch import Tensor, nn
 
 from flsplit.client.auxiliary_model import Auxiliary
 from flsplit.client.data import ClientData, Order, steps_per_round
 from flsplit.client.spec import ClientSpec, client_name, pick_device
 from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
 from flsplit.client_parts.chain import ClientStep, PartChain
-from flsplit.cut import Split, split
+from flsplit.cut import Crossing, CutError, ExampleError, Split, Trace, split
 from flsplit.errors import (
     DataError,
     NonFiniteError,
     ProtocolError,
     SegmentMismatchError,
     StateLostError,
+    at,
 )
 from flsplit.finite import all_finite
 from flsplit.message.arrays import check_like
+from flsplit.message.crossings import (
+    MOST_TRACES,
+    CutGradient,
+    Smashed,
+    detached,
+    fits,
+    gradients_in,
+    learning_in,
+    values_of,
+)
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
-from flsplit.message.request import Backward, SegmentArrays
+from flsplit.message.request import Backward, SegmentArrays, num_rows, shapes_of
 from flsplit.message.round_plan import RoundPlan
+from flsplit.nested import as_arguments, map_tensors, to_device
 from flsplit.seeds import derive_seed, seeded
 
 
@@ -35,8 +48,8 @@ class _Pending:
     """A forward pass whose gradient is awaited."""
 
     step: int
-    smashed: Tensor
-    labels: Tensor
+    smashed: Smashed
+    labels: Any
     buffers: dict[str, Tensor]  # as they were before the forward pass
     drawn: int  # examples drawn when the step is done
     loss: Tensor | None = None  # what client parts add
@@ -57,8 +70,9 @@ class Client:
         # Seeded: a client that is built anew for a message must get the same data again, also
         # from a data function that splits at random.
         with seeded(derive_seed(0, "build", self.name), self.device):
-            self.segment = self.split_anew().client.to(self.device)
+            model = spec.build_model(context)
             self.data = ClientData.load(spec, context)
+            self.segment = self._split(model).client.to(self.device)
         self._parameters = [p for p in self.segment.parameters() if p.requires_grad]
         self.optimizer = spec.optimizer(self._parameters, lr=0.0) if self._parameters else None
         self.auxiliary: Auxiliary | None = None
@@ -75,7 +89,17 @@ class Client:
 
     def split_anew(self) -> Split:
         """Return a new model, cut in two."""
-        return split(self.spec.build_model(self.context), self.spec.cut)
+        return self._split(self.spec.build_model(self.context))
+
+    def _split(self, model: nn.Module) -> Split:
+        spec = self.spec
+        try:
+            return split(model, spec.cut, share=spec.share)
+        except ExampleError:  # no input could be made up: the first batch is one
+            if not len(self.data.train):
+                raise
+        inputs, _ = self.data.train.batch(range(min(2, len(self.data.train))))
+        return split(model, spec.cut, inputs, share=spec.share)
 
     # --- state ---------------------------------------------------------------------------
 
@@ -136,7 +160,7 @@ class Client:
         self.check_version(plan.segment_version)
         if optimizer is not None:
             set_state(self.optimizer, optimizer)
-        self._state.plan, self._state.steps_done = plan, 0
+        self._state.plan, self._state.steps_done, self._state.told = plan, 0, ()
         self._parts, self._state.parts = parts, parts.state()
         self._follow(plan)
         self._state.round_start = {}
@@ -202,10 +226,11 @@ class Client:
                 f"{self.plan.server_round}"
             )
 
-    def forward(self, step: int) -> tuple[Tensor, Tensor]:
+    def forward(self, step: int) -> tuple[Smashed, Any]:
         """Return the smashed data ``(b, ...)`` and labels ``(b, ...)`` of ``step``.
 
-        Both are empty in a step that the client sits out.
+        Both are empty in a step that the client sits out. The smashed data is detached, but says
+        whether it needs a gradient.
 
         Raises
         ------
@@ -224,7 +249,17 @@ class Client:
             self._undo_forward()
         self._pending = self._compute(plan, step)
         self._state.pending = step
-        return self._pending.smashed.detach(), self._pending.labels
+        return detached(self._pending.smashed), self._pending.labels
+
+    def untold(self, smashed: Iterable[Smashed]) -> dict[str, Trace]:
+        """Return the traces of what crosses that were not sent in this round, to be sent now."""
+        told, found = list(self._state.told), {}
+        for one in smashed:
+            if isinstance(one, Crossing) and one.trace.digest not in told:
+                found[one.trace.digest] = one.trace
+                told.append(one.trace.digest)
+        self._state.told = tuple(told[-MOST_TRACES:])
+        return found
 
     def backward(self, request: Backward) -> None:
         """Back-propagate the cut-layer gradient of the pending step and let the optimizer step.
@@ -271,8 +306,11 @@ class Client:
                 if self._parts.parts:
                     at = self._part_step(step)
                     smashed = self._parts.smashed(at, smashed)
-                    loss = self._parts.loss(at, inputs.to(self.device), smashed, labels)
-            self._check_finite(smashed, f"smashed data of step {step}")
+                    leaving = smashed.values if isinstance(smashed, Crossing) else smashed
+                    loss = self._parts.loss(at, to_device(inputs, self.device), leaving, labels)
+            for value in values_of(smashed):
+                if value is smashed or value.requires_grad:  # a mask may be -inf on purpose
+                    self._check_finite(value, f"smashed data of step {step}")
         except Exception:
             self._put_back(buffers)
             # A part may have remembered something of a step that never happened.
@@ -284,23 +322,32 @@ class Client:
         plan, start = self.plan, self._state.round_start
         return ClientStep(plan.seed, self.name, plan.server_round, step, self.segment, start)
 
-    def _update(self, pending: _Pending, gradient: Tensor) -> None:
-        if gradient.shape != pending.smashed.shape:
+    def _update(self, pending: _Pending, gradient: CutGradient) -> None:
+        if not fits(gradient, pending.smashed):
             raise ProtocolError(
-                f"cut-gradient has shape {tuple(gradient.shape)}, the smashed data of step "
-                f"{pending.step} {tuple(pending.smashed.shape)} (client {self.name!r})"
+                f"cut-gradient has shape {shapes_of(gradient)}, the smashed data of step "
+                f"{pending.step} {shapes_of(_gradients_wanted(pending.smashed))} (client "
+                f"{self.name!r})"
             )
-        self._check_finite(gradient, f"cut-layer gradient of step {pending.step}")
-        if self.optimizer is None or not len(gradient):
+        for one in gradients_in(gradient):
+            self._check_finite(one, f"cut-layer gradient of step {pending.step}")
+        wanted = learning_in(pending.smashed)
+        if self.optimizer is None or not num_rows(pending.labels) or not wanted:
             return
-        gradient = gradient.to(pending.smashed)
+        if isinstance(gradient, Tensor):
+            gradient = gradient.to(wanted[0])
+        else:
+            gradient = {
+                name: gradient[name].to(value) for name, value in zip(gradient, wanted, strict=True)
+            }
         if self._parts.parts:
             gradient = self._parts.cut_gradient(self._part_step(pending.step), gradient)
         self.optimizer.zero_grad(set_to_none=True)
-        if pending.loss is None:
-            pending.smashed.backward(gradient)  # type: ignore[no-untyped-call]
-        else:
-            torch.autograd.backward([pending.smashed, pending.loss], [gradient, None])
+        outputs: list[Tensor] = list(wanted)
+        gradients: list[Tensor | None] = list(gradients_in(gradient))
+        if pending.loss is not None:
+            outputs, gradients = [*outputs, pending.loss], [*gradients, None]
+        torch.autograd.backward(outputs, gradients)
         if self._parts.parts:
             self._parts.gradients(self._part_step(pending.step), self._parameters)
         # One number for all: it is finite only if they are. Only what isn't is looked at closer.
@@ -336,7 +383,7 @@ class Client:
     # --- evaluation ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, batch: int, batch_size: int) -> tuple[Tensor, Tensor, int]:
+    def evaluate(self, batch: int, batch_size: int) -> tuple[Smashed, Any, int]:
         """Return smashed data and labels of a test batch, and how many batches there are.
 
         Without test data there are 0 batches, and both tensors are empty.
@@ -349,6 +396,8 @@ class Client:
             raise ProtocolError(
                 f"test batch {batch} asked for, client {self.name!r} has {num_batches}"
             )
+        if batch == 0:
+            self._state.told = ()
         self._undo_forward()
         rows = range(batch * batch_size, min((batch + 1) * batch_size, len(examples)))
         inputs, labels = examples.batch(rows)
@@ -357,7 +406,13 @@ class Client:
 
     @torch.no_grad()
     def one_row(self, cut: str) -> tuple[Tensor, Tensor]:
-        """Return inputs and smashed data of one example, if the model is cut at ``cut``."""
+        """Return inputs and smashed data of one example, if the model is cut at ``cut``.
+
+        Raises
+        ------
+        SegmentMismatchError
+            If either is more than one tensor.
+        """
         self._check_cut(cut)
         if self.num_examples == 0:
             raise DataError(f"client {self.name!r} has no training examples")
@@ -365,7 +420,14 @@ class Client:
         with seeded(derive_seed(0, "shape", self.name), self.device):
             inputs, _ = self.data.train.batch([0])
         self._evaluates()
-        return inputs, self._run_segment(inputs)
+        smashed = self._run_segment(inputs)
+        if not (isinstance(inputs, Tensor) and isinstance(smashed, Tensor)):
+            raise SegmentMismatchError(
+                f"client {self.name!r}: the method needs an input that is one tensor and smashed "
+                f"data that is one, here inputs are {type(inputs).__name__} and "
+                f"{len(values_of(smashed))} values cross"
+            )
+        return inputs, smashed
 
     def _evaluates(self) -> None:
         self.segment.eval()
@@ -373,29 +435,40 @@ class Client:
 
     # --- computing -----------------------------------------------------------------------
 
-    def _run_segment(self, inputs: Tensor) -> Tensor:
+    def _run_segment(self, inputs: Any) -> Smashed:
         dtype = self.spec.autocast
+        args, kwargs = as_arguments(to_device(inputs, self.device))
         try:
             with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
-                smashed: Tensor = self.segment(inputs.to(self.device))
+                smashed: Smashed = self.segment(*args, **kwargs)
+        except CutError as error:
+            at(f"client {self.name!r}", error)
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise self._explain(error, inputs) from error
-        if not smashed.is_floating_point():
+        if isinstance(smashed, Tensor) and not (
+            smashed.is_floating_point() or smashed.is_complex()
+        ):
             raise SegmentMismatchError(
                 f"the smashed data at {self.spec.cut!r} is {smashed.dtype}, expected floating point"
             )
         return smashed
 
-    def _explain(self, error: Exception, inputs: Tensor) -> Exception:
-        shape = tuple(inputs.shape)
+    def _explain(self, error: Exception, inputs: Any) -> Exception:
+        shapes = map_tensors(lambda tensor: (tuple(tensor.shape), tensor.dtype), inputs)
         if "more than 1 value per channel" in str(error):
             return DataError(
-                f"client {self.name!r}: BatchNorm can't train on a batch of one (inputs {shape}); "
-                "use another batch-size, or drop-last to leave the ragged last batch out"
+                f"client {self.name!r}: BatchNorm can't train on a batch of one (inputs "
+                f"{shapes}); use another batch-size, or drop-last to leave the ragged last batch "
+                "out"
             )
+        what = (
+            f"shape {tuple(inputs.shape)} and dtype {inputs.dtype}"
+            if isinstance(inputs, Tensor)
+            else f"shapes and dtypes {shapes}"
+        )
         return SegmentMismatchError(
-            f"client {self.name!r}: the client segment can't take inputs of shape {shape} and "
-            f"dtype {inputs.dtype}: {error}"
+            f"client {self.name!r}: the client segment can't take inputs of {what}: {error}"
         )
 
     def _check_finite(self, tensor: Tensor, what: str) -> None:
@@ -403,3 +476,9 @@ class Client:
             raise NonFiniteError(
                 f"{what} is NaN or infinite (client {self.name!r}, round {self.plan.server_round})"
             )
+
+
+def _gradients_wanted(smashed: Smashed) -> Any:
+    if isinstance(smashed, Tensor):
+        return smashed
+    return {name: smashed.values[name] for name in smashed.learning}

@@ -7,9 +7,10 @@ from torch import Tensor
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
 from flsplit.client.auxiliary_model import Auxiliary
 from flsplit.client.live_client import Client
-from flsplit.errors import ProtocolError, StateLostError
+from flsplit.errors import ProtocolError, SegmentMismatchError, StateLostError
+from flsplit.message.crossings import Smashed
 from flsplit.message.local_steps import LocalReply, LocalRequest
-from flsplit.message.request import Backward
+from flsplit.message.request import Backward, Batch, num_rows
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.seeds import derive_seed
 
@@ -24,23 +25,23 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
     auxiliary = _auxiliary_of(client)
     end = request.end(client.num_steps)
     wanted = set(request.uploads(end, client.plan))
-    uploads: dict[int, tuple[Tensor, Tensor]] = {}
+    uploads: dict[int, Batch] = {}
     rows: list[int] = []
     own, emulating = Activations(), Activations()
     if request.peek:
         smashed, labels = client.forward(request.step)
-        rows.append(len(smashed))
+        rows.append(num_rows(labels))
         if request.step in wanted:
             uploads[request.step] = smashed, labels
     for step in range(request.step, end):
         with measuring_activations(own, client.segment, active=step == 0):
             smashed, labels = client.forward(step)
         gradient = None
-        if len(smashed):  # else the client sits this step out
+        if num_rows(labels):  # else the client sits this step out
             with measuring_activations(emulating, auxiliary.module, active=step == 0):
-                gradient = auxiliary.gradient(smashed, labels, _seed(client, step))
+                gradient = auxiliary.gradient(_one(client, smashed), labels, _seed(client, step))
         client.backward(Backward(step, gradient))
-        rows.append(len(smashed))
+        rows.append(num_rows(labels))
         if step in wanted:
             uploads[step] = smashed, labels
     ended = end == client.num_steps and not request.peek
@@ -49,6 +50,7 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
         server_round=request.server_round,
         step=request.step,
         uploads=uploads,
+        traces=client.untold(smashed for smashed, _ in uploads.values()),
         num_examples=client.num_examples,
         num_steps=client.num_steps,
         steps_done=end,
@@ -99,6 +101,15 @@ def _auxiliary_of(client: Client) -> Auxiliary:
     if client.auxiliary is None:
         raise StateLostError(f"client {client.name!r} has no auxiliary model: its state was lost")
     return client.auxiliary
+
+
+def _one(client: Client, smashed: Smashed) -> Tensor:
+    if isinstance(smashed, Tensor):
+        return smashed
+    raise SegmentMismatchError(
+        f"client {client.name!r}: an auxiliary model takes smashed data that is one tensor, but "
+        f"{len(smashed.values)} values cross at {client.spec.cut!r}; cut where one crosses"
+    )
 
 
 def _seed(client: Client, step: int) -> int:

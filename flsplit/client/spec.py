@@ -27,6 +27,7 @@ class ClientSpec:
 
     model: Callable[..., nn.Module]
     cut: str
+    share: Sequence[str] = ()
     data: Callable[[Context], Any]
     optimizer: OptimizerFactory = torch.optim.SGD
     device: str = "auto"

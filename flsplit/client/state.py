@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Self
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.fields import Content, In, Record, Slot, nested, record
+from flsplit.message.fields import Content, In, Record, Records, Slot, nested, record
 from flsplit.message.local_steps import AuxiliaryPlan
 from flsplit.message.optimizer_state import IndexedState, indexed
 from flsplit.message.round_plan import RoundPlan
@@ -30,6 +30,17 @@ def _tensors(key: str) -> Slot:
     return Slot(key, put, lambda records: from_record(record(records, key, ArrayRecord), field=key))
 
 
+def _put_told(records: dict[str, Record], told: tuple[str, ...]) -> None:
+    if told:
+        records[f"{_PREFIX}told"] = ConfigRecord({"traces": list(told)})
+
+
+def _get_told(records: Records) -> tuple[str, ...]:
+    told = record(records, f"{_PREFIX}told", ConfigRecord)["traces"]
+    return tuple(map(str, told)) if isinstance(told, list) else ()
+
+
+_TOLD = Slot(f"{_PREFIX}told", _put_told, _get_told)
 _AUXILIARY = f"{_PREFIX}auxiliary"
 _AUXILIARY_PLAN = nested(f"{_AUXILIARY}-plan", AuxiliaryPlan)
 
@@ -90,6 +101,8 @@ class ClientState(Content):
         What client parts remember, by their index.
     round_start : dict of str to torch.Tensor
         Trainable parameters when the round began, where a client part needs them.
+    told : tuple of str
+        Digests of the traces that were sent in this round.
     """
 
     segment: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}segment")]
@@ -107,6 +120,7 @@ class ClientState(Content):
     round_start: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}round-start")] = field(
         default_factory=dict
     )
+    told: Annotated[tuple[str, ...], _TOLD] = ()
 
     def is_ahead_of(self, server_round: int, experiment: str) -> bool:
         """Tell whether a round that begins has been trained in already.

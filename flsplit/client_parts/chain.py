@@ -1,7 +1,7 @@
 """A client's parts at work, one after the other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from flsplit.client_parts.client_part import (
     seed_at,
 )
 from flsplit.client_parts.finding import build_parts
+from flsplit.cut import Crossing
 from flsplit.errors import ConfigError
 
 _HOOKS = ("smashed", "cut_gradient", "loss", "gradients")
@@ -67,17 +68,29 @@ class PartChain:
         """Whether a part wants to know the parameters at the round's beginning."""
         return any(part.needs_round_start for part in self.parts)
 
-    def smashed(self, step: ClientStep, smashed: Tensor) -> Tensor:
-        """Return the smashed data that leaves."""
-        return self._edited("smashed", step, smashed)
+    def smashed(self, step: ClientStep, smashed: Tensor | Crossing) -> Tensor | Crossing:
+        """Return the smashed data that leaves; of several values those that a layer computed."""
+        if not self._hooks["smashed"]:
+            return smashed
+        if isinstance(smashed, Tensor):
+            return self._edited("smashed", step, smashed)
+        values = {
+            name: self._edited("smashed", step, value)
+            if name not in smashed.raw and (value.is_floating_point() or value.is_complex())
+            else value
+            for name, value in smashed.values.items()
+        }
+        return replace(smashed, values=values)
 
-    def cut_gradient(self, step: ClientStep, gradient: Tensor) -> Tensor:
-        """Return the gradient to back-propagate."""
-        return self._edited("cut_gradient", step, gradient)
+    def cut_gradient(
+        self, step: ClientStep, gradient: Tensor | dict[str, Tensor]
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the gradient to back-propagate; of several values by their names."""
+        if isinstance(gradient, Tensor):
+            return self._edited("cut_gradient", step, gradient)
+        return {name: self._edited("cut_gradient", step, one) for name, one in gradient.items()}
 
-    def loss(
-        self, step: ClientStep, inputs: Tensor, smashed: Tensor, labels: Tensor
-    ) -> Tensor | None:
+    def loss(self, step: ClientStep, inputs: Any, smashed: Any, labels: Any) -> Tensor | None:
         """Return the sum of the parts' terms, None if there are none."""
         terms = []
         for index, part in self._hooks["loss"]:
@@ -139,9 +152,26 @@ class PartChain:
 
 
 def sent_down(
+    parts: Sequence[ClientPart],
+    seed: int,
+    client: str,
+    round_: int,
+    step: int,
+    gradient: Tensor | dict[str, Tensor],
+) -> Tensor | dict[str, Tensor]:
+    """Return the cut-layer gradient that goes down to a client, edited by the parts' ``down``."""
+    if not any(overrides(part, "down") for part in parts):
+        return gradient
+    if isinstance(gradient, Tensor):
+        return _edited_down(parts, seed, client, round_, step, gradient)
+    return {
+        name: _edited_down(parts, seed, client, round_, step, one) for name, one in gradient.items()
+    }
+
+
+def _edited_down(
     parts: Sequence[ClientPart], seed: int, client: str, round_: int, step: int, gradient: Tensor
 ) -> Tensor:
-    """Return the cut-layer gradient that goes down to a client, edited by the parts' ``down``."""
     for index, part in enumerate(parts):
         if overrides(part, "down"):
             where = PartWhere(

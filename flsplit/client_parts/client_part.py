@@ -80,19 +80,26 @@ class ClientPart:
     needs_round_start: ClassVar[bool] = False
 
     def smashed(self, where: ClientWhere, smashed: Tensor) -> Tensor:
-        """Return the smashed data ``(b, ...)`` that leaves, of the same shape; differentiable."""
+        """Return the smashed data ``(b, ...)`` that leaves, of the same shape; differentiable.
+
+        Where several values cross, it is called for each floating-point one that the client's
+        layers computed, one after the other; an input that is shared leaves as it is.
+        """
         return smashed
 
     def cut_gradient(self, where: ClientWhere, gradient: Tensor) -> Tensor:
-        """Return the cut-layer gradient to back-propagate, of the same shape."""
+        """Return the cut-layer gradient to back-propagate, of the same shape.
+
+        Of several values it is called for each that has one.
+        """
         return gradient
 
-    def loss(
-        self, where: ClientWhere, inputs: Tensor, smashed: Tensor, labels: Tensor
-    ) -> Tensor | None:
+    def loss(self, where: ClientWhere, inputs: Any, smashed: Any, labels: Any) -> Tensor | None:
         """Return a term that the client adds to what it minimises, a scalar; None for none.
 
-        ``smashed`` is what leaves, after all parts' :meth:`smashed`, and part of the graph.
+        Inputs and labels are nestings of tensors, as the client's data gives them. ``smashed`` is
+        what leaves, after all parts' :meth:`smashed`, and part of the graph: a tensor, or a dict
+        of those that cross.
         """
         return None
 

@@ -1,6 +1,7 @@
 """The client parts that flsplit has: clipping, noise, and a proximal term."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,9 +132,7 @@ class Proximal(ClientPart):
         self.mu = mu
         _check_number(self, "mu", mu, above_zero=False)
 
-    def loss(
-        self, where: ClientWhere, inputs: Tensor, smashed: Tensor, labels: Tensor
-    ) -> Tensor | None:
+    def loss(self, where: ClientWhere, inputs: Any, smashed: Any, labels: Any) -> Tensor | None:
         """Return the term."""
         own = dict(where.segment.named_parameters())
         far = [(own[name] - start).square().sum() for name, start in where.round_start.items()]

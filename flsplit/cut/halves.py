@@ -186,10 +186,15 @@ class ClientHalf(Half):
             if before is None:
                 raise CutError(f"forward takes a way before {cut.name!r} that it didn't before")
             self._put_back(before)
-            self._look(_key(args, kwargs, self.training), args, kwargs)
+            self._look(batch_key(args, kwargs, self.training), args, kwargs)
             return self.crossing(*args, **kwargs)
         values = {key: held[key] for key in passage.values}
-        return Crossing(values, trace, aliases(values))
+        raw = frozenset(
+            key
+            for key, value in passage.values.items()
+            if not value.learnt and value.inputs <= cut.share
+        )
+        return Crossing(values, trace, aliases(values), raw)
 
     def _kept(self) -> Any:
         return [buffer.clone() for buffer in self.buffers()], torch.get_rng_state()
@@ -200,7 +205,7 @@ class ClientHalf(Half):
         torch.set_rng_state(before[1])
 
     def _known(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[Passage, ...]:
-        key = _key(args, kwargs, self.training)
+        key = batch_key(args, kwargs, self.training)
         known: tuple[Passage, ...] | None = vars(self)["_passages"].get(key)
         return known or self._look(key, args, kwargs)
 
@@ -405,7 +410,8 @@ class ServerHalf(Half):
             yield (torch.empty((rows, *shape), dtype=dtype, device="meta"),), {}
 
 
-def _key(args: Any, kwargs: Mapping[str, Any], training: bool) -> Any:
+def batch_key(args: Any, kwargs: Mapping[str, Any], training: bool) -> Any:
+    """Return what tells batches apart: shapes, dtypes, and how the model is run."""
     mode = training, torch.is_grad_enabled(), _autocast()
     if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
         x = args[0]

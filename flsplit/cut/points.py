@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 from flsplit.cut.cut_errors import CutError
 from flsplit.cut.flops import BATCH, CountedSurvey
 from flsplit.cut.look import clean, divided
-from flsplit.cut.splitting import arguments
 from flsplit.cut.survey import Call, Value
 from flsplit.cut.trace import tensors_in
+from flsplit.nested import as_arguments
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def cuts(model: nn.Module, example_input: Any) -> list[CutPoint]:
 
 def _batch(model: nn.Module, example_input: Any) -> tuple[Any, dict[str, Any], int]:
     several = isinstance(example_input, Mapping | tuple | list)
-    if several and (tensors := tensors_in(arguments(example_input))):
-        args, kwargs = arguments(example_input)
+    if several and (tensors := tensors_in(as_arguments(example_input))):
+        args, kwargs = as_arguments(example_input)
         return args, kwargs, len(tensors[0]) if tensors[0].dim() else 1
     sample = _sample(model, example_input)
     return (torch.empty((BATCH, *sample.shape), dtype=sample.dtype, device="meta"),), {}, BATCH

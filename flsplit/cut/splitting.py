@@ -10,10 +10,11 @@ from torch.nn.parameter import is_lazy
 
 from flsplit.cut.cut_errors import CutError, ExampleError, check_keys, listed
 from flsplit.cut.examples import NEEDS_VALUES, ROWS, likely_rows, needs_values, with_values
-from flsplit.cut.halves import ClientHalf, Cut, ServerHalf, one_side, without_data
+from flsplit.cut.halves import ClientHalf, Cut, ServerHalf, batch_key, one_side, without_data
 from flsplit.cut.look import Look, find_layer, look, verify
 from flsplit.cut.remembering import fingerprint, remembered
 from flsplit.cut.watch import is_compiled
+from flsplit.nested import as_arguments, to_device
 
 T = TypeVar("T")
 
@@ -104,8 +105,9 @@ def split(model: nn.Module, cut: str, example: Any = None, *, share: Sequence[st
         calls it more than once, ``"relu#2"`` is after the second call.
     example : Tensor, tuple or dict, optional
         A batch: the model's input, its arguments, or its keyword arguments. The model is run with
-        it, whole and split, and both have to compute the same. Without an example, one is made up
-        from what the first layers take, where they take one tensor.
+        it, whole and split, and both have to compute the same. Without an example, it is the
+        model's own ``dummy_inputs`` (models of the transformers library have them), or one is made
+        up from what the first layers take, where they take one tensor.
     share : sequence of str
         Inputs that may be sent to the server, as they are or in values made of them alone.
 
@@ -138,9 +140,11 @@ def split(model: nn.Module, cut: str, example: Any = None, *, share: Sequence[st
     if example is None:
         found = remembered(key, lambda: _look_without_example(model, cut, allowed), alive)
     else:
-        args, kwargs = arguments(example)
-        found = look(model, cut, args, kwargs, allowed)
-        verify(model, cut, found, args, kwargs)
+        args, kwargs = as_arguments(example)
+        shapes = batch_key(args, kwargs, model.training)
+        found = remembered(
+            (*key, shapes), lambda: _look_and_verify(model, cut, allowed, args, kwargs), alive
+        )
     rows = likely_rows(model) if example is None else ()
     plan = Cut(cut, allowed, found, rows, key, any(map(is_compiled, model.modules())))
     halves = Split(
@@ -158,11 +162,12 @@ def split(model: nn.Module, cut: str, example: Any = None, *, share: Sequence[st
     return halves
 
 
-def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments that a batch stands for."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
+def _look_and_verify(
+    model: nn.Module, cut: str, share: frozenset[str], args: Any, kwargs: Any
+) -> Look:
+    found = look(model, cut, args, kwargs, share)
+    verify(model, cut, found, args, kwargs)
+    return found
 
 
 def _look_without_example(model: nn.Module, cut: str, share: frozenset[str]) -> Look:
@@ -170,6 +175,13 @@ def _look_without_example(model: nn.Module, cut: str, share: frozenset[str]) -> 
     ghost = without_data(model)
     solid = next((p.device for p in model.parameters()), torch.device("cpu"))
     reasons: list[str] = []
+    if isinstance(dummy := getattr(model, "dummy_inputs", None), Mapping):
+        try:
+            return _look_and_verify(model, cut, share, (), to_device(dict(dummy), solid))
+        except CutError:
+            raise
+        except Exception as error:
+            reasons.append(f"its dummy_inputs: {type(error).__name__}: {error}")
     for shape, dtype in likely_rows(model):
         batch = torch.empty((ROWS, *shape), dtype=dtype, device="meta")
         try:

@@ -25,11 +25,14 @@ class Crossing:
         What the calls before the cut returned, without values.
     aliases : set of str
         Names of tensors that share memory with another one.
+    raw : set of str
+        Names of inputs that are shared, and of what is made of them alone. It stays at the client.
     """
 
     values: dict[str, Tensor]
     trace: Trace
     aliases: frozenset[str] = field(default_factory=frozenset)
+    raw: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def learning(self) -> list[str]:
@@ -39,6 +42,16 @@ class Crossing:
     def detached(self) -> "Crossing":
         """Return what is sent: without graph, collecting gradients where they are needed."""
         values = {k: v.detach().requires_grad_(v.requires_grad) for k, v in self.values.items()}
+        return Crossing(values, self.trace, self.aliases)
+
+    def to(self, device: torch.device) -> "Crossing":
+        """Return the same on a device; leaves that collect gradients are new ones there."""
+        if all(value.device == device for value in self.values.values()):
+            return self
+        values = {
+            name: value.detach().to(device).requires_grad_(value.requires_grad)
+            for name, value in self.values.items()
+        }
         return Crossing(values, self.trace, self.aliases)
 
     def backward(self, gradients: Mapping[str, Tensor | None]) -> None:

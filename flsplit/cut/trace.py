@@ -5,7 +5,7 @@ A trace travels from the client to the server, so it is plain data: `Trace.to_js
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -124,7 +124,7 @@ class Trace:
 
     def to_json(self) -> str:
         """Return the whole trace as JSON text."""
-        numbers = [_encode(number) for number in self.numbers]
+        numbers = json.loads(numbers_to_json(self.numbers))
         return json.dumps({"calls": json.loads(self._calls_as_json()), "numbers": numbers})
 
     @classmethod
@@ -146,6 +146,27 @@ class Trace:
             return cls(calls, tuple(_decode(number) for number in read["numbers"]))
         except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
             raise PathError(f"the trace of a client's forward can't be read: {error}") from error
+
+
+def numbers_to_json(numbers: Iterable[Any]) -> str:
+    """Return a trace's numbers as JSON text."""
+    return json.dumps([_encode(number) for number in numbers])
+
+
+def numbers_from_json(text: str) -> tuple[Any, ...]:
+    """Read what `numbers_to_json` wrote.
+
+    Raises
+    ------
+    PathError
+        If it is something else, or longer than a trace may be.
+    """
+    try:
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"{len(text)} characters, at most {MAX_BYTES} are read")  # noqa: TRY301
+        return tuple(_decode(number) for number in list(json.loads(text)))
+    except (ValueError, TypeError, RecursionError, AttributeError) as error:
+        raise PathError(f"a trace's numbers can't be read: {error}") from error
 
 
 def can_be_sent(tree: Any) -> bool:

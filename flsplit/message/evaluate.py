@@ -1,13 +1,16 @@
 """The messages of federated evaluation: test data through a client's segment to the server's."""
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Self
 
 from flwr.app import RecordDict
 
+from flsplit.cut import Trace
 from flsplit.message import request as common
+from flsplit.message.crossings import Unresolved
 from flsplit.message.fields import In
-from flsplit.message.request import Batch, Reply, Request, check_batch
+from flsplit.message.request import Batch, Reply, Request, check_batch, num_rows
 from flsplit.message.types import EVALUATE
 
 
@@ -27,14 +30,21 @@ class EvaluateReply(Reply):
     server_round: Annotated[int, In("reply", 0)]
     batch: Annotated[int, In("reply", 0)]
     num_batches: Annotated[int, In("metrics", 0)]
-    smashed: common.Smashed
+    smashed: common.SmashedField
     labels: common.Labels
     seconds: common.Seconds
+    traces: common.Traces = None
+
+    def resolved(self, traces: Mapping[str, Trace]) -> Self:
+        """Return the reply with its crossing's trace."""
+        if isinstance(self.smashed, Unresolved):
+            return replace(self, smashed=self.smashed.resolved(traces))
+        return self
 
     def to_content(self) -> RecordDict:
         """Return the content of a message; how many rows it has is for people to read."""
         content = super().to_content()
-        content.metric_records["metrics"]["num-examples"] = len(self.labels)
+        content.metric_records["metrics"]["num-examples"] = num_rows(self.labels)
         return content
 
     def batches(self) -> list[Batch]:

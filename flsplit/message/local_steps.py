@@ -4,21 +4,38 @@
 auxiliary model emulates, and for the smashed data of some of them.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Self
 
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from torch import Tensor
 
 from flsplit.account.clock import Leg
+from flsplit.cut import Trace
 from flsplit.errors import ProtocolError
 from flsplit.message import request as common
-from flsplit.message.arrays import to_array, to_tensor
+from flsplit.message.crossings import (
+    Unresolved,
+    crossings_in,
+    get_smashed,
+    put_smashed,
+    values_of,
+)
 from flsplit.message.fields import Fields, In, Record, Records, Slot, nested, record, value
-from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over
+from flsplit.message.nestings import get_nesting, put_nesting
+from flsplit.message.request import (
+    Batch,
+    Reply,
+    Request,
+    check_batch,
+    check_handed_over,
+    num_rows,
+)
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import LOCAL
+from flsplit.nested import tensors_of
 
 _MEMORY = ("segment", "activations", "auxiliary", "auxiliary-activations")
 
@@ -52,27 +69,37 @@ class AuxiliaryPlan(Fields):
 
 
 def _put_uploads(records: dict[str, Record], uploads: Mapping[int, Batch]) -> None:
-    smashed, labels = records["smashed-data"], records["labels"] = ArrayRecord(), ArrayRecord()
+    smashed, labels, crossings = ArrayRecord(), ArrayRecord(), ConfigRecord()
     for step, (rows, of_rows) in uploads.items():
-        smashed[str(step)], labels[str(step)] = to_array(rows), to_array(of_rows)
+        put_smashed(smashed, crossings, str(step), rows)
+        put_nesting(labels, str(step), of_rows)
+    records["smashed-data"], records["labels"] = smashed, labels
+    if crossings:
+        records["crossing"] = crossings
 
 
 def _get_uploads(records: Records) -> dict[int, Batch]:
     smashed = record(records, "smashed-data", ArrayRecord)
     labels = record(records, "labels", ArrayRecord)
-    if list(smashed) != list(labels):
-        raise ProtocolError(
-            f"smashed-data is of steps {list(smashed)}, labels of steps {list(labels)}"
+    steps = [list(dict.fromkeys(map(_step_in, one))) for one in (smashed, labels)]
+    if steps[0] != steps[1]:
+        raise ProtocolError(f"smashed-data is of steps {steps[0]}, labels of steps {steps[1]}")
+    crossings = crossings_in(records)
+    return {
+        step: (
+            get_smashed(smashed, crossings, str(step), "smashed-data"),  # type: ignore[misc]
+            get_nesting(labels, str(step), field="labels"),
         )
-    uploads = {}
-    for key in smashed:
-        if not (key.isdecimal() and len(key) < 10 and str(int(key)) == key):
-            raise ProtocolError(f"smashed-data: key is {key!r}, expected a step")
-        uploads[int(key)] = (
-            to_tensor(smashed[key], field=f"smashed-data[{key!r}]"),
-            to_tensor(labels[key], field=f"labels[{key!r}]"),
-        )
-    return uploads
+        for step in steps[0]
+    }
+
+
+def _step_in(key: str) -> int:
+    """Return the step that an array's place begins with."""
+    step = re.match("[0-9]{1,9}", key)
+    if step is None or str(int(step.group())) != step.group():
+        raise ProtocolError(f"smashed-data: key is {key!r}, expected a step")
+    return int(step.group())
 
 
 def _put_memory(records: dict[str, Record], memory: Mapping[str, int]) -> None:
@@ -97,7 +124,7 @@ class LocalReply(Reply):
         Whose reply it is.
     server_round, step : int
         Which request it answers.
-    uploads : mapping of int to (torch.Tensor, torch.Tensor)
+    uploads : mapping of int to (Smashed, nesting)
         Smashed data ``(b, ...)`` and labels ``(b, ...)`` by step.
     num_examples : int
         Size of the client's training data.
@@ -131,6 +158,17 @@ class LocalReply(Reply):
     ] = field(default_factory=lambda: dict.fromkeys(_MEMORY, 0))
     segment: common.State = None
     auxiliary: _State = None
+    traces: common.Traces = None
+
+    def resolved(self, traces: Mapping[str, Trace]) -> Self:
+        """Return the reply with its crossings' traces."""
+        if not any(isinstance(one, Unresolved) for one, _ in self.uploads.values()):
+            return self
+        uploads = {
+            step: (one.resolved(traces) if isinstance(one, Unresolved) else one, labels)
+            for step, (one, labels) in self.uploads.items()
+        }
+        return replace(self, uploads=uploads)
 
     def batches(self) -> list[Batch]:
         """Return the uploads."""
@@ -139,7 +177,10 @@ class LocalReply(Reply):
     def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
         """Return a leg per step; what goes up of a step goes up before the next."""
         is_peek = self.steps_done == self.step
-        sent = {step: x.nbytes + y.nbytes for step, (x, y) in self.uploads.items()}
+        sent = {
+            step: sum(tensor.nbytes for tensor in [*values_of(smashed), *tensors_of(labels)])
+            for step, (smashed, labels) in self.uploads.items()
+        }
         for step, rows in enumerate(self.rows, start=self.step):
             trained = 0 if is_peek else rows
             yield Leg(
@@ -243,9 +284,9 @@ class LocalRequest(Request):
             raise ProtocolError(f"field 'rows' is {list(reply.rows)}, expected {steps} numbers")
         for step, (smashed, labels) in reply.uploads.items():
             check_batch(smashed, labels, self.planned.rows_at(step) if self.planned else None)
-            if len(smashed) != (rows := reply.rows[step - self.step]):
+            if (found := num_rows(labels)) != (rows := reply.rows[step - self.step]):
                 raise ProtocolError(
-                    f"smashed-data of step {step} has {len(smashed)} rows, field 'rows' says {rows}"
+                    f"smashed-data of step {step} has {found} rows, field 'rows' says {rows}"
                 )
         if done < reply.num_steps or self.peek:
             return

@@ -2,33 +2,36 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from torch import Tensor
 
 from flsplit.account.clock import Leg
+from flsplit.cut import Trace
 from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite
 from flsplit.flower_internals import fill
-from flsplit.message.arrays import check_like, from_record, to_array, to_record, to_tensor
-from flsplit.message.fields import (
-    Content,
-    In,
-    Record,
-    Records,
-    Slot,
-    nested,
-    only_array,
-    record,
-    value,
+from flsplit.message.arrays import check_like, from_record, to_record
+from flsplit.message.crossings import (
+    FROZEN,
+    TRACES,
+    CutGradient,
+    Smashed,
+    gradients_in,
+    one_gradient,
+    one_smashed,
+    values_of,
 )
+from flsplit.message.fields import Content, In, Record, Records, Slot, nested, record, value
+from flsplit.message.nestings import nesting
 from flsplit.message.optimizer_state import OptimizerState, indexed
 from flsplit.message.round_plan import RoundPlan
+from flsplit.nested import map_tensors, tensors_of
 
-Batch = tuple[Tensor, Tensor]
-"""Smashed data ``(b, ...)`` and labels ``(b, ...)``."""
+Batch = tuple[Smashed, Any]
+"""Smashed data ``(b, ...)`` and labels ``(b, ...)``, a nesting of tensors."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ class Backward:
     ----------
     step : int
         The step whose smashed data this is the gradient of.
-    gradient : torch.Tensor or None
-        Gradient of the client's own mean loss, of the smashed data's shape. None if the
-        client is not to step.
+    gradient : torch.Tensor, dict of str to torch.Tensor or None
+        Gradient of the client's own mean loss, of the smashed data's shape; where several values
+        cross, by their names. None if the client is not to step.
     shared_rows : int
         How many of the leading rows other clients of this step receive, too. It stays on the
         server, where a broadcast row is counted once.
@@ -62,7 +65,7 @@ class Backward:
     """
 
     step: int
-    gradient: Tensor | None
+    gradient: CutGradient | None
     shared_rows: int = 0
     repeated: bool = False
 
@@ -71,7 +74,7 @@ class Backward:
         """Bytes of the shared rows."""
         if self.gradient is None or not self.shared_rows:
             return 0
-        return self.gradient[: self.shared_rows].nbytes
+        return sum(one[: self.shared_rows].nbytes for one in gradients_in(self.gradient))
 
     @property
     def broadcast_bytes(self) -> int:
@@ -105,11 +108,16 @@ class Reply(Content):
     server_round: int
     seconds: float
     num_steps: int | None
+    traces: Mapping[str, Trace] | None
 
     def __getattr__(self, name: str) -> None:
-        """Return None for the number of steps, where a reply has no such field."""
-        if name != "num_steps":
+        """Return None for these two, where a reply has no such field."""
+        if name not in ("num_steps", "traces"):
             raise AttributeError(name)
+
+    def resolved(self, traces: Mapping[str, Trace]) -> Self:
+        """Return the reply with its crossings' traces, which came by their digests."""
+        return self
 
     def batches(self) -> list[Batch]:
         """Return the smashed data and labels that the server segment is to take."""
@@ -169,26 +177,46 @@ class Request(Content):
         """
 
 
-def check_batch(smashed: Tensor, labels: Tensor, most: int | None = None) -> None:
+def check_batch(smashed: Smashed, labels: Any, most: int | None = None) -> None:
     """Check smashed data and labels of a step that may have up to ``most`` rows, if that is known.
 
-    A client that sits a step out sends none.
+    A client that sits a step out sends none. How many rows there are the labels tell: values that
+    cross may have them in any dimension.
     """
-    if not smashed.is_floating_point():
-        raise ProtocolError(f"smashed-data: dtype is {smashed.dtype}, expected floating point")
-    if smashed.ndim == 0 or (len(smashed) == 0 and most != 0):
-        raise ProtocolError(
-            f"smashed-data: shape is {tuple(smashed.shape)}, expected one row or more"
-        )
-    if most is not None and len(smashed) > most:
-        raise ProtocolError(f"smashed-data: {len(smashed)} rows came, at most {most} were planned")
-    if labels.shape[:1] != smashed.shape[:1]:
-        raise ProtocolError(
-            f"labels: shape is {tuple(labels.shape)}, expected {len(smashed)} rows as in the "
-            f"smashed data {tuple(smashed.shape)}"
-        )
-    if not all_finite(smashed):
-        raise NonFiniteError("smashed-data: there are values that are NaN or infinite")
+    rows = num_rows(labels)
+    if isinstance(smashed, Tensor):
+        if not (smashed.is_floating_point() or smashed.is_complex()):
+            raise ProtocolError(f"smashed-data: dtype is {smashed.dtype}, expected floating point")
+        if smashed.ndim == 0 or (len(smashed) == 0 and most != 0):
+            raise ProtocolError(
+                f"smashed-data: shape is {tuple(smashed.shape)}, expected one row or more"
+            )
+        if len(smashed) != rows:
+            raise ProtocolError(
+                f"labels: shape is {shapes_of(labels)}, expected {len(smashed)} rows as in the "
+                f"smashed data {tuple(smashed.shape)}"
+            )
+    elif not rows:
+        raise ProtocolError(f"labels: shape is {shapes_of(labels)}, expected one row or more")
+    if most is not None and rows > most:
+        raise ProtocolError(f"smashed-data: {rows} rows came, at most {most} were planned")
+    for tensor in values_of(smashed):
+        # A mask that crosses may be -inf on purpose; what the client computed may not.
+        if (tensor.requires_grad or smashed is tensor) and not all_finite(tensor):
+            raise NonFiniteError("smashed-data: there are values that are NaN or infinite")
+
+
+def num_rows(labels: Any) -> int:
+    """Return how many rows labels have; 0 if they are of different lengths, or have none."""
+    if isinstance(labels, Tensor):
+        return len(labels) if labels.ndim else 0
+    lengths = {len(one) if one.ndim else 0 for one in tensors_of(labels)}
+    return lengths.pop() if len(lengths) == 1 else 0
+
+
+def shapes_of(tree: Any) -> Any:
+    """Return the shapes of a nesting's tensors, in the same nesting."""
+    return map_tensors(lambda tensor: tuple(tensor.shape), tree)
 
 
 def check_handed_over(
@@ -208,24 +236,6 @@ def check_handed_over(
 # --- how fields travel -----------------------------------------------------------------------
 
 
-def one_array(key: str) -> Slot:
-    """Return how a tensor travels raw, alone in a record."""
-
-    def put(records: dict[str, Record], tensor: Tensor) -> None:
-        arrays = ArrayRecord()
-        fill(arrays, {"0": to_array(tensor)})
-        records[key] = arrays
-
-    def get(records: Records) -> Tensor:
-        found = records.get(key)
-        arrays = list(found.values()) if type(found) is ArrayRecord else []
-        # The other says what is wrong.
-        array = arrays[0] if len(arrays) == 1 else only_array(records, key)
-        return to_tensor(array, field=key)
-
-    return Slot(key, put, get, required=True)
-
-
 def state_dict(key: str) -> Slot:
     """Return how a state dict travels."""
 
@@ -235,7 +245,7 @@ def state_dict(key: str) -> Slot:
     return Slot(key, put, lambda records: from_record(record(records, key, ArrayRecord), field=key))
 
 
-_GRADIENT, _ARRAYS = one_array("cut-gradient"), state_dict("arrays")
+_GRADIENT, _ARRAYS = one_gradient("cut-gradient"), state_dict("arrays")
 
 
 def _put_segment(records: dict[str, Record], segment: SegmentArrays) -> None:
@@ -270,8 +280,10 @@ def _get_backward(records: Records) -> Backward:
 Client = Annotated[str, In("reply")]
 Round = Annotated[int, In("reply", 1)]
 Seconds = Annotated[float, In("metrics", 0.0)]
-Smashed = Annotated[Tensor, one_array("smashed-data")]
-Labels = Annotated[Tensor, one_array("labels")]
+SmashedField = Annotated[Smashed, one_smashed("smashed-data")]
+Labels = Annotated[Any, nesting("labels")]
+Traces = Annotated[Mapping[str, Trace] | None, TRACES]
+Frozen = Annotated[bool, FROZEN]
 Segment = Annotated[SegmentArrays | None, Slot("arrays", _put_segment, _get_segment)]
 State = Annotated[dict[str, Tensor] | None, _ARRAYS]
 Gradient = Annotated[Backward | None, Slot("backward", _put_backward, _get_backward)]

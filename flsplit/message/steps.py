@@ -5,17 +5,19 @@ for the smashed data of the next, so T mini-batches cost T+1 exchanges. ``docs/p
 writes the same down for people.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Self
 
 from torch import Tensor
 
 from flsplit.account.clock import Leg
+from flsplit.cut import Trace
 from flsplit.errors import ProtocolError
 from flsplit.message import request as common
+from flsplit.message.crossings import Unresolved
 from flsplit.message.fields import In
-from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over
+from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over, num_rows
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import FINISH, STEP
 
@@ -30,9 +32,10 @@ class StepReply(Reply):
         The client's name.
     server_round, step : int
         Which step this is.
-    smashed : torch.Tensor
-        Activations at the cut layer, floating point, the batch in front: ``(b, ...)``.
-    labels : torch.Tensor
+    smashed : torch.Tensor or Crossing
+        Activations at the cut layer, floating point, the batch in front: ``(b, ...)``; or all that
+        crosses, where that is more than one tensor.
+    labels : nesting of torch.Tensor
         Labels, ``(b, ...)``.
     num_examples : int
         Size of the client's training data.
@@ -40,28 +43,45 @@ class StepReply(Reply):
         How many steps the client has this round.
     seconds : float
         Compute time since the message arrived.
+    traces : mapping of str to Trace or None
+        Traces of what crosses that the client has not sent in this round, by digest.
+    frozen : bool
+        Whether the client needs no cut-layer gradient: nothing before the cut is trained.
     """
 
     client: common.Client
     server_round: common.Round
     step: Annotated[int, In("reply", 0)]
-    smashed: common.Smashed
+    smashed: common.SmashedField
     labels: common.Labels
     num_examples: Annotated[int, In("metrics", 1)]
     num_steps: Annotated[int, In("metrics", 1)]
     seconds: common.Seconds
+    traces: common.Traces = None
+    frozen: common.Frozen = False
+
+    def resolved(self, traces: Mapping[str, Trace]) -> Self:
+        """Return the reply with its crossing's trace."""
+        if isinstance(self.smashed, Unresolved):
+            return replace(self, smashed=self.smashed.resolved(traces))
+        return self
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are, 0 if the client sits the step out."""
+        return num_rows(self.labels)
 
     def batches(self) -> list[Batch]:
         """Return the one batch, none of a client that sits the step out."""
-        return [(self.smashed, self.labels)] if len(self.smashed) else []
+        return [(self.smashed, self.labels)] if self.rows else []
 
     def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
         """Return the backward pass of the step before and the forward pass of this one."""
         yield Leg(
-            forward_rows=len(self.smashed),
+            forward_rows=self.rows,
             backward_rows=backward_rows,
             up_bytes=up_bytes,
-            step=self.step if len(self.smashed) else None,
+            step=self.step if self.rows else None,
         )
 
 

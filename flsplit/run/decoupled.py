@@ -18,7 +18,6 @@ from flsplit.auxiliary import (
     build_auxiliary,
     cosine,
 )
-from flsplit.cut import split
 from flsplit.cut.flops import forward_flops
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
@@ -202,7 +201,7 @@ class DecoupledStrategy(SplitStrategy):
                 self._row,
                 self._classes,
                 given=self._given,
-                parts=lambda: split(copy.deepcopy(self.options.model), self.options.cut),
+                parts=lambda: self.split(copy.deepcopy(self.options.model)),
             )
         return module.to(self.device)
 
@@ -356,10 +355,11 @@ class DecoupledStrategy(SplitStrategy):
         # Seeded as when the client computed ĝ of this batch.
         seed = derive_seed(self.options.seed, "auxiliary", batch.client, step.round, step.index)
         with located(f"client {batch.client!r}"), seeded(seed, self.device):
-            emulated = self.emulated(batch.client, batch.smashed, batch.labels)
-        if emulated is not None:
-            step.record({"auxiliary-cosine": cosine(emulated, found.cut_gradients[batch.client])})
-        self.uploaded(batch.client, batch.smashed, batch.labels)
+            emulated = self.emulated(batch.client, batch.tensor, batch.labels)
+        true = found.cut_gradients[batch.client]
+        if emulated is not None and isinstance(true, Tensor):
+            step.record({"auxiliary-cosine": cosine(emulated, true)})
+        self.uploaded(batch.client, batch.tensor, batch.labels)
 
     def _warn_if_it_never_fires(self, replies: Mapping[str, LocalReply]) -> None:
         rarely = [name for name, one in replies.items() if 1 < one.num_steps <= self.upload_every]

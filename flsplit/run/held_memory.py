@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
+from flsplit.message.crossings import values_of
 from flsplit.message.local_steps import LocalReply
 from flsplit.server.gradients import ClientBatch
 from flsplit.server.segment import ServerSegment
@@ -37,7 +38,7 @@ class HeldMemory:
         with measuring_activations(self._activations, self._server.module, active=first):
             yield
         if first:
-            self._smashed_bytes = batch.smashed.nbytes
+            self._smashed_bytes = sum(value.nbytes for value in values_of(batch.smashed))
 
     def metrics(self, clients: Collection[str]) -> dict[str, float]:
         """Return bytes: of the client that needs most, and of the whole model.

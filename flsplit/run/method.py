@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
-from torch import Tensor
+from torch import Tensor, nn
 
 from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart, describe_parts
-from flsplit.cut import split
+from flsplit.cut import Split, split
 from flsplit.errors import FlsplitError, located
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.request import Backward, SegmentArrays
@@ -50,8 +50,8 @@ class SplitMethod(SaysPhases):
     hands_on : bool
         Whether all clients work on one segment in turn, so that a whole model comes out.
     pools : bool
-        Whether the clients' rows of a step go through the server segment together, and so must be
-        of one shape.
+        Whether the method computes with the clients' rows of a step together, so that they must
+        be of one shape; a client whose rows differ from those of most is left out.
     client_parts : sequence of ClientPart
         What the method has its clients do beside the plain step; the options' parts come after.
 
@@ -78,12 +78,17 @@ class SplitMethod(SaysPhases):
     def __init__(self, **options: Any) -> None:
         refuse_unknown(type(self).__name__, options, argument_names(type(self)))
         self.options = SplitOptions(**options)
-        self.parts = split(self.options.model, self.options.cut)
+        self.parts = self.split(self.options.model)
         self.device = pick_device(self.options.device)
         self._settings = StepSettings(
             self.options.shares, self.options.reduction, self.options.server_batchnorm == "pooled"
         )
         self.aggregator = self._make_aggregator()
+
+    def split(self, model: nn.Module) -> Split:
+        """Return a model of the options' kind, cut in two."""
+        options = self.options
+        return split(model, options.cut, options.example, share=options.share)
 
     # --- what a subclass says ------------------------------------------------------------
 
@@ -146,7 +151,8 @@ class SplitMethod(SaysPhases):
         for parameter in own_parameters(kind):
             kept = vars(self).get(parameter.name, parameter.default)
             arguments.setdefault(parameter.name, kept)
-        del arguments["model"], arguments["cut"]  # a plan has a profile and a place instead
+        for name_of_model in ("model", "cut", "example", "share"):  # a plan has a profile instead
+            del arguments[name_of_model]
         return Method(name or kind.__name__, kind, arguments, given or {})
 
     # --- state of a run ------------------------------------------------------------------

@@ -45,6 +45,12 @@ class SplitOptions:
         The unsplit model.
     cut : str
         Name of the submodule after which it is cut; the ClientApp's must be the same.
+    example : Tensor, tuple or dict, optional
+        A batch of the model's inputs, as the clients' data gives them, for models that can't be
+        looked at without one; see :func:`flsplit.split`.
+    share : sequence of str
+        Inputs of the model that clients may send as they are, such as ``"attention_mask"``; the
+        ClientApp's must allow it, too.
     server_lr : float or callable
         Learning rate of the server segment, or a function of the round.
     client_lr : float or callable, optional
@@ -113,6 +119,8 @@ class SplitOptions:
 
     model: nn.Module
     cut: str
+    example: Any = None
+    share: Sequence[str] = ()
     server_lr: LearningRate = 0.01
     client_lr: LearningRate | None = None
     server_optimizer: Callable[..., Optimizer] = torch.optim.SGD

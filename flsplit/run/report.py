@@ -44,8 +44,9 @@ def _chosen(options: SplitOptions) -> dict[str, object]:
     for one in fields(options):
         default = one.default if one.default_factory is MISSING else one.default_factory()
         value = getattr(options, one.name)
-        is_set = value != default and value != ""  # an app passes "" for what nobody gave
-        if one.name not in ("model", "cut", "seed") and is_set:
+        if one.name in ("model", "cut", "seed", "example"):
+            continue
+        if value != default and value != "":  # an app passes "" for what nobody gave
             chosen[one.name] = value
     return chosen
 

@@ -267,9 +267,9 @@ class Round:
         Those that sit the step out have none.
         """
         return [
-            ClientBatch(name, reply.smashed, reply.labels, reply.num_examples)
+            ClientBatch(name, reply.smashed, reply.labels, reply.num_examples, reply.frozen)
             for name, reply in replies.items()
-            if len(reply.smashed)
+            if reply.rows
         ]
 
     # --- keeping account -----------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from flsplit.errors import MethodError, located
 from flsplit.finite import all_finite
 from flsplit.log import logger
+from flsplit.message.crossings import CutGradient, Smashed, fits, gradients_in
 from flsplit.message.request import Backward
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
@@ -21,6 +22,7 @@ from flsplit.seeds import derive_seed, generator, seeded
 from flsplit.server.gradients import (
     ClientBatch,
     StepGradients,
+    can_be_pooled,
     check_finite,
     check_server_gradients,
     client_gradients,
@@ -133,7 +135,7 @@ class Step:
 
     def pooled(self) -> Tensor:
         """Return the smashed data of all clients, concatenated in their order."""
-        return pool([batch.smashed for batch in self.batches], self.batches)
+        return pool([batch.tensor for batch in self.batches], self.batches)
 
     @cached_property
     def rng(self) -> np.random.Generator:
@@ -189,7 +191,7 @@ class Step:
         with self._computing(segment, names):
             if per_client:
                 found = client_gradients(segment, batches, weights, low_memory=low_memory)
-            elif self._settings.pools:
+            elif self._settings.pools and can_be_pooled(batches):
                 found = pooled_gradients(segment, batches, weights)
             else:
                 found = separate_gradients(segment, batches, weights)
@@ -331,7 +333,7 @@ class Step:
 
     def reply(
         self,
-        cut_gradients: Mapping[str, Tensor],
+        cut_gradients: Mapping[str, CutGradient],
         *,
         shared_rows: Mapping[str, int] | None = None,
         repeated: Collection[str] = (),
@@ -340,9 +342,9 @@ class Step:
 
         Parameters
         ----------
-        cut_gradients : mapping of str to torch.Tensor
-            By client; of the shape of its smashed data, and of the size of a gradient of the
-            client's own mean loss.
+        cut_gradients : mapping of str to torch.Tensor, or to dict of str to torch.Tensor
+            By client; of the shape of its smashed data (where several values cross, by their
+            names), and of the size of a gradient of the client's own mean loss.
         shared_rows : mapping of str to int, optional
             How many leading rows a client shares with others of the step: the ledger counts them
             once, as on a broadcast channel.
@@ -356,27 +358,36 @@ class Step:
         """
         if not isinstance(cut_gradients, Mapping):
             raise self._error(f"replied with {_shown(cut_gradients)}, expected a dict of gradients")
-        shapes = {batch.client: batch.smashed.shape for batch in self.batches}
+        batches = {batch.client: batch for batch in self.batches}
         shared = shared_rows or {}
         for client, gradient in cut_gradients.items():
-            if client not in shapes:
-                raise self._error(
-                    f"replied to client {client!r}, expected one of {', '.join(map(repr, shapes))}"
-                )
-            if not isinstance(gradient, Tensor) or gradient.shape != shapes[client]:
-                raise self._error(
-                    f"replied to client {client!r} with {_shown(gradient)}, expected a cut-layer "
-                    f"gradient of shape {tuple(shapes[client])}"
-                )
-            if not gradient.is_floating_point():
-                raise self._error(
-                    f"replied to client {client!r} with {gradient.dtype}, expected floating point"
-                )
-            if not all_finite(gradient):
-                raise self._error(f"replied to client {client!r} with NaN or infinite values")
+            if client not in batches:
+                known = ", ".join(map(repr, batches))
+                raise self._error(f"replied to client {client!r}, expected one of {known}")
+            self._check_reply(client, gradient, batches[client].smashed)
             self._told[client] = Backward(
-                self.index, gradient, shared.get(client, 0), client in repeated
+                self.index,
+                None if batches[client].frozen else gradient,
+                shared.get(client, 0),
+                client in repeated,
             )
+
+    def _check_reply(self, client: str, gradient: object, smashed: Smashed) -> None:
+        if not fits(gradient, smashed):
+            if isinstance(smashed, Tensor):
+                expected = f"a cut-layer gradient of shape {tuple(smashed.shape)}"
+            else:
+                expected = f"a dict of cut-layer gradients of {smashed.learning}"
+            raise self._error(
+                f"replied to client {client!r} with {_shown(gradient)}, expected {expected}"
+            )
+        for one in gradients_in(gradient):  # type: ignore[arg-type]
+            if not (one.is_floating_point() or one.is_complex()):
+                raise self._error(
+                    f"replied to client {client!r} with {one.dtype}, expected floating point"
+                )
+            if not all_finite(one):
+                raise self._error(f"replied to client {client!r} with NaN or infinite values")
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Put numbers into the ledger, by name; a round's entry has their mean over the steps.

@@ -3,14 +3,17 @@
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 from flwr.app import Message
 
 from flsplit.account.clock import Clock
 from flsplit.account.ledger import LeftOut, RoundEntry, Traffic
 from flsplit.carry.carrier import Carrier
+from flsplit.cut import Trace
 from flsplit.errors import FlsplitError, ProtocolError, StateLostError
 from flsplit.log import logger
+from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.local_steps import LocalRequest
 from flsplit.message.request import Reply, Request
 from flsplit.server.directory import AwayError, Directory, by_node, in_order, raise_error
@@ -62,6 +65,8 @@ class Clients:
         """Who is there."""
         self.holds: dict[str, int] = {}
         """Which version of the server's client segment each client holds."""
+        self._traces: dict[str, dict[str, Trace]] = {}
+        self._all_traces = WeakValueDictionary[str, Trace]()
         self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
         self._timeout = timeout
         self._sends = not carrier.in_process
@@ -210,6 +215,7 @@ class Clients:
             raise_error(message)
         content = message.content
         reply = request.answer.from_content(content)
+        reply = reply.resolved(self._traces_of(name, reply.traces or {}))
         for key in request.echoed:
             asked, found = getattr(request, key), getattr(reply, key)
             if asked is not None and found != asked:
@@ -221,6 +227,19 @@ class Clients:
             self.holds[name] = request.segment.version
         count(content, reply.categories, traffic, sends=self._sends)
         return reply
+
+    def _traces_of(self, name: str, sent: Mapping[str, Trace]) -> Mapping[str, Trace]:
+        """Return the traces that a client has sent, by digest, with those that it sends now.
+
+        Clients that send the same one share it, so that the server segment knows it again.
+        """
+        known = self._traces.setdefault(name, {})
+        for digest, trace in sent.items():
+            known.pop(digest, None)  # the last that came is the last to go
+            known[digest] = self._all_traces.setdefault(digest, trace)
+        for digest in list(known)[: -2 * MOST_TRACES]:
+            del known[digest]
+        return known
 
     def leave_out(
         self, name: str, request: Request, error: FlsplitError, entry: RoundEntry

@@ -5,12 +5,31 @@ Everything here computes and changes no weight. BatchNorm's buffers move, as in 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flsplit.errors import FlsplitError, NonFiniteError, SegmentMismatchError, at, located
+from flsplit.errors import (
+    FlsplitError,
+    MethodError,
+    NonFiniteError,
+    SegmentMismatchError,
+    at,
+    located,
+)
 from flsplit.finite import all_finite
+from flsplit.message.crossings import (
+    CutGradient,
+    Smashed,
+    as_leaves,
+    gradient_of,
+    gradients_in,
+    learning_in,
+)
+from flsplit.message.request import num_rows
+from flsplit.nested import map_tensors, to_device
 from flsplit.server.products import (
     ClientGradients,
     KeptGradients,
@@ -28,29 +47,49 @@ class ClientBatch:
     ----------
     client : str
         Whose it is.
-    smashed : torch.Tensor
-        Smashed data ``(b, ...)``.
-    labels : torch.Tensor
+    smashed : torch.Tensor or Crossing
+        Smashed data ``(b, ...)``, or all that crosses where that is more than one tensor.
+    labels : nesting of torch.Tensor
         Labels ``(b, ...)``.
     num_examples : int
         Size of the client's training data.
+    frozen : bool
+        Whether the client needs no cut-layer gradient: nothing before the cut is trained.
     """
 
     client: str
-    smashed: Tensor
-    labels: Tensor
+    smashed: Smashed
+    labels: Any
     num_examples: int
+    frozen: bool = False
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self.smashed)
+        return num_rows(self.labels)
 
     def to(self, segment: ServerSegment) -> "ClientBatch":
-        """Return the batch on the segment's device, the smashed data in its dtype."""
-        smashed, labels = segment.receive(self.smashed), self.labels.to(segment.device)
+        """Return the batch on the segment's device."""
+        smashed, labels = segment.receive(self.smashed), to_device(self.labels, segment.device)
         if smashed is self.smashed and labels is self.labels:
             return self
         return replace(self, smashed=smashed, labels=labels)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The smashed data as one tensor.
+
+        Raises
+        ------
+        MethodError
+            If several values cross.
+        """
+        if isinstance(self.smashed, Tensor):
+            return self.smashed
+        raise MethodError(
+            f"the method computes with smashed data that is one tensor, but "
+            f"{len(self.smashed.values)} values cross at this cut; cut where one crosses "
+            "(flsplit.cuts lists them), or take a method that computes per client, as PSL does"
+        )
 
 
 @dataclass
@@ -62,9 +101,10 @@ class StepGradients:
     losses : dict of str to float
         Each client's mean loss.
     logits : dict of str to torch.Tensor
-        Each client's logits ``(b, C)``, detached.
-    cut_gradients : dict of str to torch.Tensor
-        Gradient of each client's *own mean loss* by its smashed data, of that shape: a client's
+        Each client's logits ``(b, C)``, detached; of a model that returns more, all of it.
+    cut_gradients : dict of str to torch.Tensor, or to dict of str to torch.Tensor
+        Gradient of each client's *own mean loss* by its smashed data, of that shape, or by the
+        values that cross, by name: a client's
         learning rate means the same with 1 client and with 100. Where BatchNorm sees all clients'
         rows at once a client's rows are in the others' losses, too; then it is the gradient of the
         server's loss over the client's weight.
@@ -77,8 +117,8 @@ class StepGradients:
     """
 
     losses: dict[str, float]
-    logits: dict[str, Tensor]
-    cut_gradients: dict[str, Tensor]
+    logits: dict[str, Any]
+    cut_gradients: dict[str, CutGradient]
     weights: dict[str, float]
     rows: int
     clients: ClientGradients | None = None
@@ -98,14 +138,16 @@ def pooled_gradients(
     segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
 ) -> StepGradients:
     """Return gradients by one pass over the concatenated smashed data of all clients."""
-    leaves, sizes, terms = [], [], []
-    for batch in batches:
-        leaves.append(batch.smashed.detach().requires_grad_())
-        sizes.append(len(batch.smashed))
+    leaves = [as_leaves(batch.smashed) for batch in batches]
+    sizes = [len(batch) for batch in batches]
+    terms = []
     result = StepGradients({}, {}, {}, dict(weights), rows=sum(sizes))
-    pooled = pool(leaves, batches)
     try:
-        outputs = torch.split(segment.forward(pooled), sizes)
+        if len(batches) == 1:
+            outputs = [segment.forward(leaves[0])]
+        else:
+            pooled = pool([leaf for leaf in leaves if isinstance(leaf, Tensor)], batches)
+            outputs = list(torch.split(segment.forward(pooled), sizes))
     except FlsplitError as error:
         at(named(batches), error)
         raise
@@ -113,18 +155,31 @@ def pooled_gradients(
         loss = client_loss(segment, logits, batch)
         terms.append(weights[batch.client] * loss)
         result.losses[batch.client] = loss.item()
-        result.logits[batch.client] = logits.detach()
+        result.logits[batch.client] = map_tensors(torch.detach, logits)
     total = torch.stack(terms).sum()
-    found = torch.autograd.grad(total, [*segment.parameters, *leaves], allow_unused=True)
-    count = len(segment.parameters)
-    result._server = list(found[:count])
-    for batch, gradient in zip(batches, found[count:], strict=True):
-        result.cut_gradients[batch.client] = (
-            torch.zeros_like(batch.smashed)
-            if gradient is None
-            else gradient / weights[batch.client]
-        )
+    learning = [learning_in(leaf) for leaf in leaves]
+    wanted = [*segment.parameters, *chain.from_iterable(learning)]
+    found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+    result._server = list(islice(found, len(segment.parameters)))
+    for batch, leaf, own in zip(batches, leaves, learning, strict=True):
+        gradients = list(islice(found, len(own)))
+        gradient = gradient_of(leaf, gradients, weights[batch.client])
+        result.cut_gradients[batch.client] = gradient
     return result
+
+
+def can_be_pooled(batches: Sequence[ClientBatch]) -> bool:
+    """Tell whether the clients' smashed data can be concatenated: tensors with rows of one shape.
+
+    Where several values cross, which of their dimensions are rows is not known.
+    """
+    if len(batches) == 1:
+        return True
+    kinds = set()
+    for batch in batches:
+        smashed = batch.smashed
+        kinds.add(smashed.shape[1:] if isinstance(smashed, Tensor) else None)
+    return len(kinds) == 1 and None not in kinds
 
 
 def separate_gradients(
@@ -177,20 +232,21 @@ def _twice_computed(
 ) -> StepGradients:
     leaves, losses, logits = [], [], {}
     for batch in batches:
-        leaf = batch.smashed.detach().requires_grad_()
+        leaf = as_leaves(batch.smashed)
         with located(named([batch])):
             own = segment.forward(leaf)
         leaves.append(leaf)
         losses.append(client_loss(segment, own, batch))
-        logits[batch.client] = own.detach()
+        logits[batch.client] = map_tensors(torch.detach, own)
     names = [batch.client for batch in batches]
-    products = TwiceComputedGradients(names, segment.parameters, losses, leaves)
+    learning = [learning_in(leaf) for leaf in leaves]
+    products = TwiceComputedGradients(names, segment.parameters, losses, learning)
     return StepGradients(
         losses={name: loss.item() for name, loss in zip(names, losses, strict=True)},
         logits=logits,
         cut_gradients={
-            b.client: torch.zeros_like(b.smashed) if g is None else g
-            for b, g in zip(batches, products.by_leaves, strict=True)
+            name: gradient_of(leaf, found, 1.0)
+            for name, leaf, found in zip(names, leaves, products.by_leaves, strict=True)
         },
         weights=dict(weights),
         rows=sum(len(batch) for batch in batches),
@@ -251,7 +307,7 @@ def check_finite(
     """Raise NonFiniteError if a loss or gradient is NaN or infinite, naming client and step."""
     for client, loss in found.losses.items():
         what = "" if loss - loss == 0.0 else "loss"
-        if not what and not all_finite(found.cut_gradients[client]):
+        if not what and not all(map(all_finite, gradients_in(found.cut_gradients[client]))):
             what = "cut-layer gradient"
         if what:
             raise NonFiniteError(

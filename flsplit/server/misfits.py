@@ -2,17 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
+from flsplit.cut import Crossing
 from flsplit.errors import DataError, FlsplitError, SegmentMismatchError
+from flsplit.message.crossings import Smashed
 from flsplit.message.request import Batch, Reply, Request
+from flsplit.nested import leaves_of, map_tensors, to_device
 from flsplit.server.clients import Clients
 from flsplit.server.segment import ServerSegment
 
-_Kind = tuple[torch.Size, torch.Size, torch.dtype]
+_Kind = tuple[Any, Any]
 
 
 class Fits:
@@ -25,7 +29,8 @@ class Fits:
     segment : ServerSegment
         The server segment.
     pools : bool
-        Whether the rows of a step go through it together, and so must be of one shape.
+        Whether the method computes with all rows of a step together, so that they must be of one
+        shape.
     """
 
     def __init__(self, segment: ServerSegment, *, pools: bool) -> None:
@@ -38,7 +43,7 @@ class Fits:
         kinds = set()
         for reply in replies:
             for smashed, labels in reply.batches():
-                kinds.add((smashed.shape[1:], labels.shape[1:], labels.dtype))
+                kinds.add(_kind(smashed, labels))
         return len(kinds) == 1 and kinds <= self._taken
 
     def misfits(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, FlsplitError]:
@@ -58,7 +63,7 @@ class Fits:
             return {}
         return found | self._odd_rows({n: k for n, k in kinds.items() if k and n not in found})
 
-    def _problem(self, smashed: Tensor, labels: Tensor) -> FlsplitError | None:
+    def _problem(self, smashed: Smashed, labels: Any) -> FlsplitError | None:
         """Try a batch of a new kind; which classes its labels are is not the question here."""
         if (kind := _kind(smashed, labels)) in self._taken:
             return None
@@ -67,7 +72,8 @@ class Fits:
         try:
             with torch.no_grad(), segment.keeping_buffers():
                 logits = segment.forward(segment.receive(smashed))
-                segment.mean_loss(logits, torch.zeros_like(labels, device=segment.device))
+                blank = map_tensors(torch.zeros_like, to_device(labels, segment.device))
+                segment.mean_loss(logits, blank)
         except (SegmentMismatchError, DataError) as error:
             return error
         finally:
@@ -77,14 +83,14 @@ class Fits:
 
     def _odd_rows(self, kinds: Mapping[str, Sequence[_Kind]]) -> dict[str, FlsplitError]:
         """Return whose rows can't be concatenated with those of most."""
-        rows = {name: tuple(of_client[0][0]) for name, of_client in kinds.items()}
+        rows = {name: of_client[0][0] for name, of_client in kinds.items()}
         if not self._pools or len(set(rows.values())) <= 1:
             return {}
         usual, _ = Counter(rows.values()).most_common(1)[0]
         return {
             name: SegmentMismatchError(
-                f"smashed-data: a row has shape {row}, those of most clients have {usual}: do the "
-                "clients' models and inputs differ?"
+                f"smashed-data: a row has shape {_shown(row)}, those of most clients have "
+                f"{_shown(usual)}: do the clients' models and inputs differ?"
             )
             for name, row in rows.items()
             if row != usual
@@ -107,5 +113,18 @@ def leave_out_misfits(
     return {name: reply for name, reply in replies.items() if name not in misfits}
 
 
-def _kind(smashed: Tensor, labels: Tensor) -> _Kind:
-    return smashed.shape[1:], labels.shape[1:], labels.dtype
+def _kind(smashed: Smashed, labels: Any) -> _Kind:
+    return _rows_of(smashed), _rows_of(labels)
+
+
+def _rows_of(tree: Any) -> Any:
+    """Return what all but the number of rows of a tensor says; of several, where each is."""
+    if isinstance(tree, Tensor):
+        return tuple(tree.shape[1:]), tree.dtype
+    if isinstance(tree, Crossing):
+        return tuple((name, _rows_of(value)) for name, value in tree.values.items())
+    return tuple((place, _rows_of(leaf)) for place, leaf in leaves_of(tree))
+
+
+def _shown(row: Any) -> Any:
+    return row[0] if row and isinstance(row[0], tuple) else row

@@ -84,8 +84,10 @@ class TwiceComputedGradients(ClientGradients):
         Whose they are.
     parameters : sequence of torch.Tensor
         The server segment's.
-    losses, leaves : list of torch.Tensor
-        The clients' mean losses, and their smashed data in the graph.
+    losses : list of torch.Tensor
+        The clients' mean losses.
+    leaves : list of list of torch.Tensor
+        Their smashed data in the graph, as far as it collects gradients.
     """
 
     def __init__(
@@ -93,23 +95,24 @@ class TwiceComputedGradients(ClientGradients):
         clients: list[str],
         parameters: Sequence[Tensor],
         losses: list[Tensor],
-        leaves: list[Tensor],
+        leaves: list[list[Tensor]],
     ) -> None:
         self.clients = clients
         self._parameters, self._losses = parameters, losses
         self._gram = torch.zeros(len(losses), len(losses), dtype=torch.float64)
-        self.by_leaves: list[Tensor | None] = []
+        self.by_leaves: list[tuple[Tensor | None, ...]] = []
         """Gradients by ``leaves``, from the last backward pass."""
         groups = grouped(parameters, GROUPS)
         for number, group in enumerate(groups):
             gradients: list[tuple[Tensor | None, ...]] = []
-            for loss, leaf in zip(losses, leaves, strict=True):
-                last = [leaf] * (number == len(groups) - 1)
+            is_last = number == len(groups) - 1
+            for loss, own in zip(losses, leaves, strict=True):
                 found = torch.autograd.grad(
-                    loss, [*group, *last], retain_graph=True, allow_unused=True
+                    loss, [*group, *(own if is_last else [])], retain_graph=True, allow_unused=True
                 )
                 gradients.append(found[: len(group)])
-                self.by_leaves += found[len(group) :]
+                if is_last:
+                    self.by_leaves.append(found[len(group) :])
             for layer in zip(*gradients, strict=True):
                 self._gram += layer_gram(layer)
 

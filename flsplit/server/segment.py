@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
 from flsplit.labels import check_labels
 from flsplit.message.arrays import check_like
+from flsplit.message.crossings import Smashed, described
 from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.server.optimizer import make_optimizer, make_scheduler
 
@@ -65,26 +66,25 @@ class ServerSegment:
         self.optimizer = make_optimizer(optimizer, self.parameters, lr)
         self.scheduler = make_scheduler(scheduler, self.optimizer) if scheduler else None
 
-    def forward(self, smashed: Tensor, *, moves_buffers: bool = True) -> Tensor:
+    def forward(self, smashed: Smashed, *, moves_buffers: bool = True) -> Any:
         """Return the logits of ``smashed`` ``(b, ...)``; errors name the shape that didn't fit.
 
         Without ``moves_buffers`` BatchNorm's running statistics stay as they are.
         """
         try:
             if moves_buffers:
-                logits: Tensor = self.module(smashed)
+                logits = self.module(smashed)
             else:  # copies move: the backward pass may still need what this pass has left in them
                 copies = {name: one.clone() for name, one in self.module.named_buffers()}
                 logits = functional_call(self.module, copies, (smashed,))
         except TORCH_ERRORS as error:
             if "more than 1 value per channel" in str(error):
                 raise DataError(
-                    f"BatchNorm in the server segment can't train on a batch of one (smashed data "
-                    f"{tuple(smashed.shape)}); use another batch-size, or drop-last"
+                    f"BatchNorm in the server segment can't train on a batch of one "
+                    f"({described(smashed)}); use another batch-size, or drop-last"
                 ) from error
             raise SegmentMismatchError(
-                f"the server segment can't take smashed data of shape {tuple(smashed.shape)} and "
-                f"dtype {smashed.dtype}: {error}"
+                f"the server segment can't take {described(smashed)}: {error}"
             ) from error
         return logits
 
@@ -131,9 +131,11 @@ class ServerSegment:
         finally:
             self.put_buffers(before)
 
-    def receive(self, tensor: Tensor) -> Tensor:
+    def receive(self, smashed: Smashed) -> Smashed:
         """Move smashed data to the segment's device and floating-point dtype."""
-        return tensor.to(self.device, self.parameters[0].dtype)
+        if isinstance(smashed, Tensor):
+            return smashed.to(self.device, self.parameters[0].dtype)
+        return smashed.to(self.device)
 
     def step(self, gradients: ServerGradients, lr_factor: float = 1.0) -> None:
         """Let the optimizer step with ``gradients``, at ``lr_factor`` times its learning rate."""

@@ -1,0 +1,301 @@
+"""What crosses the cut, in messages: smashed data up, cut-layer gradients down.
+
+A tensor alone travels as the one array of its record. Of a :class:`~flsplit.cut.Crossing` the
+values travel by name, and beside them what the server needs to go on with the client's forward:
+which trace it was, the numbers that differ from batch to batch, who needs a gradient. A trace
+itself is sent once in a round (record ``traces``), and then known by its digest.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord
+from torch import Tensor
+
+from flsplit.cut import Crossing, CutError, Trace
+from flsplit.cut.trace import numbers_from_json, numbers_to_json
+from flsplit.errors import MethodError, ProtocolError
+from flsplit.flower_internals import fill
+from flsplit.message.arrays import to_array, to_tensor
+from flsplit.message.fields import Record, Records, Slot, record, value
+from flsplit.message.nestings import WHOLE
+
+Smashed = Tensor | Crossing
+"""Smashed data: a tensor ``(b, ...)``, or several values, of which numbers are a part."""
+
+CutGradient = Tensor | dict[str, Tensor]
+"""The cut-layer gradient, of the smashed data's shape; of a crossing by the values' names."""
+
+MOST_TRACES = 32
+"""How many traces a client takes for known to the server: those that it has sent last."""
+
+_MAX_VALUES = 1000
+
+
+@dataclass(frozen=True)
+class Unresolved:
+    """A crossing that came, whose trace is told by its digest."""
+
+    values: dict[str, Tensor]
+    digest: str
+    numbers: tuple[Any, ...]
+    aliases: frozenset[str]
+
+    def resolved(self, traces: Mapping[str, Trace]) -> Crossing:
+        """Return the crossing.
+
+        Raises
+        ------
+        ProtocolError
+            If no such trace has come.
+        """
+        if self.digest not in traces:
+            raise ProtocolError(f"crossing: trace is {self.digest!r}, which has not been sent")
+        return Crossing(self.values, Trace(traces[self.digest].calls, self.numbers), self.aliases)
+
+
+def put_smashed(
+    arrays: ArrayRecord, crossings: ConfigRecord, place: str, smashed: Smashed | Unresolved
+) -> None:
+    """Add smashed data to a message's records."""
+    if isinstance(smashed, Tensor):
+        fill(arrays, {place: to_array(smashed)})
+        return
+    if isinstance(smashed, Unresolved):
+        raise TypeError("a crossing that came is resolved before it is sent on")
+    fill(arrays, {f"{place}:{name}": to_array(one) for name, one in smashed.values.items()})
+    crossings[f"{place}.trace"] = smashed.trace.digest
+    crossings[f"{place}.numbers"] = numbers_to_json(smashed.trace.numbers)
+    crossings[f"{place}.learning"] = smashed.learning
+    crossings[f"{place}.aliases"] = sorted(smashed.aliases)
+
+
+def get_smashed(
+    arrays: ArrayRecord, crossings: ConfigRecord | None, place: str, field: str
+) -> Tensor | Unresolved:
+    """Return the smashed data at a place.
+
+    Raises
+    ------
+    ProtocolError
+        If it isn't there, or can't be read.
+    """
+    if crossings is None or f"{place}.trace" not in crossings:
+        if place not in arrays:
+            raise ProtocolError(f"{field}: there is no array {place!r}, but {list(arrays)[:5]}")
+        return to_tensor(arrays[place], field=field)
+    start = len(place) + 1
+    values = {
+        name[start:]: to_tensor(array, field=f"{field}[{name[:60]!r}]")
+        for name, array in arrays.items()
+        if name.startswith(f"{place}:")
+    }
+    if len(values) > _MAX_VALUES:
+        raise ProtocolError(f"{field}: {len(values)} values cross, at most {_MAX_VALUES} may")
+    learning = _names(crossings, f"{place}.learning", values)
+    for name in learning:
+        if not (values[name].is_floating_point() or values[name].is_complex()):
+            raise ProtocolError(f"{field}: {name!r} is {values[name].dtype} and wants a gradient")
+        values[name].requires_grad_()
+    try:
+        numbers = numbers_from_json(value(crossings, f"{place}.numbers", str))
+    except CutError as error:
+        raise ProtocolError(f"crossing: {error}") from error
+    aliases = frozenset(_names(crossings, f"{place}.aliases", values))
+    return Unresolved(values, value(crossings, f"{place}.trace", str), numbers, aliases)
+
+
+def _names(crossings: ConfigRecord, key: str, values: Mapping[str, Tensor]) -> list[str]:
+    names = crossings.get(key, [])
+    if not (isinstance(names, list) and all(name in values for name in names)):
+        raise ProtocolError(f"crossing: {key} is {names!r}, expected some of {list(values)[:5]}")
+    return [str(name) for name in names]
+
+
+def one_smashed(key: str) -> Slot:
+    """Return how the smashed data of one step travels."""
+
+    def put(records: dict[str, Record], smashed: Smashed) -> None:
+        arrays, crossings = ArrayRecord(), ConfigRecord()
+        put_smashed(arrays, crossings, WHOLE, smashed)
+        records[key] = arrays
+        if crossings:
+            records["crossing"] = crossings
+
+    def get(records: Records) -> Tensor | Unresolved:
+        arrays = record(records, key, ArrayRecord)
+        return get_smashed(arrays, crossings_in(records), WHOLE, key)
+
+    return Slot(key, put, get, required=True)
+
+
+def crossings_in(records: Records) -> ConfigRecord | None:
+    """Return the record that describes crossings, None where tensors alone cross."""
+    return record(records, "crossing", ConfigRecord) if "crossing" in records else None
+
+
+def _put_traces(records: dict[str, Record], traces: Mapping[str, Trace]) -> None:
+    if traces:
+        records["traces"] = ConfigRecord({key: one.to_json() for key, one in traces.items()})
+
+
+def _get_traces(records: Records) -> dict[str, Trace]:
+    found: dict[str, Trace] = {}
+    for digest, text in record(records, "traces", ConfigRecord).items():
+        try:
+            trace = Trace.from_json(text) if isinstance(text, str) else None
+        except CutError as error:
+            raise ProtocolError(f"traces: {error}") from error
+        if trace is None or trace.digest != digest:
+            raise ProtocolError(f"traces: what came as {digest!r} is another trace or none")
+        found[digest] = trace
+    return found
+
+
+TRACES = Slot("traces", _put_traces, _get_traces)
+"""How traces travel that the server doesn't know yet, by digest."""
+
+
+def _put_frozen(records: dict[str, Record], frozen: bool) -> None:
+    if frozen:
+        records["frozen"] = ConfigRecord({"frozen": True})
+
+
+FROZEN = Slot("frozen", _put_frozen, lambda records: True)
+"""How a client says that it needs no cut-layer gradient."""
+
+
+def one_gradient(key: str) -> Slot:
+    """Return how a cut-layer gradient travels."""
+
+    def put(records: dict[str, Record], gradient: CutGradient) -> None:
+        records[key] = arrays = ArrayRecord()
+        if isinstance(gradient, Tensor):
+            fill(arrays, {WHOLE: to_array(gradient)})
+        else:
+            fill(arrays, {f"{WHOLE}:{name}": to_array(one) for name, one in gradient.items()})
+
+    def get(records: Records) -> CutGradient:
+        arrays = record(records, key, ArrayRecord)
+        if len(arrays) == 1 and WHOLE in arrays:
+            return to_tensor(arrays[WHOLE], field=key)
+        found = {}
+        for name, array in arrays.items():
+            if not name.startswith(f"{WHOLE}:"):
+                raise ProtocolError(f"{key}: an array is called {name!r}, expected '0:' and a name")
+            found[name[len(WHOLE) + 1 :]] = to_tensor(array, field=f"{key}[{name!r}]")
+        return found
+
+    return Slot(key, put, get, required=True)
+
+
+# --- computing with either -------------------------------------------------------------------
+
+
+def values_of(smashed: Smashed) -> list[Tensor]:
+    """Return the tensors that cross."""
+    return [smashed] if isinstance(smashed, Tensor) else list(smashed.values.values())
+
+
+def described(smashed: Smashed) -> str:
+    """Return what crosses, for an error."""
+    if isinstance(smashed, Tensor):
+        return f"smashed data of shape {tuple(smashed.shape)} and dtype {smashed.dtype}"
+    shapes = {name: tuple(value.shape) for name, value in smashed.values.items()}
+    return f"smashed data of shapes {shapes}"
+
+
+def as_leaves(smashed: Smashed) -> Smashed:
+    """Return what crosses without graph, collecting gradients.
+
+    A tensor alone always does; of several values those that need one.
+    """
+    if isinstance(smashed, Tensor):
+        return smashed.detach().requires_grad_()
+    return smashed.detached()
+
+
+def detached(smashed: Smashed) -> Smashed:
+    """Return what crosses without graph; each tensor says whether it needs a gradient."""
+    if isinstance(smashed, Tensor):
+        return smashed.detach().requires_grad_(smashed.requires_grad)
+    return smashed.detached()
+
+
+def learning_in(leaves: Smashed) -> list[Tensor]:
+    """Return the tensors that collect a gradient."""
+    if isinstance(leaves, Tensor):
+        return [leaves] if leaves.requires_grad else []
+    return [value for value in leaves.values.values() if value.requires_grad]
+
+
+def gradient_of(leaves: Smashed, found: Sequence[Tensor | None], weight: float) -> CutGradient:
+    """Return the cut-layer gradient: what was found for the tensors that learn, over a weight."""
+    tensors = [
+        torch.zeros_like(leaf) if gradient is None else gradient / weight
+        for leaf, gradient in zip(learning_in(leaves), found, strict=True)
+    ]
+    if isinstance(leaves, Tensor):
+        return tensors[0]
+    return dict(zip(leaves.learning, tensors, strict=True))
+
+
+def gradients_in(gradient: CutGradient) -> list[Tensor]:
+    """Return the tensors of a cut-layer gradient."""
+    return [gradient] if isinstance(gradient, Tensor) else list(gradient.values())
+
+
+def fits(gradient: object, smashed: Smashed) -> bool:
+    """Tell whether this is a cut-layer gradient of the smashed data's shape."""
+    if isinstance(smashed, Tensor):
+        return isinstance(gradient, Tensor) and gradient.shape == smashed.shape
+    learning = {name: smashed.values[name].shape for name in smashed.learning}
+    return isinstance(gradient, dict) and learning == {
+        name: one.shape for name, one in gradient.items() if isinstance(one, Tensor)
+    }
+
+
+def value_by_value(
+    change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
+    gradients: Mapping[str, CutGradient],
+    rows: Mapping[str, int],
+) -> dict[str, CutGradient]:
+    """Apply what a method does with the clients' cut-layer gradients to each value that crosses.
+
+    Parameters
+    ----------
+    change : callable
+        Takes tensors ``(b_i, ...)`` by client and returns some of the clients'.
+    gradients : mapping of str to torch.Tensor or dict of str to torch.Tensor
+        By client.
+    rows : mapping of str to int
+        How many rows each client has.
+
+    Raises
+    ------
+    MethodError
+        If other values cross at one client than at another, or one has its rows elsewhere than in
+        front.
+    """
+    tensors = {name: one for name, one in gradients.items() if isinstance(one, Tensor)}
+    if len(tensors) == len(gradients):
+        return dict(change(tensors))
+    several = [one for one in gradients.values() if not isinstance(one, Tensor)]
+    if tensors or any(list(one) != list(several[0]) for one in several):
+        raise MethodError("other values cross at one client than at another: they can't be mixed")
+    found: dict[str, CutGradient] = {}
+    for place in several[0]:
+        own = {c: one[place] for c, one in gradients.items() if not isinstance(one, Tensor)}
+        for client, gradient in own.items():
+            if gradient.shape[:1] != (rows[client],):
+                raise MethodError(
+                    f"value {place!r} of client {client!r} has shape {tuple(gradient.shape)}, "
+                    f"expected its {rows[client]} rows in front"
+                )
+        for client, gradient in change(own).items():
+            values = found.setdefault(client, {})
+            if isinstance(values, dict):
+                values[place] = gradient
+    return found
