@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset, default_collate
 from flsplit.client.loaders import LoaderOptions
 from flsplit.client.samplers import OwnSampler
 from flsplit.client.spec import Unpack
-from flsplit.errors import DataError
+from flsplit.errors import DataError, located
 from flsplit.nested import leaves_of
 from flsplit.seeds import derive_seed
 
@@ -68,7 +68,8 @@ class Examples:
         if self.sampler is None:
             return range(len(self))
         seed = derive_seed(0, self.what, self.client)
-        indices: list[int] = self.sampler.draw(seed, 0, run).tolist()
+        with located(f"client {self.client!r}"):
+            indices: list[int] = self.sampler.draw(seed, 0, run).tolist()
         return indices
 
     def batch(self, indices: Sequence[int]) -> tuple[Any, Any]:

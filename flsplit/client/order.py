@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flsplit.client.samplers import OwnSampler
-from flsplit.errors import DataError
+from flsplit.errors import DataError, located
 from flsplit.message.round_plan import RoundPlan
 from flsplit.seeds import derive_seed, generator
 
@@ -86,7 +86,8 @@ class Order:
                 order = torch.randperm(self.num_examples, generator=rng)
             else:
                 seed = derive_seed(self.seed, *labels)
-                order = self._sampler.draw(seed, epoch, plan.experiment)
+                with located(f"client {self.client!r}"):
+                    order = self._sampler.draw(seed, epoch, plan.experiment)
                 self._check_length(order)
             self._epoch, self._order = epoch, order
         return self._order

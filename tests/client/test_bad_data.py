@@ -240,7 +240,7 @@ class Names(Raising):
         (None, "DataError: data returned NoneType, expected"),
         (Dicts(), "DataError: the inputs of a batch are a dict with ['img'], and the model of"),
         (Names(), "DataError: labels[0] of a batch is str 'cat', expected a tensor: turn text"),
-        (Raising(), "DataError: example 3 can't be read: KeyError: 'no image number 3' (training"),
+        (Raising(), "DataError: example 2 can't be read: KeyError: 'no image number 2' (training"),
         (DataLoader(Dicts()), "DataError: the inputs of a batch are a dict with ['img']"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
