@@ -42,21 +42,27 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     return tree
 
 
-def leaves_of(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+def leaves_of(
+    tree: Any, place: str = "", *, whole: type | tuple[type, ...] = ()
+) -> Iterator[tuple[str, Any]]:
     """Yield what a nesting holds, tensors and all else, with its place in it.
+
+    What is of the type ``whole`` is not looked into.
 
     A place is written as in Python: ``['mask']``, ``[0]['ids']``, ``.h`` of a named tuple; the
     place of a ``tree`` that is no container is empty. Nothing is where the tree holds nothing.
     """
-    if isinstance(tree, Mapping):
+    if isinstance(tree, whole):
+        yield place, tree
+    elif isinstance(tree, Mapping):
         for key, part in tree.items():
-            yield from leaves_of(part, f"{place}[{key!r}]")
+            yield from leaves_of(part, f"{place}[{key!r}]", whole=whole)
     elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
         for name, part in zip(tree._fields, tree, strict=True):
-            yield from leaves_of(part, f"{place}.{name}")
+            yield from leaves_of(part, f"{place}.{name}", whole=whole)
     elif isinstance(tree, tuple | list):
         for index, part in enumerate(tree):
-            yield from leaves_of(part, f"{place}[{index}]")
+            yield from leaves_of(part, f"{place}[{index}]", whole=whole)
     else:
         yield place, tree
 

@@ -1,49 +1,24 @@
-"""A client's data: mini-batches that depend on the seed and the client's name alone."""
+"""A client's data: what ``data()`` may return, and what is said about the rest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from flwr.app import Context
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from flsplit.client.spec import ClientSpec, Unpack
+from flsplit.client.batches import Examples
+from flsplit.client.loaders import read_loader
+from flsplit.client.spec import ClientSpec, Unpack, client_name
 from flsplit.errors import DataError
+from flsplit.log import warn_once
 from flsplit.message.round_plan import RoundPlan
-from flsplit.seeds import generator
 
-
-@dataclass(frozen=True)
-class Examples:
-    """A map-style data set, how its examples become a batch, and a batch inputs and labels."""
-
-    dataset: Dataset[Any]
-    collate: Callable[[list[Any]], Any]
-    unpack: Unpack
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return inputs ``(b, ...)`` and labels ``(b, ...)`` of the examples at ``indices``."""
-        if type(self.dataset) is TensorDataset and self.collate is default_collate:
-            # What an item after the other and stacking them comes to, at a tenth of the time.
-            rows = torch.tensor(indices, dtype=torch.int64)
-            batch: Any = [tensor[rows] for tensor in self.dataset.tensors]
-        elif hasattr(self.dataset, "__getitems__"):
-            batch = self.collate(self.dataset.__getitems__(list(indices)))
-        else:
-            batch = self.collate([self.dataset[index] for index in indices])
-        inputs, labels = self.unpack(batch)
-        if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
-            raise DataError(
-                f"a batch is ({type(inputs).__name__}, {type(labels).__name__}), expected two "
-                "tensors (inputs, labels); client_app's unpack= can make them"
-            )
-        return inputs, labels
+_EXPECTED = (
+    "expected a map-style torch Dataset, a DataLoader over one, or a pair (train, test) of them"
+)
+_TENSORS = "TensorDataset(inputs, labels) makes a data set of tensors"
 
 
 @dataclass(frozen=True)
@@ -62,90 +37,97 @@ class ClientData:
         DataError
             If it returns neither a data set (or DataLoader) nor a pair of them.
         """
-        loaded = spec.data(context)
+        loaded, client = spec.data(context), client_name(context)
         train, test = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (loaded, None)
+        why = _why_not(train, spec.unpack)
+        nothing = test is None or (isinstance(test, list) and not test)
+        if why is None and not nothing:
+            why = _why_not(test, spec.unpack)
+        if why is not None:
+            hint = f": {why}" if why else ""
+            raise DataError(f"data returned {_described(loaded)}, {_EXPECTED}{hint}")
         return cls(
-            _examples(train, spec.unpack), None if test is None else _examples(test, spec.unpack)
+            _examples(train, client, "training", spec.unpack),
+            None if test is None else _examples(test, client, "test", spec.unpack),
         )
 
+    def warn(self, plan: RoundPlan) -> None:
+        """Say once in a run which options of the DataLoaders aren't used."""
+        for text in self.train.options.unused(plan):
+            warn_once(plan.experiment, text)
+        if self.test is not None:
+            for text in (*self.test.options.notices, *self.test.options.unused_in_tests()):
+                warn_once(plan.experiment, text)
 
-def _examples(source: Any, unpack: Unpack | None) -> Examples:
-    if isinstance(source, DataLoader):
-        dataset, collate = source.dataset, source.collate_fn
-    else:
-        dataset, collate = source, default_collate
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise DataError(
-            f"data returned {type(dataset).__name__}, expected a map-style torch Dataset, a "
-            "DataLoader over one, or a pair (train, test) of them"
+
+def _examples(source: Any, client: str, what: str, unpack: Unpack | None) -> Examples:
+    if not isinstance(source, DataLoader):
+        return Examples(source, client, what, unpack=unpack)
+    sampler, options = read_loader(source)
+    return Examples(source.dataset, client, what, source.collate_fn, unpack, sampler, options)
+
+
+def _why_not(source: Any, unpack: Unpack | None) -> str | None:
+    """Return why something is no data set, empty if its kind says it all; None if it is one."""
+    dataset = source.dataset if isinstance(source, DataLoader) else source
+    if isinstance(dataset, IterableDataset):
+        return (
+            f"{type(dataset).__name__} is an IterableDataset, whose examples can't be asked for by "
+            "index, so neither in an order that follows from the seed nor a second time"
         )
-    return Examples(dataset, collate, unpack or _unpack_pair)
+    if not isinstance(source, DataLoader):  # which may collate what it likes
+        if isinstance(source, type):
+            return f"{source.__name__} is a class, not an object of it"
+        if isinstance(source, Iterator):
+            return "an iterator can be gone over once only; return what it was made of"
+        if isinstance(source, list):
+            return _why_no_examples(source, unpack)
+        if _is_array(source) or (isinstance(source, tuple) and any(map(_is_array, source))):
+            return _TENSORS
+        if isinstance(source, Mapping):
+            return "take them out of it: return (sets['train'], sets['test'])"
+        if isinstance(source, tuple | str | bytes | range | nn.Module):
+            return ""
+    if not hasattr(dataset, "__getitem__"):
+        return ""
+    if not hasattr(dataset, "__len__"):
+        return f"{type(dataset).__name__} has no __len__, so nobody knows how many examples it has"
+    return None
 
 
-def _unpack_pair(batch: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    what = f"a dict with {sorted(batch)}" if isinstance(batch, dict) else type(batch).__name__
-    raise DataError(
-        f"a batch is {what}, expected (inputs, labels); say how to take it apart, e.g. "
-        "client_app(..., unpack=lambda batch: (batch['img'], batch['label']))"
-    )
+def _why_no_examples(source: list[Any], unpack: Unpack | None) -> str | None:
+    """Return why a list is none of examples."""
+    if not source:
+        return "it is empty; a client whose data set has the length 0 is left out"
+    if any(isinstance(o, Dataset | DataLoader) or hasattr(o, "__getitems__") for o in source):
+        return "a pair is a tuple, (train, test)"
+    if unpack is None and _is_array(source[0]):
+        return _TENSORS
+    if unpack is None and (source[0] is None or isinstance(source[0], str | bytes | int | float)):
+        return "an example is a pair (inputs, label), or a dict with a label"
+    return None
 
 
-def steps_per_round(num_examples: int, plan: RoundPlan, client: str) -> int:
-    """Return how many mini-batches a client has this round, those it sits out included.
-
-    Raises
-    ------
-    DataError
-        If there are none.
-    """
-    if num_examples == 0:
-        raise DataError(f"client {client!r} has no training examples: its partition is empty")
-    if plan.batch_sizes:
-        return len(plan.batch_sizes)
-    full, rest = divmod(num_examples, plan.batch_size)
-    per_epoch = full + (1 if rest and not plan.drop_last else 0)  # the ragged last one, if kept
-    if per_epoch == 0:
-        raise DataError(
-            f"client {client!r} has {num_examples} examples, fewer than batch-size = "
-            f"{plan.batch_size}, and drop-last leaves none"
-        )
-    return plan.local_steps or plan.local_epochs * per_epoch
+def _is_array(source: Any) -> bool:
+    """Tell whether something is a tensor, of torch, NumPy, pandas or others."""
+    return hasattr(type(source), "__array__") and not isinstance(source, Dataset)
 
 
-class Order:
-    """In which order a client goes over its examples: a new permutation every epoch.
+def _described(loaded: Any) -> str:
+    """Return what came, in words: its type, and for a container those of what it holds."""
+    kind = type(loaded).__name__
+    if isinstance(loaded, type):
+        return f"the class {loaded.__name__}"
+    if isinstance(loaded, DataLoader):
+        return f"a {kind} over {type(loaded.dataset).__name__}"
+    if not isinstance(loaded, Mapping | tuple | list):
+        return kind
+    if not loaded:
+        return f"an empty {kind}"
+    if isinstance(loaded, Mapping):
+        return f"a {kind} ({_few([f'{key!r}: {type(v).__name__}' for key, v in loaded.items()])})"
+    return f"a {kind} of {len(loaded)} ({_few([type(one).__name__ for one in loaded])})"
 
-    It is drawn from the run's seed, the client's name and the epoch's number, and depends on
-    nothing else; so does the batch after so many examples ``drawn`` since the run began.
-    """
 
-    def __init__(self, num_examples: int, seed: int, client: str) -> None:
-        self.num_examples, self.seed, self.client = num_examples, seed, client
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def batch(self, plan: RoundPlan, step: int, drawn: int) -> tuple[list[int], int]:
-        """Return the examples of a step, and how many were drawn after it."""
-        epoch, offset = divmod(drawn, self.num_examples)
-        if plan.batch_sizes:
-            return self._exactly(plan.rows_at(step), epoch, offset), drawn + plan.rows_at(step)
-        if plan.drop_last and self.num_examples - offset < plan.batch_size:
-            epoch, offset = epoch + 1, 0
-        order = self._order if epoch == self._epoch else self._of(epoch)
-        chosen: list[int] = order[offset : offset + plan.batch_size].tolist()
-        return chosen, epoch * self.num_examples + offset + len(chosen)
-
-    def _exactly(self, rows: int, epoch: int, offset: int) -> list[int]:
-        """Return as many examples as planned; what an epoch lacks comes from the next."""
-        chosen: list[int] = []
-        while len(chosen) < rows:
-            chosen += self._of(epoch)[offset : offset + rows - len(chosen)].tolist()
-            epoch, offset = epoch + 1, 0
-        return chosen
-
-    def _of(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            rng = generator(self.seed, "data", self.client, epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.num_examples, generator=rng)
-        return self._order
+def _few(parts: list[str]) -> str:
+    return ", ".join(parts[:4]) + (", …" if len(parts) > 4 else "")

@@ -1,7 +1,7 @@
 """One client at work: its segment, its optimizer, and the forward pass awaiting a gradient."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,9 @@ from flwr.app import Context
 from torch import Tensor, nn
 
 from flsplit.client.auxiliary_model import Auxiliary
-from flsplit.client.data import ClientData, Order, steps_per_round
+from flsplit.client.batches import refused_keywords
+from flsplit.client.data import ClientData
+from flsplit.client.order import Order, begun_anew, steps_per_round
 from flsplit.client.spec import ClientSpec, client_name, pick_device
 from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
 from flsplit.client_parts.chain import ClientStep, PartChain
@@ -39,7 +41,7 @@ from flsplit.message.crossings import (
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
 from flsplit.message.request import Backward, SegmentArrays, num_rows, shapes_of
 from flsplit.message.round_plan import RoundPlan
-from flsplit.nested import as_arguments, map_tensors, to_device
+from flsplit.nested import as_arguments, tensors_of, to_device
 from flsplit.seeds import derive_seed, seeded
 
 
@@ -78,10 +80,10 @@ class Client:
         self.auxiliary: Auxiliary | None = None
         """The auxiliary model, where the method has one."""
         self.num_examples = len(self.data.train)
-        """Size of the training data."""
+        """Size of the training data, as of the beginning of the round."""
         self.num_steps = 0
         """Steps of this round, those that the client sits out included."""
-        self._order = Order(self.num_examples, 0, self.name)
+        self._order = self._order_of(0)
         self._parts = PartChain("", (), self.name)
         self._state = ClientState({})
         self._pending: _Pending | None = None
@@ -98,7 +100,7 @@ class Client:
         except ExampleError:  # no input could be made up: the first batch is one
             if not len(self.data.train):
                 raise
-        inputs, _ = self.data.train.batch(range(min(2, len(self.data.train))))
+        inputs, _ = self.data.train.batch(self.data.train.in_order("")[:2])
         return split(model, spec.cut, inputs, share=spec.share)
 
     # --- state ---------------------------------------------------------------------------
@@ -117,6 +119,7 @@ class Client:
         set_state(self.optimizer, state.optimizer)
         self._state, self._pending = state, None
         if state.plan:
+            self._count_examples(state.num_examples)
             self._follow(state.plan)
             self._parts.load(state.parts)
         if state.auxiliary:
@@ -146,6 +149,7 @@ class Client:
         if parts.described != plan.client_parts:  # before anything changes: it may be refused
             parts = PartChain(plan.client_parts, self.spec.client_parts, self.name)
             parts.follow(self._parts)
+        num_examples = len(self.data.train)
         self._discard_pending()
         before = self._state.plan
         other_run = before is not None and before.experiment != plan.experiment
@@ -160,6 +164,11 @@ class Client:
         self.check_version(plan.segment_version)
         if optimizer is not None:
             set_state(self.optimizer, optimizer)
+        if num_examples:
+            drawn = begun_anew(self._state.drawn, self._state.num_examples, num_examples)
+            self._state.drawn, self._state.num_examples = drawn, num_examples
+        self._count_examples(num_examples)
+        self.data.warn(plan)
         self._state.plan, self._state.steps_done, self._state.told = plan, 0, ()
         self._parts, self._state.parts = parts, parts.state()
         self._follow(plan)
@@ -176,9 +185,17 @@ class Client:
         self._trains = False
         self.num_steps = steps_per_round(self.num_examples, plan, self.name)
         if self._order.seed != plan.seed:
-            self._order = Order(self.num_examples, plan.seed, self.name)
+            self._order = self._order_of(plan.seed)
         if self._parts.described != plan.client_parts:
             self._parts = PartChain(plan.client_parts, self.spec.client_parts, self.name)
+
+    def _order_of(self, seed: int) -> Order:
+        return Order(self.num_examples, seed, self.name, self.data.train.sampler)
+
+    def _count_examples(self, now: int) -> None:
+        if now != self.num_examples:
+            self.num_examples = now
+            self._order = self._order_of(self._order.seed)
 
     def _check_cut(self, cut: str) -> None:
         if cut != self.spec.cut:
@@ -388,19 +405,31 @@ class Client:
 
         Without test data there are 0 batches, and both tensors are empty.
         """
-        examples = self.data.test
-        if examples is None or len(examples) == 0:
+        if self.data.test is None:
             return torch.empty(0), torch.empty(0, dtype=torch.int64), 0
-        num_batches = -(-len(examples) // batch_size)
+        run = self._state.plan.experiment if self._state.plan else ""
+        order = self.data.test.in_order(run)
+        if batch == 0 or not self._state.num_tests:  # data grow or shrink between evaluations
+            self._state.num_tests = len(order)
+        num_batches = -(-self._state.num_tests // batch_size)
+        if not num_batches:
+            return torch.empty(0), torch.empty(0, dtype=torch.int64), 0
         if batch >= num_batches:
             raise ProtocolError(
                 f"test batch {batch} asked for, client {self.name!r} has {num_batches}"
             )
+        if len(order) < self._state.num_tests:
+            raise DataError(
+                f"client {self.name!r} began an evaluation with {self._state.num_tests} test "
+                f"examples, now there are {len(order)}"
+            )
         if batch == 0:
             self._state.told = ()
         self._undo_forward()
-        rows = range(batch * batch_size, min((batch + 1) * batch_size, len(examples)))
-        inputs, labels = examples.batch(rows)
+        rows = order[batch * batch_size : min((batch + 1) * batch_size, self._state.num_tests)]
+        # Seeded as a training step is: a transform that draws gives the same scores again.
+        with seeded(derive_seed(0, "test", self.name, batch), self.device):
+            inputs, labels = self.data.test.batch(rows)
         self._evaluates()
         return self._run_segment(inputs), labels, num_batches
 
@@ -414,11 +443,12 @@ class Client:
             If either is more than one tensor.
         """
         self._check_cut(cut)
-        if self.num_examples == 0:
+        examples = self.data.train
+        if len(examples) == 0:
             raise DataError(f"client {self.name!r} has no training examples")
         self._undo_forward()
         with seeded(derive_seed(0, "shape", self.name), self.device):
-            inputs, _ = self.data.train.batch([0])
+            inputs, _ = examples.batch([examples.in_order("")[0]])
         self._evaluates()
         smashed = self._run_segment(inputs)
         if not (isinstance(inputs, Tensor) and isinstance(smashed, Tensor)):
@@ -455,20 +485,17 @@ class Client:
         return smashed
 
     def _explain(self, error: Exception, inputs: Any) -> Exception:
-        shapes = map_tensors(lambda tensor: (tuple(tensor.shape), tensor.dtype), inputs)
+        kinds = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(inputs)]
+        shapes = ", ".join(f"shape {shape} and dtype {dtype}" for shape, dtype in kinds)
         if "more than 1 value per channel" in str(error):
             return DataError(
-                f"client {self.name!r}: BatchNorm can't train on a batch of one (inputs "
-                f"{shapes}); use another batch-size, or drop-last to leave the ragged last batch "
-                "out"
+                f"client {self.name!r}: BatchNorm can't train on a batch of one (inputs of "
+                f"{shapes}); use another batch-size, or drop-last to leave out the ragged last one"
             )
-        what = (
-            f"shape {tuple(inputs.shape)} and dtype {inputs.dtype}"
-            if isinstance(inputs, Tensor)
-            else f"shapes and dtypes {shapes}"
-        )
+        if isinstance(inputs, Mapping) and "keyword argument" in str(error):
+            return refused_keywords(inputs, self.name, error)
         return SegmentMismatchError(
-            f"client {self.name!r}: the client segment can't take inputs of {what}: {error}"
+            f"client {self.name!r}: the client segment can't take inputs of {shapes}: {error}"
         )
 
     def _check_finite(self, tensor: Tensor, what: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from flwr.app import Context
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from flsplit.auxiliary import BuildAuxiliary
@@ -17,8 +17,8 @@ from flsplit.errors import ConfigError
 OptimizerFactory = Callable[..., Optimizer]
 """Called as ``factory(parameters, lr=…)``: a torch optimizer class or a ``functools.partial``."""
 
-Unpack = Callable[[Any], tuple[Tensor, Tensor]]
-"""Turns what a data set's collate function returns into ``(inputs, labels)``."""
+Unpack = Callable[[Any], tuple[Any, Any]]
+"""Turns what a collate function returns into ``(inputs, labels)``, any nestings of tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,10 @@ class ClientState(Content):
         Which of the server's segments this one came from; -1 before the first.
     drawn : int
         Examples drawn since the run began; what an epoch left out counts as well.
+    num_examples : int
+        Size of the training data when the round began.
+    num_tests : int
+        Size of the test data when the last evaluation began.
     steps_done : int
         Steps done in this round.
     pending : int
@@ -109,6 +113,8 @@ class ClientState(Content):
     optimizer: Annotated[IndexedState, indexed(f"{_PREFIX}optimizer")] = field(default_factory=dict)
     version: Annotated[int, In(_PROGRESS)] = NO_SEGMENT
     drawn: Annotated[int, In(_PROGRESS)] = 0
+    num_examples: Annotated[int, In(_PROGRESS, 0)] = 0
+    num_tests: Annotated[int, In(_PROGRESS, 0)] = 0
     steps_done: Annotated[int, In(_PROGRESS)] = 0
     pending: Annotated[int, In(_PROGRESS)] = NO_STEP
     plan: Annotated[RoundPlan | None, nested(f"{_PREFIX}plan", RoundPlan)] = None

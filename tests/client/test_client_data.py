@@ -122,9 +122,9 @@ def test_batches_of_dicts_are_unpacked(kind, loader):
     assert torch.equal(reply.labels, plain.labels)
 
 
-def test_a_dict_without_unpack_is_refused_with_a_hint():
+def test_a_dict_whose_keys_the_model_does_not_take_is_refused_with_a_hint():
     drive = Drive(split_app(plain_net, [Records(make_data(4, seed=0))]), plain_net)
-    with pytest.raises(RefusedError, match=r"a dict with \['img', 'label'\].*unpack="):
+    with pytest.raises(RefusedError, match=r"a dict with \['img'\].*argument 'img'.*unpack="):
         drive.begin()
 
 
