@@ -19,7 +19,7 @@ from flsplit.cut.trace import numbers_from_json, numbers_to_json
 from flsplit.errors import MethodError, ProtocolError
 from flsplit.flower_internals import fill
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import Record, Records, Slot, record, value
+from flsplit.message.fields import Record, Records, Slot, only_array, record, value
 from flsplit.message.nestings import WHOLE
 
 Smashed = Tensor | Crossing
@@ -125,8 +125,10 @@ def one_smashed(key: str) -> Slot:
             records["crossing"] = crossings
 
     def get(records: Records) -> Tensor | Unresolved:
-        arrays = record(records, key, ArrayRecord)
-        return get_smashed(arrays, crossings_in(records), WHOLE, key)
+        arrays, crossings = record(records, key, ArrayRecord), crossings_in(records)
+        if crossings is None:
+            only_array(records, key)
+        return get_smashed(arrays, crossings, WHOLE, key)
 
     return Slot(key, put, get, required=True)
 
@@ -179,8 +181,8 @@ def one_gradient(key: str) -> Slot:
 
     def get(records: Records) -> CutGradient:
         arrays = record(records, key, ArrayRecord)
-        if len(arrays) == 1 and WHOLE in arrays:
-            return to_tensor(arrays[WHOLE], field=key)
+        if WHOLE in arrays:
+            return to_tensor(only_array(records, key), field=key)
         found = {}
         for name, array in arrays.items():
             if not name.startswith(f"{WHOLE}:"):

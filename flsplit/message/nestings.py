@@ -14,7 +14,7 @@ from torch import Tensor
 from flsplit.errors import DataError, ProtocolError
 from flsplit.flower_internals import fill
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import Record, Records, Slot, record
+from flsplit.message.fields import Record, Records, Slot, only_array, record
 
 WHOLE = "0"
 """The place of what a message has one of."""
@@ -31,7 +31,10 @@ def nesting(key: str) -> Slot:
         put_nesting(arrays, WHOLE, tree)
 
     def get(records: Records) -> Any:
-        return get_nesting(record(records, key, ArrayRecord), WHOLE, field=key)
+        arrays = record(records, key, ArrayRecord)
+        if WHOLE in arrays or not arrays:
+            return to_tensor(only_array(records, key), field=key)
+        return get_nesting(arrays, WHOLE, field=key)
 
     return Slot(key, put, get, required=True)
 

@@ -88,7 +88,7 @@ class ClientBatch:
         raise MethodError(
             f"the method computes with smashed data that is one tensor, but "
             f"{len(self.smashed.values)} values cross at this cut; cut where one crosses "
-            "(flsplit.cuts lists them), or take a method that computes per client, as PSL does"
+            "(flsplit.cuts lists them), or take a method that works with gradients alone"
         )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from flsplit import CutError, LocalGrid, client_app
 from flsplit.errors import ConfigError, NotEnoughClientsError, SegmentMismatchError
-from flsplit.strategies import PSL, SplitFedV1, SplitFedV2
+from flsplit.strategies import PSL, SFLGA, SplitFedV1, SplitFedV2
 
 PARTS = make_parts([8, 8])
 
@@ -111,7 +111,9 @@ def test_a_client_whose_smashed_data_do_not_fit_is_left_out():
     assert "can't take smashed data of shape (4, 3)" in left.reason
 
 
-def test_rows_that_fit_but_cannot_be_concatenated_with_those_of_most_are_left_out():
+def test_rows_that_fit_but_cannot_be_concatenated_with_those_of_most():
+    """A method that mixes the clients' rows leaves their client out, others compute it alone."""
+
     class Narrow(nn.Module):
         def forward(self, x):
             return x[:, :, :3]
@@ -123,11 +125,12 @@ def test_rows_that_fit_but_cannot_be_concatenated_with_those_of_most_are_left_ou
         return nn.Sequential(OrderedDict(front=front, head=head))
 
     parts = make_parts([8, 8, 8], normed_net)
-    pooled = train(set_up(parts, build=build)).history[0].left_out
+    pooled = train(set_up(parts, SFLGA, build=build)).history[0].left_out
     assert [one.client for one in pooled] == ["2"]
     assert "a row has shape (3, 3, 4), those of most clients have (3, 4, 4)" in pooled[0].reason
-    one_by_one = set_up(parts, build=build, server_batchnorm="per_client")
-    assert train(one_by_one).history[0].left_out == []
+    for more in ({}, {"server_batchnorm": "per_client"}):
+        entry = train(set_up(parts, build=build, **more)).history[0]
+        assert (entry.left_out, entry.rows) == ([], 24)
 
 
 def test_smashed_data_of_whole_numbers_are_refused_by_the_client():
