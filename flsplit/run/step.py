@@ -191,7 +191,7 @@ class Step:
         with self._computing(segment, names):
             if per_client:
                 found = client_gradients(segment, batches, weights, low_memory=low_memory)
-            elif self._settings.pools and can_be_pooled(batches):
+            elif self._settings.pools and can_be_pooled(segment, batches):
                 found = pooled_gradients(segment, batches, weights)
             else:
                 found = separate_gradients(segment, batches, weights)

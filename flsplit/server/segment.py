@@ -65,6 +65,8 @@ class ServerSegment:
             )
         self.optimizer = make_optimizer(optimizer, self.parameters, lr)
         self.scheduler = make_scheduler(scheduler, self.optimizer) if scheduler else None
+        self.pools: dict[tuple[torch.Size, torch.dtype], bool] = {}
+        """Whether rows of such a shape may go through it together; see `can_be_pooled`."""
 
     def forward(self, smashed: Smashed, *, moves_buffers: bool = True) -> Any:
         """Return the logits of ``smashed`` ``(b, ...)``; errors name the shape that didn't fit.
