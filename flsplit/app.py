@@ -44,8 +44,9 @@ def client_app(
     data : callable
         Takes the ``Context`` (``node_config`` holds ``partition-id`` and ``num-partitions`` in
         a simulation) and returns the client's data: a map-style ``Dataset`` or a ``DataLoader``
-        for training, or a pair of them for training and test. Of a DataLoader the data set and
-        the collate function are used; order and batch size come from the server.
+        for training, or a pair of them for training and test. Of a DataLoader the data set, the
+        collate function and a sampler of one's own are used; batch size, and otherwise the
+        order, come from the server.
     optimizer : callable, optional
         Called as ``optimizer(parameters, lr=…)``; the learning rate comes from the server every
         round. Default: ``torch.optim.SGD``.
@@ -56,8 +57,10 @@ def client_app(
     max_grad_norm : float, optional
         Clip the client segment's gradients to this total norm.
     unpack : callable, optional
-        Turns a batch of the DataLoader into ``(inputs, labels)``, e.g.
-        ``lambda batch: (batch["img"], batch["label"])``. Not needed where it is such a pair.
+        Turns a batch into ``(inputs, labels)``, any nestings of tensors with one row per example
+        in front, e.g. ``lambda batch: (batch["img"], batch["label"])``. Not needed where it is
+        such a pair, or a dict with the key ``labels`` or ``label``. Inputs that are a dict become
+        the model's keyword arguments, a tuple or list its positional ones.
     share : sequence of str, optional
         Inputs of the model that may be sent to the server as they are, such as
         ``"attention_mask"``, where layers after the cut need them. All others stay here.

@@ -55,9 +55,8 @@ class ClientData:
         """Say once in a run which options of the DataLoaders aren't used."""
         for text in self.train.options.unused(plan):
             warn_once(plan.experiment, text)
-        if self.test is not None:
-            for text in (*self.test.options.notices, *self.test.options.unused_in_tests()):
-                warn_once(plan.experiment, text)
+        for text in self.test.options.unused_in_tests() if self.test is not None else ():
+            warn_once(plan.experiment, text)
 
 
 def _examples(source: Any, client: str, what: str, unpack: Unpack | None) -> Examples:

@@ -118,7 +118,7 @@ class Client:
         self._load_tensors(state.segment, what="the stored client segment")
         set_state(self.optimizer, state.optimizer)
         self._state, self._pending = state, None
-        if state.plan:
+        if state.plan and state.num_examples:  # else the round could not begin
             self._count_examples(state.num_examples)
             self._follow(state.plan)
             self._parts.load(state.parts)

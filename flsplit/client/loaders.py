@@ -48,13 +48,20 @@ class LoaderOptions:
                 f"batch_size={self.batch_size} of the DataLoader is not used: batches are as large "
                 f"as the server says, {plan.batch_size}"
             )
-        return said + self.unused_in_tests() * (not plan.drop_last)
+        if self.drop_last and not plan.drop_last:
+            said.append(
+                "drop_last=True of the DataLoader is not used: the server's drop_last is False"
+            )
+        return said
 
     def unused_in_tests(self) -> list[str]:
-        """Return what isn't used where all test examples are gone over, in order."""
+        """Return what isn't used of a loader of test data, whose batches are of no account."""
         if not self.drop_last:
-            return []
-        return ["drop_last=True of the DataLoader is not used: the server's drop_last is False"]
+            return list(self.notices)
+        return [
+            *self.notices,
+            "drop_last=True of the test DataLoader is not used: all test examples are gone over",
+        ]
 
 
 def read_loader(loader: DataLoader[Any]) -> tuple[OwnSampler | None, LoaderOptions]:
@@ -106,7 +113,7 @@ def _is_torchs(sampler: Any, dataset: Any) -> bool:
 def _notices(loader: DataLoader[Any]) -> tuple[str, ...]:
     given = {name: getattr(loader, name, default) for name, default in _UNUSED.items()}
     changed = [
-        f"{name}={getattr(value, '__name__', value)}"
+        f"{name}={value if isinstance(value, int | float | str) else _name(value)}"
         for name, value in given.items()
         if value not in (None, _UNUSED[name])
     ]
@@ -123,3 +130,7 @@ def _notices(loader: DataLoader[Any]) -> tuple[str, ...]:
             "the sampler and collate_fn are"
         )
     return tuple(said)
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__name__", type(value).__name__)

@@ -57,13 +57,18 @@ def make_plan(
     return plan
 
 
-def evaluate_batch_size(options: SplitOptions, config: ConfigRecord | None) -> int:
-    """Return how many test examples go into one exchange."""
+def evaluate_amounts(options: SplitOptions, config: ConfigRecord | None) -> tuple[int, int]:
+    """Return how many test examples go into one exchange, and how many exchanges; 0 for all."""
     given = dict(config or {})
-    refuse_unknown("evaluate_config", given, ("batch-size",))
-    size = given.get("batch-size", options.evaluate_batch_size)
-    if type(size) is not int or size < 1:
-        raise ConfigError(
-            f"evaluate_config: batch-size is {size!r}, expected a whole number of at least 1"
-        )
-    return size
+    refuse_unknown("evaluate_config", given, ("batch-size", "batches"))
+    amounts = []
+    for key, option, least in (
+        ("batch-size", options.evaluate_batch_size, 1),
+        ("batches", options.evaluate_batches or 0, 0),
+    ):
+        if type(amount := given.get(key, option)) is not int or amount < least:
+            raise ConfigError(
+                f"evaluate_config: {key} is {amount!r}, expected a whole number of at least {least}"
+            )
+        amounts.append(amount)
+    return amounts[0], amounts[1]

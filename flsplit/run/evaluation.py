@@ -24,11 +24,12 @@ def evaluate_clients(
     entry: RoundEntry,
     *,
     batch_size: int,
+    batches: int = 0,
     metrics: "Mapping[str, Metric]",
     fits: Fits,
     each: bool = False,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return loss and metrics over all test samples of the clients ``names``.
+    """Return loss and metrics over the test samples of the clients ``names``.
 
     Parameters
     ----------
@@ -44,6 +45,8 @@ def evaluate_clients(
         Where bytes are counted and clients that fail are named.
     batch_size : int
         Test examples per exchange.
+    batches : int
+        How many exchanges with a client there are at most; 0 for as many as its data have.
     metrics : mapping of str to torchmetrics.Metric
         Further metrics by name, updated with ``(logits, labels)``.
     fits : Fits
@@ -86,6 +89,6 @@ def evaluate_clients(
                     if each:
                         wanted.append(of_client.setdefault(name, Scores(metrics)))
                     update_all(wanted, segment, reply)
-            if batch < reply.num_batches:
+            if batch < reply.num_batches and batch != batches:
                 remaining.append(name)
     return scores.compute(), {name: own.compute() for name, own in of_client.items()}

@@ -21,7 +21,7 @@ from flsplit.message.arrays import to_record
 from flsplit.message.steps import FinishReply
 from flsplit.run.callbacks import Callback, FinishedRound
 from flsplit.run.checkpoint import Checkpoints
-from flsplit.run.configs import evaluate_batch_size, make_plan
+from flsplit.run.configs import evaluate_amounts, make_plan
 from flsplit.run.evaluation import evaluate_clients
 from flsplit.run.method import SplitMethod
 from flsplit.run.options import at_round
@@ -224,13 +224,15 @@ class Run:
         names = round_.clients.directory.discover()
         count = max(int(len(names) * options.fraction_evaluate), options.min_evaluate_nodes)
         seed = derive_seed(options.seed, "evaluate", round_.plan.server_round)
+        batch_size, batches = evaluate_amounts(options, self.evaluate_config)
         round_.entry.evaluation, self._client_scores = evaluate_clients(
             self.strategy.server,
             round_.clients,
             sample(names, count, seed),
             self.strategy.client_segment,
             round_.entry,
-            batch_size=evaluate_batch_size(options, self.evaluate_config),
+            batch_size=batch_size,
+            batches=batches,
             metrics=options.metrics,
             fits=Fits(self.strategy.server, pools=False),
             each=options.client_strategy is not None,

@@ -75,6 +75,8 @@ class SplitOptions:
         Leave out an epoch's ragged last batch.
     evaluate_batch_size : int
         Test examples per exchange.
+    evaluate_batches : int, optional
+        Test batches that each client evaluates in a round, its first ones; 0 or None for all.
     shares : {'examples', 'batch', 'equal'}
         What a client's share λ of the server's loss follows: the size of its data, its rows in
         the step, or nothing.
@@ -132,6 +134,7 @@ class SplitOptions:
     local_steps: int = 0
     drop_last: bool = False
     evaluate_batch_size: int = 512
+    evaluate_batches: int | None = 0
     shares: Shares = "examples"
     reduction: Reduction = "mean"
     server_batchnorm: str = "pooled"
@@ -183,6 +186,8 @@ class SplitOptions:
             "seed",
         ):
             whole(name, getattr(self, name), 0)
+        if self.evaluate_batches is not None:
+            whole("evaluate_batches", self.evaluate_batches, 0)
         whole("min_available_nodes", self.min_available_nodes, 1)
         if self.checkpoint_dir and not Path(self.checkpoint_dir).is_absolute():
             raise ConfigError(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from driving import Drive, RefusedError
-from reference import SEED, epoch_batches, plain_net, run_split, split_app, weights_of
+from flwr.app import ArrayRecord
+from reference import SEED, epoch_batches, fresh, plain_net, run_split, split_app, weights_of
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,6 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from flsplit import LocalGrid
 from flsplit.message.shape import ShapeRequest
 from flsplit.seeds import derive_seed, seeded
 from flsplit.strategies import PSL
@@ -271,6 +273,38 @@ def test_a_run_is_the_same_however_its_clients_live():
 
     for name, tensor in weights(True).items():
         assert torch.equal(tensor, weights(False)[name]), name
+
+
+def test_a_run_that_was_resumed_goes_on_in_the_samplers_order(tmp_path):
+    read = []
+
+    class Labels(Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            read.append(int(index))
+            return DATA[index][0], index % 3
+
+    def run(rounds, name, **options):
+        source = DataLoader(Labels(), sampler=SubsetRandomSampler(range(9), generator=forever()))
+        grid = LocalGrid(
+            split_app(plain_net, [source]),
+            1,
+            state_dir=tmp_path / f"{name}-clients",
+            progress=False,
+        )
+        model = fresh(plain_net)
+        folder = str(tmp_path / name)
+        PSL(
+            model=model, cut="front", batch_size=4, local_steps=2, checkpoint_dir=folder, **options
+        ).start(grid, ArrayRecord(model.state_dict()), num_rounds=rounds)
+
+    run(4, "whole")
+    whole, read[:] = list(read), []
+    run(2, "parts")
+    run(4, "parts", resume=True)
+    assert read == whole
 
 
 # --- refused or said ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from reference import (
     whole_of,
 )
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from flsplit.errors import ConfigError
 from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
@@ -88,6 +89,35 @@ def test_the_batch_size_of_evaluation_is_of_no_account(batch_size):
     batched, _ = run(PSL, start={"evaluate_config": {"batch-size": batch_size}})
     for one, other in zip(whole.history, batched.history, strict=True):
         assert one.evaluation == pytest.approx(other.evaluation, rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["option", "config"])
+@pytest.mark.parametrize(("batches", "rows"), [(1, (3, 4, 4)), (2, (3, 8, 6)), (3, TEST_SIZES)])
+def test_each_client_evaluates_no_more_than_so_many_batches(how, batches, rows):
+    """Batches have 4 examples, so the clients evaluate their first 4 or 8, if they have as many."""
+    limit = {"evaluate_batches": batches}
+    if how == "config":
+        limit = {"evaluate_batches": 7, "start": {"evaluate_config": {"batches": batches}}}
+    result, tests = run(SplitFedV1, **limit)
+    first = [TensorDataset(*test[:n]) for test, n in zip(tests, rows, strict=True)]
+    models = [weights_of(result.arrays)] * 3
+    assert_scores(result.history[-1].evaluation, *logits_by_hand(models, first))
+
+
+@pytest.mark.parametrize("limit", [0, None])
+def test_without_a_limit_all_batches_are_evaluated(limit):
+    limited, _ = run(PSL, evaluate_batches=limit)
+    assert limited.history[-1].evaluation["num-examples"] == sum(TEST_SIZES)
+    config = {"evaluate_batches": 1, "start": {"evaluate_config": {"batches": 0}}}
+    overridden, _ = run(PSL, **config)
+    assert overridden.history[-1].evaluation == limited.history[-1].evaluation
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "all", True])
+def test_a_number_of_batches_that_is_none_is_refused(value):
+    expected = "evaluate_config: batches is .*, expected a whole number of at least 0"
+    with pytest.raises(ConfigError, match=expected):
+        run(PSL, plain_net, start={"evaluate_config": {"batches": value}})
 
 
 def test_clients_without_test_data_evaluate_nothing():

@@ -12,6 +12,7 @@ from flsplit.strategies import PSL, SequentialSL, SplitFedV1
 WRONG = {
     "batch_size": (0, -1, 2.5, True, "32", None),
     "evaluate_batch_size": (0, 1.0, "512"),
+    "evaluate_batches": (-1, 2.0, "all", True),
     "local_epochs": (-1, 0.5, False),
     "local_steps": (-1, "3"),
     "min_train_nodes": (-1, 1.5),
