@@ -33,9 +33,34 @@ class MeanOverRest(nn.Module):
         return inputs.flatten(2).mean(2) if inputs.ndim > 2 else inputs
 
 
+class FlattenedRows(nn.Module):
+    """Flatten rows of smashed data, ``(b, ...)`` to ``(b, n)``, that may be of several lengths.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of a row. Of rows of another one, as padding gives them that follows the batch, each
+        dimension that differs is averaged (adaptive average pooling) to the size it has here.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return ``(b, n)``."""
+        if rows.ndim == len(self.shape) + 1:
+            for dim, size in enumerate(self.shape, start=1):
+                if rows.shape[dim] != size:
+                    last = rows.movedim(dim, -1)
+                    pooled = functional.adaptive_avg_pool1d(last.flatten(0, -2), size)
+                    rows = pooled.unflatten(0, last.shape[:-1]).movedim(-1, dim)
+        return rows.flatten(1)
+
+
 def linear(shape: Sequence[int], num_classes: int) -> nn.Module:
     """Return a linear classifier of the flattened smashed data."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), num_classes))
+    return nn.Sequential(FlattenedRows(shape), nn.Linear(math.prod(shape), num_classes))
 
 
 def first_stage(parts: Split, shape: Sequence[int], num_classes: int) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flsplit.auxiliary import cosine, emulated_gradient, keeping_buffers
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, MethodError
 from flsplit.log import logger
 from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.run import DecoupledStrategy, Round
@@ -227,8 +227,20 @@ class UploadBuffer:
         return 0 if self.smashed is None else len(self.smashed)
 
     def add(self, smashed: Tensor, labels: Tensor) -> None:
-        """Take a batch; forget the oldest samples where there are too many."""
+        """Take a batch; forget the oldest samples where there are too many.
+
+        Raises
+        ------
+        MethodError
+            If its rows have another shape than those before.
+        """
         if self.smashed is not None and self.labels is not None:
+            if self.smashed.shape[1:] != smashed.shape[1:]:
+                raise MethodError(
+                    "FSL-SAGE aligns an auxiliary model on several of a client's uploads together, "
+                    f"but rows of shape {tuple(smashed.shape[1:])} came after rows of shape "
+                    f"{tuple(self.smashed.shape[1:])}: pad the data to one length, or take CSE-FSL"
+                )
             smashed = torch.cat([self.smashed, smashed])
             labels = torch.cat([self.labels, labels])
         self.smashed, self.labels = smashed[-self.size :], labels[-self.size :]

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Context, Message
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, Optimizer
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from flsplit import LocalGrid, client_app
 from flsplit.carry.carrier import Carrier
@@ -244,10 +244,11 @@ def whole_step(
         derive_seed(seed, "client", name, server_round, step),
         derive_seed(seed, "server", server_round, step, name),
     ):
-        examples = [data[index] for index in indices]
-        inputs = torch.stack([x for x, _ in examples])
-        labels = torch.stack([y for _, y in examples])
-        loss = functional.cross_entropy(model(inputs), labels)
+        inputs, labels = default_collate([data[index] for index in indices])
+        if isinstance(inputs, dict):
+            loss = functional.cross_entropy(model(**inputs), labels)
+        else:
+            loss = functional.cross_entropy(model(inputs), labels)
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()

@@ -72,7 +72,7 @@ class Auxiliary:
         NonFiniteError
             If its loss or a gradient is NaN or infinite; its weights stay as they were.
         """
-        if tuple(smashed.shape[1:]) != self.plan.shape:
+        if smashed.ndim != len(self.plan.shape) + 1:  # sizes are the module's affair
             raise SegmentMismatchError(
                 f"the auxiliary model was built for smashed data of shape (b, "
                 f"{', '.join(map(str, self.plan.shape))}), this client's is {tuple(smashed.shape)}"
