@@ -54,7 +54,7 @@ class FlattenedRows(nn.Module):
                 if rows.shape[dim] != size:
                     last = rows.movedim(dim, -1)
                     pooled = functional.adaptive_avg_pool1d(last.flatten(0, -2), size)
-                    rows = pooled.unflatten(0, last.shape[:-1]).movedim(-1, dim)
+                    rows = pooled.reshape(*last.shape[:-1], size).movedim(-1, dim)
         return rows.flatten(1)
 
 
