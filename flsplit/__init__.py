@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from flsplit.carry.session import SessionSettings
     from flsplit.cut import CutError, Split, cuts, split
     from flsplit.errors import FlsplitError
+    from flsplit.losses import ModelLoss
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "FlsplitError",
     "History",
     "LocalGrid",
+    "ModelLoss",
     "SessionSettings",
     "Split",
     "client_app",
@@ -33,6 +35,7 @@ _MODULES = {
     "flsplit.carry.session": ("SessionSettings",),
     "flsplit.cut": ("CutError", "Split", "cuts", "split"),
     "flsplit.errors": ("FlsplitError",),
+    "flsplit.losses": ("ModelLoss",),
 }
 
 

@@ -8,7 +8,15 @@ TORCH_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 class FlsplitError(Exception):
-    """Base class of every error that flsplit raises on purpose."""
+    """Base class of every error that flsplit raises on purpose.
+
+    Attributes
+    ----------
+    client : str or None
+        Whose batch it comes from, if that is known: the others can go on without this client.
+    """
+
+    client: str | None = None
 
 
 class ConfigError(FlsplitError, ValueError):
@@ -37,6 +45,10 @@ class StateLostError(FlsplitError):
 
 class MethodError(FlsplitError, ValueError):
     """A method did something with a step that it can't: the method is named, not a client."""
+
+
+OF_A_BATCH = (DataError, SegmentMismatchError, NonFiniteError)
+"""What a client's batch can be the cause of."""
 
 
 class NotEnoughClientsError(FlsplitError, RuntimeError):

@@ -72,6 +72,19 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for _, leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
 
 
+def num_rows(labels: Any) -> int:
+    """Return how many rows labels have; 0 if they are of different lengths, or have none."""
+    if isinstance(labels, Tensor):
+        return len(labels) if labels.ndim else 0
+    lengths = {len(one) if one.ndim else 0 for one in tensors_of(labels)}
+    return lengths.pop() if len(lengths) == 1 else 0
+
+
+def shapes_of(tree: Any) -> Any:
+    """Return the shapes of a nesting's tensors, in the same nesting."""
+    return map_tensors(lambda tensor: tuple(tensor.shape), tree)
+
+
 def to_device(tree: Any, device: torch.device) -> Any:
     """Return ``tree`` with its tensors on ``device``."""
     return map_tensors(lambda tensor: tensor.to(device), tree)

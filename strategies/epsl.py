@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flsplit.errors import ConfigError, DataError
+from flsplit.losses import Loss, ModelLoss
 from flsplit.run import ClientBatch, ParallelStrategy, Step, ceil_fraction
 from flsplit.server.arguments import fraction, one_of
-from flsplit.server.segment import Loss
 from flsplit.wireless.phases import Phase, Work, parallel_steps, server_passes
 
 Aggregation = Literal["replay", "shared_delta"]
@@ -238,6 +238,8 @@ def _check_loss(loss: Loss) -> None:
     """Refuse torch's losses that take no class indices: aggregation is of classes' logits."""
     while isinstance(loss, partial):
         loss = loss.func
+    if isinstance(loss, ModelLoss):
+        raise ConfigError("EPSL aggregates gradients of logits, which ModelLoss keeps in the model")
     kinds = tuple(one for one in _NOT_CLASSIFIERS if isinstance(one, type))
     if loss in _NOT_CLASSIFIERS or isinstance(loss, kinds):
         name = getattr(loss, "__name__", type(loss).__name__)

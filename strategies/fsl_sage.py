@@ -365,6 +365,6 @@ def true_gradient(segment: ServerSegment, smashed: Tensor, labels: Tensor) -> Te
     leaf = smashed.detach().requires_grad_(True)
     segment.module.train()
     with segment.keeping_buffers():
-        loss = segment.mean_loss(segment.forward(leaf.clone()), labels)
+        loss, _ = segment.criterion(segment.forward(leaf.clone()), labels)
         (gradient,) = torch.autograd.grad(loss, leaf)
     return gradient

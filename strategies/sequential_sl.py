@@ -96,7 +96,10 @@ class SequentialSL(SplitStrategy):
             step, steps = replies[name].step, replies[name].num_steps
             backward = Backward(step, None)
             if batches:  # else the client sits this step out
-                backward = self.take_step(round_, step, steps, batches)[name]
+                told = self.take_step(round_, step, steps, batches)
+                if name not in told:  # its batch can't be computed: the others go on
+                    break
+                backward = told[name]
             request = round_.next_request(replies[name], backward, upload_optimizer=True)
             replies, finished = round_.exchange({name: request})
         if reply := finished.get(name):

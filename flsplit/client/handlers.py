@@ -19,9 +19,9 @@ from flsplit.message.crossings import learning_in
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.local_steps import LocalRequest
 from flsplit.message.raised import raised
-from flsplit.message.request import num_rows
 from flsplit.message.shape import ShapeRequest
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
+from flsplit.nested import num_rows
 
 Handler = Callable[[Message, Context], Message]
 

@@ -39,9 +39,9 @@ from flsplit.message.crossings import (
     values_of,
 )
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
-from flsplit.message.request import Backward, SegmentArrays, num_rows, shapes_of
+from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
-from flsplit.nested import as_arguments, tensors_of, to_device
+from flsplit.nested import as_arguments, num_rows, shapes_of, tensors_of, to_device
 from flsplit.seeds import derive_seed, seeded
 
 

@@ -10,8 +10,9 @@ from flsplit.client.live_client import Client
 from flsplit.errors import ProtocolError, SegmentMismatchError, StateLostError
 from flsplit.message.crossings import Smashed
 from flsplit.message.local_steps import LocalReply, LocalRequest
-from flsplit.message.request import Backward, Batch, num_rows
+from flsplit.message.request import Backward, Batch
 from flsplit.message.shape import ShapeReply, ShapeRequest
+from flsplit.nested import num_rows
 from flsplit.seeds import derive_seed
 
 

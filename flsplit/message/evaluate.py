@@ -10,8 +10,9 @@ from flsplit.cut import Trace
 from flsplit.message import request as common
 from flsplit.message.crossings import Unresolved
 from flsplit.message.fields import In
-from flsplit.message.request import Batch, Reply, Request, check_batch, num_rows
+from flsplit.message.request import Batch, Reply, Request, check_batch
 from flsplit.message.types import EVALUATE
+from flsplit.nested import num_rows
 
 
 @dataclass(frozen=True)

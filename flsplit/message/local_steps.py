@@ -31,11 +31,10 @@ from flsplit.message.request import (
     Request,
     check_batch,
     check_handed_over,
-    num_rows,
 )
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import LOCAL
-from flsplit.nested import tensors_of
+from flsplit.nested import num_rows, tensors_of
 
 _MEMORY = ("segment", "activations", "auxiliary", "auxiliary-activations")
 

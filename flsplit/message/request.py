@@ -28,7 +28,7 @@ from flsplit.message.fields import Content, In, Record, Records, Slot, nested, r
 from flsplit.message.nestings import nesting
 from flsplit.message.optimizer_state import OptimizerState, indexed
 from flsplit.message.round_plan import RoundPlan
-from flsplit.nested import map_tensors, tensors_of
+from flsplit.nested import num_rows, shapes_of
 
 Batch = tuple[Smashed, Any]
 """Smashed data ``(b, ...)`` and labels ``(b, ...)``, a nesting of tensors."""
@@ -204,19 +204,6 @@ def check_batch(smashed: Smashed, labels: Any, most: int | None = None) -> None:
         # A mask that crosses may be -inf on purpose; what the client computed may not.
         if (tensor.requires_grad or smashed is tensor) and not all_finite(tensor):
             raise NonFiniteError("smashed-data: there are values that are NaN or infinite")
-
-
-def num_rows(labels: Any) -> int:
-    """Return how many rows labels have; 0 if they are of different lengths, or have none."""
-    if isinstance(labels, Tensor):
-        return len(labels) if labels.ndim else 0
-    lengths = {len(one) if one.ndim else 0 for one in tensors_of(labels)}
-    return lengths.pop() if len(lengths) == 1 else 0
-
-
-def shapes_of(tree: Any) -> Any:
-    """Return the shapes of a nesting's tensors, in the same nesting."""
-    return map_tensors(lambda tensor: tuple(tensor.shape), tree)
 
 
 def check_handed_over(

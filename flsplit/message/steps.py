@@ -17,9 +17,10 @@ from flsplit.errors import ProtocolError
 from flsplit.message import request as common
 from flsplit.message.crossings import Unresolved
 from flsplit.message.fields import In
-from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over, num_rows
+from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import FINISH, STEP
+from flsplit.nested import num_rows
 
 
 @dataclass(frozen=True)

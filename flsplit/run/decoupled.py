@@ -256,7 +256,8 @@ class DecoupledStrategy(SplitStrategy):
             names, upload_from = list(replies), 1
             self.after_peek(round_, names)
         self._train_locally(round_, names, upload_from)
-        return {name: _finished(reply) for name, reply in self.ended.items()}
+        left = round_.others_than(())
+        return {name: _finished(reply) for name, reply in self.ended.items() if name in left}
 
     def _train_locally(self, round_: Round, names: list[str], upload_from: int) -> None:
         """Take the uploads as they come; the server works while clients go on."""

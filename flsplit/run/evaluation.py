@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from flsplit.account.ledger import RoundEntry
-from flsplit.errors import FlsplitError, located
+from flsplit.errors import OF_A_BATCH, FlsplitError, located
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.request import SegmentArrays
 from flsplit.run.scores import Scores, update_all
@@ -62,6 +62,7 @@ def evaluate_clients(
     """
     scores, remaining, batch = Scores(metrics), list(names), 0
     of_client: dict[str, Scores] = {}
+    failed: list[FlsplitError] = []
     segment.module.eval()
     while remaining:
         requests = {
@@ -84,11 +85,18 @@ def evaluate_clients(
                     f"client {name!r} answered an evaluation with {type(reply).__name__}"
                 )
             if reply.num_batches:
-                with located(f"evaluation of round {entry.round}, client {name!r}"):
-                    wanted = [scores]
-                    if each:
-                        wanted.append(of_client.setdefault(name, Scores(metrics)))
-                    update_all(wanted, segment, reply)
+                wanted = [scores]
+                if each:
+                    wanted.append(of_client.setdefault(name, Scores(metrics)))
+                try:
+                    with located(f"evaluation of round {entry.round}, client {name!r}"):
+                        update_all(wanted, segment, reply)
+                except OF_A_BATCH as error:
+                    failed.append(error)
+                    clients.leave_out(name, None, error, entry)
+                    continue
             if batch < reply.num_batches and batch != batches:
                 remaining.append(name)
+    if failed and not scores.compute():
+        raise failed[0]
     return scores.compute(), {name: own.compute() for name, own in of_client.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import Split, split
-from flsplit.errors import FlsplitError, located
+from flsplit.errors import OF_A_BATCH, FlsplitError, located
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.steps import FinishReply
@@ -23,7 +23,7 @@ from flsplit.run.options import SplitOptions, at_round, option_names, refuse_unk
 from flsplit.run.round import Round
 from flsplit.run.step import Step, StepSettings
 from flsplit.server.aggregate import SegmentAggregator, Upload
-from flsplit.server.gradients import ClientBatch
+from flsplit.server.gradients import ClientBatch, culprits
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
 from flsplit.wireless.phases import Method, SaysPhases
@@ -238,18 +238,36 @@ class SplitMethod(SaysPhases):
     ) -> dict[str, Backward]:
         """Let the method do one step on the clients' batches; return what each is told.
 
+        A client whose batch can't be computed is left out of the round, and the step is done
+        without it: by all others, or by those that were not told anything yet.
+
         Raises
         ------
         NonFiniteError, DataError, SegmentMismatchError
-            If the loss or a gradient is NaN or infinite, or the step can't be computed.
+            If the loss or a gradient is NaN or infinite, or the step can't be computed, and no
+            client is left without which it could be.
         MethodError
             If the method does something with the step that it can't.
         """
         started, name = time.perf_counter(), type(self).__name__
-        step = Step(name, self.server, self._settings, round_, index, num_steps, batches)
-        with located(step.where):
-            self.step(step)
-            told = step.end(replies_expected=replies_expected)
+        told: dict[str, Backward] = {}
+        first: FlsplitError | None = None
+        while batches:
+            step = Step(name, self.server, self._settings, round_, index, num_steps, batches)
+            try:
+                with located(step.where):
+                    self.step(step)
+                    told |= step.end(replies_expected=replies_expected)
+                break
+            except OF_A_BATCH as error:
+                first = first or error
+                told |= step.break_off()
+                bad = {error.client: error} if error.client else culprits(self.server, batches)
+                if not round_.others_than([*bad]) or not bad:
+                    raise first from None
+                for client, why in bad.items():
+                    round_.leave_out(client, index, why)
+                batches = [one for one in batches if one.client not in {**bad, **told}]
         round_.entry.steps += 1
         round_.entry.server_seconds += time.perf_counter() - started
         return told

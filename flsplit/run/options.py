@@ -19,9 +19,9 @@ from flsplit.carry.choose import CarrierName
 from flsplit.carry.session import SessionSettings
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.errors import ConfigError
+from flsplit.losses import Loss
 from flsplit.run.callbacks import Callback
 from flsplit.server.arguments import one_of, whole
-from flsplit.server.segment import Loss
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.fleet_file import find_fleet
 
@@ -61,7 +61,8 @@ class SplitOptions:
     server_scheduler : callable, optional
         Takes the server's optimizer, returns a torch scheduler that steps once per round.
     loss : callable
-        Mean loss of ``(logits, labels)``.
+        Takes the model's output and the labels, returns the mean loss or ``(sum, weight)``; or a
+        :class:`~flsplit.ModelLoss`, for a model that computes its own. See docs/losses.md.
     metrics : mapping of str to torchmetrics.Metric
         Metrics of federated evaluation, updated with ``(logits, labels)``, beside the loss and
         (where logits are ``(b, C)`` and labels class indices) the accuracy.

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.client_parts import ClientPart
 from flsplit.client_parts.chain import sent_down
-from flsplit.errors import NotEnoughClientsError, located
+from flsplit.errors import FlsplitError, NotEnoughClientsError, located
 from flsplit.log import logger
 from flsplit.message.local_steps import LocalReply, LocalRequest
 from flsplit.message.optimizer_state import OptimizerState
@@ -29,28 +28,19 @@ class Tally:
 
     rows: int = 0
     loss: float = 0.0
+    weight: float = 0.0
     correct: int = 0
     classified: int = 0
 
     @property
     def mean_loss(self) -> float | None:
-        """Mean over the rows, in training mode."""
-        return self.loss / self.rows if self.rows else None
+        """Mean over all that count, in training mode."""
+        return self.loss / self.weight if self.weight else None
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the rows that are classified correctly; None where labels are no classes."""
+        """Share of what is classified correctly; None where labels are no classes."""
         return self.correct / self.classified if self.classified else None
-
-
-def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
-    """Return how many rows are classified correctly, and how many there are to classify.
-
-    There are none unless logits are ``(b, C)`` and labels ``(b,)`` class indices.
-    """
-    if logits.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
-        return 0, 0
-    return int((logits.argmax(1) == labels).sum()), len(labels)
 
 
 @dataclass
@@ -261,6 +251,15 @@ class Round:
         self.ended = True
         return False
 
+    def others_than(self, clients: Sequence[str]) -> list[str]:
+        """Return the participants that are not left out, and are none of these."""
+        gone = {one.client for one in self.entry.left_out}.union(clients)
+        return [name for name in self.participants if name not in gone]
+
+    def leave_out(self, client: str, step: int, error: FlsplitError) -> None:
+        """Leave a client out for the rest of the round, because of its batch in a step."""
+        self.clients.leave_out(client, step, error, self.entry)
+
     def batches(self, replies: Mapping[str, StepReply]) -> list[ClientBatch]:
         """Return the clients' mini-batches as they came, in the clients' fixed order.
 
@@ -274,14 +273,16 @@ class Round:
 
     # --- keeping account -----------------------------------------------------------------
 
-    def record_loss(self, batch: ClientBatch, loss: float, logits: Tensor) -> None:
+    def record_loss(
+        self, batch: ClientBatch, loss: float, weight: float, right: tuple[int, int]
+    ) -> None:
         """Count a client's mini-batch: its rows, its mean loss and its correct answers."""
-        rows = len(batch)
-        correct, classified = count_correct(logits, batch.labels)
+        correct, classified = right
         tally = self.tallies.setdefault(batch.client, Tally())
         for one in (tally, self._total):
-            one.rows += rows
-            one.loss += loss * rows
+            one.rows += len(batch)
+            one.loss += loss * weight
+            one.weight += weight
             one.correct += correct
             one.classified += classified
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flsplit.errors import TORCH_ERRORS, ConfigError
+from flsplit.losses import logits_of
 from flsplit.message.evaluate import EvaluateReply
-from flsplit.run.round import count_correct
+from flsplit.nested import num_rows, shapes_of, tensors_of, to_device
 from flsplit.server.segment import ServerSegment
 
 if TYPE_CHECKING:
@@ -28,36 +29,42 @@ class Scores:
 
     def __init__(self, metrics: "Mapping[str, Metric]") -> None:
         self._metrics = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
-        self._loss, self._samples = 0.0, 0
+        self._loss, self._weight, self._samples = 0.0, 0.0, 0
         self._correct, self._classified = 0, 0
 
-    def update(self, logits: Tensor, labels: Tensor, loss: float) -> None:
-        """Count a test batch, whose mean loss is ``loss``.
+    def update(
+        self, output: Any, labels: Any, loss: float, weight: float, right: tuple[int, int]
+    ) -> None:
+        """Count a test batch: its mean loss, what that counts, and how many answers are right.
 
         Raises
         ------
         ConfigError
             If a metric can't take the logits or labels.
         """
-        self._loss += loss * len(labels)
-        self._samples += len(labels)
-        correct, classified = count_correct(logits, labels)
-        self._correct += correct
-        self._classified += classified
+        if weight:  # where all labels are ignored there is no mean
+            self._loss += loss * weight
+        self._weight += weight
+        self._samples += num_rows(labels)
+        self._correct += right[0]
+        self._classified += right[1]
+        logits = logits_of(output)
         for name, metric in self._metrics.items():
             try:
-                metric.to(logits.device).update(logits, labels)
+                metric.to(tensors_of(labels)[0].device).update(logits, labels)
             except TORCH_ERRORS as error:
                 raise ConfigError(
-                    f"metrics: {name!r} can't take logits of shape {tuple(logits.shape)} with "
-                    f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}: {error}"
+                    f"metrics: {name!r} can't take logits of shape {shapes_of(logits)} with "
+                    f"labels of shape {shapes_of(labels)}: {error}"
                 ) from error
 
     def compute(self) -> dict[str, float]:
         """Return loss and metrics, nothing if no sample came."""
         if not self._samples:
             return {}
-        scores = {"loss": self._loss / self._samples, "num-examples": self._samples}
+        scores: dict[str, float] = {"num-examples": self._samples}
+        if self._weight:
+            scores = {"loss": self._loss / self._weight, **scores}
         if self._classified:
             scores["accuracy"] = self._correct / self._classified
         for name, metric in self._metrics.items():
@@ -68,11 +75,12 @@ class Scores:
 @torch.no_grad()
 def update_all(scores: Sequence[Scores], segment: ServerSegment, reply: EvaluateReply) -> None:
     """Run a test batch through the server segment, and count it in all ``scores``."""
-    labels = reply.labels.to(segment.device)
-    logits = segment.forward(segment.receive(reply.smashed))
-    loss = float(segment.mean_loss(logits, labels))
+    labels = to_device(reply.labels, segment.device)
+    output = segment.forward(segment.receive(reply.smashed), labels)
+    loss, weight = segment.criterion(output, labels)
+    right = segment.criterion.count_correct(output, labels)
     for one in scores:
-        one.update(logits, labels, loss)
+        one.update(output, labels, float(loss), weight, right)
 
 
 def _numbers(name: str, value: Any) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from flsplit.server.gradients import (
     StepGradients,
     can_be_pooled,
     check_finite,
+    check_loss,
     check_server_gradients,
     client_gradients,
     client_loss,
@@ -118,9 +120,11 @@ class Step:
         self._round, self._seed = round_, plan.seed
         self._told: dict[str, Backward] = {}
         self._unrecorded = set(map(id, self.batches))
+        self._losses: list[tuple[ClientBatch, float, float, tuple[int, int]]] = []
         self._updated = False
         self._calls: dict[tuple[str, ...], int] = {}
-        self._buffers: dict[int, list[Tensor]] = {}  # by segment, as at its last update
+        # By segment, as at its last update.
+        self._buffers: dict[int, tuple[ServerSegment, list[Tensor]]] = {}
 
     @property
     def progress(self) -> float:
@@ -199,7 +203,9 @@ class Step:
         self._count(started, forward=found.rows, backward=found.rows, logits=found.rows)
         self._round.entry.rows += found.rows
         for batch in batches:
-            self._record_loss(batch, found.losses[batch.client], found.logits[batch.client])
+            name = batch.client
+            loss, weight = found.losses[name], found.loss_weights[name]
+            self._record_loss(batch, loss, weight, found.logits[name])
         return found
 
     def shuffled_rows(self, batch_size: int) -> Iterator[list[ClientBatch]]:
@@ -257,9 +263,10 @@ class Step:
         gradients = {}
         for batch, own in zip(self.batches, split, strict=True):
             leaf = own.detach().requires_grad_()
-            loss = client_loss(self._segment, leaf, batch)
+            loss, weight = client_loss(self._segment, leaf, batch)
+            check_loss(batch.client, loss.item(), self.where)
             (gradients[batch.client],) = torch.autograd.grad(loss, leaf)
-            self._record_loss(batch, loss.item(), own)
+            self._record_loss(batch, loss.item(), weight, own)
         self._count(started, logits=len(outputs))
         return gradients
 
@@ -321,7 +328,7 @@ class Step:
                 check_server_gradients(gradients, segment, self.batches, self.where)
             except ArithmeticError:
                 if id(segment) in self._buffers:
-                    segment.put_buffers(self._buffers[id(segment)])
+                    segment.put_buffers(self._buffers[id(segment)][1])
                 raise
         segment.step(gradients, lr_factor)
         self._buffers.pop(id(segment), None)
@@ -424,13 +431,26 @@ class Step:
         for client in self.clients:
             if client not in self._told:
                 self._told[client] = Backward(self.index, None)
+        return self._counted()
+
+    def break_off(self) -> dict[str, Backward]:
+        """Return what clients were told before the step failed; all else is as if it never was."""
+        for segment, before in self._buffers.values():
+            segment.put_buffers(before)
+        return self._counted()
+
+    def _counted(self) -> dict[str, Backward]:
+        for batch, loss, weight, right in self._losses:
+            if batch.client in self._told:
+                self._round.record_loss(batch, loss, weight, right)
         return self._told
 
-    def _record_loss(self, batch: ClientBatch, loss: float, logits: Tensor) -> None:
-        """Count a client's mini-batch in the ledger's loss: once, as it was first computed."""
+    def _record_loss(self, batch: ClientBatch, loss: float, weight: float, logits: Any) -> None:
+        """Keep a client's loss for the ledger: as it was first computed."""
         if id(batch) in self._unrecorded:
             self._unrecorded.discard(id(batch))
-            self._round.record_loss(batch, loss, logits)
+            right = self._segment.criterion.count_correct(logits, batch.labels)
+            self._losses.append((batch, loss, weight, right))
 
     def _weights(self, batches: Sequence[ClientBatch]) -> dict[str, float]:
         """Return what each client's mean loss is multiplied with in the server's loss."""
@@ -454,7 +474,7 @@ class Step:
         seed = derive_seed(self._seed, use, self.round, self.index, *names)
         segment.module.train()
         before = segment.copied_buffers()
-        self._buffers.setdefault(id(segment), before)
+        self._buffers.setdefault(id(segment), (segment, before))
         try:
             with seeded(seed, segment.device):
                 yield

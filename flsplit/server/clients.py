@@ -111,7 +111,7 @@ class Clients:
         left_out = {one.client for one in entry.left_out}
         replies, stateless = self._take_all(sent, by_node(answers), entry, but=left_out)
         for name, error in stateless.items():
-            self.leave_out(name, sent.requests[name], error, entry)
+            self.leave_out(name, sent.requests[name].step, error, entry)
         busy_until = [self._answered.get(name, 0.0) for name in sent.requests]
         self._close(replace(sent, started=max([sent.started, *busy_until])), replies, entry)
         return replies
@@ -129,7 +129,7 @@ class Clients:
         lost = []
         for name, error in stateless.items():
             if sent.requests[name] is requests[name]:
-                self.leave_out(name, requests[name], error, entry)
+                self.leave_out(name, requests[name].step, error, entry)
             else:
                 lost.append(name)
         self._close(sent, replies, entry)
@@ -154,7 +154,7 @@ class Clients:
             except StateLostError as error:
                 stateless[name] = error
             except FlsplitError as error:
-                self.leave_out(name, request, error, entry)
+                self.leave_out(name, request.step, error, entry)
         return replies, stateless
 
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
@@ -181,7 +181,7 @@ class Clients:
         sent, traffic, messages = {}, {}, []
         for name, request in requests.items():
             if name not in self.directory.node_of:
-                self.leave_out(name, request, AwayError(_GONE), entry)
+                self.leave_out(name, request.step, AwayError(_GONE), entry)
                 continue
             sent[name] = self._without_what_is_held(name, request) if but_held else request
             traffic[name] = Traffic()
@@ -242,10 +242,10 @@ class Clients:
         return known
 
     def leave_out(
-        self, name: str, request: Request, error: FlsplitError, entry: RoundEntry
+        self, name: str, step: int | None, error: FlsplitError, entry: RoundEntry
     ) -> None:
         """Note in the ledger that a client is out for the rest of the round."""
-        step = entry.steps if request.step is None else request.step
+        step = entry.steps if step is None else step
         away = isinstance(error, AwayError)
         entry.left_out.append(LeftOut(name, step, str(error), away))
         logger.warning(

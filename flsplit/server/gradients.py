@@ -4,7 +4,7 @@ Everything here computes and changes no weight. BatchNorm's buffers move, as in 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from flsplit.errors import (
+    OF_A_BATCH,
     FlsplitError,
     MethodError,
     NonFiniteError,
     SegmentMismatchError,
     at,
-    located,
 )
 from flsplit.finite import all_finite
 from flsplit.log import logger
@@ -29,8 +29,7 @@ from flsplit.message.crossings import (
     gradients_in,
     learning_in,
 )
-from flsplit.message.request import num_rows
-from flsplit.nested import map_tensors, to_device
+from flsplit.nested import map_tensors, num_rows, to_device
 from flsplit.seeds import seeded
 from flsplit.server.products import (
     ClientGradients,
@@ -112,6 +111,9 @@ class StepGradients:
         server's loss over the client's weight.
     weights : dict of str to float
         What each client's mean loss counts in the server's.
+    loss_weights : dict of str to float
+        What each client's mean loss counts in a mean over several batches: how many labels it is
+        over, or the sum of their classes' weights.
     rows : int
         Rows that went through the server segment and back.
     clients : ClientGradients or None
@@ -123,6 +125,7 @@ class StepGradients:
     cut_gradients: dict[str, CutGradient]
     weights: dict[str, float]
     rows: int
+    loss_weights: dict[str, float] = field(default_factory=dict)
     clients: ClientGradients | None = None
     _server: ServerGradients | None = None
 
@@ -146,17 +149,16 @@ def pooled_gradients(
     result = StepGradients({}, {}, {}, dict(weights), rows=sum(sizes))
     try:
         if len(batches) == 1:
-            outputs = [segment.forward(leaves[0])]
+            outputs = [segment.forward(leaves[0], batches[0].labels)]
         else:
             pooled = pool([leaf for leaf in leaves if isinstance(leaf, Tensor)], batches)
             outputs = list(torch.split(segment.forward(pooled), sizes))
     except FlsplitError as error:
-        at(named(batches), error)
-        raise
+        raise _blamed(error, batches) from error
     for batch, logits in zip(batches, outputs, strict=True):
-        loss = client_loss(segment, logits, batch)
+        loss, count = client_loss(segment, logits, batch)
         terms.append(weights[batch.client] * loss)
-        result.losses[batch.client] = loss.item()
+        result.losses[batch.client], result.loss_weights[batch.client] = loss.item(), count
         result.logits[batch.client] = map_tensors(torch.detach, logits)
     total = torch.stack(terms).sum()
     learning = [learning_in(leaf) for leaf in leaves]
@@ -180,6 +182,8 @@ def can_be_pooled(segment: ServerSegment, batches: Sequence[ClientBatch]) -> boo
     """
     if len(batches) == 1:
         return True
+    if segment.criterion.argument:  # a model's own loss is a mean over all rows that go in
+        return False
     tensors = [one.smashed for one in batches if isinstance(one.smashed, Tensor)]
     kinds = {(one.shape[1:], one.dtype) for one in tensors}
     if len(tensors) < len(batches) or len(kinds) > 1:
@@ -270,13 +274,17 @@ def client_gradients(
 def _twice_computed(
     segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
 ) -> StepGradients:
-    leaves, losses, logits = [], [], {}
+    leaves, losses, counts, logits = [], [], [], {}
     for batch in batches:
         leaf = as_leaves(batch.smashed)
-        with located(named([batch])):
-            own = segment.forward(leaf)
+        try:
+            own = segment.forward(leaf, batch.labels)
+        except FlsplitError as error:
+            raise _blamed(error, [batch]) from error
         leaves.append(leaf)
-        losses.append(client_loss(segment, own, batch))
+        loss, count = client_loss(segment, own, batch)
+        losses.append(loss)
+        counts.append(count)
         logits[batch.client] = map_tensors(torch.detach, own)
     names = [batch.client for batch in batches]
     learning = [learning_in(leaf) for leaf in leaves]
@@ -290,6 +298,7 @@ def _twice_computed(
         },
         weights=dict(weights),
         rows=sum(len(batch) for batch in batches),
+        loss_weights=dict(zip(names, counts, strict=True)),
         clients=products,
     )
 
@@ -300,6 +309,7 @@ def _add_client(
     """Add all of one client's gradients to ``result`` but the server's, which are returned."""
     own = pooled_gradients(segment, [batch], {batch.client: 1.0})
     result.losses |= own.losses
+    result.loss_weights |= own.loss_weights
     result.logits |= own.logits
     result.cut_gradients |= own.cut_gradients
     result.rows += own.rows
@@ -332,13 +342,37 @@ def pool(smashed: Sequence[Tensor], batches: Sequence[ClientBatch]) -> Tensor:
     return torch.cat(list(smashed))
 
 
-def client_loss(segment: ServerSegment, logits: Tensor, batch: ClientBatch) -> Tensor:
-    """Return one client's mean loss; errors name the client."""
+def client_loss(segment: ServerSegment, logits: Any, batch: ClientBatch) -> tuple[Tensor, float]:
+    """Return one client's mean loss, and what it counts among others; errors name the client."""
     try:
-        return segment.mean_loss(logits, batch.labels)
+        return segment.criterion(logits, batch.labels)
     except FlsplitError as error:
-        at(named([batch]), error)
-        raise
+        raise _blamed(error, [batch]) from error
+
+
+def _blamed(error: FlsplitError, batches: Sequence[ClientBatch]) -> FlsplitError:
+    """Return the error with the clients' names."""
+    if len(batches) == 1 and isinstance(error, OF_A_BATCH):
+        error.client = batches[0].client
+    return at(named(batches), error)
+
+
+def culprits(segment: ServerSegment, batches: Sequence[ClientBatch]) -> dict[str, FlsplitError]:
+    """Return whose batches can't be computed alone, and why; nothing changes by it."""
+    found: dict[str, FlsplitError] = {}
+    trains = segment.module.training
+    segment.module.eval()  # BatchNorm takes one row then
+    try:
+        with segment.keeping_buffers(), seeded(0, segment.device):
+            for batch in batches:
+                try:
+                    own = pooled_gradients(segment, [batch], {batch.client: 1.0})
+                    check_finite(own, segment, [batch], "alone")
+                except OF_A_BATCH as error:
+                    found[batch.client] = error
+    finally:
+        segment.module.train(trains)
+    return found
 
 
 def check_finite(
@@ -346,16 +380,26 @@ def check_finite(
 ) -> None:
     """Raise NonFiniteError if a loss or gradient is NaN or infinite, naming client and step."""
     for client, loss in found.losses.items():
-        what = "" if loss - loss == 0.0 else "loss"
-        if not what and not all(map(all_finite, gradients_in(found.cut_gradients[client]))):
-            what = "cut-layer gradient"
-        if what:
-            raise NonFiniteError(
-                f"{what} of client {client!r} is NaN or infinite ({where}); a smaller learning "
-                "rate may help. The server's weights are those of the step before"
-            )
+        check_loss(client, loss, where)
+        if not all(map(all_finite, gradients_in(found.cut_gradients[client]))):
+            raise _not_a_number("cut-layer gradient", client, where)
     if found._server is not None:
         check_server_gradients(found._server, segment, batches, where)
+
+
+def check_loss(client: str, loss: float, where: str) -> None:
+    """Raise NonFiniteError if a client's loss is NaN or infinite."""
+    if loss - loss != 0.0:
+        raise _not_a_number("loss", client, where)
+
+
+def _not_a_number(what: str, client: str, where: str) -> NonFiniteError:
+    error = NonFiniteError(
+        f"{what} of client {client!r} is NaN or infinite ({where}); a smaller learning rate may "
+        "help. The server's weights are those of the step before"
+    )
+    error.client = client
+    return error
 
 
 def check_server_gradients(
@@ -363,15 +407,19 @@ def check_server_gradients(
 ) -> None:
     """Raise NonFiniteError if a gradient is NaN or infinite, naming whose batch gives it."""
     if not _all_finite(gradients):
-        raise NonFiniteError(
+        names = [batch.client for batch in batches]
+        if len(names) > 1:
+            names = _not_finite(segment, batches) or names
+        error = NonFiniteError(
             f"a gradient of the server segment is NaN or infinite ({where}, clients "
-            f"{', '.join(map(repr, _culprits(segment, batches)))}); the server's weights are those "
-            "of the step before"
+            f"{', '.join(map(repr, names))}); the server's weights are those of the step before"
         )
+        error.client = names[0] if len(names) == 1 else None
+        raise error
 
 
-def _culprits(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[str]:
-    """Return whose batches alone give gradients that are NaN or infinite; all if none does."""
+def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[str]:
+    """Return whose batches alone give gradients that are NaN or infinite."""
     found = []
     for batch in batches:
         try:
@@ -381,7 +429,7 @@ def _culprits(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[st
             continue
         if not _all_finite(own.server_gradients):
             found.append(batch.client)
-    return found or [batch.client for batch in batches]
+    return found
 
 
 def _all_finite(gradients: ServerGradients) -> bool:

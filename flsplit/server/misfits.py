@@ -71,9 +71,8 @@ class Fits:
         segment.module.eval()
         try:
             with torch.no_grad(), segment.keeping_buffers():
-                logits = segment.forward(segment.receive(smashed))
                 blank = map_tensors(torch.zeros_like, to_device(labels, segment.device))
-                segment.mean_loss(logits, blank)
+                segment.criterion(segment.forward(segment.receive(smashed), blank), blank)
         except (SegmentMismatchError, DataError) as error:
             return error
         finally:
@@ -109,7 +108,7 @@ def leave_out_misfits(
         return dict(replies)
     misfits = fits.misfits({name: reply.batches() for name, reply in replies.items()})
     for name, error in misfits.items():
-        clients.leave_out(name, requests[name], error, entry)
+        clients.leave_out(name, requests[name].step, error, entry)
     return {name: reply for name, reply in replies.items() if name not in misfits}
 
 

@@ -12,14 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
-from flsplit.labels import check_labels
+from flsplit.losses import Criterion, Loss
 from flsplit.message.arrays import check_like
 from flsplit.message.crossings import Smashed, described
 from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.server.optimizer import make_optimizer, make_scheduler
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Mean loss of ``(logits, labels)``, a scalar tensor."""
 
 ServerGradients = list[Tensor | None]
 """One gradient per trainable parameter of the server segment, None where there is none."""
@@ -33,7 +30,7 @@ class ServerSegment:
     module : nn.Module
         The server segment.
     loss : callable
-        Mean loss of ``(logits, labels)``.
+        See :data:`flsplit.losses.Loss`.
     optimizer : callable
         Called as ``optimizer(parameters, lr=…)``.
     lr : float
@@ -56,7 +53,7 @@ class ServerSegment:
     ) -> None:
         self.module = module.to(device)
         self.device = device
-        self.loss = loss
+        self.criterion = Criterion(loss, device)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError(
@@ -68,17 +65,20 @@ class ServerSegment:
         self.pools: dict[tuple[torch.Size, torch.dtype], bool] = {}
         """Whether rows of such a shape may go through it together; see `can_be_pooled`."""
 
-    def forward(self, smashed: Smashed, *, moves_buffers: bool = True) -> Any:
-        """Return the logits of ``smashed`` ``(b, ...)``; errors name the shape that didn't fit.
+    def forward(self, smashed: Smashed, labels: Any = None, *, moves_buffers: bool = True) -> Any:
+        """Return the model's output for ``smashed`` ``(b, ...)``; errors name what didn't fit.
 
-        Without ``moves_buffers`` BatchNorm's running statistics stay as they are.
+        ``labels`` go in where the model computes its own loss. Without ``moves_buffers``
+        BatchNorm's running statistics stay as they are.
         """
+        argument = self.criterion.argument
+        extra = {} if argument is None or labels is None else {argument: labels}
         try:
             if moves_buffers:
-                logits = self.module(smashed)
+                logits = self.module(smashed, **extra)
             else:  # copies move: the backward pass may still need what this pass has left in them
                 copies = {name: one.clone() for name, one in self.module.named_buffers()}
-                logits = functional_call(self.module, copies, (smashed,))
+                logits = functional_call(self.module, copies, (smashed,), extra)
         except TORCH_ERRORS as error:
             if "more than 1 value per channel" in str(error):
                 raise DataError(
@@ -89,31 +89,6 @@ class ServerSegment:
                 f"the server segment can't take {described(smashed)}: {error}"
             ) from error
         return logits
-
-    def mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss; errors say which label or shape is out of range.
-
-        Raises
-        ------
-        DataError
-            If labels don't fit the logits.
-        ConfigError
-            If the loss isn't a scalar tensor that can be differentiated.
-        """
-        check_labels(logits, labels)
-        try:
-            loss = self.loss(logits, labels)
-        except TORCH_ERRORS as error:
-            raise DataError(
-                f"the loss can't take logits of shape {tuple(logits.shape)} with labels of shape "
-                f"{tuple(labels.shape)} and dtype {labels.dtype}: {error}"
-            ) from error
-        if not (isinstance(loss, Tensor) and loss.ndim == 0):
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise ConfigError(f"the loss returned {what}, expected a scalar tensor (a mean)")
-        if logits.requires_grad and not loss.requires_grad:
-            raise ConfigError("the loss returned a tensor that is detached from the logits")
-        return loss
 
     def copied_buffers(self) -> list[Tensor]:
         """Return copies of the buffers (BatchNorm's)."""

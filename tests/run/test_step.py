@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from flsplit.cut import split
 from flsplit.errors import MethodError, NonFiniteError
+from flsplit.losses import Criterion
 from flsplit.run import ParallelStrategy
-from flsplit.run.round import count_correct
 from flsplit.run.step import client_shares
 from flsplit.server.gradients import ClientBatch
 from tests.server.one_step import MadeUpRound, RecordedSegment, make_step
@@ -84,10 +84,13 @@ def test_a_sum_weighs_s_times_the_mean():
 
 def test_correct_answers_are_counted_where_labels_are_classes():
     logits = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
-    assert count_correct(logits, torch.tensor([1, 1, 1])) == (2, 3)
-    assert count_correct(logits, torch.tensor([[0.0, 1.0]] * 3)) == (0, 0)
-    assert count_correct(logits[:, 0], torch.tensor([0.0, 1.0, 0.0])) == (0, 0)
-    assert count_correct(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)) == (0, 0)
+    count = Criterion(nn.functional.cross_entropy, torch.device("cpu")).count_correct
+    assert count(logits, torch.tensor([1, 1, 1])) == (2, 3)
+    assert count(logits, torch.tensor([1, 1, -100])) == (1, 2)
+    assert count(logits, torch.tensor([[0.0, 1.0]] * 3)) == (0, 0)
+    assert count(logits[:, 0], torch.tensor([0.0, 1.0, 0.0])) == (0, 0)
+    masks = torch.zeros(2, 4, 4, dtype=torch.int64)
+    assert count(torch.zeros(2, 3, 4, 4), masks) == (32, 32)
 
 
 def test_progress_goes_from_0_towards_1():
@@ -109,6 +112,8 @@ def test_every_gradients_rows_are_counted_but_each_batchs_loss_once(per_client):
     assert found.rows == round_.entry.rows == 10
     step.gradients(step.batches[:1])
     assert round_.entry.rows == 10 + 4
+    step.update(found)
+    step.end(replies_expected=False)
     assert round_.losses == list(found.losses.items())
 
 
