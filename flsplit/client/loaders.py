@@ -72,7 +72,7 @@ def read_loader(loader: DataLoader[Any]) -> tuple[OwnSampler | None, LoaderOptio
     DataError
         If batches are made otherwise than from so many indices of a sampler.
     """
-    sampler, inner = loader.sampler, loader.batch_sampler
+    inner = loader.batch_sampler
     if inner is None:
         raise _refused(
             "batch_size=None: its data set makes batches itself, expected single examples"

@@ -62,7 +62,7 @@ class OwnSampler:
                 own.set_epoch(epoch)
             before = _numbers(own)
             with seeded(seed):
-                for held in _generators(own):
+                for held in _held(own):
                     _reseed(held, seed)
                 indices = [operator.index(index) for index in islice(own, len(self) + 1)]
         except Exception as error:
@@ -88,8 +88,8 @@ class OwnSampler:
 
     def _copied(self) -> Any:
         # Data sets may be large, or hold open files; samplers only ask for their length.
-        held = [self.dataset, *_attributes(self.sampler).values()]
-        shared = {id(one): one for one in held if one is self.dataset or isinstance(one, Dataset)}
+        shared = {id(one): one for one in _held(self.sampler) if isinstance(one, Dataset)}
+        shared[id(self.dataset)] = self.dataset
         return copy.deepcopy(self.sampler, shared)
 
 
@@ -101,10 +101,11 @@ def _numbers(sampler: Any) -> dict[str, float]:
     return {name: v for name, v in _attributes(sampler).items() if isinstance(v, int | float)}
 
 
-def _generators(sampler: Any) -> Iterator[Any]:
+def _held(sampler: Any) -> Iterator[Any]:
+    """Yield what a sampler holds, and the samplers in it."""
     for value in _attributes(sampler).values():
         if isinstance(value, Sampler):
-            yield from _generators(value)
+            yield from _held(value)
         else:
             yield value
 

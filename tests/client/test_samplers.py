@@ -244,6 +244,25 @@ def test_only_own_examples_are_read_and_shaped():
     assert seen == set(OWN)
 
 
+class Uncopied(Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return DATA[index]
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("large, or an open file")
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, Wrapping, lambda s: Wrapping(Wrapping(s))])
+def test_no_data_set_is_copied_with_its_sampler(wrap):
+    data, base = Uncopied(), Uncopied()
+    for source in (data, base):
+        sampler = wrap(RandomSampler(source, num_samples=6))
+        assert len(drawn(DataLoader(data, sampler=sampler))) == 2
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_test_loaders_sampler_says_what_is_tested(cache):
     def tested():
