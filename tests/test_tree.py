@@ -12,7 +12,17 @@ from tests.flower_processes import REPOSITORY
 
 # From the ground up: each imports only what comes before it. Nothing in flsplit knows a method.
 LAYERS = (
-    *("errors", "log", "finite", "nested", "seeds", "flower_internals", "vision", "labels"),
+    *(
+        "errors",
+        "log",
+        "finite",
+        "nested",
+        "seeds",
+        "flower_internals",
+        "vision",
+        "labels",
+        "optimizers",
+    ),
     *(
         "cut",
         "client_parts",
