@@ -14,6 +14,7 @@ from flsplit.auxiliary import cosine, emulated_gradient, keeping_buffers
 from flsplit.errors import ConfigError, MethodError
 from flsplit.log import logger
 from flsplit.message.optimizer_state import get_state, set_state
+from flsplit.optimizers import UserOptimizer
 from flsplit.run import DecoupledStrategy, Round
 from flsplit.run.decoupled import AuxiliarySent
 from flsplit.seeds import derive_seed, seeded
@@ -287,7 +288,9 @@ class AlignedAuxiliary:
         self, module: nn.Module, optimizer: Callable[..., Optimizer], lr: float, buffer_size: int
     ) -> None:
         self.module = module
-        self.optimizer = optimizer([p for p in module.parameters() if p.requires_grad], lr=lr)
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.optimizer = UserOptimizer("auxiliary_optimizer", optimizer, named, lr)
+        self.optimizer.warn("")
         self.buffer = UploadBuffer(buffer_size)
         self.version = 0
 
@@ -308,7 +311,7 @@ class AlignedAuxiliary:
             raise ValueError("an empty buffer can't be aligned on")
         with seeded(seed, segment.device):
             targets = true_gradient(segment, smashed, labels)
-            kept = copy.deepcopy((self.module.state_dict(), self.optimizer.state_dict()))
+            kept = copy.deepcopy((self.module.state_dict(), self.optimizer.state()))
             before = self.emulate(smashed, labels)
             for _ in range(epochs):
                 self._fit(smashed, labels, targets)
@@ -319,7 +322,7 @@ class AlignedAuxiliary:
         diverged = not (finite and errors[1] <= errors[0])
         if diverged:
             self.module.load_state_dict(kept[0])
-            self.optimizer.load_state_dict(kept[1])
+            self.optimizer.load(kept[1])
             after = before
         else:
             self.version += 1
@@ -355,7 +358,7 @@ class AlignedAuxiliary:
         """Do one optimizer step on Σ ‖ĝ − target‖², differentiating ĝ itself."""
         gradient = emulated_gradient(self.module, smashed, labels, create_graph=True)
         error = (gradient - targets).pow(2).sum()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         error.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 

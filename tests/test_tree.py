@@ -20,8 +20,8 @@ LAYERS = (
         "seeds",
         "flower_internals",
         "vision",
-        "nested",
         "losses",
+        "optimizers",
     ),
     *(
         "cut",

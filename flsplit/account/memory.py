@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+
+from flsplit.nested import tensors_of
+from flsplit.optimizers import UserOptimizer
 
 
 @dataclass
@@ -42,11 +44,10 @@ def measuring_activations(
         yield
 
 
-def state_bytes(module: nn.Module, optimizer: Optimizer | None) -> int:
+def state_bytes(module: nn.Module, optimizer: UserOptimizer | None) -> int:
     """Return the bytes of parameters, buffers, gradients and the optimizer's state."""
     kept: list[Tensor] = [*module.parameters(), *module.buffers()]
     if optimizer is not None:
-        kept += [p for group in optimizer.param_groups for p in group["params"]]  # gradients
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        kept += [value for value in states if isinstance(value, Tensor)]
+        kept += [p for group in optimizer.torch.param_groups for p in group["params"]]  # gradients
+        kept += tensors_of(optimizer.state())
     return sum(tensor.nbytes for tensor in kept)

@@ -15,6 +15,7 @@ from flsplit.log import logger
 from flsplit.message.arrays import check_like
 from flsplit.message.local_steps import AuxiliaryPlan
 from flsplit.message.optimizer_state import get_state, set_state
+from flsplit.optimizers import UserOptimizer
 from flsplit.seeds import seeded
 
 
@@ -40,8 +41,11 @@ class Auxiliary:
             self.module = build_auxiliary(
                 plan.kind, plan.shape, plan.num_classes, given=spec.auxiliary, parts=parts
             ).to(device)
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = spec.optimizer(self.parameters, lr=plan.lr) if plan.train else None
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        self.optimizer: UserOptimizer | None = None
+        if plan.train:
+            self.optimizer = UserOptimizer("optimizer", spec.optimizer, named, plan.lr)
         self.version = -1
 
     def fits(self, plan: AuxiliaryPlan) -> bool:
@@ -54,8 +58,8 @@ class Auxiliary:
     def begin(self, plan: AuxiliaryPlan) -> None:
         """Begin a round."""
         self.plan = plan
-        for group in self.optimizer.param_groups if self.optimizer else ():
-            group["lr"] = plan.lr
+        if self.optimizer:
+            self.optimizer.set_lr(plan.lr)
 
     def replace(self, tensors: dict[str, Tensor], version: int) -> None:
         """Take the server's weights; the optimizer's state stays."""
@@ -92,7 +96,7 @@ class Auxiliary:
             for parameter, own in zip(self.parameters, found[1:], strict=True):
                 parameter.grad = own
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
         return gradient
 
     # --- state ---------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.nested import as_arguments, num_rows, shapes_of, tensors_of, to_device
+from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
 
 
@@ -75,8 +76,12 @@ class Client:
             model = spec.build_model(context)
             self.data = ClientData.load(spec, context)
             self.segment = self._split(model).client.to(self.device)
-        self._parameters = [p for p in self.segment.parameters() if p.requires_grad]
-        self.optimizer = spec.optimizer(self._parameters, lr=0.0) if self._parameters else None
+        named = [(name, p) for name, p in self.segment.named_parameters() if p.requires_grad]
+        self._parameters = [p for _, p in named]
+        self.optimizer: UserOptimizer | None = None
+        """What trains the segment, where something in it can be trained."""
+        if named:
+            self.optimizer = UserOptimizer("optimizer", spec.optimizer, named, NOMINAL_LR)
         self.auxiliary: Auxiliary | None = None
         """The auxiliary model, where the method has one."""
         self.num_examples = len(self.data.train)
@@ -180,8 +185,9 @@ class Client:
 
     def _follow(self, plan: RoundPlan) -> None:
         """Set what a plan says, but for the state that goes on from round to round."""
-        for group in self.optimizer.param_groups if self.optimizer else ():
-            group["lr"] = plan.lr
+        if self.optimizer:
+            self.optimizer.set_lr(plan.lr)
+            self.optimizer.warn(plan.experiment)
         self._trains = False
         self.num_steps = steps_per_round(self.num_examples, plan, self.name)
         if self._order.seed != plan.seed:
@@ -359,7 +365,7 @@ class Client:
             }
         if self._parts.parts:
             gradient = self._parts.cut_gradient(self._part_step(pending.step), gradient)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         outputs: list[Tensor] = list(wanted)
         gradients: list[Tensor | None] = list(gradients_in(gradient))
         if pending.loss is not None:

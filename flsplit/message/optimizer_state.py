@@ -1,41 +1,39 @@
 """A torch optimizer's state as Flower records: what must travel, be stored or be resumed.
 
-Only the state per parameter travels (momentum, Adam's moments, step counts). Hyper-parameters
-are set on either side: the learning rate every round, the rest by the optimizer's factory.
+What travels is the state per parameter (momentum, Adam's moments, step counts) and what a step
+has changed in a group. Hyper-parameters are set on either side: the learning rate every round,
+the rest by the optimizer's factory.
 """
 
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord
-from torch.optim import Optimizer
 
 from flsplit.errors import ProtocolError
 from flsplit.message.arrays import to_array, to_tensor
 from flsplit.message.fields import Record, Records, Slot, record
+from flsplit.optimizers import UserOptimizer
 
 IndexedState = dict[int, dict[str, Any]]
 """Tensors and plain values by name, for each index: of a parameter, or of a client part."""
 
 OptimizerState = IndexedState
-"""``Optimizer.state_dict()["state"]``."""
+"""What :meth:`flsplit.optimizers.UserOptimizer.state` returns."""
 
 
 _MAX_DIGITS = 10  # of a parameter's index
 
 
-def get_state(optimizer: Optimizer | None) -> OptimizerState:
+def get_state(optimizer: UserOptimizer | None) -> OptimizerState:
     """Return the state of ``optimizer``; a segment without parameters has none."""
-    state: OptimizerState = optimizer.state_dict()["state"] if optimizer else {}
-    return state
+    return optimizer.state() if optimizer else {}
 
 
-def set_state(optimizer: Optimizer | None, state: OptimizerState) -> None:
+def set_state(optimizer: UserOptimizer | None, state: OptimizerState) -> None:
     """Give ``optimizer`` the state; its hyper-parameters stay as they are."""
-    if optimizer is None:
-        return
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if optimizer:
+        optimizer.load(state)
 
 
 def indexed(key: str) -> Slot:

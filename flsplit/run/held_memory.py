@@ -48,7 +48,7 @@ class HeldMemory:
         if not (clients and self._activations.nbytes):
             return {}
         most = max((self._of_clients[name] for name in clients), key=lambda m: sum(m.values()))
-        server = state_bytes(self._server.module, self._server.optimizer)
+        server = state_bytes(self._server.module, self._server.updates)
         activations = most["activations"] + self._activations.nbytes - self._smashed_bytes
         return {
             "client-memory-bytes": sum(most.values()),

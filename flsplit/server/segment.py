@@ -16,7 +16,7 @@ from flsplit.losses import Criterion, Loss
 from flsplit.message.arrays import check_like
 from flsplit.message.crossings import Smashed, described
 from flsplit.message.optimizer_state import get_state, set_state
-from flsplit.server.optimizer import make_optimizer, make_scheduler
+from flsplit.optimizers import UserOptimizer, make_scheduler
 
 ServerGradients = list[Tensor | None]
 """One gradient per trainable parameter of the server segment, None where there is none."""
@@ -54,14 +54,17 @@ class ServerSegment:
         self.module = module.to(device)
         self.device = device
         self.criterion = Criterion(loss, device)
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
         if not self.parameters:
             raise ConfigError(
                 "all parameters of the server segment are frozen (requires_grad=False): there is "
                 "nothing to train on the server"
             )
-        self.optimizer = make_optimizer(optimizer, self.parameters, lr)
-        self.scheduler = make_scheduler(scheduler, self.optimizer) if scheduler else None
+        self.updates = UserOptimizer("server_optimizer", optimizer, named, lr)
+        self.updates.warn("")
+        self.optimizer = self.updates.torch
+        self.scheduler = make_scheduler(scheduler, self.updates) if scheduler else None
         self.pools: dict[tuple[torch.Size, torch.dtype], bool] = {}
         """Whether rows of such a shape may go through it together; see `can_be_pooled`."""
 
@@ -118,18 +121,12 @@ class ServerSegment:
         """Let the optimizer step with ``gradients``, at ``lr_factor`` times its learning rate."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr * lr_factor
-        self.optimizer.step()
-        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updates.step(lr_factor)
+        self.updates.zero_grad()
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of all parameter groups."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        """Set the learning rate of all parameter groups, as the optimizer's factory does."""
+        self.updates.set_lr(lr)
 
     def end_round(self) -> None:
         """Let the scheduler, if there is one, step."""
@@ -152,14 +149,14 @@ class ServerSegment:
         """Return all that a checkpoint needs: arrays, the optimizer's state, the scheduler's."""
         return {
             "arrays": self.arrays(),
-            "optimizer": get_state(self.optimizer),
+            "optimizer": get_state(self.updates),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`."""
         self.load_arrays(state["arrays"])
-        set_state(self.optimizer, state["optimizer"])
+        set_state(self.updates, state["optimizer"])
         if self.scheduler and state["scheduler"]:
             self.scheduler.load_state_dict(state["scheduler"])
             rates = self.scheduler.get_last_lr()

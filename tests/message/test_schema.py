@@ -23,6 +23,7 @@ from flsplit.message.optimizer_state import (
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
+from flsplit.optimizers import UserOptimizer
 
 PLAN = RoundPlan(
     server_round=2, num_rounds=5, cut="features.3", segment_version=7, seed=2**63 - 1, lr=0.05,
@@ -291,12 +292,12 @@ def step(module, optimizer, count):
 def test_an_optimizer_goes_on_from_its_state_bit_for_bit(build):
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
-    optimizer = build(module.parameters(), lr=0.1)
+    optimizer = UserOptimizer("optimizer", build, module.named_parameters(), 0.1)
     step(module, optimizer, 3)
 
     other = torch.nn.Linear(3, 2)
     other.load_state_dict(module.state_dict())
-    successor = build(other.parameters(), lr=0.1)
+    successor = UserOptimizer("optimizer", build, other.named_parameters(), 0.1)
     arrays, numbers = state_to_records(get_state(optimizer))
     set_state(successor, state_from_records(arrays, numbers))
 
@@ -307,11 +308,12 @@ def test_an_optimizer_goes_on_from_its_state_bit_for_bit(build):
 
 def test_the_hyper_parameters_stay_as_they_are():
     module = torch.nn.Linear(3, 2)
-    optimizer = Adam(module.parameters(), lr=0.1, betas=(0.5, 0.9))
+    first = partial(Adam, betas=(0.5, 0.9))
+    optimizer = UserOptimizer("optimizer", first, module.named_parameters(), 0.1)
     step(module, optimizer, 1)
-    successor = Adam(module.parameters(), lr=0.7)
+    successor = UserOptimizer("optimizer", Adam, module.named_parameters(), 0.7)
     set_state(successor, state_from_records(*state_to_records(get_state(optimizer))))
-    group = successor.param_groups[0]
+    group = successor.torch.param_groups[0]
     assert (group["lr"], group["betas"]) == (0.7, (0.9, 0.999))
 
 
