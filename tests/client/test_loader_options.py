@@ -84,7 +84,7 @@ def test_an_option_that_is_not_used_is_named(said, options, named):
         {"sampler": SubsetRandomSampler(range(5), generator=torch.Generator())},
         {"batch_sampler": BatchSampler(RandomSampler(DATA), 4, False)},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "none",
 )
 def test_what_is_used_or_at_its_default_is_not(said, options):
     assert said(DataLoader(DATA, **options)) == []
