@@ -44,9 +44,7 @@ class SplitFedV1(ParallelStrategy):
         of_kind("server_strategy", server_strategy, Strategy | None)
         self.server_strategy = server_strategy
         super().__init__(**options)
-        self.server_aggregator = (
-            SegmentAggregator(server_strategy, self.buffer_names()) if server_strategy else None
-        )
+        self.server_aggregator = self.aggregator_of(server_strategy) if server_strategy else None
 
     def begin_run(self) -> None:
         """Forget copies of an earlier run."""

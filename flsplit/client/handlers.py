@@ -87,7 +87,7 @@ def finish_round(client: Client, request: FinishRequest) -> FinishReply:
         server_round=request.server_round,
         num_examples=client.num_examples,
         seconds=time.perf_counter() - started,
-        segment=client.segment.state_dict() if request.upload_segment else None,
+        segment=client.handed_over() if request.upload_segment else None,
         optimizer=client.state().optimizer if request.upload_optimizer else None,
     )
 

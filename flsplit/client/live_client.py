@@ -78,6 +78,10 @@ class Client:
             self.segment = self._split(model).client.to(self.device)
         named = [(name, p) for name, p in self.segment.named_parameters() if p.requires_grad]
         self._parameters = [p for _, p in named]
+        trained = {name for name, _ in named}
+        every = (name for name, _ in self.segment.named_parameters())
+        self.frozen = frozenset(name for name in every if name not in trained)
+        """Names of parameters that never change; they travel once, and not back."""
         self.optimizer: UserOptimizer | None = None
         """What trains the segment, where something in it can be trained."""
         if named:
@@ -212,10 +216,19 @@ class Client:
     def replace_segment(self, segment: SegmentArrays) -> None:
         """Take the server's segment instead of the own one; the optimizer's state stays."""
         self._discard_pending()
-        names = self.segment.state_dict()
-        given = check_like(segment.tensors, names, what="the client segment from the server")
-        self.segment.load_state_dict(given)
+        own = self.segment.state_dict()
+        missing = {n for n, tensor in own.items() if n not in segment.tensors} & self.frozen
+        if missing and self._state.version == NO_SEGMENT:
+            raise StateLostError(f"client {self.name!r} holds no segment to which this one adds")
+        expected = {name: one for name, one in own.items() if name not in missing}
+        given = check_like(segment.tensors, expected, what="the client segment from the server")
+        self.segment.load_state_dict(given, strict=not missing)
         self._state.version = segment.version
+
+    def handed_over(self) -> dict[str, Tensor]:
+        """Return the client segment as it is handed over: without what never changes."""
+        state = self.segment.state_dict()
+        return {name: one for name, one in state.items() if name not in self.frozen}
 
     def check_version(self, expected: int) -> None:
         """Raise StateLostError if another of the server's segments is expected than is here."""

@@ -63,7 +63,7 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
             "auxiliary": state_bytes(auxiliary.module, auxiliary.optimizer),
             "auxiliary-activations": emulating.nbytes,
         },
-        segment=client.segment.state_dict() if ended and request.upload_segment else None,
+        segment=client.handed_over() if ended and request.upload_segment else None,
         auxiliary=auxiliary.module.state_dict() if ended and request.upload_auxiliary else None,
     )
 

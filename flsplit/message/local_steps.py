@@ -29,6 +29,7 @@ from flsplit.message.request import (
     Batch,
     Reply,
     Request,
+    SegmentArrays,
     check_batch,
     check_handed_over,
 )
@@ -218,9 +219,10 @@ class LocalRequest(Request):
         The auxiliary model's state dict, likewise.
     auxiliary_held : bool
         Whether the client is believed to hold that auxiliary model. It stays on the server.
-    like, auxiliary_like : dict of str to torch.Tensor or None
-        What a segment and an auxiliary model that are handed over must fit. They stay on the
-        server.
+    like : SegmentArrays or None
+        What a segment that is handed over must fit. It stays on the server.
+    auxiliary_like : dict of str to torch.Tensor or None
+        The same for an auxiliary model.
     num_steps : int or None
         How many steps the client has this round, as far as that is known. It stays on the server.
     planned : RoundPlan or None
@@ -246,7 +248,7 @@ class LocalRequest(Request):
     segment: common.Segment = None
     auxiliary: _State = None
     auxiliary_held: bool = False
-    like: dict[str, Tensor] | None = None
+    like: SegmentArrays | None = None
     auxiliary_like: dict[str, Tensor] | None = None
     num_steps: int | None = None
     planned: RoundPlan | None = None
@@ -290,7 +292,7 @@ class LocalRequest(Request):
         if done < reply.num_steps or self.peek:
             return
         if self.upload_segment:
-            check_handed_over(reply.segment, self.like, "arrays", "client segment")
+            like = self.like.changing().tensors if self.like else None
+            check_handed_over(reply.segment, like, "arrays", "client segment")
         if self.upload_auxiliary:
-            like = self.auxiliary_like
-            check_handed_over(reply.auxiliary, like, "auxiliary", "auxiliary model")
+            check_handed_over(reply.auxiliary, self.auxiliary_like, "auxiliary", "auxiliary model")

@@ -39,11 +39,27 @@ class SegmentArrays:
     """A client segment sent by the server, and which one it is.
 
     ``version`` counts the aggregated segments; a client remembers the last it was given, and
-    the server sends a segment only to clients that don't hold it yet.
+    the server sends a segment only to clients that don't hold it yet. Those that hold an earlier
+    one have the ``frozen`` tensors already, which never change: they travel once, and not back.
     """
 
     version: int
     tensors: dict[str, Tensor]
+    frozen: frozenset[str] = frozenset()
+
+    def changing(self) -> "SegmentArrays":
+        """Return the same without what never changes."""
+        if not self.frozen:
+            return self
+        tensors = {name: one for name, one in self.tensors.items() if name not in self.frozen}
+        return SegmentArrays(self.version, tensors)
+
+    def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a client handed over, with what never changes."""
+        return {
+            name: one if name in self.frozen else tensors[name]
+            for name, one in self.tensors.items()
+        }
 
 
 @dataclass(frozen=True)

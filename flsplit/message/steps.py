@@ -9,15 +9,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
-from torch import Tensor
-
 from flsplit.account.clock import Leg
 from flsplit.cut import Trace
 from flsplit.errors import ProtocolError
 from flsplit.message import request as common
 from flsplit.message.crossings import Unresolved
 from flsplit.message.fields import In
-from flsplit.message.request import Batch, Reply, Request, check_batch, check_handed_over
+from flsplit.message.request import (
+    Batch,
+    Reply,
+    Request,
+    SegmentArrays,
+    check_batch,
+    check_handed_over,
+)
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import FINISH, STEP
 from flsplit.nested import num_rows
@@ -145,7 +150,7 @@ class FinishRequest(Request):
     backward: common.Gradient = None
     upload_segment: Annotated[bool, In("finish")] = False
     upload_optimizer: Annotated[bool, In("finish")] = False
-    like: dict[str, Tensor] | None = None
+    like: SegmentArrays | None = None
 
     def check(self, reply: FinishReply) -> None:
         """Check what is handed over."""
@@ -154,4 +159,9 @@ class FinishRequest(Request):
                 "record 'optimizer' is missing, the optimizer's state was asked for"
             )
         if self.upload_segment:
-            check_handed_over(reply.segment, self.like, "arrays", "client segment")
+            check_handed_over(
+                reply.segment,
+                self.like.changing().tensors if self.like else None,
+                "arrays",
+                "client segment",
+            )

@@ -324,7 +324,7 @@ class DecoupledStrategy(SplitStrategy):
             "upload_from": upload_from,
             "upload_segment": round_.upload_segment,
             "upload_auxiliary": self.uploads_auxiliary,
-            "like": round_.segment.tensors,
+            "like": round_.segment,
             "auxiliary_like": self.initial,
         }
 

@@ -270,7 +270,7 @@ class Run:
         if self.strategy.options.share_client_segments and not self.strategy.gives_whole_model:
             for name, reply in finished.items():
                 if reply.segment is not None:
-                    self.result.client_segments[name] = to_record(reply.segment)
+                    self.result.client_segments[name] = to_record(self.strategy.parts_of(reply))
 
 
 def sample(names: list[str], count: int, seed: int) -> list[str]:

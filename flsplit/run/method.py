@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 
 from flsplit.client.spec import pick_device
@@ -171,13 +171,14 @@ class SplitMethod(SaysPhases):
 
     def replace_client_segment(self, tensors: dict[str, Tensor]) -> None:
         """Make ``tensors`` the server's version of the client segment, which clients then get."""
-        self.client_segment = SegmentArrays(self.client_segment.version + 1, tensors)
+        before = self.client_segment
+        self.client_segment = SegmentArrays(before.version + 1, tensors, before.frozen)
 
     def parts_of(self, reply: FinishReply) -> dict[str, Tensor]:
         """Return the client segment in a reply at the end of a round."""
         if reply.segment is None:
             raise FlsplitError(f"client {reply.client!r} handed over no segment")
-        return reply.segment
+        return self.client_segment.completed(reply.segment)
 
     def new_server_segment(self, server_round: int = 1) -> ServerSegment:
         """Return a copy of the server segment as it is in the model, with a new optimizer."""
@@ -194,6 +195,12 @@ class SplitMethod(SaysPhases):
             segment.end_round()
         return segment
 
+    @property
+    def _frozen(self) -> frozenset[str]:
+        """Names of the client segment's parameters that nobody trains."""
+        named = self.parts.client.named_parameters()
+        return frozenset(name for name, p in named if not p.requires_grad)
+
     def server_segments(self) -> list[ServerSegment]:
         """Return all server segments that learn; their learning rates go together."""
         return [self.server]
@@ -204,7 +211,7 @@ class SplitMethod(SaysPhases):
         client, server = self.parts.divide(tensors)
         like = self.parts.client.state_dict()
         client = check_like(client, like, what="initial_arrays, client segment")
-        self.client_segment = SegmentArrays(0, client)
+        self.client_segment = SegmentArrays(0, client, self._frozen)
         self.server = self.new_server_segment()
         with located("initial_arrays"):
             self.server.load_arrays(server)
@@ -306,7 +313,8 @@ class SplitMethod(SaysPhases):
 
     def load_state_dict(self, state: State) -> None:
         """Go on from a :meth:`state_dict`; only what is there by name is looked at."""
-        self.client_segment = SegmentArrays(state["segment-version"], state["client-segment"])
+        version, tensors = state["segment-version"], state["client-segment"]
+        self.client_segment = SegmentArrays(version, tensors, self._frozen)
         self.server.load_state_dict(state["server"])
         if self.aggregator:
             self.aggregator.load_state_dict(state["client-strategy"])
@@ -317,7 +325,14 @@ class SplitMethod(SaysPhases):
         strategy = self.options.client_strategy
         if strategy is None and not self.aggregates:
             return None
-        return SegmentAggregator(strategy or self._default_strategy(), self.buffer_names())
+        return self.aggregator_of(strategy or self._default_strategy())
+
+    def aggregator_of(self, strategy: Strategy) -> SegmentAggregator:
+        """Return what lets a Flower strategy aggregate this model's segments."""
+        model = self.options.model
+        buffers = {name for name, _ in model.named_buffers()}
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        return SegmentAggregator(strategy, buffers, frozen)
 
     def _default_strategy(self) -> FedAvg:
         options = self.options
@@ -327,10 +342,6 @@ class SplitMethod(SaysPhases):
             min_available_nodes=options.min_available_nodes,
             weighted_by_key=options.weighted_by_key,
         )
-
-    def buffer_names(self) -> set[str]:
-        """Return the names of the whole model's buffers."""
-        return {name for name, _ in self.options.model.named_buffers()}
 
 
 def argument_names(cls: type[SplitMethod]) -> list[str]:

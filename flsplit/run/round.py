@@ -153,7 +153,7 @@ class Round:
             backward,
             self.upload_segment,
             upload_optimizer,
-            like=self.segment.tensors,
+            like=self.segment,
         )
 
     def _edited(self, client: str, backward: Backward) -> Backward:

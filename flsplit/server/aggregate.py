@@ -1,7 +1,7 @@
 """Aggregating segments with any Flower strategy: parameters through it, buffers beside it."""
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,11 +76,13 @@ class SegmentAggregator:
         Names of the state dict's buffers. They don't go through the strategy: floating-point
         buffers are averaged by ``num_examples``, integer ones (BatchNorm's counter) take the
         maximum.
+    frozen : set of str
+        Names of parameters that nobody trains: they stay, where an average could differ in a bit.
     """
 
-    def __init__(self, strategy: Strategy, buffers: set[str]) -> None:
+    def __init__(self, strategy: Strategy, buffers: set[str], frozen: Collection[str] = ()) -> None:
         self.strategy = strategy
-        self.buffers = buffers
+        self.buffers, self.frozen = buffers, frozenset(frozen)
         self.metrics = MetricRecord()
         """What the strategy's ``train_metrics_aggr_fn`` made of the last round's metrics."""
         self._messages: dict[str, Message] = {}
@@ -159,6 +161,7 @@ class SegmentAggregator:
             [{k: u.tensors[k] for k in before if k in self.buffers} for u in uploads.values()],
             [upload.num_examples for upload in uploads.values()],
         )
+        aggregated |= {name: before[name] for name in self.frozen if name in before}
         return check_like(aggregated, before, what="the aggregated segment")
 
     def _reply(self, name: str, upload: Upload) -> Message:

@@ -191,8 +191,11 @@ class Clients:
     def _without_what_is_held(self, name: str, request: Request) -> Request:
         if isinstance(request, LocalRequest) and request.auxiliary_held and name in self.holds:
             request = replace(request, auxiliary=None)
-        if request.segment and self.holds.get(name) == request.segment.version:
-            return replace(request, segment=None)  # type: ignore[type-var]
+        held = self.holds.get(name)
+        if request.segment and held is not None:
+            whole = request.segment
+            rest = None if held == whole.version else whole.changing()
+            return replace(request, segment=rest)  # type: ignore[type-var]
         return request
 
     def _message(self, name: str, request: Request, traffic: Traffic) -> Message:

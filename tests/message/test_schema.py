@@ -91,7 +91,7 @@ def test_every_type_of_message_is_among_them():
 def test_what_stays_on_the_server_does_not_travel():
     sent = StepRequest(1, 1, Backward(0, torch.ones(4, 2), shared_rows=3))
     assert StepRequest.from_content(sent.to_content()).backward.shared_rows == 0
-    sent = FinishRequest(1, upload_segment=True, like={"w": torch.ones(1)})
+    sent = FinishRequest(1, upload_segment=True, like=SegmentArrays(0, {"w": torch.ones(1)}))
     content = sent.to_content()
     assert FinishRequest.from_content(content).like is None
     assert list(content) == ["finish"]

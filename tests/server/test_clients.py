@@ -336,9 +336,7 @@ def test_segments_and_optimizers_are_counted_in_both_directions():
     _, entry = exchange(clients, {"a": request})
     assert entry.traffic.logical["client-segments-down"] == 5 * 4
     assert entry.traffic.logical["optimizer-down"] == 7 * 4
-    finish = FinishRequest(
-        1, None, upload_segment=True, upload_optimizer=True, like=SEGMENT.tensors
-    )
+    finish = FinishRequest(1, None, upload_segment=True, upload_optimizer=True, like=SEGMENT)
     replies, entry = exchange(clients, {"a": finish})
     assert list(replies) == ["a"]
     assert entry.traffic.logical["client-segments-up"] == 5 * 4
