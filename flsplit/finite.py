@@ -1,6 +1,10 @@
-"""Whether a tensor is finite, asked for every tensor of every step."""
+"""Whether tensors are finite, and how long gradients are: asked in every step.
+
+Gradients may be sparse, as an Embedding's are that says so.
+"""
 
 import cmath
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,4 +16,20 @@ def all_finite(tensor: Tensor) -> bool:
     One element that is not finite makes the sum NaN or infinite, and the sum takes a twentieth of
     the time; only where it overflows are the elements looked at one by one.
     """
-    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(dense_values(tensor)).all())
+
+
+def dense_values(tensor: Tensor) -> Tensor:
+    """Return a dense tensor of all elements that aren't 0: of a sparse one, those it holds."""
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
+    """Return the norm of all gradients together."""
+    return torch.nn.utils.get_total_norm([dense_values(g) for g in gradients if g is not None])
+
+
+def clip_gradients(parameters: Sequence[Tensor], norm: float) -> None:
+    """Scale the parameters' gradients down to a total ``norm``, if they are longer."""
+    total = total_norm(parameter.grad for parameter in parameters)
+    torch.nn.utils.clip_grads_with_norm_(parameters, norm, total)

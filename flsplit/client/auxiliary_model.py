@@ -11,6 +11,7 @@ from flsplit.client.spec import ClientSpec
 from flsplit.client.state import AuxiliaryState
 from flsplit.cut import Split
 from flsplit.errors import NonFiniteError, SegmentMismatchError
+from flsplit.finite import total_norm
 from flsplit.log import logger
 from flsplit.message.arrays import check_like
 from flsplit.message.local_steps import AuxiliaryPlan
@@ -89,7 +90,7 @@ class Auxiliary:
             wanted = [leaf, *self.parameters] if train else [leaf]
             found = torch.autograd.grad(loss, wanted, allow_unused=True)
         gradient = found[0]
-        norms = torch.nn.utils.get_total_norm([g for g in found if g is not None])
+        norms = total_norm(found)
         if gradient is None or not bool(torch.isfinite(loss) & torch.isfinite(norms)):
             raise NonFiniteError("the auxiliary model's loss or gradient is NaN or infinite")
         if self.optimizer:

@@ -26,7 +26,7 @@ from flsplit.errors import (
     StateLostError,
     at,
 )
-from flsplit.finite import all_finite
+from flsplit.finite import all_finite, clip_gradients
 from flsplit.message.arrays import check_like
 from flsplit.message.crossings import (
     MOST_TRACES,
@@ -397,7 +397,7 @@ class Client:
                     what = f"gradient of the client segment in step {pending.step}"
                     self._check_finite(parameter.grad, what)
         if self.spec.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self.spec.max_grad_norm)
+            clip_gradients(self._parameters, self.spec.max_grad_norm)
         self.optimizer.step()
 
     def _discard_pending(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flsplit.client_parts.client_part import ClientPart, ClientWhere
 from flsplit.errors import ConfigError
+from flsplit.finite import clip_gradients
 
 SMASHED, CUT_GRADIENT, GRADIENTS = "smashed", "cut-gradient", "gradients"
 
@@ -67,7 +68,7 @@ class Clip(ClientPart):
     def gradients(self, where: ClientWhere, parameters: Sequence[nn.Parameter]) -> None:
         """Clip the client segment's gradients."""
         if self.place == GRADIENTS:
-            nn.utils.clip_grad_norm_(parameters, self.norm)
+            clip_gradients(parameters, self.norm)
 
     def _clipped(self, tensor: Tensor) -> Tensor:
         dims = tuple(range(1 if self.per == "sample" else 0, tensor.ndim))
@@ -106,6 +107,11 @@ class Noise(ClientPart):
         """Add noise to the client segment's gradients."""
         for parameter in parameters if self.place == GRADIENTS else ():
             if parameter.grad is not None:
+                if parameter.grad.is_sparse:
+                    raise ConfigError(
+                        "client part 'noise': a gradient of the client segment is sparse, and "
+                        "noise would not be; make the Embedding without sparse=True"
+                    )
                 parameter.grad += self._noise(where, parameter.grad)
 
     def _noise(self, where: ClientWhere, like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from flsplit.errors import (
     SegmentMismatchError,
     at,
 )
-from flsplit.finite import all_finite
+from flsplit.finite import all_finite, total_norm
 from flsplit.log import logger
 from flsplit.message.crossings import (
     CutGradient,
@@ -433,5 +433,4 @@ def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[
 
 
 def _all_finite(gradients: ServerGradients) -> bool:
-    norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-    return bool(torch.isfinite(norm))
+    return bool(torch.isfinite(total_norm(gradients)))

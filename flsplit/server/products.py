@@ -205,7 +205,7 @@ def _tensors_gram(layer: Sequence[Tensor | None]) -> Tensor:
     present = [index for index, gradient in enumerate(layer) if gradient is not None]
     if not present:
         return total
-    flat = [g.reshape(-1) for g in layer if g is not None]
+    flat = [(g.to_dense() if g.is_sparse else g).reshape(-1) for g in layer if g is not None]
     columns, device = flat[0].numel(), flat[0].device
     found = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=device)
     exact = torch.empty(len(flat), min(BLOCK, columns), dtype=torch.float64, device=device)

@@ -101,7 +101,7 @@ def sent(content):
 
 def written(rows):
     """The rows of a table; the optimizer's state is written in a shorter way."""
-    kinds = {("optimizer", "array"): "raw array", ("optimizer-numbers", "int or float"): "int"}
+    kinds = {("optimizer", "array"): "raw array", ("optimizer-numbers", "plain value"): "int"}
     return {
         (r["record"], r["type"], r["field"], kinds.get((r["record"], r["value"]), r["value"]))
         for r in rows
