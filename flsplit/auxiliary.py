@@ -6,8 +6,7 @@ of its own cross-entropy by its input, so its output always has the shape of a c
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -210,18 +209,6 @@ def emulated_gradient(
     loss = auxiliary_loss(module, leaf, labels)
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=create_graph)
     return gradient
-
-
-@contextmanager
-def keeping_buffers(module: nn.Module) -> Iterator[None]:
-    """Put the buffers (BatchNorm's) back to what they were at the end of the block."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, old in zip(module.buffers(), before, strict=True):
-                buffer.copy_(old)
 
 
 def cosine(first: Tensor, second: Tensor) -> float:

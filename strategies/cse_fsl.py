@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flsplit.auxiliary import emulated_gradient, keeping_buffers
+from flsplit.auxiliary import emulated_gradient
+from flsplit.buffers import keeping_buffers
 from flsplit.message.steps import FinishReply
 from flsplit.run import DecoupledStrategy, Round
 from flsplit.run.decoupled import AuxiliarySent

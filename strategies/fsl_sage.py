@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flsplit.auxiliary import cosine, emulated_gradient, keeping_buffers
+from flsplit.auxiliary import cosine, emulated_gradient
+from flsplit.buffers import keeping_buffers
 from flsplit.errors import ConfigError, MethodError
 from flsplit.log import logger
 from flsplit.message.optimizer_state import get_state, set_state

@@ -17,6 +17,7 @@ LAYERS = (
         "log",
         "finite",
         "nested",
+        "buffers",
         "seeds",
         "flower_internals",
         "vision",

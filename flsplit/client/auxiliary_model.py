@@ -6,7 +6,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from flsplit.auxiliary import GIVEN, auxiliary_loss, build_auxiliary, keeping_buffers
+from flsplit.auxiliary import GIVEN, auxiliary_loss, build_auxiliary
+from flsplit.buffers import keeping_buffers, load_state, names_of_buffers, put
 from flsplit.client.spec import ClientSpec
 from flsplit.client.state import AuxiliaryState
 from flsplit.cut import Split
@@ -65,8 +66,9 @@ class Auxiliary:
     def replace(self, tensors: dict[str, Tensor], version: int) -> None:
         """Take the server's weights; the optimizer's state stays."""
         like = self.module.state_dict()
-        given = check_like(tensors, like, what="the auxiliary model from the server")
-        self.module.load_state_dict(given)
+        free = names_of_buffers(self.module)
+        given = check_like(tensors, like, what="the auxiliary model from the server", free=free)
+        load_state(self.module, given)
         self.version = version
 
     def gradient(self, smashed: Tensor, labels: Tensor, seed: int) -> Tensor:
@@ -115,9 +117,10 @@ class Auxiliary:
     def load(self, state: AuxiliaryState) -> None:
         """Go on from a state."""
         own = self._tensors()
-        stored = check_like(state.tensors, own, what="the stored auxiliary model")
+        free = names_of_buffers(self.module)
+        stored = check_like(state.tensors, own, what="the stored auxiliary model", free=free)
         for name, tensor in stored.items():
-            own[name].copy_(tensor)
+            put(own[name], tensor)
         set_state(self.optimizer, state.optimizer)
         self.version = state.version
 

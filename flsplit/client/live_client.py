@@ -1,6 +1,6 @@
 """One client at work: its segment, its optimizer, and the forward pass awaiting a gradient."""
 
-import math
+import cmath
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 from flwr.app import Context
 from torch import Tensor, nn
 
+from flsplit.buffers import load_state, names_of_buffers, put
 from flsplit.client.auxiliary_model import Auxiliary
 from flsplit.client.batches import refused_keywords
 from flsplit.client.data import ClientData
@@ -144,8 +145,9 @@ class Client:
     @torch.no_grad()
     def _load_tensors(self, tensors: dict[str, Tensor], what: str) -> None:
         own = dict(self._tensors())
-        for name, tensor in check_like(tensors, own, what=what).items():
-            own[name].copy_(tensor)
+        free = names_of_buffers(self.segment)
+        for name, tensor in check_like(tensors, own, what=what, free=free).items():
+            put(own[name], tensor)
 
     # --- a round -------------------------------------------------------------------------
 
@@ -221,8 +223,9 @@ class Client:
         if missing and self._state.version == NO_SEGMENT:
             raise StateLostError(f"client {self.name!r} holds no segment to which this one adds")
         expected = {name: one for name, one in own.items() if name not in missing}
-        given = check_like(segment.tensors, expected, what="the client segment from the server")
-        self.segment.load_state_dict(given, strict=not missing)
+        what, free = "the client segment from the server", names_of_buffers(self.segment)
+        given = check_like(segment.tensors, expected, what=what, free=free)
+        load_state(self.segment, given, strict=not missing)
         self._state.version = segment.version
 
     def handed_over(self) -> dict[str, Tensor]:
@@ -391,7 +394,7 @@ class Client:
         for parameter in self._parameters:
             if parameter.grad is not None:
                 total = total + parameter.grad.sum()
-        if not math.isfinite(float(total)):
+        if not (isinstance(total, float) or cmath.isfinite(total.item())):
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     what = f"gradient of the client segment in step {pending.step}"
@@ -414,7 +417,7 @@ class Client:
     def _put_back(self, buffers: dict[str, Tensor]) -> None:
         own = dict(self.segment.named_buffers())
         for name, buffer in buffers.items():
-            own[name].copy_(buffer)
+            put(own[name], buffer)
 
     # --- evaluation ----------------------------------------------------------------------
 

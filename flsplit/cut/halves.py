@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flsplit.buffers import put_all
 from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
 from flsplit.cut.look import Look, fresh, look, undisturbed, verify
@@ -88,6 +89,11 @@ class Half(nn.Module):
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             own[name] = vars(whole)[name]
         own["_whole"], own["_cut"] = whole, cut
+        own["_foreign"] = [
+            f"{path}.{name}".lstrip(".")
+            for path, module in whole.named_modules()
+            for name in vars(module).get(_AWAY, ())
+        ]
         self.training = whole.training
 
     def train(self, mode: bool = True) -> "Half":
@@ -95,6 +101,13 @@ class Half(nn.Module):
         vars(self)["_whole"].train(mode)
         self.training = mode
         return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return this side's state, also where a module writes down its own in its own way."""
+        state = super().state_dict(*args, **kwargs)
+        for name in vars(self)["_foreign"]:
+            state.pop(f"{kwargs.get('prefix', '')}{name}", None)
+        return state
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -200,8 +213,7 @@ class ClientHalf(Half):
         return [buffer.clone() for buffer in self.buffers()], torch.get_rng_state()
 
     def _put_back(self, before: Any) -> None:
-        for buffer, old in zip(self.buffers(), before[0], strict=True):
-            buffer.copy_(old)
+        put_all(self.buffers(), before[0])
         torch.set_rng_state(before[1])
 
     def _known(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[Passage, ...]:

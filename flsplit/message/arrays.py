@@ -6,7 +6,7 @@ NumPy's NPY header and copies would cost as much as the transfer; NumPy has no b
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.complex128, torch.complex64,
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
     )
 }  # fmt: skip
@@ -130,10 +131,17 @@ def _from_npy(array: Array, field: str) -> Tensor:
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return an ``ArrayRecord`` (Flower's serialisation) of a state dict's tensors."""
-    return ArrayRecord(
-        {name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()}
-    )
+    """Return an ``ArrayRecord`` of a state dict's tensors, in Flower's own serialisation.
+
+    NumPy has no bfloat16: such tensors are raw arrays, of which ``Array.numpy()`` and Flower's
+    ``to_torch_state_dict()`` make float32, which holds the same numbers.
+    """
+    record = ArrayRecord()
+    for name, tensor in tensors.items():
+        raw = tensor.dtype is torch.bfloat16
+        # A copy: a tensor whose memory NumPy has seen can never be resized again.
+        record[name] = to_array(tensor) if raw else Array(tensor.detach().cpu().clone().numpy())
+    return record
 
 
 def from_record(record: ArrayRecord, *, field: str) -> dict[str, Tensor]:
@@ -142,9 +150,15 @@ def from_record(record: ArrayRecord, *, field: str) -> dict[str, Tensor]:
 
 
 def check_like(
-    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], *, what: str
+    tensors: Mapping[str, Tensor],
+    like: Mapping[str, Tensor],
+    *,
+    what: str,
+    free: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Return ``tensors`` in ``like``'s order, dtypes and devices, or say what doesn't fit.
+
+    Those called as in ``free``, a module's buffers, may have any shape.
 
     Raises
     ------
@@ -159,7 +173,7 @@ def check_like(
             "are both sides cut at the same place of the same model?"
         )
     for name, tensor in like.items():
-        if tensors[name].shape != tensor.shape:
+        if tensors[name].shape != tensor.shape and name not in free:
             raise SegmentMismatchError(
                 f"{what}: {name!r} came with shape {tuple(tensors[name].shape)}, "
                 f"expected {tuple(tensor.shape)}"

@@ -32,6 +32,7 @@ from flsplit.message.request import (
     SegmentArrays,
     check_batch,
     check_handed_over,
+    check_segment,
 )
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import LOCAL
@@ -292,7 +293,6 @@ class LocalRequest(Request):
         if done < reply.num_steps or self.peek:
             return
         if self.upload_segment:
-            like = self.like.changing().tensors if self.like else None
-            check_handed_over(reply.segment, like, "arrays", "client segment")
+            check_segment(reply.segment, self.like)
         if self.upload_auxiliary:
             check_handed_over(reply.auxiliary, self.auxiliary_like, "auxiliary", "auxiliary model")

@@ -1,6 +1,6 @@
 """What all requests and replies have in common, and what several of them carry."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -41,18 +41,20 @@ class SegmentArrays:
     ``version`` counts the aggregated segments; a client remembers the last it was given, and
     the server sends a segment only to clients that don't hold it yet. Those that hold an earlier
     one have the ``frozen`` tensors already, which never change: they travel once, and not back.
+    ``buffers`` are those that a forward may give another shape.
     """
 
     version: int
     tensors: dict[str, Tensor]
     frozen: frozenset[str] = frozenset()
+    buffers: frozenset[str] = frozenset()
 
     def changing(self) -> "SegmentArrays":
         """Return the same without what never changes."""
         if not self.frozen:
             return self
         tensors = {name: one for name, one in self.tensors.items() if name not in self.frozen}
-        return SegmentArrays(self.version, tensors)
+        return SegmentArrays(self.version, tensors, buffers=self.buffers)
 
     def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what a client handed over, with what never changes."""
@@ -222,17 +224,29 @@ def check_batch(smashed: Smashed, labels: Any, most: int | None = None) -> None:
             raise NonFiniteError("smashed-data: there are values that are NaN or infinite")
 
 
+def check_segment(state: Mapping[str, Tensor] | None, given: SegmentArrays | None) -> None:
+    """Check a client segment that was asked for against the one that the client was given."""
+    rest = given.changing() if given else SegmentArrays(0, {})
+    like = rest.tensors if given else None
+    check_handed_over(state, like, "arrays", "client segment", free=rest.buffers)
+
+
 def check_handed_over(
-    state: Mapping[str, Tensor] | None, like: Mapping[str, Tensor] | None, key: str, what: str
+    state: Mapping[str, Tensor] | None,
+    like: Mapping[str, Tensor] | None,
+    key: str,
+    what: str,
+    free: Collection[str] = (),
 ) -> None:
     """Check the state dict in the record ``key`` that was asked for against what was given."""
     if state is None:
         raise ProtocolError(f"record {key!r} is missing, the {what} was asked for")
     if like is None:
         return
-    for name, tensor in check_like(state, like, what=what).items():
+    for name, tensor in check_like(state, like, what=what, free=free).items():
         # A buffer may be infinite on purpose (a mask): only what became so is wrong.
-        if bool((~torch.isfinite(tensor) & torch.isfinite(like[name])).any()):
+        before = torch.isfinite(like[name]) if tensor.shape == like[name].shape else True
+        if bool((~torch.isfinite(tensor) & before).any()):
             raise NonFiniteError(f"{what}: {name!r} has values that are NaN or infinite")
 
 

@@ -21,7 +21,7 @@ from flsplit.message.request import (
     Request,
     SegmentArrays,
     check_batch,
-    check_handed_over,
+    check_segment,
 )
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import FINISH, STEP
@@ -159,9 +159,4 @@ class FinishRequest(Request):
                 "record 'optimizer' is missing, the optimizer's state was asked for"
             )
         if self.upload_segment:
-            check_handed_over(
-                reply.segment,
-                self.like.changing().tensors if self.like else None,
-                "arrays",
-                "client segment",
-            )
+            check_segment(reply.segment, self.like)

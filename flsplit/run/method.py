@@ -5,13 +5,14 @@ import inspect
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 
+from flsplit.buffers import names_of_buffers
 from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import Split, split
@@ -172,7 +173,7 @@ class SplitMethod(SaysPhases):
     def replace_client_segment(self, tensors: dict[str, Tensor]) -> None:
         """Make ``tensors`` the server's version of the client segment, which clients then get."""
         before = self.client_segment
-        self.client_segment = SegmentArrays(before.version + 1, tensors, before.frozen)
+        self.client_segment = replace(before, version=before.version + 1, tensors=tensors)
 
     def parts_of(self, reply: FinishReply) -> dict[str, Tensor]:
         """Return the client segment in a reply at the end of a round."""
@@ -195,11 +196,11 @@ class SplitMethod(SaysPhases):
             segment.end_round()
         return segment
 
-    @property
-    def _frozen(self) -> frozenset[str]:
-        """Names of the client segment's parameters that nobody trains."""
-        named = self.parts.client.named_parameters()
-        return frozenset(name for name, p in named if not p.requires_grad)
+    def _segment_of(self, version: int, tensors: dict[str, Tensor]) -> SegmentArrays:
+        """Return a client segment that knows which of its tensors nobody trains."""
+        client = self.parts.client
+        frozen = frozenset(name for name, p in client.named_parameters() if not p.requires_grad)
+        return SegmentArrays(version, tensors, frozen, names_of_buffers(client))
 
     def server_segments(self) -> list[ServerSegment]:
         """Return all server segments that learn; their learning rates go together."""
@@ -210,8 +211,9 @@ class SplitMethod(SaysPhases):
         tensors = from_record(initial_arrays, field="initial_arrays")
         client, server = self.parts.divide(tensors)
         like = self.parts.client.state_dict()
-        client = check_like(client, like, what="initial_arrays, client segment")
-        self.client_segment = SegmentArrays(0, client, self._frozen)
+        free = names_of_buffers(self.parts.client)
+        client = check_like(client, like, what="initial_arrays, client segment", free=free)
+        self.client_segment = self._segment_of(0, client)
         self.server = self.new_server_segment()
         with located("initial_arrays"):
             self.server.load_arrays(server)
@@ -314,7 +316,7 @@ class SplitMethod(SaysPhases):
     def load_state_dict(self, state: State) -> None:
         """Go on from a :meth:`state_dict`; only what is there by name is looked at."""
         version, tensors = state["segment-version"], state["client-segment"]
-        self.client_segment = SegmentArrays(version, tensors, self._frozen)
+        self.client_segment = self._segment_of(version, tensors)
         self.server.load_state_dict(state["server"])
         if self.aggregator:
             self.aggregator.load_state_dict(state["client-strategy"])

@@ -1,13 +1,15 @@
 """The base class of all split strategies: a Flower strategy whose rounds have many exchanges."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from flsplit.errors import ConfigError
+from flsplit.message.arrays import to_record
 from flsplit.run.callbacks import stopping
 from flsplit.run.execute import EvaluateFn, Run
 from flsplit.run.method import SplitMethod, own_argument_names
@@ -28,7 +30,7 @@ class SplitStrategy(SplitMethod, Strategy):
     def start(
         self,
         grid: Grid,
-        initial_arrays: ArrayRecord,
+        initial_arrays: ArrayRecord | Mapping[str, Tensor],
         num_rounds: int = 3,
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
@@ -42,8 +44,9 @@ class SplitStrategy(SplitMethod, Strategy):
         ----------
         grid : Grid
             The carrier: Flower's own, or a :class:`flsplit.LocalGrid`.
-        initial_arrays : ArrayRecord
-            The state dict of the whole model.
+        initial_arrays : ArrayRecord, or mapping of str to torch.Tensor
+            The state dict of the whole model, in Flower's ``ArrayRecord`` or as it is: that can't
+            hold bfloat16.
         num_rounds : int (default: 3)
             Number of rounds.
         timeout : float (default: 3600)
@@ -84,7 +87,9 @@ class SplitStrategy(SplitMethod, Strategy):
                 "them, or use federated evaluation"
             )
         of_kind("grid", grid, Grid)
-        of_kind("initial_arrays", initial_arrays, ArrayRecord)
+        of_kind("initial_arrays", initial_arrays, ArrayRecord | dict)
+        if not isinstance(initial_arrays, ArrayRecord):
+            initial_arrays = to_record(initial_arrays)
         of_kind("num_rounds", num_rounds, int)
         if num_rounds < 1:
             raise ConfigError(f"num_rounds is {num_rounds}, expected at least 1")

@@ -1,6 +1,7 @@
 """Aggregating segments with any Flower strategy: parameters through it, buffers beside it."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +163,8 @@ class SegmentAggregator:
             [upload.num_examples for upload in uploads.values()],
         )
         aggregated |= {name: before[name] for name in self.frozen if name in before}
-        return check_like(aggregated, before, what="the aggregated segment")
+        what = "the aggregated segment"
+        return check_like(aggregated, before, what=what, free=self.buffers)
 
     def _reply(self, name: str, upload: Upload) -> Message:
         key = getattr(self.strategy, "weighted_by_key", "num-examples")
@@ -220,15 +222,27 @@ class SegmentAggregator:
 
 
 def average_buffers(buffers: list[dict[str, Tensor]], num_examples: list[int]) -> dict[str, Tensor]:
-    """Return floating-point buffers averaged by ``num_examples``, and the maximum of others."""
-    total = sum(num_examples)
-    shares = [n / total for n in num_examples]
+    """Return buffers averaged by ``num_examples``, and of whole numbers the maximum.
+
+    Of buffers whose shapes differ, those count that have the shape of most examples.
+    """
     averaged = {}
-    for name, first in buffers[0].items():
-        stacked = torch.stack([one[name] for one in buffers])
-        if first.is_floating_point():
-            weights = torch.tensor(shares, dtype=torch.float64).view(-1, *[1] * first.ndim)
-            averaged[name] = (stacked.double() * weights.to(stacked.device)).sum(0).to(first.dtype)
+    for name in buffers[0]:
+        of_shape: Counter[torch.Size] = Counter()
+        for one, n in zip(buffers, num_examples, strict=True):
+            of_shape[one[name].shape] += n
+        ((usual, total),) = of_shape.most_common(1)
+        pairs = [
+            (one[name], n)
+            for one, n in zip(buffers, num_examples, strict=True)
+            if one[name].shape == usual
+        ]
+        stacked = torch.stack([tensor for tensor, _ in pairs])
+        if stacked.is_floating_point() or stacked.is_complex():
+            precise = torch.complex128 if stacked.is_complex() else torch.float64
+            shares = torch.tensor([n / total for _, n in pairs], dtype=precise)
+            weights = shares.view(-1, *[1] * (stacked.ndim - 1)).to(stacked.device)
+            averaged[name] = (stacked.to(precise) * weights).sum(0).to(stacked.dtype)
         else:
             averaged[name] = stacked.amax(0)
     return averaged

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from flsplit.buffers import load_state, names_of_buffers, put_all
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
 from flsplit.losses import Criterion, Loss
 from flsplit.message.arrays import check_like
@@ -65,6 +66,9 @@ class ServerSegment:
         self.updates.warn("")
         self.optimizer = self.updates.torch
         self.scheduler = make_scheduler(scheduler, self.updates) if scheduler else None
+        dtypes = {p.dtype for p in module.parameters()}
+        only = dtypes.pop() if len(dtypes) == 1 else None
+        self._dtype = only if only and only.is_floating_point else None
         self.pools: dict[tuple[torch.Size, torch.dtype], bool] = {}
         """Whether rows of such a shape may go through it together; see `can_be_pooled`."""
 
@@ -99,8 +103,7 @@ class ServerSegment:
 
     def put_buffers(self, before: Sequence[Tensor]) -> None:
         """Put the buffers back to what :meth:`copied_buffers` returned."""
-        for buffer, old in zip(self.module.buffers(), before, strict=True):
-            buffer.copy_(old)
+        put_all(self.module.buffers(), before)
 
     @contextmanager
     def keeping_buffers(self) -> Iterator[None]:
@@ -112,10 +115,15 @@ class ServerSegment:
             self.put_buffers(before)
 
     def receive(self, smashed: Smashed) -> Smashed:
-        """Move smashed data to the segment's device and floating-point dtype."""
-        if isinstance(smashed, Tensor):
-            return smashed.to(self.device, self.parameters[0].dtype)
-        return smashed.to(self.device)
+        """Move smashed data to the segment's device.
+
+        It keeps its dtype, but where all parameters have another floating one: then the client
+        computes in a lower precision than the server (``autocast``).
+        """
+        if not isinstance(smashed, Tensor):
+            return smashed.to(self.device)
+        converts = self._dtype is not None and smashed.is_floating_point()
+        return smashed.to(self.device, self._dtype) if converts else smashed.to(self.device)
 
     def step(self, gradients: ServerGradients, lr_factor: float = 1.0) -> None:
         """Let the optimizer step with ``gradients``, at ``lr_factor`` times its learning rate."""
@@ -143,7 +151,9 @@ class ServerSegment:
 
     def load_arrays(self, arrays: dict[str, Tensor]) -> None:
         """Take parameters and buffers; the optimizer's state stays."""
-        self.module.load_state_dict(check_like(arrays, self.arrays(), what="the server segment"))
+        free = names_of_buffers(self.module)
+        given = check_like(arrays, self.arrays(), what="the server segment", free=free)
+        load_state(self.module, given)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a checkpoint needs: arrays, the optimizer's state, the scheduler's."""

@@ -1,0 +1,51 @@
+"""A module's buffers put back to what they were, whose shapes a forward may have changed.
+
+Observers of quantisation-aware training, for one, get their size in the first forward.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def put(buffer: Tensor, value: Tensor) -> None:
+    """Give a buffer a value, of another shape where it must be; it stays the same object."""
+    if buffer.shape != value.shape:
+        buffer.data = torch.empty_like(value, dtype=buffer.dtype, device=buffer.device)
+    buffer.copy_(value)
+
+
+def put_all(buffers: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Give buffers their values, one by one."""
+    for buffer, value in zip(buffers, values, strict=True):
+        put(buffer, value)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Load a state dict into a module, whose buffers take the shapes that they have there."""
+    own = dict(state)
+    for name, buffer in module.named_buffers():
+        if name in own:
+            if own[name].shape != buffer.shape:
+                put(buffer, own[name])
+            # Some modules keep what they are given, and resize it later: NumPy's memory can't be.
+            own[name] = own[name].clone()
+    module.load_state_dict(own, strict=strict)
+
+
+def names_of_buffers(module: nn.Module) -> frozenset[str]:
+    """Return the names of a module's buffers."""
+    return frozenset(name for name, _ in module.named_buffers())
+
+
+@contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """Put the buffers back to what they were at the end of the block."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        put_all(module.buffers(), before)
