@@ -6,6 +6,8 @@ from flwr.app import Array, ArrayRecord
 from pages import Page
 
 from flsplit import LocalGrid
+from flsplit.cut import Crossing, Trace
+from flsplit.cut.trace import Spec
 from flsplit.errors import ProtocolError
 from flsplit.message.arrays import RAW, to_array
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
@@ -38,6 +40,10 @@ DONE = {
     "rows": [2, 2, 2, 2, 1], "seconds": 0.1,
 }  # fmt: skip
 
+SPEC = Spec((2, 3), torch.float32)
+TRACE = Trace((("the inputs", SPEC), ("module front", SPEC)))
+CROSSING = Crossing({"1.0": torch.zeros(2, 3, requires_grad=True)}, TRACE, frozenset(["1.0"]))
+
 # Per table: a message with everything in it, and one with as little as there can be.
 MESSAGES = {
     f"### `{STEP}`: request": (
@@ -45,6 +51,10 @@ MESSAGES = {
         StepRequest(1, 0),
     ),
     f"### `{STEP}`: reply": 2 * (StepReply("0", 1, 0, ROWS, LABELS, 9, 5, 0.1),),
+    "## Where several values cross": (
+        StepReply("0", 1, 0, CROSSING, LABELS, 9, 5, 0.1, {TRACE.digest: TRACE}),
+        StepReply("0", 1, 0, CROSSING, LABELS, 9, 5, 0.1),
+    ),
     f"### `{FINISH}`: request": (
         FinishRequest(1, Backward(0, ROWS), upload_segment=True, upload_optimizer=True),
         FinishRequest(1),
@@ -80,6 +90,7 @@ MESSAGES = {
 # How the page writes fields whose names depend on the model.
 NAMES = {"conv.weight": "*parameter or buffer*", "0/momentum_buffer": "*index/name*"}
 NAMES |= {"0/count": "*index/name*", "7": "*step*"}
+NAMES |= {"0:1.0": "0:*value*", TRACE.digest: "*digest*"}
 
 
 def kind(value):
@@ -112,6 +123,10 @@ def written(rows):
 def test_tables_agree_with_the_messages(heading):
     full, least = (message.to_content() for message in MESSAGES[heading])
     rows = PAGE.table(heading)
+    if not heading.startswith("###"):  # what else is in a step's reply stands in its own table
+        for content in (full, least):
+            for name in ("reply", "metrics", "labels"):
+                del content[name]
 
     assert written(rows) == sent(full)
     assert written(row for row in rows if row["there"] == "always") == sent(least)
@@ -126,7 +141,8 @@ def test_what_is_optional_is_optional_and_the_rest_is_not(heading):
     for name in always:
         content = full.to_content()
         del content[name]
-        with pytest.raises(ProtocolError, match=name):
+        known = name if heading.startswith("###") else "smashed-data"
+        with pytest.raises(ProtocolError, match=known):
             type(full).from_content(content)
 
 
