@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from flsplit.auxiliary import emulated_gradient
-from flsplit.buffers import keeping_buffers
 from flsplit.message.steps import FinishReply
 from flsplit.run import DecoupledStrategy, Round
 from flsplit.run.decoupled import AuxiliarySent
@@ -14,6 +13,7 @@ from flsplit.run.options import LearningRate, at_round, of_kind
 from flsplit.server.aggregate import average_buffers
 from flsplit.server.arguments import number
 from flsplit.storage import State
+from flsplit.untrained import keeping_buffers
 from flsplit.wireless.phases import Phase, Work, aggregation
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flsplit.auxiliary import cosine, emulated_gradient
-from flsplit.buffers import keeping_buffers
 from flsplit.errors import ConfigError, MethodError
 from flsplit.log import logger
 from flsplit.message.optimizer_state import get_state, set_state
@@ -22,6 +21,7 @@ from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import number, one_of, whole
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
+from flsplit.untrained import keeping_buffers
 from flsplit.wireless.phases import Phase, Stage, Where, Work, server_phase
 
 BEFORE_ROUND, IN_ROUND = "before_round", "in_round"

@@ -17,7 +17,7 @@ LAYERS = (
         "log",
         "finite",
         "nested",
-        "buffers",
+        "untrained",
         "seeds",
         "flower_internals",
         "vision",

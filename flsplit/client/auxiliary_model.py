@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from flsplit.auxiliary import GIVEN, auxiliary_loss, build_auxiliary
-from flsplit.buffers import keeping_buffers, load_state, names_of_buffers, put
 from flsplit.client.spec import ClientSpec
 from flsplit.client.state import AuxiliaryState
 from flsplit.cut import Split
@@ -19,6 +18,7 @@ from flsplit.message.local_steps import AuxiliaryPlan
 from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.optimizers import UserOptimizer
 from flsplit.seeds import seeded
+from flsplit.untrained import keeping_buffers, load_state, names_of_buffers, put
 
 
 class Auxiliary:

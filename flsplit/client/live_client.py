@@ -10,7 +10,6 @@ import torch
 from flwr.app import Context
 from torch import Tensor, nn
 
-from flsplit.buffers import load_state, names_of_buffers, put
 from flsplit.client.auxiliary_model import Auxiliary
 from flsplit.client.batches import refused_keywords
 from flsplit.client.data import ClientData
@@ -45,6 +44,7 @@ from flsplit.message.round_plan import RoundPlan
 from flsplit.nested import as_arguments, num_rows, shapes_of, tensors_of, to_device
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
+from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put
 
 
 @dataclass
@@ -79,9 +79,7 @@ class Client:
             self.segment = self._split(model).client.to(self.device)
         named = [(name, p) for name, p in self.segment.named_parameters() if p.requires_grad]
         self._parameters = [p for _, p in named]
-        trained = {name for name, _ in named}
-        every = (name for name, _ in self.segment.named_parameters())
-        self.frozen = frozenset(name for name in every if name not in trained)
+        self.frozen = names_of_frozen(self.segment)
         """Names of parameters that never change; they travel once, and not back."""
         self.optimizer: UserOptimizer | None = None
         """What trains the segment, where something in it can be trained."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flsplit.buffers import put_all
 from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
 from flsplit.cut.look import Look, fresh, look, undisturbed, verify
@@ -35,6 +34,7 @@ from flsplit.cut.watch import (
     uninstrument,
 )
 from flsplit.errors import TORCH_ERRORS
+from flsplit.untrained import put_all
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 
-from flsplit.buffers import names_of_buffers
 from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import Split, split
@@ -27,6 +26,7 @@ from flsplit.server.aggregate import SegmentAggregator, Upload
 from flsplit.server.gradients import ClientBatch, culprits
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
+from flsplit.untrained import names_of_buffers, names_of_frozen
 from flsplit.wireless.phases import Method, SaysPhases
 
 
@@ -199,8 +199,7 @@ class SplitMethod(SaysPhases):
     def _segment_of(self, version: int, tensors: dict[str, Tensor]) -> SegmentArrays:
         """Return a client segment that knows which of its tensors nobody trains."""
         client = self.parts.client
-        frozen = frozenset(name for name, p in client.named_parameters() if not p.requires_grad)
-        return SegmentArrays(version, tensors, frozen, names_of_buffers(client))
+        return SegmentArrays(version, tensors, names_of_frozen(client), names_of_buffers(client))
 
     def server_segments(self) -> list[ServerSegment]:
         """Return all server segments that learn; their learning rates go together."""
@@ -333,8 +332,7 @@ class SplitMethod(SaysPhases):
         """Return what lets a Flower strategy aggregate this model's segments."""
         model = self.options.model
         buffers = {name for name, _ in model.named_buffers()}
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        return SegmentAggregator(strategy, buffers, frozen)
+        return SegmentAggregator(strategy, buffers, names_of_frozen(model))
 
     def _default_strategy(self) -> FedAvg:
         options = self.options

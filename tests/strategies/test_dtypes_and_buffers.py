@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from flsplit import LocalGrid, client_app
-from flsplit.buffers import load_state, put
 from flsplit.server.aggregate import average_buffers
 from flsplit.strategies import PSL, SplitFedV1, SplitFedV2
+from flsplit.untrained import load_state, put
 
 RNG = torch.Generator().manual_seed(1)
 INPUTS = torch.randn(16, 5, generator=RNG)

@@ -1,4 +1,6 @@
-"""A module's buffers put back to what they were, whose shapes a forward may have changed.
+"""What of a module's state isn't trained: frozen parameters, and buffers.
+
+Buffers are put back to what they were, and a forward may have changed their shapes.
 
 Observers of quantisation-aware training, for one, get their size in the first forward.
 """
@@ -39,6 +41,12 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool =
 def names_of_buffers(module: nn.Module) -> frozenset[str]:
     """Return the names of a module's buffers."""
     return frozenset(name for name, _ in module.named_buffers())
+
+
+def names_of_frozen(module: nn.Module) -> frozenset[str]:
+    """Return the names of a module's parameters that nobody trains; tied ones have several."""
+    named = module.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, p in named if not p.requires_grad)
 
 
 @contextmanager
