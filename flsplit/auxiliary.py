@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from flsplit.cut import Split
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
-from flsplit.losses import check_classes
+from flsplit.losses import IGNORED, check_classes
 
 LINEAR, FIRST_STAGE, GIVEN = "linear", "first-stage", "given"
 KINDS = (LINEAR, FIRST_STAGE, GIVEN)
@@ -190,7 +190,7 @@ def auxiliary_loss(module: nn.Module, smashed: Tensor, labels: Tensor) -> Tensor
         raise SegmentMismatchError(
             f"the auxiliary model can't take smashed data of shape {tuple(smashed.shape)}: {error}"
         ) from error
-    check_classes(logits, labels)
+    check_classes(logits, labels, IGNORED)
     try:
         return functional.cross_entropy(logits, labels)
     except TORCH_ERRORS as error:

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from flsplit.errors import MethodError, located
 from flsplit.finite import all_finite
 from flsplit.log import logger
+from flsplit.losses import Count
 from flsplit.message.crossings import CutGradient, Smashed, fits, gradients_in
 from flsplit.message.request import Backward
 from flsplit.run.options import Reduction, Shares
@@ -120,7 +120,7 @@ class Step:
         self._round, self._seed = round_, plan.seed
         self._told: dict[str, Backward] = {}
         self._unrecorded = set(map(id, self.batches))
-        self._losses: list[tuple[ClientBatch, float, float, tuple[int, int]]] = []
+        self._losses: list[tuple[ClientBatch, float, Count]] = []
         self._updated = False
         self._calls: dict[tuple[str, ...], int] = {}
         # By segment, as at its last update.
@@ -204,8 +204,7 @@ class Step:
         self._round.entry.rows += found.rows
         for batch in batches:
             name = batch.client
-            loss, weight = found.losses[name], found.loss_weights[name]
-            self._record_loss(batch, loss, weight, found.logits[name])
+            self._record_loss(batch, found.losses[name], found.counts[name])
         return found
 
     def shuffled_rows(self, batch_size: int) -> Iterator[list[ClientBatch]]:
@@ -263,10 +262,10 @@ class Step:
         gradients = {}
         for batch, own in zip(self.batches, split, strict=True):
             leaf = own.detach().requires_grad_()
-            loss, weight = client_loss(self._segment, leaf, batch)
+            loss, count = client_loss(self._segment, leaf, batch)
             check_loss(batch.client, loss.item(), self.where)
             (gradients[batch.client],) = torch.autograd.grad(loss, leaf)
-            self._record_loss(batch, loss.item(), weight, own)
+            self._record_loss(batch, loss.item(), count)
         self._count(started, logits=len(outputs))
         return gradients
 
@@ -440,17 +439,16 @@ class Step:
         return self._counted()
 
     def _counted(self) -> dict[str, Backward]:
-        for batch, loss, weight, right in self._losses:
+        for batch, loss, count in self._losses:
             if batch.client in self._told:
-                self._round.record_loss(batch, loss, weight, right)
+                self._round.record_loss(batch, loss, count)
         return self._told
 
-    def _record_loss(self, batch: ClientBatch, loss: float, weight: float, logits: Any) -> None:
+    def _record_loss(self, batch: ClientBatch, loss: float, count: Count) -> None:
         """Keep a client's loss for the ledger: as it was first computed."""
         if id(batch) in self._unrecorded:
             self._unrecorded.discard(id(batch))
-            right = self._segment.criterion.count_correct(logits, batch.labels)
-            self._losses.append((batch, loss, weight, right))
+            self._losses.append((batch, loss, count))
 
     def _weights(self, batches: Sequence[ClientBatch]) -> dict[str, float]:
         """Return what each client's mean loss is multiplied with in the server's loss."""
