@@ -226,6 +226,14 @@ def _right(logits: Any, labels: Any) -> tuple[int, int]:
     return int(((logits.argmax(1) == labels) & counts).sum()), int(counts.sum())
 
 
+def is_plain_cross_entropy(loss: Loss) -> bool:
+    """Tell whether a loss is cross-entropy without any option."""
+    if type(loss) is not nn.CrossEntropyLoss:
+        return loss is functional.cross_entropy
+    options = (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing)
+    return options == (None, IGNORED, "mean", 0.0)
+
+
 def logits_of(output: Any) -> Any:
     """Return what a model's output has for logits: itself, or what is called so in it."""
     if isinstance(output, Tensor):
