@@ -1,11 +1,13 @@
 """One step of a method at the server: what it has in hand, and what it can do with it."""
 
+import copy
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.message.crossings import CutGradient, Smashed, fits, gradients_in
 from flsplit.message.request import Backward
+from flsplit.nested import cat_rows, map_tensors
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
 from flsplit.seeds import derive_seed, generator, seeded
@@ -122,6 +125,8 @@ class Step:
         self._unrecorded = set(map(id, self.batches))
         self._losses: list[tuple[ClientBatch, float, Count]] = []
         self._updated = False
+        self._before: dict[int, tuple[ServerSegment, dict[str, Any]]] = {}  # where rows are mixed
+        self._mixed = False
         self._calls: dict[tuple[str, ...], int] = {}
         # By segment, as at its last update.
         self._buffers: dict[int, tuple[ServerSegment, list[Tensor]]] = {}
@@ -221,10 +226,12 @@ class Step:
             One batch without an owner, for :meth:`gradients`. The order follows the run's seed.
         """
         smashed = self.pooled()
-        labels = torch.cat([batch.labels for batch in self.batches])
+        labels = cat_rows([batch.labels for batch in self.batches])
         order = torch.from_numpy(self.rng.permutation(len(smashed))).to(smashed.device)
         for rows in torch.split(order, batch_size):
-            yield [ClientBatch(POOL, smashed[rows], labels[rows], len(rows))]
+            self._mixed = True
+            own = map_tensors(lambda tensor: tensor[rows], labels)  # noqa: B023
+            yield [ClientBatch(POOL, smashed[rows], own, len(rows))]
 
     def forward(self, rows: Tensor, *, graph: bool = True, moves_buffers: bool = True) -> Forward:
         """Run rows through the server segment: the clients' own, or some that a method made up.
@@ -329,6 +336,9 @@ class Step:
                 if id(segment) in self._buffers:
                     segment.put_buffers(self._buffers[id(segment)][1])
                 raise
+        if self._mixed and id(segment) not in self._before:
+            # Whose rows can't be computed may turn out later: the step is then done without them.
+            self._before[id(segment)] = segment, copy.deepcopy(segment.state_dict())
         segment.step(gradients, lr_factor)
         self._buffers.pop(id(segment), None)
         self._updated = True
@@ -436,6 +446,8 @@ class Step:
         """Return what clients were told before the step failed; all else is as if it never was."""
         for segment, before in self._buffers.values():
             segment.put_buffers(before)
+        for segment, state in self._before.values():
+            segment.load_state_dict(state)
         return self._counted()
 
     def _counted(self) -> dict[str, Backward]:

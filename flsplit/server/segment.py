@@ -86,14 +86,15 @@ class ServerSegment:
                 logits = self._computed(smashed, extra, moves_buffers=moves_buffers)
         except DataError:  # labels are out of range in a model that computes its own loss
             raise
-        except TORCH_ERRORS as error:
+        except Exception as error:  # a user's model may raise anything
+            kind = "" if isinstance(error, TORCH_ERRORS) else f"{type(error).__name__}: "
             if "more than 1 value per channel" in str(error):
                 raise DataError(
                     f"BatchNorm in the server segment can't train on a batch of one "
                     f"({described(smashed)}); use another batch-size, or drop-last"
                 ) from error
             raise SegmentMismatchError(
-                f"the server segment can't take {described(smashed)}: {error}"
+                f"the server segment can't take {described(smashed)}: {kind}{error}"
             ) from error
         return logits
 
