@@ -223,6 +223,15 @@ def test_epsl_says_that_it_needs_logits():
         EPSL(model=OwnLoss(), cut="body", loss=ModelLoss(), phi=0.5)
 
 
+def test_epsl_says_what_output_it_takes():
+    data = TensorDataset(INPUTS, CLASSES)
+    app = client_app(model=OwnLoss, cut="body", data=lambda _: data, device="cpu")
+    model = OwnLoss()
+    strategy = EPSL(model=model, cut="body", loss=_entropy, device="cpu")
+    with pytest.raises(DataError, match="one tensor each; the model's output is a dict"):
+        strategy.start(LocalGrid(app, 2, progress=False), ArrayRecord(model.state_dict()), 1)
+
+
 class Uncertain(nn.Module):
     def __init__(self):
         super().__init__()
