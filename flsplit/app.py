@@ -14,6 +14,7 @@ from flsplit.carry.session.host import serve_session
 from flsplit.client.handlers import add_handlers, answering_errors
 from flsplit.client.spec import ClientSpec, OptimizerFactory, Unpack
 from flsplit.client_parts import ClientPart
+from flsplit.losses import Loss
 from flsplit.message.arrays import readable
 
 
@@ -29,6 +30,7 @@ def client_app(
     unpack: Unpack | None = None,
     share: Sequence[str] = (),
     auxiliary: BuildAuxiliary | None = None,
+    loss: Loss | None = None,
     client_parts: Sequence[type[ClientPart]] = (),
     mods: list[Mod] | None = None,
 ) -> ClientApp:
@@ -68,6 +70,10 @@ def client_app(
         Builds the auxiliary model of decoupled methods from the shape of one row of smashed
         data and the number of classes; the strategy gets the same function. Not needed for those
         that flsplit builds.
+    loss : callable, optional
+        The loss with which decoupled methods train here, on the auxiliary model's logits: the same
+        as the strategy's, where that is another than plain cross-entropy. All other methods
+        compute the loss at the server.
     client_parts : sequence of type, optional
         Classes of client parts that a strategy may ask for by name, beside those that are
         installed (entry-point group ``flsplit.client_parts``).
@@ -94,6 +100,7 @@ def client_app(
         unpack=unpack,
         share=share,
         auxiliary=auxiliary,
+        loss=loss,
         client_parts=client_parts,
     )
     app = ClientApp(mods=[_readable, *mods] if mods else None)

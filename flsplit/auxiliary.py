@@ -2,19 +2,20 @@
 
 Both sides build the same module from a kind, the shape of one row of smashed data and the number
 of classes; the weights come from the server. What is used of an auxiliary model is the gradient
-of its own cross-entropy by its input, so its output always has the shape of a cut-layer gradient.
+of its own loss by its input, so its output always has the shape of a cut-layer gradient.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from flsplit.cut import Split
-from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
-from flsplit.losses import check_classes
+from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError, located
+from flsplit.losses import Criterion
 
 LINEAR, FIRST_STAGE, GIVEN = "linear", "first-stage", "given"
 KINDS = (LINEAR, FIRST_STAGE, GIVEN)
@@ -177,8 +178,14 @@ def _rows(shape: Sequence[int], like: nn.Module) -> Tensor:
     return torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
 
 
-def auxiliary_loss(module: nn.Module, smashed: Tensor, labels: Tensor) -> Tensor:
-    """Return an auxiliary model's mean cross-entropy; errors say which shape didn't fit."""
+CROSS_ENTROPY = Criterion(functional.cross_entropy, torch.device("cpu"))
+"""The loss of an auxiliary model if nothing else is said; it has no tensors."""
+
+
+def auxiliary_loss(
+    module: nn.Module, smashed: Tensor, labels: Any, criterion: Criterion = CROSS_ENTROPY
+) -> Tensor:
+    """Return an auxiliary model's mean loss; errors say which shape didn't fit."""
     try:
         logits = module(smashed.clone())  # an in-place first operation fails on a leaf
     except TORCH_ERRORS as error:
@@ -190,23 +197,21 @@ def auxiliary_loss(module: nn.Module, smashed: Tensor, labels: Tensor) -> Tensor
         raise SegmentMismatchError(
             f"the auxiliary model can't take smashed data of shape {tuple(smashed.shape)}: {error}"
         ) from error
-    check_classes(logits, labels)
-    try:
-        return functional.cross_entropy(logits, labels)
-    except TORCH_ERRORS as error:
-        raise DataError(
-            f"the auxiliary model's cross-entropy can't take logits of shape "
-            f"{tuple(logits.shape)} with labels of shape {tuple(labels.shape)} and dtype "
-            f"{labels.dtype}: {error}"
-        ) from error
+    with located("the auxiliary model"):
+        return criterion(logits, labels)[0]
 
 
 def emulated_gradient(
-    module: nn.Module, smashed: Tensor, labels: Tensor, *, create_graph: bool = False
+    module: nn.Module,
+    smashed: Tensor,
+    labels: Any,
+    criterion: Criterion = CROSS_ENTROPY,
+    *,
+    create_graph: bool = False,
 ) -> Tensor:
     """Return ĝ: the gradient of the auxiliary model's mean loss by the smashed data."""
     leaf = smashed.detach().requires_grad_(True)
-    loss = auxiliary_loss(module, leaf, labels)
+    loss = auxiliary_loss(module, leaf, labels, criterion)
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=create_graph)
     return gradient
 

@@ -47,8 +47,8 @@ class MethodError(FlsplitError, ValueError):
     """A method did something with a step that it can't: the method is named, not a client."""
 
 
-OF_A_BATCH = (DataError, SegmentMismatchError, NonFiniteError)
-"""What a client's batch can be the cause of."""
+OF_A_BATCH = (DataError, SegmentMismatchError, NonFiniteError, ConfigError)
+"""What a client's batch can be the cause of: also of a loss or a metric that fails."""
 
 
 class NotEnoughClientsError(FlsplitError, RuntimeError):

@@ -1,15 +1,18 @@
 """Losses as users give them: what they return, what labels they take, how their means add up."""
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError
-from flsplit.nested import map_tensors, num_rows, tensors_of
+from flsplit.nested import map_tensors, num_rows, tensors_of, to_device
 
 Loss = Callable[[Any, Any], Any]
 """Takes the model's output and the labels; returns the mean loss, a scalar tensor, or a pair of
@@ -56,8 +59,28 @@ class ModelLoss:
         return loss
 
 
+class Count(NamedTuple):
+    """What a mean loss is over, and how many of its predictions are right.
+
+    Attributes
+    ----------
+    weight : float
+        What the mean counts among others: labels that aren't ignored, the sum of their classes'
+        weights, or rows.
+    correct, classified : int
+        Right predictions, and of how many; 0 of 0 where that means nothing.
+    """
+
+    weight: float
+    correct: int = 0
+    classified: int = 0
+
+
 class Criterion:
-    """A user's loss, and what is known about it.
+    """A user's loss, and what can be seen of how it is computed.
+
+    torch's own losses are watched while it computes: where one of them gives the mean itself, what
+    the mean is over is known, whatever wraps it and however logits and labels were reshaped.
 
     Parameters
     ----------
@@ -73,28 +96,19 @@ class Criterion:
     """
 
     def __init__(self, loss: Loss, device: torch.device) -> None:
-        if isinstance(loss, nn.Module):
-            if learnt := [name for name, p in loss.named_parameters() if p.requires_grad]:
-                raise ConfigError(
-                    f"loss has parameters of its own ({', '.join(learnt[:3])}), which no optimizer "
-                    "would train: make them parameters of the model, after the cut, and let it "
-                    "return what the loss needs of them"
-                )
-            loss = loss.to(device)
-        self._loss = loss
+        self._loss = _moved(loss, device)
         self.argument = loss.argument if isinstance(loss, ModelLoss) else None
         """The argument of the model's forward that takes the labels, if it computes the loss."""
-        kind, options = _unwrapped(loss)
-        self._is_cross_entropy = kind in (functional.cross_entropy, functional.nll_loss)
-        self._is_binary = kind is functional.binary_cross_entropy_with_logits
-        weight = options.get("weight")
-        self._weight = weight.to(device) if isinstance(weight, Tensor) else None
-        ignored = options.get("ignore_index", IGNORED)
-        self.ignored = ignored if isinstance(ignored, int) else IGNORED
-        """The class label that doesn't count."""
-        self._is_mean = options.get("reduction", "mean") == "mean"
+        self._of_model: list[_Call] = []
 
-    def __call__(self, output: Any, labels: Any) -> tuple[Tensor, float]:
+    @contextmanager
+    def watching_model(self) -> Iterator[None]:
+        """Watch a model that computes its own loss, which is to be judged next."""
+        with _Watch() as watch:
+            yield
+        self._of_model = watch.calls
+
+    def __call__(self, output: Any, labels: Any) -> tuple[Tensor, Count]:
         """Return the mean loss, and what it counts in a mean over several batches.
 
         Raises
@@ -104,51 +118,120 @@ class Criterion:
         ConfigError
             If the loss isn't one, or can't be differentiated.
         """
-        if self._is_cross_entropy and isinstance(output, Tensor) and isinstance(labels, Tensor):
-            check_classes(output, labels, self.ignored)
-        try:
-            loss = self._loss(output, labels)
-        except TORCH_ERRORS as error:
-            if isinstance(error, ConfigError):
+        with _Watch() as watch:
+            try:
+                loss = self._loss(output, labels)
+            except (ConfigError, DataError):
                 raise
-            raise DataError(
-                f"the loss can't take logits of {_described(output)} with labels of "
-                f"{_described(labels)}: {error}"
-            ) from error
+            except Exception as error:  # a function of the user's may raise anything
+                kind = "" if isinstance(error, TORCH_ERRORS) else f"{type(error).__name__}: "
+                raise DataError(
+                    f"the loss can't take logits of {_described(output)} with labels of "
+                    f"{_described(labels)}: {kind}{error}"
+                ) from error
+        calls, self._of_model = self._of_model + watch.calls, []
         if isinstance(loss, tuple) and len(loss) == 2 and all(map(_is_scalar, loss)):
-            total, count = loss
-            return _checked(total / count, output), float(count)
-        return _checked(loss, output), self._count(output, labels)
+            total, weight = loss
+            mean, weight = total / weight, float(weight)
+        else:
+            mean = total = loss
+            weight = None
+        mean = _checked(mean, output)
+        call = next((one for one in calls if one.result is total), None)
+        if weight is None:
+            weight = call.weight() if call else None
+        right = call.right() if call else _right(logits_of(output), labels)
+        return mean, Count(float(num_rows(labels)) if weight is None else weight, *right)
 
-    def _count(self, output: Any, labels: Any) -> float:
-        """Return how many labels a mean is over; rows, if the loss is none of torch's own."""
-        known = self._is_cross_entropy and self._is_mean and isinstance(labels, Tensor)
-        if not known or labels.is_floating_point():
-            return float(num_rows(labels))
-        counts = labels != self.ignored
-        if self._weight is None:
-            return float(counts.sum())
-        return float(self._weight[labels[counts]].sum())
 
-    def count_correct(self, output: Any, labels: Any) -> tuple[int, int]:
-        """Return how many predictions are right, and of how many.
+class _Call(NamedTuple):
+    """A call of one of torch's own losses."""
 
-        There are none unless labels are class indices ``(b,)`` beside logits ``(b, C)``; for
-        torch's own cross-entropy also ``(b, ...)`` beside ``(b, C, ...)``, and for its binary one
-        a label per logit, one in a row.
-        """
-        logits = logits_of(output)
-        if not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
+    function: Callable[..., Tensor]
+    options: dict[str, Any]
+    result: Tensor
+
+    @property
+    def _counts(self) -> Tensor:
+        ignored: int = self.options.get("ignore_index", IGNORED)
+        return torch.ne(self.options["target"], ignored)
+
+    def weight(self) -> float | None:
+        """Return how many labels a mean is over, None if rows say it."""
+        options, logits, labels = self.options, self.options["input"], self.options["target"]
+        if self.function not in _CROSS_ENTROPY or options.get("reduction", "mean") != "mean":
+            return None
+        if labels.is_floating_point():  # class probabilities
+            return float(labels.numel() / logits.shape[_class_dim(logits)])
+        if (weight := options.get("weight")) is None:
+            return float(self._counts.sum())
+        return float(weight[labels[self._counts]].sum())
+
+    def right(self) -> tuple[int, int]:
+        """Return how many predictions are right, and of how many."""
+        logits, labels = self.options["input"], self.options["target"]
+        if self.function is functional.binary_cross_entropy_with_logits:
+            if logits.numel() != len(logits):  # several labels a row
+                return 0, 0
+            return int(((logits > 0) == (labels > 0.5)).sum()), labels.numel()
+        if labels.is_floating_point():
             return 0, 0
-        if self._is_binary and labels.shape == logits.shape and logits.numel() == len(logits):
-            return int(((logits > 0) == (labels > 0.5)).sum()), len(labels)
-        if labels.is_floating_point() or logits.ndim != labels.ndim + 1 or logits.shape[1] < 2:
-            return 0, 0
-        if labels.ndim != 1 and not self._is_cross_entropy:
-            return 0, 0  # which dimension classes are in, and if labels are shifted, is not known
-        right = logits.argmax(1) == labels
-        counts = labels != self.ignored
-        return int((right & counts).sum()), int(counts.sum())
+        found = (logits.argmax(_class_dim(logits)) == labels) & self._counts
+        return int(found.sum()), int(self._counts.sum())
+
+
+class _Watch(TorchFunctionMode):
+    """Notes calls of torch's own losses, and checks that class labels are in range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``."""
+        given = dict(kwargs or {})
+        if func not in _NAMES:
+            return func(*args, **given)
+        options = dict(zip(_NAMES[func], args, strict=False)) | given
+        if func is not functional.binary_cross_entropy_with_logits:
+            ignored = options.get("ignore_index", IGNORED) if func in _CROSS_ENTROPY else None
+            check_classes(options["input"], options["target"], ignored)
+        result = func(*args, **given)
+        self.calls.append(_Call(func, options, result))
+        return result
+
+
+_CROSS_ENTROPY = (functional.cross_entropy, functional.nll_loss)
+_WATCHED = (
+    *_CROSS_ENTROPY,
+    functional.binary_cross_entropy_with_logits,
+    functional.multi_margin_loss,
+)
+_NAMES = {one: tuple(inspect.signature(one).parameters) for one in _WATCHED}
+
+
+def _class_dim(logits: Tensor) -> int:
+    return min(1, logits.ndim - 1)
+
+
+def _right(logits: Any, labels: Any) -> tuple[int, int]:
+    """Return how many of class indices ``(b,)`` logits ``(b, C)`` have right, for any loss."""
+    if not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
+        return 0, 0
+    if labels.is_floating_point() or labels.ndim != 1 or logits.ndim != 2 or logits.shape[1] < 2:
+        return 0, 0
+    counts = labels >= 0
+    return int(((logits.argmax(1) == labels) & counts).sum()), int(counts.sum())
+
+
+def is_plain_cross_entropy(loss: Loss) -> bool:
+    """Tell whether a loss is cross-entropy without any option."""
+    if type(loss) is not nn.CrossEntropyLoss:
+        return loss is functional.cross_entropy
+    options = (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing)
+    return options == (None, IGNORED, "mean", 0.0)
 
 
 def logits_of(output: Any) -> Any:
@@ -160,7 +243,7 @@ def logits_of(output: Any) -> Any:
     return getattr(output, "logits", None)
 
 
-def check_classes(logits: Tensor, labels: Tensor, ignored: int = IGNORED) -> None:
+def check_classes(logits: Tensor, labels: Tensor, ignored: int | None) -> None:
     """Raise DataError if class labels (integers, beside logits ``(b, C, ...)``) are out of range.
 
     On a GPU torch would end the process instead of raising.
@@ -168,8 +251,10 @@ def check_classes(logits: Tensor, labels: Tensor, ignored: int = IGNORED) -> Non
     is_class_index = not labels.is_floating_point() and logits.ndim == labels.ndim + 1
     if not is_class_index or labels.numel() == 0:
         return
-    num_classes = logits.shape[1]
-    wrong = ((labels >= num_classes) | (labels < 0)) & (labels != ignored)
+    num_classes = logits.shape[_class_dim(logits)]
+    wrong = (labels >= num_classes) | (labels < 0)
+    if ignored is not None:
+        wrong &= labels != ignored
     if bool(wrong.any()):
         raise DataError(
             f"label {int(labels[wrong][0])} is out of range: the model has {num_classes} classes, "
@@ -177,24 +262,20 @@ def check_classes(logits: Tensor, labels: Tensor, ignored: int = IGNORED) -> Non
         )
 
 
-_FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.CrossEntropyLoss: functional.cross_entropy,
-    nn.NLLLoss: functional.nll_loss,
-    nn.BCEWithLogitsLoss: functional.binary_cross_entropy_with_logits,
-}
-
-
-def _unwrapped(loss: Any) -> tuple[Any, dict[str, Any]]:
-    """Return torch's function behind a loss, and the options that it is called with."""
-    options: dict[str, Any] = {}
-    while isinstance(loss, partial):
-        options = loss.keywords | options
-        loss = loss.func
-    if type(loss) in _FUNCTIONS:
-        names = ("weight", "ignore_index", "reduction", "label_smoothing")
-        own = {name: getattr(loss, name) for name in names if hasattr(loss, name)}
-        return _FUNCTIONS[type(loss)], own | options
-    return loss, options
+def _moved(loss: Any, device: torch.device) -> Any:
+    """Return a loss with its tensors on ``device``; raise ConfigError if it would be trained."""
+    if isinstance(loss, partial):
+        keywords = to_device(loss.keywords, device)
+        return partial(_moved(loss.func, device), *to_device(loss.args, device), **keywords)
+    if not isinstance(loss, nn.Module):
+        return loss
+    if learnt := [name for name, p in loss.named_parameters() if p.requires_grad]:
+        raise ConfigError(
+            f"loss has parameters of its own ({', '.join(learnt[:3])}), which no optimizer "
+            "would train: make them parameters of the model, after the cut, and let it "
+            "return what the loss needs of them"
+        )
+    return loss.to(device)
 
 
 def _is_scalar(thing: object) -> bool:

@@ -1,6 +1,6 @@
 """Batches are nestings of tensors: tuples, named tuples, lists and mappings, in one another."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,12 @@ def leaves_of(
 def tensors_of(tree: Any) -> list[Tensor]:
     """Return the tensors in a nesting, in its order."""
     return [leaf for _, leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
+
+
+def cat_rows(trees: Sequence[Any]) -> Any:
+    """Return nestings of the same places, with the tensors at each concatenated."""
+    columns = iter(zip(*map(tensors_of, trees), strict=True))
+    return map_tensors(lambda _: torch.cat(next(columns)), trees[0])
 
 
 def num_rows(labels: Any) -> int:

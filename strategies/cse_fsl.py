@@ -90,7 +90,7 @@ class CSEFSL(DecoupledStrategy):
         if not self.uploads_auxiliary:
             return None
         with keeping_buffers(self._copy):
-            return emulated_gradient(self._copy, smashed, labels)
+            return emulated_gradient(self._copy, smashed, labels, self.server.criterion)
 
     def end_round(self, round_: Round, finished: Mapping[str, FinishReply]) -> None:
         """Average the auxiliary models beside the client segments."""

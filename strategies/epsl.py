@@ -198,7 +198,7 @@ class EPSL(ParallelStrategy):
         return 'server forward has the second pass of aggregation = "replay"'
 
 
-def _logit_gradients(step: Step, outputs: Tensor) -> list[Tensor]:
+def _logit_gradients(step: Step, outputs: Any) -> list[Tensor]:
     """Return each client's gradient of its mean loss by its logits ``(b, C)``.
 
     Raises
@@ -207,12 +207,19 @@ def _logit_gradients(step: Step, outputs: Tensor) -> list[Tensor]:
         If these are not a classifier's logits and labels.
     """
     for batch in step.batches:
-        if outputs.ndim != 2 or batch.labels.ndim != 1 or batch.labels.is_floating_point():
+        labels = batch.labels
+        if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+            raise DataError(
+                f"client {batch.client!r}: EPSL aggregates a classifier's gradients, with logits "
+                "(b, C) and class indices (b,), one tensor each; the model's output is a "
+                f"{type(outputs).__name__}, the labels a {type(labels).__name__}"
+            )
+        if outputs.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
             raise DataError(
                 f"client {batch.client!r}: EPSL aggregates a classifier's gradients, with logits "
                 f"(b, C) and class indices (b,); these are logits "
-                f"{(len(batch), *outputs.shape[1:])} and labels {tuple(batch.labels.shape)} of "
-                f"{batch.labels.dtype}"
+                f"{(len(batch), *outputs.shape[1:])} and labels {tuple(labels.shape)} of "
+                f"{labels.dtype}"
             )
     return list(step.logit_gradients(outputs).values())
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flsplit.auxiliary import cosine, emulated_gradient
+from flsplit.auxiliary import CROSS_ENTROPY, cosine, emulated_gradient
 from flsplit.errors import ConfigError, MethodError
 from flsplit.log import logger
+from flsplit.losses import Criterion
 from flsplit.message.optimizer_state import get_state, set_state
+from flsplit.nested import shapes_of
 from flsplit.optimizers import UserOptimizer
 from flsplit.run import DecoupledStrategy, Round
 from flsplit.run.decoupled import AuxiliarySent
@@ -154,7 +156,11 @@ class FSLSAGE(DecoupledStrategy):
 
     def _new(self) -> "AlignedAuxiliary":
         return AlignedAuxiliary(
-            self.new_auxiliary(), self.auxiliary_optimizer, self.auxiliary_lr, self.buffer_size
+            self.new_auxiliary(),
+            self.auxiliary_optimizer,
+            self.auxiliary_lr,
+            self.buffer_size,
+            self.server.criterion,
         )
 
     def _is_due(self, round_: Round) -> bool:
@@ -234,8 +240,13 @@ class UploadBuffer:
         Raises
         ------
         MethodError
-            If its rows have another shape than those before.
+            If its rows have another shape than those before, or labels are several tensors.
         """
+        if not isinstance(labels, Tensor):
+            raise MethodError(
+                "FSL-SAGE keeps labels that are one tensor, but these are "
+                f"{shapes_of(labels)}; take CSE-FSL"
+            )
         if self.smashed is not None and self.labels is not None:
             if self.smashed.shape[1:] != smashed.shape[1:]:
                 raise MethodError(
@@ -283,11 +294,19 @@ class AlignedAuxiliary:
         Its learning rate.
     buffer_size : int
         Samples that the buffer keeps.
+    criterion : Criterion
+        The loss.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: Callable[..., Optimizer], lr: float, buffer_size: int
+        self,
+        module: nn.Module,
+        optimizer: Callable[..., Optimizer],
+        lr: float,
+        buffer_size: int,
+        criterion: Criterion = CROSS_ENTROPY,
     ) -> None:
+        self.criterion = criterion
         self.module = module
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.optimizer = UserOptimizer("auxiliary_optimizer", optimizer, named, lr)
@@ -298,7 +317,7 @@ class AlignedAuxiliary:
     def emulate(self, smashed: Tensor, labels: Tensor) -> Tensor:
         """Return ĝ of a batch; nothing changes."""
         with keeping_buffers(self.module):
-            return emulated_gradient(self.module, smashed, labels)
+            return emulated_gradient(self.module, smashed, labels, self.criterion)
 
     def align(self, segment: ServerSegment, epochs: int, seed: int) -> AlignmentOutcome:
         """Label the buffer with the server segment as it is now, and fit the model to that.
@@ -357,7 +376,9 @@ class AlignedAuxiliary:
 
     def _fit(self, smashed: Tensor, labels: Tensor, targets: Tensor) -> None:
         """Do one optimizer step on Σ ‖ĝ − target‖², differentiating ĝ itself."""
-        gradient = emulated_gradient(self.module, smashed, labels, create_graph=True)
+        gradient = emulated_gradient(
+            self.module, smashed, labels, self.criterion, create_graph=True
+        )
         error = (gradient - targets).pow(2).sum()
         self.optimizer.zero_grad()
         error.backward()  # type: ignore[no-untyped-call]

@@ -200,6 +200,8 @@ class GAPSL(ParallelStrategy):
         alignment = self.align(gram, step)
         weights = self._weights(step, alignment)
         step.update(found.clients.combine(self._coefficients(weights, alignment, gram).tolist()))
+        # Only now: a step that fails is done again without the client that it fails for.
+        self._extremes = self._extremes_with(alignment.dispersion)
         pairs = zip(step.clients, alignment.kept, strict=True)
         told = [c for c, kept in pairs if kept or self.excluded_clients == "own_gradient"]
         step.reply({client: found.cut_gradients[client] for client in told})
@@ -229,14 +231,15 @@ class GAPSL(ParallelStrategy):
         )
 
     def _ratio(self, dispersion: float, progress: float) -> float:
-        """Return K in percent, and remember the extremes of the dispersion."""
-        low = min([dispersion, *self._extremes])
-        high = max([dispersion, *self._extremes])
-        self._extremes = [low, high]
+        """Return K in percent."""
+        low, high = self._extremes_with(dispersion)
         if high == low:
             return self.k_min
         spread = (high - dispersion) / (high - low)
         return self.k_min + progress * spread * (self.k_max - self.k_min)
+
+    def _extremes_with(self, dispersion: float) -> list[float]:
+        return [min([dispersion, *self._extremes]), max([dispersion, *self._extremes])]
 
     def _leaders(self, scores: Floats, ratio: float, step: Step) -> NDArray[np.bool_]:
         count = max(ceil_fraction(ratio / 100, len(scores)), 1)
@@ -286,14 +289,13 @@ class GAPSL(ParallelStrategy):
 
     def _norms(self, gram: Floats, step: Step) -> Floats:
         for name, square in zip(step.clients, gram.diagonal(), strict=True):
-            if not math.isfinite(square):
-                raise NonFiniteError(
-                    f"the server gradient of client {name!r} is NaN or infinite: it has no angle"
-                )
-            if square == 0.0:
-                raise NonFiniteError(
-                    f"the server gradient of client {name!r} is zero: it has no angle to others"
-                )
+            if not (math.isfinite(square) and square):
+                what = "zero: it has no angle to others"
+                if square:
+                    what = "NaN or infinite: it has no angle"
+                error = NonFiniteError(f"the server gradient of client {name!r} is {what}")
+                error.client = name
+                raise error
         norms: Floats = np.sqrt(gram.diagonal())
         return norms
 

@@ -2,20 +2,24 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flsplit.auxiliary import GIVEN, auxiliary_loss, build_auxiliary
 from flsplit.client.spec import ClientSpec
 from flsplit.client.state import AuxiliaryState
 from flsplit.cut import Split
-from flsplit.errors import NonFiniteError, SegmentMismatchError
+from flsplit.errors import ConfigError, NonFiniteError, SegmentMismatchError
 from flsplit.finite import total_norm
 from flsplit.log import logger
+from flsplit.losses import Criterion
 from flsplit.message.arrays import check_like
 from flsplit.message.local_steps import AuxiliaryPlan
 from flsplit.message.optimizer_state import get_state, set_state
+from flsplit.nested import to_device
 from flsplit.optimizers import UserOptimizer
 from flsplit.seeds import seeded
 from flsplit.untrained import keeping_buffers, load_state, names_of_buffers, put
@@ -39,6 +43,18 @@ class Auxiliary:
                 "the same function to the strategy",
                 plan.kind,
             )
+        if plan.given_loss and spec.loss is None:
+            raise ConfigError(
+                "the strategy's loss is not plain cross-entropy, and clients of this method compute"
+                " the loss themselves: pass the same function as client_app(loss=…)"
+            )
+        if spec.loss is not None and not plan.given_loss:
+            logger.warning(
+                "the loss of client_app is not used: the strategy's is cross-entropy; pass the "
+                "same function to the strategy"
+            )
+        loss = spec.loss if plan.given_loss and spec.loss else functional.cross_entropy
+        self.criterion = Criterion(loss, device)
         with seeded(0, device):  # the weights come from the server or from a stored state
             self.module = build_auxiliary(
                 plan.kind, plan.shape, plan.num_classes, given=spec.auxiliary, parts=parts
@@ -53,8 +69,8 @@ class Auxiliary:
     def fits(self, plan: AuxiliaryPlan) -> bool:
         """Tell whether this is the module that ``plan`` describes."""
         own = self.plan
-        return (own.kind, own.shape, own.num_classes, own.train) == (
-            plan.kind, plan.shape, plan.num_classes, plan.train,
+        return (own.kind, own.shape, own.num_classes, own.train, own.given_loss) == (
+            plan.kind, plan.shape, plan.num_classes, plan.train, plan.given_loss,
         )  # fmt: skip
 
     def begin(self, plan: AuxiliaryPlan) -> None:
@@ -71,7 +87,7 @@ class Auxiliary:
         load_state(self.module, given)
         self.version = version
 
-    def gradient(self, smashed: Tensor, labels: Tensor, seed: int) -> Tensor:
+    def gradient(self, smashed: Tensor, labels: Any, seed: int) -> Tensor:
         """Return ĝ of a batch; where the client trains the model, it then takes a step itself.
 
         Raises
@@ -88,7 +104,9 @@ class Auxiliary:
         leaf = smashed.detach().to(self.parameters[0]).requires_grad_(True)
         with nullcontext() if train else keeping_buffers(self.module):
             with seeded(seed, self.device):
-                loss = auxiliary_loss(self.module, leaf, labels.to(self.device))
+                loss = auxiliary_loss(
+                    self.module, leaf, to_device(labels, self.device), self.criterion
+                )
             wanted = [leaf, *self.parameters] if train else [leaf]
             found = torch.autograd.grad(loss, wanted, allow_unused=True)
         gradient = found[0]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from flsplit.auxiliary import BuildAuxiliary
 from flsplit.client_parts import ClientPart
 from flsplit.errors import ConfigError
+from flsplit.losses import Loss
 
 OptimizerFactory = Callable[..., Optimizer]
 """Called as ``factory(parameters, lr=…)``: a torch optimizer class or a ``functools.partial``."""
@@ -35,6 +36,7 @@ class ClientSpec:
     max_grad_norm: float | None = None
     unpack: Unpack | None = None
     auxiliary: BuildAuxiliary | None = None
+    loss: Loss | None = None
     client_parts: Sequence[type[ClientPart]] = ()
 
     def __post_init__(self) -> None:
@@ -49,6 +51,8 @@ class ClientSpec:
                 raise ConfigError(f"{name} is {found!r}, expected a function")
         if self.auxiliary is not None and not callable(self.auxiliary):
             raise ConfigError(f"auxiliary is {self.auxiliary!r}, expected a function")
+        if self.loss is not None and not callable(self.loss):
+            raise ConfigError(f"loss is {self.loss!r}, expected a function")
         for one in self.client_parts:
             if not (isinstance(one, type) and issubclass(one, ClientPart) and one.name):
                 raise ConfigError(

@@ -59,6 +59,8 @@ class AuxiliaryPlan(Fields):
         Whether the client trains it on its own loss.
     lr : float
         The learning rate for that.
+    given_loss : bool
+        Whether its loss is the client's own, as the strategy's is not plain cross-entropy.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class AuxiliaryPlan(Fields):
     version: Annotated[int, In(least=0)]
     train: bool
     lr: Annotated[float, In(least=0.0)]
+    given_loss: bool = False
 
 
 def _put_uploads(records: dict[str, Record], uploads: Mapping[int, Batch]) -> None:

@@ -21,9 +21,11 @@ from flsplit.auxiliary import (
 from flsplit.cut.flops import forward_flops
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
+from flsplit.losses import ModelLoss, is_plain_cross_entropy
 from flsplit.message.local_steps import AuxiliaryPlan, LocalReply, LocalRequest
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.message.steps import FinishReply
+from flsplit.nested import shapes_of
 from flsplit.run.ahead import FurtherParts
 from flsplit.run.held_memory import HeldMemory
 from flsplit.run.options import of_kind
@@ -98,6 +100,11 @@ class DecoupledStrategy(SplitStrategy):
                 "the shape of a row and the number of classes"
             )
         super().__init__(**options)
+        if isinstance(self.options.loss, ModelLoss):
+            raise ConfigError(
+                f"{type(self).__name__} needs a loss of logits and labels for its auxiliary "
+                "models, which ModelLoss keeps in the model"
+            )
 
     # --- what the planner and a fleet's clock ask ----------------------------------------
 
@@ -228,11 +235,11 @@ class DecoupledStrategy(SplitStrategy):
         segment = self.server
         segment.module.eval()
         logits = segment.forward(segment.receive(torch.zeros(1, *row)))
-        if logits.ndim != 2:
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise ConfigError(
                 f"{type(self).__name__} needs a model that gives logits (b, classes), but the "
                 f"server segment turns smashed data of shape {(1, *row)} into "
-                f"{tuple(logits.shape)}"
+                f"{shapes_of(logits)}"
             )
         return int(logits.shape[1])
 
@@ -306,6 +313,7 @@ class DecoupledStrategy(SplitStrategy):
                 version=sent.version,
                 train=self.trains_auxiliary,
                 lr=self.auxiliary_lr_in(round_),
+                given_loss=not is_plain_cross_entropy(self.options.loss),
             ),
         )
 

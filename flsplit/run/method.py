@@ -270,8 +270,10 @@ class SplitMethod(SaysPhases):
             except OF_A_BATCH as error:
                 first = first or error
                 told |= step.break_off()
-                bad = {error.client: error} if error.client else culprits(self.server, batches)
-                if not round_.others_than([*bad]) or not bad:
+                names = [one.client for one in batches]
+                pinned = error.client in names  # else it's nobody's, or of pooled rows
+                bad = {str(error.client): error} if pinned else culprits(self.server, batches)
+                if not bad or not round_.others_than([*bad]):
                     raise first from None
                 for client, why in bad.items():
                     round_.leave_out(client, index, why)

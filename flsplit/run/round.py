@@ -12,6 +12,7 @@ from flsplit.client_parts import ClientPart
 from flsplit.client_parts.chain import sent_down
 from flsplit.errors import FlsplitError, NotEnoughClientsError, located
 from flsplit.log import logger
+from flsplit.losses import Count
 from flsplit.message.local_steps import LocalReply, LocalRequest
 from flsplit.message.optimizer_state import OptimizerState
 from flsplit.message.request import Backward, Reply, Request, SegmentArrays
@@ -273,18 +274,15 @@ class Round:
 
     # --- keeping account -----------------------------------------------------------------
 
-    def record_loss(
-        self, batch: ClientBatch, loss: float, weight: float, right: tuple[int, int]
-    ) -> None:
+    def record_loss(self, batch: ClientBatch, loss: float, count: Count) -> None:
         """Count a client's mini-batch: its rows, its mean loss and its correct answers."""
-        correct, classified = right
         tally = self.tallies.setdefault(batch.client, Tally())
         for one in (tally, self._total):
             one.rows += len(batch)
-            one.loss += loss * weight
-            one.weight += weight
-            one.correct += correct
-            one.classified += classified
+            one.loss += loss * count.weight
+            one.weight += count.weight
+            one.correct += count.correct
+            one.classified += count.classified
 
     def record_alignment(self, rows: int, epochs: int, started: float) -> None:
         """Count the time of an auxiliary model's alignment on ``rows`` of smashed data."""

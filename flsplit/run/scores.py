@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flsplit.errors import TORCH_ERRORS, ConfigError
-from flsplit.losses import logits_of
+from flsplit.losses import Count, logits_of
 from flsplit.message.evaluate import EvaluateReply
 from flsplit.nested import num_rows, shapes_of, tensors_of, to_device
 from flsplit.server.segment import ServerSegment
@@ -32,22 +32,14 @@ class Scores:
         self._loss, self._weight, self._samples = 0.0, 0.0, 0
         self._correct, self._classified = 0, 0
 
-    def update(
-        self, output: Any, labels: Any, loss: float, weight: float, right: tuple[int, int]
-    ) -> None:
-        """Count a test batch: its mean loss, what that counts, and how many answers are right.
+    def update(self, output: Any, labels: Any, loss: float, count: Count) -> None:
+        """Count a test batch, its mean loss and what that is over.
 
         Raises
         ------
         ConfigError
-            If a metric can't take the logits or labels.
+            If a metric can't take the logits or labels; the batch isn't counted then.
         """
-        if weight:  # where all labels are ignored there is no mean
-            self._loss += loss * weight
-        self._weight += weight
-        self._samples += num_rows(labels)
-        self._correct += right[0]
-        self._classified += right[1]
         logits = logits_of(output)
         for name, metric in self._metrics.items():
             try:
@@ -57,6 +49,12 @@ class Scores:
                     f"metrics: {name!r} can't take logits of shape {shapes_of(logits)} with "
                     f"labels of shape {shapes_of(labels)}: {error}"
                 ) from error
+        if count.weight:  # where all labels are ignored there is no mean
+            self._loss += loss * count.weight
+        self._weight += count.weight
+        self._samples += num_rows(labels)
+        self._correct += count.correct
+        self._classified += count.classified
 
     def compute(self) -> dict[str, float]:
         """Return loss and metrics, nothing if no sample came."""
@@ -77,10 +75,9 @@ def update_all(scores: Sequence[Scores], segment: ServerSegment, reply: Evaluate
     """Run a test batch through the server segment, and count it in all ``scores``."""
     labels = to_device(reply.labels, segment.device)
     output = segment.forward(segment.receive(reply.smashed), labels)
-    loss, weight = segment.criterion(output, labels)
-    right = segment.criterion.count_correct(output, labels)
+    loss, count = segment.criterion(output, labels)
     for one in scores:
-        one.update(output, labels, float(loss), weight, right)
+        one.update(output, labels, float(loss), count)
 
 
 def _numbers(name: str, value: Any) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """One step of a method at the server: what it has in hand, and what it can do with it."""
 
+import copy
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,8 +16,10 @@ from torch import Tensor
 from flsplit.errors import MethodError, located
 from flsplit.finite import all_finite
 from flsplit.log import logger
+from flsplit.losses import Count
 from flsplit.message.crossings import CutGradient, Smashed, fits, gradients_in
 from flsplit.message.request import Backward
+from flsplit.nested import cat_rows, map_tensors
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
 from flsplit.seeds import derive_seed, generator, seeded
@@ -120,8 +123,10 @@ class Step:
         self._round, self._seed = round_, plan.seed
         self._told: dict[str, Backward] = {}
         self._unrecorded = set(map(id, self.batches))
-        self._losses: list[tuple[ClientBatch, float, float, tuple[int, int]]] = []
+        self._losses: list[tuple[ClientBatch, float, Count]] = []
         self._updated = False
+        self._before: dict[int, tuple[ServerSegment, dict[str, Any]]] = {}  # where rows are mixed
+        self._mixed = False
         self._calls: dict[tuple[str, ...], int] = {}
         # By segment, as at its last update.
         self._buffers: dict[int, tuple[ServerSegment, list[Tensor]]] = {}
@@ -204,8 +209,7 @@ class Step:
         self._round.entry.rows += found.rows
         for batch in batches:
             name = batch.client
-            loss, weight = found.losses[name], found.loss_weights[name]
-            self._record_loss(batch, loss, weight, found.logits[name])
+            self._record_loss(batch, found.losses[name], found.counts[name])
         return found
 
     def shuffled_rows(self, batch_size: int) -> Iterator[list[ClientBatch]]:
@@ -222,10 +226,12 @@ class Step:
             One batch without an owner, for :meth:`gradients`. The order follows the run's seed.
         """
         smashed = self.pooled()
-        labels = torch.cat([batch.labels for batch in self.batches])
+        labels = cat_rows([batch.labels for batch in self.batches])
         order = torch.from_numpy(self.rng.permutation(len(smashed))).to(smashed.device)
         for rows in torch.split(order, batch_size):
-            yield [ClientBatch(POOL, smashed[rows], labels[rows], len(rows))]
+            self._mixed = True
+            own = map_tensors(lambda tensor: tensor[rows], labels)  # noqa: B023
+            yield [ClientBatch(POOL, smashed[rows], own, len(rows))]
 
     def forward(self, rows: Tensor, *, graph: bool = True, moves_buffers: bool = True) -> Forward:
         """Run rows through the server segment: the clients' own, or some that a method made up.
@@ -263,10 +269,10 @@ class Step:
         gradients = {}
         for batch, own in zip(self.batches, split, strict=True):
             leaf = own.detach().requires_grad_()
-            loss, weight = client_loss(self._segment, leaf, batch)
+            loss, count = client_loss(self._segment, leaf, batch)
             check_loss(batch.client, loss.item(), self.where)
             (gradients[batch.client],) = torch.autograd.grad(loss, leaf)
-            self._record_loss(batch, loss.item(), weight, own)
+            self._record_loss(batch, loss.item(), count)
         self._count(started, logits=len(outputs))
         return gradients
 
@@ -330,6 +336,9 @@ class Step:
                 if id(segment) in self._buffers:
                     segment.put_buffers(self._buffers[id(segment)][1])
                 raise
+        if self._mixed and id(segment) not in self._before:
+            # Whose rows can't be computed may turn out later: the step is then done without them.
+            self._before[id(segment)] = segment, copy.deepcopy(segment.state_dict())
         segment.step(gradients, lr_factor)
         self._buffers.pop(id(segment), None)
         self._updated = True
@@ -437,20 +446,21 @@ class Step:
         """Return what clients were told before the step failed; all else is as if it never was."""
         for segment, before in self._buffers.values():
             segment.put_buffers(before)
+        for segment, state in self._before.values():
+            segment.load_state_dict(state)
         return self._counted()
 
     def _counted(self) -> dict[str, Backward]:
-        for batch, loss, weight, right in self._losses:
+        for batch, loss, count in self._losses:
             if batch.client in self._told:
-                self._round.record_loss(batch, loss, weight, right)
+                self._round.record_loss(batch, loss, count)
         return self._told
 
-    def _record_loss(self, batch: ClientBatch, loss: float, weight: float, logits: Any) -> None:
+    def _record_loss(self, batch: ClientBatch, loss: float, count: Count) -> None:
         """Keep a client's loss for the ledger: as it was first computed."""
         if id(batch) in self._unrecorded:
             self._unrecorded.discard(id(batch))
-            right = self._segment.criterion.count_correct(logits, batch.labels)
-            self._losses.append((batch, loss, weight, right))
+            self._losses.append((batch, loss, count))
 
     def _weights(self, batches: Sequence[ClientBatch]) -> dict[str, float]:
         """Return what each client's mean loss is multiplied with in the server's loss."""

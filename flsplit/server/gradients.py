@@ -21,6 +21,7 @@ from flsplit.errors import (
 )
 from flsplit.finite import all_finite, total_norm
 from flsplit.log import logger
+from flsplit.losses import Count
 from flsplit.message.crossings import (
     CutGradient,
     Smashed,
@@ -111,9 +112,8 @@ class StepGradients:
         server's loss over the client's weight.
     weights : dict of str to float
         What each client's mean loss counts in the server's.
-    loss_weights : dict of str to float
-        What each client's mean loss counts in a mean over several batches: how many labels it is
-        over, or the sum of their classes' weights.
+    counts : dict of str to Count
+        What each client's mean loss counts in a mean over several batches, and what is right.
     rows : int
         Rows that went through the server segment and back.
     clients : ClientGradients or None
@@ -125,7 +125,7 @@ class StepGradients:
     cut_gradients: dict[str, CutGradient]
     weights: dict[str, float]
     rows: int
-    loss_weights: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, Count] = field(default_factory=dict)
     clients: ClientGradients | None = None
     _server: ServerGradients | None = None
 
@@ -158,7 +158,7 @@ def pooled_gradients(
     for batch, logits in zip(batches, outputs, strict=True):
         loss, count = client_loss(segment, logits, batch)
         terms.append(weights[batch.client] * loss)
-        result.losses[batch.client], result.loss_weights[batch.client] = loss.item(), count
+        result.losses[batch.client], result.counts[batch.client] = loss.item(), count
         result.logits[batch.client] = map_tensors(torch.detach, logits)
     total = torch.stack(terms).sum()
     learning = [learning_in(leaf) for leaf in leaves]
@@ -298,7 +298,7 @@ def _twice_computed(
         },
         weights=dict(weights),
         rows=sum(len(batch) for batch in batches),
-        loss_weights=dict(zip(names, counts, strict=True)),
+        counts=dict(zip(names, counts, strict=True)),
         clients=products,
     )
 
@@ -309,7 +309,7 @@ def _add_client(
     """Add all of one client's gradients to ``result`` but the server's, which are returned."""
     own = pooled_gradients(segment, [batch], {batch.client: 1.0})
     result.losses |= own.losses
-    result.loss_weights |= own.loss_weights
+    result.counts |= own.counts
     result.logits |= own.logits
     result.cut_gradients |= own.cut_gradients
     result.rows += own.rows
@@ -342,7 +342,7 @@ def pool(smashed: Sequence[Tensor], batches: Sequence[ClientBatch]) -> Tensor:
     return torch.cat(list(smashed))
 
 
-def client_loss(segment: ServerSegment, logits: Any, batch: ClientBatch) -> tuple[Tensor, float]:
+def client_loss(segment: ServerSegment, logits: Any, batch: ClientBatch) -> tuple[Tensor, Count]:
     """Return one client's mean loss, and what it counts among others; errors name the client."""
     try:
         return segment.criterion(logits, batch.labels)

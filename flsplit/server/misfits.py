@@ -9,10 +9,10 @@ from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.cut import Crossing
-from flsplit.errors import DataError, FlsplitError, SegmentMismatchError
+from flsplit.errors import OF_A_BATCH, FlsplitError, SegmentMismatchError
 from flsplit.message.crossings import Smashed
 from flsplit.message.request import Batch, Reply, Request
-from flsplit.nested import leaves_of, map_tensors, to_device
+from flsplit.nested import leaves_of, to_device
 from flsplit.server.clients import Clients
 from flsplit.server.segment import ServerSegment
 
@@ -64,16 +64,16 @@ class Fits:
         return found | self._odd_rows({n: k for n, k in kinds.items() if k and n not in found})
 
     def _problem(self, smashed: Smashed, labels: Any) -> FlsplitError | None:
-        """Try a batch of a new kind; which classes its labels are is not the question here."""
+        """Try a batch of a new kind."""
         if (kind := _kind(smashed, labels)) in self._taken:
             return None
         segment, trains = self._segment, self._segment.module.training
         segment.module.eval()
         try:
             with torch.no_grad(), segment.keeping_buffers():
-                blank = map_tensors(torch.zeros_like, to_device(labels, segment.device))
-                segment.criterion(segment.forward(segment.receive(smashed), blank), blank)
-        except (SegmentMismatchError, DataError) as error:
+                given = to_device(labels, segment.device)
+                segment.criterion(segment.forward(segment.receive(smashed), given), given)
+        except OF_A_BATCH as error:
             return error
         finally:
             segment.module.train(trains)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -80,22 +80,30 @@ class ServerSegment:
         """
         argument = self.criterion.argument
         extra = {} if argument is None or labels is None else {argument: labels}
+        watching = self.criterion.watching_model() if extra else nullcontext()
         try:
-            if moves_buffers:
-                logits = self.module(smashed, **extra)
-            else:  # copies move: the backward pass may still need what this pass has left in them
-                copies = {name: one.clone() for name, one in self.module.named_buffers()}
-                logits = functional_call(self.module, copies, (smashed,), extra)
-        except TORCH_ERRORS as error:
+            with watching:
+                logits = self._computed(smashed, extra, moves_buffers=moves_buffers)
+        except DataError:  # labels are out of range in a model that computes its own loss
+            raise
+        except Exception as error:  # a user's model may raise anything
+            kind = "" if isinstance(error, TORCH_ERRORS) else f"{type(error).__name__}: "
             if "more than 1 value per channel" in str(error):
                 raise DataError(
                     f"BatchNorm in the server segment can't train on a batch of one "
                     f"({described(smashed)}); use another batch-size, or drop-last"
                 ) from error
             raise SegmentMismatchError(
-                f"the server segment can't take {described(smashed)}: {error}"
+                f"the server segment can't take {described(smashed)}: {kind}{error}"
             ) from error
         return logits
+
+    def _computed(self, smashed: Smashed, extra: dict[str, Any], *, moves_buffers: bool) -> Any:
+        if moves_buffers:
+            return self.module(smashed, **extra)
+        # Copies move: the backward pass may still need what this pass has left in them.
+        copies = {name: one.clone() for name, one in self.module.named_buffers()}
+        return functional_call(self.module, copies, (smashed,), extra)
 
     def copied_buffers(self) -> list[Tensor]:
         """Return copies of the buffers (BatchNorm's)."""

@@ -23,7 +23,7 @@ class MadeUpRound:
         self.entry = RoundEntry(server_round)
         self.losses, self.metrics = [], {}
 
-    def record_loss(self, batch, loss, weight, right):
+    def record_loss(self, batch, loss, count):
         self.losses.append((batch.client, loss))
 
     def record_metrics(self, metrics):

@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from flsplit import LocalGrid, ModelLoss, client_app
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, DataError, NotEnoughClientsError
 from flsplit.losses import Criterion
-from flsplit.strategies import EPSL, PSL, SplitFedV1, SplitFedV2
+from flsplit.strategies import CSEFSL, EPSL, FSLSAGE, PSL, SplitFedV1, SplitFedV2
 
 RNG = torch.Generator().manual_seed(0)
 INPUTS, IMAGES = torch.randn(12, 5, generator=RNG), torch.randn(12, 2, 4, 4, generator=RNG)
@@ -223,6 +223,15 @@ def test_epsl_says_that_it_needs_logits():
         EPSL(model=OwnLoss(), cut="body", loss=ModelLoss(), phi=0.5)
 
 
+def test_epsl_says_what_output_it_takes():
+    data = TensorDataset(INPUTS, CLASSES)
+    app = client_app(model=OwnLoss, cut="body", data=lambda _: data, device="cpu")
+    model = OwnLoss()
+    strategy = EPSL(model=model, cut="body", loss=_entropy, device="cpu")
+    with pytest.raises(DataError, match="one tensor each; the model's output is a dict"):
+        strategy.start(LocalGrid(app, 2, progress=False), ArrayRecord(model.state_dict()), 1)
+
+
 class Uncertain(nn.Module):
     def __init__(self):
         super().__init__()
@@ -242,5 +251,142 @@ def test_what_a_loss_counts():
     criterion = Criterion(
         nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 4.0]), ignore_index=0), torch.device("cpu")
     )
-    loss, weight = criterion(torch.zeros(4, 3), torch.tensor([0, 1, 2, 2]))
-    assert (float(loss), weight) == (pytest.approx(torch.log(torch.tensor(3.0)).item()), 10.0)
+    loss, count = criterion(torch.zeros(4, 3), torch.tensor([0, 1, 2, 2]))
+    assert float(loss) == pytest.approx(torch.log(torch.tensor(3.0)).item())
+    assert count == (10.0, 0, 3)
+
+
+# --- torch's own losses are seen wherever they are called ------------------------------------
+
+
+def shifted(logits, tokens):
+    """As causal language models do."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(
+    ("loss", "logits", "labels", "expected"),
+    [
+        (flat, torch.eye(3)[TOKENS], TOKENS, (60, 60, 60)),
+        (shifted, torch.eye(3)[TOKENS], torch.full((12, 5), -100), (0, 0, 0)),
+        (
+            lambda z, y: functional.nll_loss(z.log_softmax(1), y, ignore_index=1),
+            torch.eye(3)[CLASSES], CLASSES, (int((CLASSES != 1).sum()),) * 3,
+        ),
+        (
+            lambda z, y: functional.binary_cross_entropy_with_logits(z[:, 0], y),
+            torch.tensor([[1.0], [-1.0], [1.0]]), torch.tensor([1.0, 0.0, 0.0]), (3, 2, 3),
+        ),
+        (functional.cross_entropy, torch.zeros(2, 3, 4), torch.full((2, 3, 4), 1 / 3), (8, 0, 0)),
+        (
+            lambda z, y: functional.cross_entropy(z, y) + z.pow(2).mean(),
+            torch.eye(3)[CLASSES], CLASSES, (12, 12, 12),
+        ),
+        (
+            lambda z, y: (functional.cross_entropy(z, y, reduction="sum"), len(y) / 2),
+            torch.eye(3)[CLASSES], CLASSES, (6, 12, 12),
+        ),
+        (functional.multi_margin_loss, torch.eye(3)[CLASSES], CLASSES, (12, 12, 12)),
+        (functional.mse_loss, INPUTS, INPUTS, (12, 0, 0)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_counted_whatever_wraps_a_loss(loss, logits, labels, expected):
+    assert Criterion(loss, torch.device("cpu"))(logits, labels)[1] == expected
+
+
+@pytest.mark.parametrize("loss", [flat, shifted, functional.multi_margin_loss])
+def test_a_label_out_of_range_is_said_before_torch_computes(loss):
+    """On a GPU torch would end the process."""
+    labels = CLASSES.clone() if loss is functional.multi_margin_loss else TOKENS.clone()
+    labels[-1] = 3
+    logits = torch.zeros(*labels.shape, 3)
+    with pytest.raises(DataError, match="label 3 is out of range: the model has 3 classes"):
+        Criterion(loss, torch.device("cpu"))(logits, labels)
+
+
+def test_a_model_that_computes_its_own_loss_is_evaluated_over_what_counts():
+    """Its mean leaves ignored labels out, of which batches have different numbers."""
+    labels = CLASSES.clone()
+    labels[:5] = -100
+    data, scores = TensorDataset(INPUTS, labels), []
+    for size in (4, 12):
+        torch.manual_seed(0)
+        model = OwnLoss()
+        app = client_app(model=OwnLoss, cut="body", data=lambda _: (data, data), device="cpu")
+        result = SplitFedV1(
+            model=model, cut="body", loss=ModelLoss(), server_lr=0.3, batch_size=12,
+            evaluate_batch_size=size, device="cpu",
+        ).start(LocalGrid(app, 1, progress=False), ArrayRecord(model.state_dict()), 1)  # fmt: skip
+        scores.append(result.evaluate_metrics_clientapp[1])
+    model.load_state_dict(result.arrays.to_torch_state_dict())
+    output = model.eval()(INPUTS, labels)
+    right = (output["logits"].argmax(1) == labels)[5:].float().mean()
+    for one in scores:
+        assert one["loss"] == pytest.approx(output["loss"].item(), rel=1e-5)
+        assert one["accuracy"] == pytest.approx(right.item())
+
+
+def test_a_losss_tensors_go_where_the_segment_is():
+    loss = partial(functional.cross_entropy, weight=torch.ones(3), ignore_index=2)
+    moved = Criterion(loss, torch.device("meta"))._loss
+    assert moved.keywords["weight"].device.type == "meta"
+    assert moved.keywords["ignore_index"] == 2
+
+
+# --- decoupled methods -----------------------------------------------------------------------
+
+
+def fixed_auxiliary(shape, num_classes):
+    module = nn.Linear(*shape, num_classes)
+    nn.init.constant_(module.bias, 0.1)
+    module.weight.data = torch.linspace(-1, 1, module.weight.numel()).reshape(3, 6)
+    return module
+
+
+def decoupled(strategy, loss, loss_of_client=None):
+    torch.manual_seed(0)
+    model, data = dense(3)(), TensorDataset(INPUTS, CLASSES)
+    app = client_app(
+        model=dense(3), cut="1", data=lambda _: (data, data), device="cpu", loss=loss_of_client,
+        auxiliary=fixed_auxiliary,
+    )  # fmt: skip
+    return strategy(
+        model=model, cut="1", loss=loss, server_lr=0.3, client_lr=0.2, batch_size=12, device="cpu",
+        auxiliary=fixed_auxiliary,
+    ).start(LocalGrid(app, 1, progress=False), ArrayRecord(model.state_dict()), 1)  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", [CSEFSL, FSLSAGE])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(torch.tensor([1.0, 20.0, 3.0]), ignore_index=2),
+        lambda z, y: functional.cross_entropy(z, y, reduction="sum"),
+        lambda z, y: (functional.cross_entropy(z, y, reduction="sum"), 7),
+        lambda z, y: functional.mse_loss(z, functional.one_hot(y, 3).float()),
+    ],
+)
+def test_clients_train_with_the_loss_that_was_given(strategy, loss):
+    found = weights_of(decoupled(strategy, loss, loss).arrays)
+    torch.manual_seed(0)
+    model = dense(3)()
+    front, auxiliary = model[:2], fixed_auxiliary((6,), 3)
+    mean = loss(auxiliary(front(INPUTS)), CLASSES)
+    (mean[0] / mean[1] if isinstance(mean, tuple) else mean).backward()
+    for name, parameter in front.named_parameters():
+        expected = parameter.detach() - 0.2 * parameter.grad
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", [CSEFSL, FSLSAGE])
+def test_a_client_without_that_loss_is_refused(strategy):
+    with pytest.raises(NotEnoughClientsError, match=r"pass the same function as client_app\(loss"):
+        decoupled(strategy, nn.CrossEntropyLoss(ignore_index=255))
+    with pytest.raises(ConfigError, match="which ModelLoss keeps in the model"):
+        strategy(model=OwnLoss(), cut="body", loss=ModelLoss())
+
+
+def test_a_clients_loss_that_is_not_used_is_warned_about(caplog):
+    decoupled(CSEFSL, nn.CrossEntropyLoss(), flat)
+    assert "the loss of client_app is not used" in caplog.text

@@ -1,0 +1,161 @@
+"""What one client's data can't do: end the run of everybody, or change what others compute."""
+
+from functools import cache
+
+import pytest
+import torch
+from flwr.app import ArrayRecord
+from reference import assert_bit_equal, weights_of
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from flsplit import LocalGrid, client_app
+from flsplit.errors import ConfigError
+from flsplit.strategies import (
+    CSEFSL,
+    EPSL,
+    FSLSAGE,
+    GAPSL,
+    PSL,
+    SFLGA,
+    SGLR,
+    CycleSL,
+    SequentialSL,
+    SplitFedV1,
+    SplitFedV2,
+)  # fmt: skip
+
+METHODS = [
+    CSEFSL, EPSL, FSLSAGE, GAPSL, PSL, SFLGA, SGLR, CycleSL, SequentialSL, SplitFedV1, SplitFedV2,
+]  # fmt: skip
+BAD = "1"
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def rows_of(who):
+    rng = torch.Generator().manual_seed(who)
+    inputs = torch.randn(8, 5, generator=rng)
+    return inputs, (inputs.sum(1) > 0).long()
+
+
+def nothing(inputs, labels):
+    return inputs[:0], labels[:0]
+
+
+KINDS = {
+    "stray labels": lambda x, y: (x, torch.full_like(y, 7)),
+    "negative labels": lambda x, y: (x, torch.full_like(y, -1)),
+    "all ignored": lambda x, y: (x, torch.full_like(y, -100)),
+    "too many dimensions": lambda x, y: (x, torch.stack([y, y], 1)),
+    "another dtype": lambda x, y: (x, y.float()),
+    "sentinel": lambda x, y: (torch.full_like(x, 1e38), y),
+}
+
+
+def run(strategy, spoil, *, test=False, loss=functional.cross_entropy, **options):
+    def data(context):
+        who = context.node_config["partition-id"]
+        good = rows = TensorDataset(*rows_of(who))
+        if str(who) == BAD:
+            rows = TensorDataset(*spoil(*good.tensors))
+        return (good, rows) if test else (rows, good)
+
+    app = client_app(model=build, cut="1", data=data, device="cpu")
+    model = build()
+    return strategy(
+        model=model, cut="1", server_lr=0.05, batch_size=4, loss=loss, device="cpu", **options
+    ).start(LocalGrid(app, 4, progress=False), ArrayRecord(model.state_dict()), 2)
+
+
+@cache
+def without(strategy):
+    """Return what comes of the others alone."""
+    return run(strategy, nothing)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", METHODS)
+def test_the_others_train_as_if_it_had_no_data(strategy, kind):
+    found, expected = run(strategy, KINDS[kind]), without(strategy)
+    for entry in found.history:
+        assert {one.client for one in entry.left_out} == {BAD}
+    if strategy is SplitFedV2:
+        return  # who came before it in the step's random order has trained already
+    if (strategy, kind) == (GAPSL, "sentinel"):
+        return  # its first gradient is finite, and GAPSL itself keeps it out
+    assert_bit_equal(weights_of(found.arrays), weights_of(expected.arrays))
+    assert [e.loss for e in found.history] == [e.loss for e in expected.history]
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind not in ("all ignored", "sentinel")]
+)
+def test_the_others_are_evaluated_as_if_it_had_no_test_data(kind):
+    found, expected = run(PSL, KINDS[kind], test=True), run(PSL, nothing, test=True)
+    assert found.evaluate_metrics_clientapp[2] == expected.evaluate_metrics_clientapp[2]
+    assert {one.client for entry in found.history for one in entry.left_out} == {BAD}
+
+
+def test_test_labels_that_are_all_ignored_count_nothing():
+    found = run(PSL, KINDS["all ignored"], test=True).evaluate_metrics_clientapp[2]
+    expected = run(PSL, nothing, test=True).evaluate_metrics_clientapp[2]
+    for name in ("loss", "accuracy"):
+        assert found[name] == expected[name]
+
+
+def of_two(logits, labels):
+    """Know two classes, and fail in ways of its own."""
+    if int(labels.max()) > 1:
+        raise KeyError("class 7")
+    return functional.cross_entropy(logits, labels)
+
+
+def no_tensor(logits, labels):
+    return functional.cross_entropy(logits, labels) if int(labels.max()) <= 1 else 0.0
+
+
+def cut_off(logits, labels):
+    loss = functional.cross_entropy(logits, labels % 2)
+    return loss if int(labels.max()) <= 1 else loss.detach()
+
+
+@pytest.mark.parametrize("strategy", [PSL, SplitFedV1, SequentialSL, CycleSL])
+@pytest.mark.parametrize("loss", [of_two, no_tensor, cut_off])
+def test_a_loss_that_fails_for_one_clients_labels(strategy, loss):
+    found, expected = run(strategy, KINDS["stray labels"], loss=loss), without(strategy)
+    assert {one.client for one in found.history[0].left_out} == {BAD}
+    assert_bit_equal(weights_of(found.arrays), weights_of(expected.arrays))
+
+
+class Picky:
+    """A metric that takes two classes."""
+
+    def __init__(self, most=1):
+        self.most, self.rows = most, 0
+
+    def to(self, device):
+        return self
+
+    def update(self, logits, labels):
+        if int(labels.max()) > self.most:
+            raise RuntimeError("more classes than expected")
+        self.rows += len(labels)
+
+    def compute(self):
+        return torch.tensor(float(self.rows))
+
+
+def test_a_metric_that_fails_for_one_clients_labels():
+    def margin(logits, labels):
+        return functional.cross_entropy(logits, labels % 2)
+
+    found = run(PSL, KINDS["stray labels"], test=True, loss=margin, metrics={"rows": Picky()})
+    assert found.evaluate_metrics_clientapp[2]["rows"] == 24.0
+    assert {one.client for one in found.history[0].left_out} == {BAD}
+    with pytest.raises(ConfigError, match="metrics: 'rows' can't take logits"):
+        run(PSL, nothing, loss=margin, metrics={"rows": Picky(most=-1)})
