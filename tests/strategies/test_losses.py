@@ -289,7 +289,6 @@ def shifted(logits, tokens):
         (functional.multi_margin_loss, torch.eye(3)[CLASSES], CLASSES, (12, 12, 12)),
         (functional.mse_loss, INPUTS, INPUTS, (12, 0, 0)),
     ],
-    ids=str,
 )  # fmt: skip
 def test_what_is_counted_whatever_wraps_a_loss(loss, logits, labels, expected):
     assert Criterion(loss, torch.device("cpu"))(logits, labels)[1] == expected
