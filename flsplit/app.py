@@ -14,6 +14,7 @@ from flsplit.carry.session.host import serve_session
 from flsplit.client.handlers import add_handlers, answering_errors
 from flsplit.client.spec import ClientSpec, OptimizerFactory, Unpack
 from flsplit.client_parts import ClientPart
+from flsplit.cut.client_cuts import ClientCuts
 from flsplit.losses import Loss
 from flsplit.message.arrays import readable
 
@@ -21,7 +22,7 @@ from flsplit.message.arrays import readable
 def client_app(
     *,
     model: Callable[..., nn.Module],
-    cut: str,
+    cut: ClientCuts,
     data: Callable[[Context], Any],
     optimizer: OptimizerFactory = torch.optim.SGD,
     device: str = "auto",
@@ -41,8 +42,9 @@ def client_app(
     model : callable
         Returns a new unsplit model. Called without arguments, or with ``context=`` if it has
         a parameter of that name.
-    cut : str
-        Name of the submodule after which the model is cut, as in ``model.named_modules()``.
+    cut : str, mapping or callable
+        Name of the submodule after which the model is cut, as in ``model.named_modules()``; or
+        such names by patterns of clients' names, or a function of a client's name.
     data : callable
         Takes the ``Context`` (``node_config`` holds ``partition-id`` and ``num-partitions`` in
         a simulation) and returns the client's data: a map-style ``Dataset`` or a ``DataLoader``

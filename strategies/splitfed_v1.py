@@ -39,6 +39,7 @@ class SplitFedV1(ParallelStrategy):
 
     aggregates = True
     pools = False
+    several_cuts = True  # whole models are averaged, wherever each is cut
 
     def __init__(self, *, server_strategy: Strategy | None = None, **options: Any) -> None:
         of_kind("server_strategy", server_strategy, Strategy | None)
@@ -58,8 +59,9 @@ class SplitFedV1(ParallelStrategy):
         """Give every participant a copy of the averaged server segment."""
         for name in round_.participants:
             if name not in self.copies:
-                self.copies[name] = self.new_server_segment(round_.plan.server_round)
-            self.copies[name].load_arrays(self.server.arrays())
+                parts = self.parts_for(name)
+                self.copies[name] = self.new_server_segment(round_.plan.server_round, parts)
+            self.copies[name].load_arrays(self.server_for(name).arrays())
         if self.server_aggregator:
             self._configure_server_strategy(self.server_aggregator, round_)
 
@@ -87,7 +89,7 @@ class SplitFedV1(ParallelStrategy):
                 name: self.upload(
                     round_,
                     reply,
-                    self.parts.join(self.parts_of(reply), self.copies[name].arrays()),
+                    self.parts_for(name).join(self.parts_of(reply), self.copies[name].arrays()),
                 )
                 for name, reply in finished.items()
             }
@@ -130,7 +132,7 @@ class SplitFedV1(ParallelStrategy):
         """Go on from a :meth:`state_dict`."""
         super().load_state_dict(state)
         for name, own in state["copies"].items():
-            self.copies[name] = self.new_server_segment()
+            self.copies[name] = self.new_server_segment(parts=self.parts_for(name))
             self.copies[name].load_state_dict(own)
         if self.server_aggregator:
             self.server_aggregator.load_state_dict(state["server-strategy"])

@@ -18,6 +18,7 @@ from flsplit.client.spec import ClientSpec, client_name, pick_device
 from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
 from flsplit.client_parts.chain import ClientStep, PartChain
 from flsplit.cut import Crossing, CutError, ExampleError, Split, Trace, split
+from flsplit.cut.client_cuts import cut_of
 from flsplit.errors import (
     DataError,
     NonFiniteError,
@@ -70,6 +71,7 @@ class Client:
         self.spec = spec
         self.context = context
         self.name = client_name(context)
+        self.cut = cut_of(spec.cut, self.name)
         self.device = pick_device(spec.device)
         # Seeded: a client that is built anew for a message must get the same data again, also
         # from a data function that splits at random.
@@ -104,12 +106,12 @@ class Client:
     def _split(self, model: nn.Module) -> Split:
         spec = self.spec
         try:
-            return split(model, spec.cut, share=spec.share)
+            return split(model, self.cut, share=spec.share)
         except ExampleError:  # no input could be made up: the first batch is one
             if not len(self.data.train):
                 raise
         inputs, _ = self.data.train.batch(self.data.train.in_order("")[:2])
-        return split(model, spec.cut, inputs, share=spec.share)
+        return split(model, self.cut, inputs, share=spec.share)
 
     # --- state ---------------------------------------------------------------------------
 
@@ -208,9 +210,9 @@ class Client:
             self._order = self._order_of(self._order.seed)
 
     def _check_cut(self, cut: str) -> None:
-        if cut != self.spec.cut:
+        if cut != self.cut:
             raise SegmentMismatchError(
-                f"the server cuts the model at {cut!r}, client {self.name!r} at {self.spec.cut!r}"
+                f"the server cuts the model at {cut!r}, client {self.name!r} at {self.cut!r}"
             )
 
     def replace_segment(self, segment: SegmentArrays) -> None:
@@ -500,7 +502,7 @@ class Client:
             smashed.is_floating_point() or smashed.is_complex()
         ):
             raise SegmentMismatchError(
-                f"the smashed data at {self.spec.cut!r} is {smashed.dtype}, expected floating point"
+                f"the smashed data at {self.cut!r} is {smashed.dtype}, expected floating point"
             )
         return smashed
 

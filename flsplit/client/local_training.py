@@ -109,7 +109,7 @@ def _one(client: Client, smashed: Smashed) -> Tensor:
         return smashed
     raise SegmentMismatchError(
         f"client {client.name!r}: an auxiliary model takes smashed data that is one tensor, but "
-        f"{len(smashed.values)} values cross at {client.spec.cut!r}; cut where one crosses"
+        f"{len(smashed.values)} values cross at {client.cut!r}; cut where one crosses"
     )
 
 

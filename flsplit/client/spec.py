@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from flsplit.auxiliary import BuildAuxiliary
 from flsplit.client_parts import ClientPart
+from flsplit.cut.client_cuts import ClientCuts, check_cuts
 from flsplit.errors import ConfigError
 from flsplit.losses import Loss
 
@@ -27,7 +28,7 @@ class ClientSpec:
     """The arguments of :func:`flsplit.client_app`, which documents them."""
 
     model: Callable[..., nn.Module]
-    cut: str
+    cut: ClientCuts
     share: Sequence[str] = ()
     data: Callable[[Context], Any]
     optimizer: OptimizerFactory = torch.optim.SGD
@@ -58,8 +59,7 @@ class ClientSpec:
                 raise ConfigError(
                     f"client_parts: one of them is {one!r}, expected a class of parts with a name"
                 )
-        if not isinstance(self.cut, str):
-            raise ConfigError(f"cut is {self.cut!r}, expected the name of a submodule")
+        check_cuts(self.cut)
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
             raise ConfigError(f"autocast is {self.autocast!r}, expected a dtype: torch.bfloat16")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:

@@ -39,7 +39,7 @@ def make_plan(
     fixed: dict[str, ConfigRecordValues] = {
         "server-round": server_round,
         "num-rounds": num_rounds,
-        "cut": options.cut,
+        "cut": options.default_cut,
         "segment-version": segment_version,
         "experiment": experiment,
         "seed": options.seed,

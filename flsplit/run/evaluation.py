@@ -1,6 +1,6 @@
 """Federated evaluation: test data through each client's own segment and the server's."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from flsplit.account.ledger import RoundEntry
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def evaluate_clients(
-    segment: ServerSegment,
+    server_for: Callable[[str], ServerSegment],
     clients: Clients,
     names: list[str],
-    client_segment: SegmentArrays,
+    segment_for: Callable[[str], SegmentArrays],
     entry: RoundEntry,
     *,
     batch_size: int,
@@ -33,14 +33,14 @@ def evaluate_clients(
 
     Parameters
     ----------
-    segment : ServerSegment
-        The server segment; it is used in evaluation mode.
+    server_for : callable
+        Returns a client's server segment; it is used in evaluation mode.
     clients : Clients
         Talks to the clients.
     names : list of str
         Who evaluates.
-    client_segment : SegmentArrays
-        Sent to clients that don't hold this version.
+    segment_for : callable
+        Returns the segment that is sent to a client that doesn't hold this version.
     entry : RoundEntry
         Where bytes are counted and clients that fail are named.
     batch_size : int
@@ -63,15 +63,14 @@ def evaluate_clients(
     scores, remaining, batch = Scores(metrics), list(names), 0
     of_client: dict[str, Scores] = {}
     failed: list[FlsplitError] = []
-    segment.module.eval()
     while remaining:
         requests = {
             name: EvaluateRequest(
                 entry.round,
                 batch,
                 batch_size,
-                client_segment.version,
-                client_segment if batch == 0 else None,
+                segment_for(name).version,
+                segment_for(name) if batch == 0 else None,
             )
             for name in remaining
         }
@@ -90,7 +89,7 @@ def evaluate_clients(
                     wanted.append(of_client.setdefault(name, Scores(metrics)))
                 try:
                     with located(f"evaluation of round {entry.round}, client {name!r}"):
-                        update_all(wanted, segment, reply)
+                        update_all(wanted, server_for(name), reply)
                 except OF_A_BATCH as error:
                     failed.append(error)
                     clients.leave_out(name, None, error, entry)

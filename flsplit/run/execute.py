@@ -106,7 +106,7 @@ class Run:
     def _fits(self) -> Fits:
         """What training has shown to fit together; evaluation is judged by itself."""
         pooled = self.strategy.options.server_batchnorm == "pooled"
-        return Fits(self.strategy.server, pools=pooled and self.strategy.pools)
+        return Fits(self.strategy.server_for, pools=pooled and self.strategy.pools)
 
     def _do_rounds(
         self,
@@ -179,7 +179,9 @@ class Run:
         config = ConfigRecord({**(self.train_config or {})})
         parts = strategy.all_client_parts()
         version = strategy.client_segment.version
-        return Round(
+        participants = self._choose(server_round, clients)
+        several = options.several_cuts
+        round_ = Round(
             clients=clients,
             plan=make_plan(
                 options,
@@ -192,7 +194,8 @@ class Run:
             ),
             client_parts=parts,
             segment=strategy.client_segment,
-            participants=self._choose(server_round, clients),
+            participants=participants,
+            segments={name: strategy.segment_for(name) for name in participants if several},
             upload_segment=strategy.gives_whole_model
             or (
                 options.share_client_segments
@@ -202,6 +205,9 @@ class Run:
             min_clients=options.min_available_nodes,
             fits=self._fits,
         )
+        if several:
+            round_.overrides |= {n: {"cut": strategy.parts_for(n).cut} for n in participants}
+        return round_
 
     def _choose(self, server_round: int, clients: Clients) -> list[str]:
         options, strategy = self.strategy.options, self.strategy
@@ -226,15 +232,15 @@ class Run:
         seed = derive_seed(options.seed, "evaluate", round_.plan.server_round)
         batch_size, batches = evaluate_amounts(options, self.evaluate_config)
         round_.entry.evaluation, self._client_scores = evaluate_clients(
-            self.strategy.server,
+            self.strategy.server_for,
             round_.clients,
             sample(names, count, seed),
-            self.strategy.client_segment,
+            self.strategy.segment_for,
             round_.entry,
             batch_size=batch_size,
             batches=batches,
             metrics=options.metrics,
-            fits=Fits(self.strategy.server, pools=False),
+            fits=Fits(self.strategy.server_for, pools=False),
             each=options.client_strategy is not None,
         )
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import Split, split
-from flsplit.errors import OF_A_BATCH, FlsplitError, located
+from flsplit.cut.client_cuts import cut_of
+from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, located
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.steps import FinishReply
@@ -53,6 +54,8 @@ class SplitMethod(SaysPhases):
     pools : bool
         Whether the method computes with the clients' rows of a step together, so that they must
         be of one shape; a client whose rows differ from those of most is left out.
+    several_cuts : bool
+        Whether clients may be cut at different places.
     client_parts : sequence of ClientPart
         What the method has its clients do beside the plain step; the options' parts come after.
 
@@ -66,10 +69,12 @@ class SplitMethod(SaysPhases):
 
     hands_on: ClassVar[bool] = False
     pools: ClassVar[bool] = True
+    several_cuts: ClassVar[bool] = False
     client_parts: Sequence[ClientPart] = ()
 
     ATTRIBUTES: ClassVar[tuple[str, ...]] = (
-        "options", "parts", "device", "aggregator", "server", "client_segment", "_settings",
+        "options", "parts", "_splits", "_at_cut", "device", "aggregator", "server",
+        "client_segment", "_settings",
     )  # fmt: skip
     """What every method has; anything else is its own."""
 
@@ -79,17 +84,57 @@ class SplitMethod(SaysPhases):
     def __init__(self, **options: Any) -> None:
         refuse_unknown(type(self).__name__, options, argument_names(type(self)))
         self.options = SplitOptions(**options)
-        self.parts = self.split(self.options.model)
+        if self.options.several_cuts and not self.several_cuts:
+            raise ConfigError(
+                f"cut is {self.options.cut!r}, but {type(self).__name__} needs one cut for all "
+                "clients: layers that are some clients' and for others the server's are brought "
+                "together by an average over whole models only"
+            )
+        self._splits: dict[str, Split] = {}
+        self._at_cut: dict[str, tuple[SegmentArrays, ServerSegment]] = {}
+        self.parts = self.parts_at(self.options.default_cut)
         self.device = pick_device(self.options.device)
         self._settings = StepSettings(
             self.options.shares, self.options.reduction, self.options.server_batchnorm == "pooled"
         )
         self.aggregator = self._make_aggregator()
 
-    def split(self, model: nn.Module) -> Split:
+    def split(self, model: nn.Module, cut: str = "") -> Split:
         """Return a model of the options' kind, cut in two."""
         options = self.options
-        return split(model, options.cut, options.example, share=options.share)
+        return split(model, cut or options.default_cut, options.example, share=options.share)
+
+    # --- different cuts for different clients ----------------------------------------------
+
+    def parts_at(self, cut: str) -> Split:
+        """Return the model cut at a place."""
+        if cut not in self._splits:
+            self._splits[cut] = self.split(self.options.model, cut)
+        return self._splits[cut]
+
+    def parts_for(self, client: str) -> Split:
+        """Return the model cut where this client is cut."""
+        return self.parts_at(cut_of(self.options.cut, client))
+
+    def segment_for(self, client: str) -> SegmentArrays:
+        """Return the server's version of the client segment, of the size that this client has."""
+        return self._at(client)[0] if self.options.several_cuts else self.client_segment
+
+    def server_for(self, client: str) -> ServerSegment:
+        """Return the server segment that goes on where this client is cut; not to be trained."""
+        return self._at(client)[1] if self.options.several_cuts else self.server
+
+    def _at(self, client: str) -> tuple[SegmentArrays, ServerSegment]:
+        parts, version = self.parts_for(client), self.client_segment.version
+        known = self._at_cut.get(parts.cut)
+        if known is None or known[0].version != version:
+            whole = self.parts.join(self.client_segment.tensors, self.server.arrays())
+            tensors, arrays = parts.divide(whole)
+            server = known[1] if known else self.new_server_segment(parts=parts)
+            server.load_arrays(arrays)
+            segment = self._segment_of(version, tensors, parts)
+            known = self._at_cut[parts.cut] = segment, server
+        return known
 
     # --- what a subclass says ------------------------------------------------------------
 
@@ -179,13 +224,15 @@ class SplitMethod(SaysPhases):
         """Return the client segment in a reply at the end of a round."""
         if reply.segment is None:
             raise FlsplitError(f"client {reply.client!r} handed over no segment")
-        return self.client_segment.completed(reply.segment)
+        return self.segment_for(reply.client).completed(reply.segment)
 
-    def new_server_segment(self, server_round: int = 1) -> ServerSegment:
+    def new_server_segment(
+        self, server_round: int = 1, parts: Split | None = None
+    ) -> ServerSegment:
         """Return a copy of the server segment as it is in the model, with a new optimizer."""
         options = self.options
         segment = ServerSegment(
-            copy.deepcopy(self.parts.server),
+            copy.deepcopy((parts or self.parts).server),
             loss=options.loss,
             optimizer=options.server_optimizer,
             lr=at_round(options.server_lr, server_round),
@@ -196,9 +243,11 @@ class SplitMethod(SaysPhases):
             segment.end_round()
         return segment
 
-    def _segment_of(self, version: int, tensors: dict[str, Tensor]) -> SegmentArrays:
+    def _segment_of(
+        self, version: int, tensors: dict[str, Tensor], parts: Split | None = None
+    ) -> SegmentArrays:
         """Return a client segment that knows which of its tensors nobody trains."""
-        client = self.parts.client
+        client = (parts or self.parts).client
         return SegmentArrays(version, tensors, names_of_frozen(client), names_of_buffers(client))
 
     def server_segments(self) -> list[ServerSegment]:
@@ -212,6 +261,7 @@ class SplitMethod(SaysPhases):
         like = self.parts.client.state_dict()
         free = names_of_buffers(self.parts.client)
         client = check_like(client, like, what="initial_arrays, client segment", free=free)
+        self._at_cut = {}
         self.client_segment = self._segment_of(0, client)
         self.server = self.new_server_segment()
         with located("initial_arrays"):
@@ -292,7 +342,7 @@ class SplitMethod(SaysPhases):
         """Return what a run must have in common with the one that it resumes."""
         return {
             "strategy": type(self).__name__,
-            "cut": self.options.cut,
+            "cut": str(self.options.cut),
             "seed": self.options.seed,
             "client_parts": describe_parts(self.all_client_parts()),
             "server_optimizer": type(self.server.optimizer).__name__,

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from flsplit.carry.choose import CarrierName
 from flsplit.carry.session import SessionSettings
 from flsplit.client_parts import ClientPart, describe_parts
+from flsplit.cut.client_cuts import ClientCuts, check_cuts, default_cut
 from flsplit.errors import ConfigError
 from flsplit.losses import Loss
 from flsplit.run.callbacks import Callback
@@ -43,8 +44,10 @@ class SplitOptions:
     ----------
     model : nn.Module
         The unsplit model.
-    cut : str
-        Name of the submodule after which it is cut; the ClientApp's must be the same.
+    cut : str, mapping or callable
+        Name of the submodule after which it is cut; the ClientApp's must be the same. For different
+        cuts of different clients, names by patterns of clients' names, ``"default"`` among them, or
+        a function of a client's name.
     example : Tensor, tuple or dict, optional
         A batch of the model's inputs, as the clients' data gives them, for models that can't be
         looked at without one; see :func:`flsplit.split`.
@@ -121,7 +124,7 @@ class SplitOptions:
     """
 
     model: nn.Module
-    cut: str
+    cut: ClientCuts
     example: Any = None
     share: Sequence[str] = ()
     server_lr: LearningRate = 0.01
@@ -158,8 +161,19 @@ class SplitOptions:
     realtime: bool = False
     seed: int = 0
 
+    @property
+    def several_cuts(self) -> bool:
+        """Whether clients may be cut at different places."""
+        return not isinstance(self.cut, str)
+
+    @property
+    def default_cut(self) -> str:
+        """The cut of clients of which nothing else is said."""
+        return default_cut(self.cut)
+
     def __post_init__(self) -> None:
         """Refuse values that can't be used."""
+        check_cuts(self.cut)
         for name, kind in _KINDS.items():
             of_kind(name, getattr(self, name), kind)
         _check_metrics(self.metrics)
@@ -219,7 +233,6 @@ _METRIC_INTERFACE = ("update", "compute", "to")
 
 _KINDS: dict[str, type | UnionType] = {
     "model": nn.Module,
-    "cut": str,
     "metrics": Mapping,
     "drop_last": bool,
     "callbacks": Sequence,

@@ -60,6 +60,8 @@ class Round:
         Who takes part, in their fixed order.
     upload_segment : bool
         Whether clients hand over their segment at the end.
+    segments : dict of str to SegmentArrays
+        The same for clients that are cut elsewhere, by name.
     min_clients : int
         With fewer clients left, the round ends with an error.
     fits : Fits
@@ -85,6 +87,7 @@ class Round:
     min_clients: int
     fits: Fits
     client_parts: Sequence[ClientPart] = ()
+    segments: Mapping[str, SegmentArrays] = field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     exchanges_left: Callable[[int], int] | None = None
     entry: RoundEntry = field(init=False)
@@ -129,7 +132,7 @@ class Round:
             plan.server_round,
             step=0,
             plan=plan,
-            segment=self.segment,
+            segment=self.segments.get(client, self.segment),
             optimizer=optimizer,
             num_steps=plan.num_steps,
             planned=plan,
@@ -154,7 +157,7 @@ class Round:
             backward,
             self.upload_segment,
             upload_optimizer,
-            like=self.segment,
+            like=self.segments.get(reply.client, self.segment),
         )
 
     def _edited(self, client: str, backward: Backward) -> Backward:

@@ -33,10 +33,12 @@ def make_clock(
     """
     if not options.fleet:
         return None
+    if options.several_cuts:
+        raise ConfigError("fleet: the simulated time of clients with different cuts isn't known")
     fleet = find_fleet(options.fleet)
     with located("fleet"):
         profile = _profile(options, clients, server_round)
-        place = profile.place(options.cut)
+        place = profile.place(options.default_cut)
         training = Training(batch_size=options.batch_size, steps=options.local_steps or 1)
         problem = Problem(fleet, profile, method, training)
         rates = optimise(problem, Freedom(cut=place.cut)).rates
@@ -50,7 +52,7 @@ def make_clock(
 
 def _profile(options: SplitOptions, clients: Clients, server_round: int) -> ModelProfile:
     """Profile the model on inputs as the clients have them."""
-    request = ShapeRequest(server_round, options.cut)
+    request = ShapeRequest(server_round, options.default_cut)
     for name in clients.directory.discover():
         reply = clients.exchange({name: request}, RoundEntry(server_round)).get(name)
         if isinstance(reply, ShapeReply):

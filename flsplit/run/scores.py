@@ -73,6 +73,7 @@ class Scores:
 @torch.no_grad()
 def update_all(scores: Sequence[Scores], segment: ServerSegment, reply: EvaluateReply) -> None:
     """Run a test batch through the server segment, and count it in all ``scores``."""
+    segment.module.eval()
     labels = to_device(reply.labels, segment.device)
     output = segment.forward(segment.receive(reply.smashed), labels)
     loss, count = segment.criterion(output, labels)

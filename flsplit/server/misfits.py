@@ -1,7 +1,7 @@
 """Whose smashed data and labels are not of the shape and kind that the server segment takes."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from flsplit.nested import leaves_of, to_device
 from flsplit.server.clients import Clients
 from flsplit.server.segment import ServerSegment
 
-_Kind = tuple[Any, Any]
+_Kind = tuple[int, Any, Any]
 
 
 class Fits:
@@ -26,15 +26,15 @@ class Fits:
 
     Parameters
     ----------
-    segment : ServerSegment
-        The server segment.
+    server_for : callable
+        Returns the server segment that goes on where a client is cut.
     pools : bool
         Whether the method computes with all rows of a step together, so that they must be of one
         shape.
     """
 
-    def __init__(self, segment: ServerSegment, *, pools: bool) -> None:
-        self._segment = segment
+    def __init__(self, server_for: Callable[[str], ServerSegment], *, pools: bool) -> None:
+        self._server_for = server_for
         self._pools = pools
         self._taken: set[_Kind] = set()
 
@@ -43,7 +43,7 @@ class Fits:
         kinds = set()
         for reply in replies:
             for smashed, labels in reply.batches():
-                kinds.add(_kind(smashed, labels))
+                kinds.add(self._kind(reply.client, smashed, labels))
         return len(kinds) == 1 and kinds <= self._taken
 
     def misfits(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, FlsplitError]:
@@ -51,23 +51,30 @@ class Fits:
 
         Then client and server segments don't fit together, which the step will say.
         """
-        kinds = {name: [_kind(*one) for one in of_client] for name, of_client in batches.items()}
+        kinds = {
+            name: [self._kind(name, *one) for one in of_client]
+            for name, of_client in batches.items()
+        }
         if not self._taken and len({kind for known in kinds.values() for kind in known}) == 1:
             self._taken |= set(next(known for known in kinds.values() if known))
         found: dict[str, FlsplitError] = {}
         for name, of_client in batches.items():
             for one in of_client:
-                if name not in found and (error := self._problem(*one)):
+                if name not in found and (error := self._problem(name, *one)):
                     found[name] = error
         if not self._taken:
             return {}
         return found | self._odd_rows({n: k for n, k in kinds.items() if k and n not in found})
 
-    def _problem(self, smashed: Smashed, labels: Any) -> FlsplitError | None:
+    def _kind(self, client: str, smashed: Smashed, labels: Any) -> _Kind:
+        return id(self._server_for(client)), _rows_of(smashed), _rows_of(labels)
+
+    def _problem(self, client: str, smashed: Smashed, labels: Any) -> FlsplitError | None:
         """Try a batch of a new kind."""
-        if (kind := _kind(smashed, labels)) in self._taken:
+        if (kind := self._kind(client, smashed, labels)) in self._taken:
             return None
-        segment, trains = self._segment, self._segment.module.training
+        segment = self._server_for(client)
+        trains = segment.module.training
         segment.module.eval()
         try:
             with torch.no_grad(), segment.keeping_buffers():
@@ -82,7 +89,7 @@ class Fits:
 
     def _odd_rows(self, kinds: Mapping[str, Sequence[_Kind]]) -> dict[str, FlsplitError]:
         """Return whose rows can't be concatenated with those of most."""
-        rows = {name: of_client[0][0] for name, of_client in kinds.items()}
+        rows = {name: of_client[0][1] for name, of_client in kinds.items()}
         if not self._pools or len(set(rows.values())) <= 1:
             return {}
         usual, _ = Counter(rows.values()).most_common(1)[0]
@@ -110,10 +117,6 @@ def leave_out_misfits(
     for name, error in misfits.items():
         clients.leave_out(name, requests[name].step, error, entry)
     return {name: reply for name, reply in replies.items() if name not in misfits}
-
-
-def _kind(smashed: Smashed, labels: Any) -> _Kind:
-    return _rows_of(smashed), _rows_of(labels)
 
 
 def _rows_of(tree: Any) -> Any:
