@@ -5,7 +5,17 @@ from collections import OrderedDict
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from reference import CUT, LR, fresh, make_parts, normed_net, plain_net, split_app
+from reference import (
+    CUT,
+    LR,
+    assert_bit_equal,
+    fresh,
+    make_parts,
+    normed_net,
+    plain_net,
+    split_app,
+    weights_of,
+)
 from tampering import initial_server_weights, server_weights, set_up, train
 from torch import nn
 
@@ -174,10 +184,14 @@ def test_initial_arrays_with_another_server_segment():
         train((strategy, grid, ArrayRecord(narrow().state_dict())))
 
 
-def test_a_state_dict_instead_of_initial_arrays():
+def test_a_state_dict_does_for_initial_arrays_and_a_model_does_not():
+    strategy, grid, arrays = set_up(PARTS)
+    expected = train((strategy, grid, arrays))
     strategy, grid, _ = set_up(PARTS)
-    with pytest.raises(ConfigError, match=r"initial_arrays is of type OrderedDict, .*ArrayRecord"):
-        train((strategy, grid, plain_net().state_dict()))
+    found = train((strategy, grid, arrays.to_torch_state_dict()))
+    assert_bit_equal(weights_of(found.arrays), weights_of(expected.arrays))
+    with pytest.raises(ConfigError, match=r"initial_arrays is of type Sequential, .*ArrayRecord"):
+        train((strategy, grid, plain_net()))
 
 
 def test_a_model_instead_of_a_function_that_makes_one():
