@@ -21,12 +21,14 @@ def intersection(folder, output):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("place", [simulation, deployment])
-def test_the_unet_runs_by_its_page(place, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "projects"),
+    [(simulation, [PROJECT.before, PROJECT.after]), (deployment, [PROJECT.after])],
+)
+def test_the_unet_runs_by_its_page(place, projects, tmp_path):
     with place(tmp_path, 2) as flower:
-        for name, files in (("before", PROJECT.before), ("after", PROJECT.after)):
-            folder = write_files(files, tmp_path / name)
-            output = str(tmp_path / f"{name}.pt")
+        for i, files in enumerate(projects):
+            folder, output = write_files(files, tmp_path / f"app-{i}"), str(tmp_path / f"{i}.pt")
             run = flower.run_app(folder, {"output": output})
             assert run.completed, run.log
             assert intersection(folder, output) > 0.6
