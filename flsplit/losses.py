@@ -38,7 +38,7 @@ class ModelLoss:
         self.argument = argument
 
     def __call__(self, output: Any, labels: Any) -> Tensor:
-        """Return ``output.loss``, ``output["loss"]``, or the first of several outputs.
+        """Return ``output.loss``, ``output["loss"]``, or the first scalar of several outputs.
 
         Raises
         ------
@@ -48,8 +48,8 @@ class ModelLoss:
         loss = getattr(output, "loss", None)
         if loss is None and isinstance(output, Mapping):
             loss = output.get("loss")
-        if loss is None and isinstance(output, tuple | list) and output:
-            loss = output[0]
+        if loss is None and isinstance(output, tuple | list):
+            loss = next((one for one in output if isinstance(one, Tensor) and not one.ndim), None)
         if not isinstance(loss, Tensor):
             raise ConfigError(
                 f"loss is ModelLoss({self.argument!r}), but the model returned a "

@@ -198,6 +198,15 @@ def test_a_model_may_compute_its_own_loss(strategy):
     assert result.evaluate_metrics_clientapp[2]["accuracy"] > 0
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_several_outputs_its_loss_is_the_first_scalar(order):
+    outputs = torch.zeros(4, 3), torch.tensor(2.0)
+
+    assert ModelLoss()(tuple(outputs[i] for i in order), CLASSES[:4]) == 2.0
+    with pytest.raises(ConfigError, match="without a loss"):
+        ModelLoss()((torch.zeros(4, 3), None), CLASSES[:4])
+
+
 def test_two_clients_of_such_a_model_are_not_pooled_into_one_mean():
     parts = [TensorDataset(INPUTS[:4], CLASSES[:4]), TensorDataset(INPUTS[4:], CLASSES[4:])]
     results = []
