@@ -89,6 +89,8 @@ class SplitStrategy(SplitMethod, Strategy):
         of_kind("grid", grid, Grid)
         of_kind("initial_arrays", initial_arrays, ArrayRecord | dict)
         if not isinstance(initial_arrays, ArrayRecord):
+            for name, tensor in initial_arrays.items():
+                of_kind(f"initial_arrays[{name!r}]", tensor, Tensor)
             initial_arrays = to_record(initial_arrays)
         of_kind("num_rounds", num_rounds, int)
         if num_rounds < 1:

@@ -1,0 +1,154 @@
+"""Models in other dtypes than float32: one client trains as the model in one piece does."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+from flsplit import LocalGrid, client_app
+from flsplit.errors import ConfigError
+from flsplit.strategies import PSL, SplitFedV1, SplitFedV2
+
+LR = 0.1
+
+
+class Lora(nn.Module):
+    """A frozen layer in half precision, beside it two small factors in float32."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(inputs, 2) * 0.1)
+        self.b = nn.Parameter(torch.randn(2, outputs) * 0.1)
+        self.base = nn.Linear(inputs, outputs).half().requires_grad_(False)
+
+    def forward(self, x):
+        return self.base(x) + (x.float() @ self.a @ self.b).to(x.dtype)
+
+
+class Magnitude(nn.Module):
+    def forward(self, x):
+        return x.abs()
+
+
+def lora():
+    return nn.Sequential(Lora(6, 8), nn.ReLU(), Lora(8, 8), nn.ReLU(), Lora(8, 2))
+
+
+def plain(dtype):
+    return lambda: nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
+    ).to(dtype)
+
+
+def complex_net():
+    middle = [nn.Linear(6, 8, dtype=torch.complex64), nn.Linear(8, 8, dtype=torch.complex64)]
+    return nn.Sequential(middle[0], nn.Identity(), middle[1], Magnitude(), nn.Linear(8, 2))
+
+
+MODELS = {
+    "lora": (lora, torch.float16),
+    "bfloat16": (plain(torch.bfloat16), torch.bfloat16),
+    "float64": (plain(torch.float64), torch.float64),
+    "complex64": (complex_net, torch.complex64),
+}
+
+
+def loss_in_float32(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits.float(), labels)
+
+
+def trained_in_one_piece(build, x, y, steps):
+    """Return the state dict after ``steps`` steps; batches of one row have one order only."""
+    torch.manual_seed(0)
+    model = build()
+    start = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_in_float32(model(x), y).backward()
+        optimizer.step()
+    return start, model.state_dict()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("strategy", [SplitFedV1, SplitFedV2])
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_client_is_the_model_in_one_piece(kind, strategy, cache):
+    build, dtype = MODELS[kind]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 6, generator=generator).to(dtype)  # one row: no order of a sum differs
+    y = torch.tensor([1])
+    start, expected = trained_in_one_piece(build, x, y, steps=3)
+    app = client_app(model=build, cut="1", data=lambda context: TensorDataset(x, y))
+    method = strategy(
+        model=build(), cut="1", server_lr=LR, batch_size=1, loss=loss_in_float32,
+        fraction_evaluate=0.0,
+    )  # fmt: skip
+    given = []
+    result = method.start(
+        LocalGrid(app, 1, cache=cache), start, num_rounds=3,
+        evaluate_fn=lambda server_round, arrays: given.append(arrays),
+    )  # fmt: skip
+    found = result.arrays.to_torch_state_dict()
+    assert list(found) == list(expected)
+    model = build()
+    model.load_state_dict(found)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.dtype == expected[name].dtype
+    assert not torch.equal(
+        start["2.weight" if kind != "lora" else "2.a"],
+        expected["2.weight" if kind != "lora" else "2.a"],
+    )
+    last = given[-1].to_torch_state_dict()
+    assert all(torch.equal(last[name], found[name]) for name in found)
+
+
+def test_client_segments_of_bfloat16_come_back():
+    build, dtype = MODELS["bfloat16"]
+    x, y = torch.randn(4, 6).to(dtype), torch.tensor([0, 1, 1, 0])
+    start = build().state_dict()
+    app = client_app(model=build, cut="1", data=lambda context: TensorDataset(x, y))
+    method = PSL(
+        model=build(),
+        cut="1",
+        server_lr=LR,
+        batch_size=2,
+        loss=loss_in_float32,
+        share_client_segments=True,
+    )
+    result = method.start(LocalGrid(app, 2), start, num_rounds=1)
+    own = result.client_segments["0"].to_torch_state_dict()
+    assert own["0.weight"].dtype == torch.float32
+    assert torch.equal(own["0.weight"], own["0.weight"].bfloat16().float())
+
+
+def test_the_result_starts_another_run():
+    build, dtype = MODELS["bfloat16"]
+    x, y = torch.randn(1, 6).to(dtype), torch.tensor([1])
+    start, expected = trained_in_one_piece(build, x, y, steps=2)
+    app = client_app(model=build, cut="1", data=lambda context: TensorDataset(x, y))
+    arrays = start
+    for _ in range(2):
+        method = SplitFedV1(
+            model=build(), cut="1", server_lr=LR, batch_size=1, loss=loss_in_float32,
+            fraction_evaluate=0.0,
+        )  # fmt: skip
+        arrays = method.start(LocalGrid(app, 1), arrays, num_rounds=1).arrays
+    for name, tensor in arrays.to_torch_state_dict().items():
+        assert torch.equal(tensor.bfloat16(), expected[name])
+
+
+def test_what_is_no_state_dict_is_refused():
+    build, _ = MODELS["float64"]
+    method = PSL(model=build(), cut="1", server_lr=LR)
+    grid = LocalGrid(client_app(model=build, cut="1", data=lambda context: None), 1)
+    with pytest.raises(
+        ConfigError, match=r"initial_arrays\['0.weight'\] is 3, expected an object of type T"
+    ):
+        method.start(grid, {"0.weight": 3})
+    with pytest.raises(ConfigError, match="initial_arrays is 3, expected an object of type Array"):
+        method.start(grid, 3)

@@ -1,0 +1,83 @@
+"""Buffers that get another shape in a forward pass, as observers of quantisation have."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.ao import quantization
+from torch.utils.data import TensorDataset
+
+from flsplit import LocalGrid, client_app
+from flsplit.server.aggregate import average_buffers
+from flsplit.strategies import PSL, SplitFedV1, SplitFedV2
+
+
+class Extremes(nn.Module):
+    """Remembers the largest value that each feature had; how many there are the batch tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(0))
+
+    def forward(self, x):
+        if self.training:
+            now = x.detach().amax(0)
+            self.largest = torch.maximum(self.largest, now) if len(self.largest) else now
+        return x
+
+
+def quantised():
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    net.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return quantization.prepare_qat(net.train())
+
+
+def observed():
+    return nn.Sequential(
+        Extremes(), nn.Linear(5, 8), nn.ReLU(), Extremes(), nn.Linear(8, 2), Extremes()
+    )
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("strategy", [SplitFedV1, SplitFedV2, PSL])
+@pytest.mark.parametrize(("build", "cut"), [(quantised, "1"), (observed, "2")])
+def test_one_client_is_the_model_in_one_piece(build, cut, strategy, cache, tmp_path):
+    x = torch.randn(1, 5, generator=torch.Generator().manual_seed(1))
+    y = torch.tensor([1])
+    torch.manual_seed(0)
+    plain, model = build(), build()
+    start = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    app = client_app(model=build, cut=cut, data=lambda context: TensorDataset(x, y))
+    method = strategy(
+        model=model, cut=cut, server_lr=0.1, batch_size=1, fraction_evaluate=0.0,
+        share_client_segments=strategy is PSL, checkpoint_dir=str(tmp_path),
+    )  # fmt: skip
+    result = method.start(LocalGrid(app, 1, cache=cache), start, num_rounds=3)
+    found = result.arrays.to_torch_state_dict()
+    for segment in result.client_segments.values():
+        found |= segment.to_torch_state_dict()
+    assert found.keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_shapes_that_most_examples_have_are_averaged():
+    sized = [
+        {"b": torch.tensor([1.0, 3.0])},
+        {"b": torch.zeros(0)},
+        {"b": torch.tensor([3.0, 7.0])},
+    ]
+    assert average_buffers(sized, [3, 2, 1])["b"].tolist() == [1.5, 4.0]
+
+
+def test_complex_buffers_are_averaged():
+    found = average_buffers([{"b": torch.tensor(1 + 2j)}, {"b": torch.tensor(3 - 2j)}], [1, 1])
+    assert found["b"] == torch.tensor(2 + 0j)
