@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from flsplit.errors import ConfigError, SegmentMismatchError
-from flsplit.message.crossings import value_by_value
-from flsplit.run import ParallelStrategy, Round, Step, ceil_fraction
+from flsplit.message.crossings import CutGradient, value_by_value
+from flsplit.run import ParallelStrategy, Round, Step, StepGradients, ceil_fraction
 from flsplit.run.options import at_round
 from flsplit.server.arguments import fraction, number, one_of
 
@@ -68,6 +68,8 @@ class SGLR(ParallelStrategy):
        Scalable Split Learning, https://arxiv.org/abs/2112.05929
     """
 
+    several_cuts = True
+
     def __init__(
         self,
         *,
@@ -89,9 +91,9 @@ class SGLR(ParallelStrategy):
         active = self._draw(step)
         step.record({"cut-gradient-averaging.active": float(len(active))})
         rows = {batch.client: len(batch) for batch in step.batches}
-        shared = value_by_value(
-            lambda own: averaged(own, active, self.averaging), found.cut_gradients, rows
-        )
+        shared: dict[str, CutGradient] = {}
+        for group in step.groups:  # gradients at different cuts have no average
+            shared |= self._shared(found, [one for one in active if one in group], rows)
         factor = len(step.clients) ** self.alpha
         step.record({"split-lr.factor": factor})
         step.update(found, lr_factor=factor)
@@ -100,6 +102,12 @@ class SGLR(ParallelStrategy):
             shared_rows={client: rows[client] for client in shared},
             repeated=active if self.averaging == "batch_mean" else (),
         )
+
+    def _shared(
+        self, found: StepGradients, active: list[str], rows: Mapping[str, int]
+    ) -> dict[str, CutGradient]:
+        own = {client: found.cut_gradients[client] for client in active}
+        return value_by_value(lambda one: averaged(one, active, self.averaging), own, rows)
 
     def _draw(self, step: Step) -> list[str]:
         """Return the step's active clients, in their order; none outside the phase."""

@@ -3,7 +3,7 @@
 Everything here computes and changes no weight. BatchNorm's buffers move, as in any forward pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -357,21 +357,23 @@ def _blamed(error: FlsplitError, batches: Sequence[ClientBatch]) -> FlsplitError
     return at(named(batches), error)
 
 
-def culprits(segment: ServerSegment, batches: Sequence[ClientBatch]) -> dict[str, FlsplitError]:
+def culprits(
+    segment_for: Callable[[str], ServerSegment], batches: Sequence[ClientBatch]
+) -> dict[str, FlsplitError]:
     """Return whose batches can't be computed alone, and why; nothing changes by it."""
     found: dict[str, FlsplitError] = {}
-    trains = segment.module.training
-    segment.module.eval()  # BatchNorm takes one row then
-    try:
-        with segment.keeping_buffers(), seeded(0, segment.device):
-            for batch in batches:
-                try:
-                    own = pooled_gradients(segment, [batch], {batch.client: 1.0})
-                    check_finite(own, segment, [batch], "alone")
-                except OF_A_BATCH as error:
-                    found[batch.client] = error
-    finally:
-        segment.module.train(trains)
+    for batch in batches:
+        segment = segment_for(batch.client)
+        trains = segment.module.training
+        segment.module.eval()  # BatchNorm takes one row then
+        try:
+            with segment.keeping_buffers(), seeded(0, segment.device):
+                own = pooled_gradients(segment, [batch], {batch.client: 1.0})
+                check_finite(own, segment, [batch], "alone")
+        except OF_A_BATCH as error:
+            found[batch.client] = error
+        finally:
+            segment.module.train(trains)
     return found
 
 
@@ -422,9 +424,10 @@ def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[
     """Return whose batches alone give gradients that are NaN or infinite."""
     found = []
     for batch in batches:
+        part = segment.part_for(batch.client)
         try:
-            with segment.keeping_buffers():
-                own = pooled_gradients(segment, [batch], {batch.client: 1.0})
+            with part.keeping_buffers():
+                own = pooled_gradients(part, [batch], {batch.client: 1.0})
         except FlsplitError:  # BatchNorm can't train on one row
             continue
         if not _all_finite(own.server_gradients):

@@ -51,24 +51,24 @@ class KeptGradients(ClientGradients):
 
     def __init__(self, clients: list[str], gradients: "Sequence[Sequence[KeptGradient]]") -> None:
         self.clients = clients
-        self._gradients = gradients
+        self.gradients = gradients
 
     def of(self, client: str) -> ServerGradients:
         """Return one client's gradient, a tensor (or None) per parameter."""
-        return [_tensor(one) for one in self._gradients[self.clients.index(client)]]
+        return [as_tensor(one) for one in self.gradients[self.clients.index(client)]]
 
     def gram(self) -> Tensor:
         """Accumulate layer by layer, block by block."""
-        size = len(self._gradients)
+        size = len(self.gradients)
         total = torch.zeros(size, size, dtype=torch.float64)
-        for layer in zip(*self._gradients, strict=True):
+        for layer in zip(*self.gradients, strict=True):
             total += layer_gram(layer)
         return total
 
     def combine(self, coefficients: Sequence[float]) -> ServerGradients:
         """Combine layer by layer."""
-        layers = zip(*self._gradients, strict=True)
-        return [_combine_layer(layer, coefficients) for layer in layers]
+        layers = zip(*self.gradients, strict=True)
+        return [combine_layer(layer, coefficients) for layer in layers]
 
 
 class TwiceComputedGradients(ClientGradients):
@@ -171,7 +171,7 @@ def layer_gram(layer: Sequence[KeptGradient]) -> Tensor:
     """Return the inner products of one layer's gradients ``(S, S)``; None counts as zeros."""
     if factors := _all_factors(layer):
         return _factors_gram(factors)
-    return _tensors_gram([_tensor(one) for one in layer])
+    return _tensors_gram([as_tensor(one) for one in layer])
 
 
 def _all_factors(layer: Sequence[KeptGradient]) -> list[Factors]:
@@ -180,7 +180,8 @@ def _all_factors(layer: Sequence[KeptGradient]) -> list[Factors]:
     return factors if len(factors) == len(layer) else []
 
 
-def _tensor(gradient: KeptGradient) -> Tensor | None:
+def as_tensor(gradient: KeptGradient) -> Tensor | None:
+    """Return one client's gradient itself."""
     return gradient.tensor() if isinstance(gradient, Factors) else gradient
 
 
@@ -219,10 +220,11 @@ def _tensors_gram(layer: Sequence[Tensor | None]) -> Tensor:
     return total
 
 
-def _combine_layer(layer: Sequence[KeptGradient], coefficients: Sequence[float]) -> Tensor | None:
+def combine_layer(layer: Sequence[KeptGradient], coefficients: Sequence[float]) -> Tensor | None:
+    """Return Σ_i coefficients[i] · g_i of one layer's gradients; None counts as zeros."""
     if factors := _all_factors(layer):
         return _combine_factors(factors, coefficients)
-    pairs = zip(coefficients, map(_tensor, layer), strict=True)
+    pairs = zip(coefficients, map(as_tensor, layer), strict=True)
     terms = [(c, g) for c, g in pairs if g is not None and c]
     if not terms:
         return None
