@@ -181,7 +181,7 @@ class GAPSL(ParallelStrategy):
             )
         options.setdefault("shares", "equal")
         super().__init__(**options)
-        self._settings = replace(self._settings, reduction=self.loss_reduction)
+        self._settings = replace(self._settings, reduction=loss_reduction)
         if self.options.several_cuts and low_memory:
             raise ConfigError(
                 "low_memory is True, but cut differs from client to client: gradients of several "

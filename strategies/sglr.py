@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flsplit.errors import ConfigError, SegmentMismatchError
 from flsplit.message.crossings import CutGradient, value_by_value
-from flsplit.run import ParallelStrategy, Round, Step, StepGradients, ceil_fraction
+from flsplit.run import ParallelStrategy, Round, Step, ceil_fraction
 from flsplit.run.options import at_round
 from flsplit.server.arguments import fraction, number, one_of
 
@@ -93,7 +93,7 @@ class SGLR(ParallelStrategy):
         rows = {batch.client: len(batch) for batch in step.batches}
         shared: dict[str, CutGradient] = {}
         for group in step.groups:  # gradients at different cuts have no average
-            shared |= self._shared(found, [one for one in active if one in group], rows)
+            shared |= self._shared({c: found.cut_gradients[c] for c in group}, active, rows)
         factor = len(step.clients) ** self.alpha
         step.record({"split-lr.factor": factor})
         step.update(found, lr_factor=factor)
@@ -104,10 +104,10 @@ class SGLR(ParallelStrategy):
         )
 
     def _shared(
-        self, found: StepGradients, active: list[str], rows: Mapping[str, int]
+        self, gradients: Mapping[str, CutGradient], active: list[str], rows: Mapping[str, int]
     ) -> dict[str, CutGradient]:
-        own = {client: found.cut_gradients[client] for client in active}
-        return value_by_value(lambda one: averaged(one, active, self.averaging), own, rows)
+        active = [client for client in active if client in gradients]
+        return value_by_value(lambda one: averaged(one, active, self.averaging), gradients, rows)
 
     def _draw(self, step: Step) -> list[str]:
         """Return the step's active clients, in their order; none outside the phase."""

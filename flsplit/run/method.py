@@ -193,7 +193,9 @@ class SplitMethod(SaysPhases):
             self.replace_client_segment(aggregated)
             if self.options.several_cuts:
                 server = self.server.arrays()
-                self.server.load_arrays({name: aggregated.get(name, server[name]) for name in server})
+                self.server.load_arrays(
+                    {name: aggregated.get(name, server[name]) for name in server}
+                )
 
     def upload(self, round_: Round, reply: FinishReply, tensors: dict[str, Tensor]) -> Upload:
         """Return what a client brings to an aggregation: tensors, its weight, how it trained."""

@@ -69,8 +69,13 @@ class _Part(ServerSegment):
         self._dtype = only_dtype(module)
         self.pools = {}
 
+    # A buffer that a layer has put another tensor in place of is still one in all parts.
+
+    def copied_buffers(self) -> list[Tensor]:
+        _share_buffers(self._whole.module, self.module)
+        return super().copied_buffers()
+
     def _computed(self, smashed: Smashed, extra: dict[str, Any], *, moves_buffers: bool) -> Any:
-        # A buffer that a layer has put another tensor in place of is one in all parts.
         _share_buffers(self._whole.module, self.module)
         try:
             return super()._computed(smashed, extra, moves_buffers=moves_buffers)
@@ -89,7 +94,7 @@ def _share_buffers(source: nn.Module, target: nn.Module) -> None:
 Compute = Callable[[ServerSegment, Sequence[ClientBatch]], StepGradients]
 
 _Layer = dict[int, KeptGradient]
-"""The gradients of one parameter, by the row of the client or group that leaves it to the server."""
+"""A parameter's gradients, by the row of the client or group that leaves it to the server."""
 
 
 def grouped_by_cut(
@@ -192,7 +197,7 @@ def _compared(
             raise MethodError(
                 "low_memory compares the gradients of clients that are all cut at one place"
             )
-        for client, gradients in zip(one.clients.clients, one.clients.gradients, strict=True):
+        for client, gradients in one.clients.by_client().items():
             rows[client] = own_places, gradients
     return _ComparedAtCuts(clients, _layers(size, [rows[one] for one in clients]), means=means)
 

@@ -51,23 +51,27 @@ class KeptGradients(ClientGradients):
 
     def __init__(self, clients: list[str], gradients: "Sequence[Sequence[KeptGradient]]") -> None:
         self.clients = clients
-        self.gradients = gradients
+        self._gradients = gradients
+
+    def by_client(self) -> "dict[str, Sequence[KeptGradient]]":
+        """Return each client's gradients, in the parameters' order."""
+        return dict(zip(self.clients, self._gradients, strict=True))
 
     def of(self, client: str) -> ServerGradients:
         """Return one client's gradient, a tensor (or None) per parameter."""
-        return [as_tensor(one) for one in self.gradients[self.clients.index(client)]]
+        return [as_tensor(one) for one in self._gradients[self.clients.index(client)]]
 
     def gram(self) -> Tensor:
         """Accumulate layer by layer, block by block."""
-        size = len(self.gradients)
+        size = len(self._gradients)
         total = torch.zeros(size, size, dtype=torch.float64)
-        for layer in zip(*self.gradients, strict=True):
+        for layer in zip(*self._gradients, strict=True):
             total += layer_gram(layer)
         return total
 
     def combine(self, coefficients: Sequence[float]) -> ServerGradients:
         """Combine layer by layer."""
-        layers = zip(*self.gradients, strict=True)
+        layers = zip(*self._gradients, strict=True)
         return [combine_layer(layer, coefficients) for layer in layers]
 
 
