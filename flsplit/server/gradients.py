@@ -11,6 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flsplit.cut.smashed import (
+    CutGradient,
+    Smashed,
+    as_leaves,
+    gradient_of,
+    gradients_in,
+    learning_in,
+)
 from flsplit.errors import (
     OF_A_BATCH,
     FlsplitError,
@@ -22,14 +30,6 @@ from flsplit.errors import (
 from flsplit.finite import all_finite, total_norm
 from flsplit.log import logger
 from flsplit.losses import Count
-from flsplit.message.crossings import (
-    CutGradient,
-    Smashed,
-    as_leaves,
-    gradient_of,
-    gradients_in,
-    learning_in,
-)
 from flsplit.nested import map_tensors, num_rows, to_device
 from flsplit.seeds import seeded
 from flsplit.server.products import (

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.cut import Crossing
+from flsplit.cut.smashed import Smashed
 from flsplit.errors import OF_A_BATCH, FlsplitError, SegmentMismatchError
-from flsplit.message.crossings import Smashed
 from flsplit.message.request import Batch, Reply, Request
 from flsplit.nested import leaves_of, to_device
 from flsplit.server.clients import Clients

@@ -11,10 +11,10 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from flsplit.cut.smashed import Smashed, described
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
 from flsplit.losses import Criterion, Loss
 from flsplit.message.arrays import check_like
-from flsplit.message.crossings import Smashed, described
 from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.optimizers import UserOptimizer, make_scheduler
 from flsplit.untrained import load_state, names_of_buffers, put_all
