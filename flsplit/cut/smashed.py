@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flsplit.cut.stretch import Crossing
 from flsplit.errors import MethodError
+from flsplit.nested import described
 
 Smashed = Tensor | Crossing
 """Smashed data: a tensor ``(b, ...)``, or several values, of which numbers are a part."""
@@ -25,12 +26,10 @@ def values_of(smashed: Smashed) -> list[Tensor]:
     return [smashed] if isinstance(smashed, Tensor) else list(smashed.values.values())
 
 
-def described(smashed: Smashed) -> str:
+def smashed_in_words(smashed: Smashed) -> str:
     """Return what crosses, for an error."""
-    if isinstance(smashed, Tensor):
-        return f"smashed data of shape {tuple(smashed.shape)} and dtype {smashed.dtype}"
-    shapes = {name: tuple(value.shape) for name, value in smashed.values.items()}
-    return f"smashed data of shapes {shapes}"
+    values = smashed if isinstance(smashed, Tensor) else smashed.values
+    return f"smashed data of {described(values)}"
 
 
 def as_leaves(smashed: Smashed) -> Smashed:

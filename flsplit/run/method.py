@@ -322,7 +322,7 @@ class SplitMethod(SaysPhases):
                 told |= step.break_off()
                 names = [one.client for one in batches]
                 pinned = error.client in names  # else it's nobody's, or of pooled rows
-                bad = {str(error.client): error} if pinned else culprits(self.server, batches)
+                bad = {str(error.client): error} if pinned else culprits(self.server_for, batches)
                 if not bad or not round_.others_than([*bad]):
                     raise first from None
                 for client, why in bad.items():

@@ -3,7 +3,7 @@
 Everything here computes and changes no weight. BatchNorm's buffers move, as in any forward pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -31,7 +31,6 @@ from flsplit.finite import all_finite, total_norm
 from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.nested import map_tensors, num_rows, to_device
-from flsplit.seeds import seeded
 from flsplit.server.products import (
     ClientGradients,
     KeptGradients,
@@ -39,6 +38,7 @@ from flsplit.server.products import (
     TwiceComputedGradients,
 )
 from flsplit.server.segment import ServerGradients, ServerSegment
+from flsplit.untrained import keeping_buffers
 
 
 @dataclass(frozen=True)
@@ -204,16 +204,12 @@ def can_be_pooled(segment: ServerSegment, batches: Sequence[ClientBatch]) -> boo
 
 @torch.no_grad()
 def _problem_of_pooling(segment: ServerSegment, tensors: Sequence[Tensor]) -> str:
-    trains = segment.module.training
-    segment.module.eval()
     try:
-        with segment.keeping_buffers(), seeded(0, segment.device):
+        with segment.trying():
             pooled = segment.forward(torch.cat(list(tensors)))
             alone = [segment.forward(one) for one in tensors]
     except FlsplitError:
         return ""  # it is said when the step is computed
-    finally:
-        segment.module.train(trains)
     if not all(isinstance(output, Tensor) for output in (pooled, *alone)):
         return "the model's output is more than one tensor"
     rows = [len(tensor) for tensor in tensors]
@@ -357,21 +353,19 @@ def _blamed(error: FlsplitError, batches: Sequence[ClientBatch]) -> FlsplitError
     return at(named(batches), error)
 
 
-def culprits(segment: ServerSegment, batches: Sequence[ClientBatch]) -> dict[str, FlsplitError]:
+def culprits(
+    server_for: Callable[[str], ServerSegment], batches: Sequence[ClientBatch]
+) -> dict[str, FlsplitError]:
     """Return whose batches can't be computed alone, and why; nothing changes by it."""
     found: dict[str, FlsplitError] = {}
-    trains = segment.module.training
-    segment.module.eval()  # BatchNorm takes one row then
-    try:
-        with segment.keeping_buffers(), seeded(0, segment.device):
-            for batch in batches:
-                try:
-                    own = pooled_gradients(segment, [batch], {batch.client: 1.0})
-                    check_finite(own, segment, [batch], "alone")
-                except OF_A_BATCH as error:
-                    found[batch.client] = error
-    finally:
-        segment.module.train(trains)
+    for batch in batches:
+        segment = server_for(batch.client)
+        try:
+            with segment.trying():  # BatchNorm takes one row then
+                own = pooled_gradients(segment, [batch], {batch.client: 1.0})
+                check_finite(own, segment, [batch], "alone")
+        except OF_A_BATCH as error:
+            found[batch.client] = error
     return found
 
 
@@ -423,7 +417,7 @@ def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[
     found = []
     for batch in batches:
         try:
-            with segment.keeping_buffers():
+            with keeping_buffers(segment.module):
                 own = pooled_gradients(segment, [batch], {batch.client: 1.0})
         except FlsplitError:  # BatchNorm can't train on one row
             continue

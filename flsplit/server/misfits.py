@@ -74,16 +74,12 @@ class Fits:
         if (kind := self._kind(client, smashed, labels)) in self._taken:
             return None
         segment = self._server_for(client)
-        trains = segment.module.training
-        segment.module.eval()
         try:
-            with torch.no_grad(), segment.keeping_buffers():
+            with torch.no_grad(), segment.trying():
                 given = to_device(labels, segment.device)
                 segment.criterion(segment.forward(segment.receive(smashed), given), given)
         except OF_A_BATCH as error:
             return error
-        finally:
-            segment.module.train(trains)
         self._taken.add(kind)
         return None
 
