@@ -116,7 +116,7 @@ class ServerSegment:
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """Compute in evaluation mode, with buffers, mode and random numbers as before at the end."""
+        """Compute in evaluation mode; buffers, mode and random numbers are as before at the end."""
         trains = self.module.training
         self.module.eval()
         try:
