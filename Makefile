@@ -63,7 +63,7 @@ test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, s
 	@$(BIN)/python -m pytest -m 'not e2e' --numprocesses 2 --dist loadfile $(ARGS)
 	@$(BIN)/python -m pytest -m e2e --numprocesses 3 --dist worksteal $(ARGS)
 
-# A tenth of it is among the tests. Its models come with the extra "zoo", which nothing else needs.
+# A tenth of it is among the tests. Some models come with the extra "zoo", which nothing else needs.
 .PHONY: zoo
 zoo: $(STAMP) ## Cut many models and compare them with the uncut ones, bit for bit
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[zoo]'
@@ -87,7 +87,7 @@ constraints: ## Pin the newest versions of everything but torch
 	rm -rf build/fresh
 	$(PYTHON) -m venv build/fresh
 	grep -E '^(#|torch==|torchvision==)' constraints.txt > build/kept.txt
-	build/fresh/bin/python -m pip install --quiet --constraint build/kept.txt '.[dev]'
+	build/fresh/bin/python -m pip install --quiet --constraint build/kept.txt '.[zoo]'
 	{ grep '^#' constraints.txt; build/fresh/bin/python -m pip freeze --all --exclude pip --exclude flsplit \
 		| sed -E 's/\+[a-z0-9.]+$$//'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError
-from flsplit.nested import map_tensors, num_rows, tensors_of, to_device
+from flsplit.nested import described, num_rows, tensors_of, to_device
 
 Loss = Callable[[Any, Any], Any]
 """Takes the model's output and the labels; returns the mean loss, a scalar tensor, or a pair of
@@ -126,8 +126,8 @@ class Criterion:
             except Exception as error:  # a function of the user's may raise anything
                 kind = "" if isinstance(error, TORCH_ERRORS) else f"{type(error).__name__}: "
                 raise DataError(
-                    f"the loss can't take logits of {_described(output)} with labels of "
-                    f"{_described(labels)}: {kind}{error}"
+                    f"the loss can't take logits of {described(output)} with labels of "
+                    f"{described(labels)}: {kind}{error}"
                 ) from error
         calls, self._of_model = self._of_model + watch.calls, []
         if isinstance(loss, tuple) and len(loss) == 2 and all(map(_is_scalar, loss)):
@@ -291,10 +291,3 @@ def _checked(loss: Any, output: Any) -> Tensor:
     if not loss.requires_grad and any(tensor.requires_grad for tensor in tensors_of(output)):
         raise ConfigError("the loss returned a tensor that is detached from the logits")
     return loss
-
-
-def _described(tree: Any) -> str:
-    if isinstance(tree, Tensor):
-        return f"shape {tuple(tree.shape)} and dtype {tree.dtype}"
-    shapes = map_tensors(lambda tensor: (tuple(tensor.shape), tensor.dtype), tree)
-    return f"shapes and dtypes {shapes}"

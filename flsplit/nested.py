@@ -91,6 +91,14 @@ def shapes_of(tree: Any) -> Any:
     return map_tensors(lambda tensor: tuple(tensor.shape), tree)
 
 
+def described(tree: Any) -> str:
+    """Return the shapes and dtypes of a nesting's tensors in words, for an error."""
+    if isinstance(tree, Tensor):
+        return f"shape {tuple(tree.shape)} and dtype {tree.dtype}"
+    shapes = map_tensors(lambda tensor: (tuple(tensor.shape), tensor.dtype), tree)
+    return f"shapes and dtypes {shapes}"
+
+
 def to_device(tree: Any, device: torch.device) -> Any:
     """Return ``tree`` with its tensors on ``device``."""
     return map_tensors(lambda tensor: tensor.to(device), tree)

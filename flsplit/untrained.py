@@ -1,8 +1,7 @@
 """What of a module's state isn't trained: frozen parameters, and buffers.
 
-Buffers are put back to what they were, and a forward may have changed their shapes.
-
-Observers of quantisation-aware training, for one, get their size in the first forward.
+Buffers are put back to what they were, and a forward may have changed their shapes: observers of
+quantisation-aware training, for one, get their size in the first forward.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

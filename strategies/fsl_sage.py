@@ -389,7 +389,7 @@ def true_gradient(segment: ServerSegment, smashed: Tensor, labels: Tensor) -> Te
     """Return the cut-layer gradient of the mean loss, in training mode; nothing changes."""
     leaf = smashed.detach().requires_grad_(True)
     segment.module.train()
-    with segment.keeping_buffers():
+    with keeping_buffers(segment.module):
         loss, _ = segment.criterion(segment.forward(leaf.clone()), labels)
         (gradient,) = torch.autograd.grad(loss, leaf)
     return gradient

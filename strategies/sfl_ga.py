@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flsplit.message.crossings import value_by_value
+from flsplit.cut.smashed import value_by_value
 from flsplit.run import ParallelStrategy, Step
 from flsplit.wireless.phases import Phase, Work, parallel_steps
 

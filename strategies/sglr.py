@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from flsplit.cut.smashed import CutGradient, value_by_value
 from flsplit.errors import ConfigError, SegmentMismatchError
-from flsplit.message.crossings import CutGradient, value_by_value
 from flsplit.run import ParallelStrategy, Round, Step, ceil_fraction
 from flsplit.run.options import at_round
 from flsplit.server.arguments import fraction, number, one_of

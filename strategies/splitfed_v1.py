@@ -47,12 +47,13 @@ class SplitFedV1(ParallelStrategy):
         of_kind("server_strategy", server_strategy, Strategy | None)
         self.server_strategy = server_strategy
         super().__init__(**options)
-        self.server_aggregator = self.aggregator_of(server_strategy) if server_strategy else None
         if server_strategy and self.options.several_cuts:
             raise ConfigError(
-                "server_strategy aggregates server copies apart, but where cut differs from client "
-                "to client they have different layers: let client_strategy aggregate whole models"
+                f"server_strategy is {type(server_strategy).__name__}, but clients are cut at "
+                "different places: their copies of the server segment have different layers, which "
+                "only an average over whole models brings together"
             )
+        self.server_aggregator = self.aggregator_of(server_strategy) if server_strategy else None
 
     def _make_parts(self) -> Split:
         return self.parts_at(self.options.default_cut)

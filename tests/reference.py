@@ -4,6 +4,7 @@ The trainers state what split learning must compute. Of flsplit they use the see
 random numbers of a step are part of the contract, like the order of the data.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from functools import partial
 import torch
 from flwr.app import ArrayRecord, Context, Message
 from torch import Tensor, nn
+from torch.ao import quantization
 from torch.nn import functional
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import Dataset, TensorDataset, default_collate
@@ -68,6 +70,33 @@ def noisy_net(dropout: float = 0.3) -> nn.Sequential:
 def normed_net() -> nn.Sequential:
     """The same without dropout."""
     return noisy_net(0.0)
+
+
+class HalfBase(nn.Module):
+    """A frozen layer in half precision, and beside it two small factors in float32, as LoRA has."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(inputs, 2) * 0.1)
+        self.b = nn.Parameter(torch.randn(2, outputs) * 0.1)
+        self.base = nn.Linear(inputs, outputs).half().requires_grad_(False)
+
+    def forward(self, x):
+        return self.base(x) + (x.float() @ self.a @ self.b).to(x.dtype)
+
+
+def half_base_net(inputs: int) -> nn.Sequential:
+    """Three of them."""
+    return nn.Sequential(HalfBase(inputs, 8), nn.ReLU(), HalfBase(8, 8), nn.ReLU(), HalfBase(8, 2))
+
+
+def quantised_net() -> nn.Sequential:
+    """Ready for quantisation-aware training: observers' buffers get their size in a forward."""
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    net.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return quantization.prepare_qat(net.train())
 
 
 def fresh(build, seed: int = 0) -> nn.Sequential:

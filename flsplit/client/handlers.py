@@ -13,9 +13,9 @@ from flsplit.client.cache import find_client, keep_client
 from flsplit.client.live_client import Client
 from flsplit.client.local_training import row_shapes, train_locally
 from flsplit.client.spec import ClientSpec, client_name
+from flsplit.cut.smashed import learning_in
 from flsplit.errors import FlsplitError
 from flsplit.log import logger
-from flsplit.message.crossings import learning_in
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.local_steps import LocalRequest
 from flsplit.message.raised import raised

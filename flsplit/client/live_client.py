@@ -19,6 +19,16 @@ from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
 from flsplit.client_parts.chain import ClientStep, PartChain
 from flsplit.cut import Crossing, CutError, ExampleError, Split, Trace, split
 from flsplit.cut.client_cuts import cut_of
+from flsplit.cut.smashed import (
+    CutGradient,
+    Smashed,
+    detached,
+    differentiable,
+    fits,
+    gradients_in,
+    learning_in,
+    values_of,
+)
 from flsplit.errors import (
     DataError,
     NonFiniteError,
@@ -29,16 +39,7 @@ from flsplit.errors import (
 )
 from flsplit.finite import all_finite, clip_gradients
 from flsplit.message.arrays import check_like
-from flsplit.message.crossings import (
-    MOST_TRACES,
-    CutGradient,
-    Smashed,
-    detached,
-    fits,
-    gradients_in,
-    learning_in,
-    values_of,
-)
+from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
@@ -219,7 +220,7 @@ class Client:
         """Take the server's segment instead of the own one; the optimizer's state stays."""
         self._discard_pending()
         own = self.segment.state_dict()
-        missing = {n for n, tensor in own.items() if n not in segment.tensors} & self.frozen
+        missing = self.frozen - segment.tensors.keys()
         if missing and self._state.version == NO_SEGMENT:
             raise StateLostError(f"client {self.name!r} holds no segment to which this one adds")
         expected = {name: one for name, one in own.items() if name not in missing}
@@ -498,9 +499,7 @@ class Client:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise self._explain(error, inputs) from error
-        if isinstance(smashed, Tensor) and not (
-            smashed.is_floating_point() or smashed.is_complex()
-        ):
+        if isinstance(smashed, Tensor) and not differentiable(smashed):
             raise SegmentMismatchError(
                 f"the smashed data at {self.cut!r} is {smashed.dtype}, expected floating point"
             )

@@ -7,8 +7,8 @@ from torch import Tensor
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
 from flsplit.client.auxiliary_model import Auxiliary
 from flsplit.client.live_client import Client
+from flsplit.cut.smashed import Smashed
 from flsplit.errors import ProtocolError, SegmentMismatchError, StateLostError
-from flsplit.message.crossings import Smashed
 from flsplit.message.local_steps import LocalReply, LocalRequest
 from flsplit.message.request import Backward, Batch
 from flsplit.message.shape import ShapeReply, ShapeRequest

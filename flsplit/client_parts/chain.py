@@ -16,7 +16,7 @@ from flsplit.client_parts.client_part import (
     seed_at,
 )
 from flsplit.client_parts.finding import build_parts
-from flsplit.cut import Crossing
+from flsplit.cut.smashed import CutGradient, Smashed, differentiable
 from flsplit.errors import ConfigError
 
 _HOOKS = ("smashed", "cut_gradient", "loss", "gradients")
@@ -68,7 +68,7 @@ class PartChain:
         """Whether a part wants to know the parameters at the round's beginning."""
         return any(part.needs_round_start for part in self.parts)
 
-    def smashed(self, step: ClientStep, smashed: Tensor | Crossing) -> Tensor | Crossing:
+    def smashed(self, step: ClientStep, smashed: Smashed) -> Smashed:
         """Return the smashed data that leaves; of several values those that a layer computed."""
         if not self._hooks["smashed"]:
             return smashed
@@ -76,15 +76,13 @@ class PartChain:
             return self._edited("smashed", step, smashed)
         values = {
             name: self._edited("smashed", step, value)
-            if name not in smashed.raw and (value.is_floating_point() or value.is_complex())
+            if name not in smashed.raw and differentiable(value)
             else value
             for name, value in smashed.values.items()
         }
         return replace(smashed, values=values)
 
-    def cut_gradient(
-        self, step: ClientStep, gradient: Tensor | dict[str, Tensor]
-    ) -> Tensor | dict[str, Tensor]:
+    def cut_gradient(self, step: ClientStep, gradient: CutGradient) -> CutGradient:
         """Return the gradient to back-propagate; of several values by their names."""
         if isinstance(gradient, Tensor):
             return self._edited("cut_gradient", step, gradient)
@@ -157,8 +155,8 @@ def sent_down(
     client: str,
     round_: int,
     step: int,
-    gradient: Tensor | dict[str, Tensor],
-) -> Tensor | dict[str, Tensor]:
+    gradient: CutGradient,
+) -> CutGradient:
     """Return the cut-layer gradient that goes down to a client, edited by the parts' ``down``."""
     if not any(overrides(part, "down") for part in parts):
         return gradient

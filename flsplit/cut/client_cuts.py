@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from types import FunctionType
 
 from flsplit.cut.splitting import Split
 from flsplit.errors import ConfigError
@@ -55,16 +54,16 @@ def cut_of(cuts: ClientCuts, client: str) -> str:
     return found
 
 
+def identity_of(cuts: ClientCuts) -> str:
+    """Return what tells the cuts of two runs apart; of a function its name, not its address."""
+    return str(getattr(cuts, "__qualname__", type(cuts).__name__) if callable(cuts) else cuts)
+
+
 def default_cut(cuts: ClientCuts) -> str:
     """Return the cut of clients of which nothing else is said."""
     if isinstance(cuts, Mapping) and DEFAULT not in cuts:
         return next(iter(cuts.values()))
     return cut_of(cuts, DEFAULT)
-
-
-def shown(cuts: ClientCuts) -> str:
-    """Return the cuts as text that is the same in another process."""
-    return f"{cuts.__module__}.{cuts.__qualname__}" if isinstance(cuts, FunctionType) else str(cuts)
 
 
 def all_cuts(cuts: ClientCuts) -> list[str]:

@@ -68,9 +68,18 @@ def _mark(thing: Any, depth: int = 0) -> Any:
             return tuple(_mark(item, depth + 1) for item in thing)
         case dict() if depth < 4:
             return tuple(_mark(item, depth + 1) for item in thing.items())
-        case _ if callable(thing) and not isinstance(thing, nn.Module) and thing.__hash__:
+        case _ if callable(thing) and not isinstance(thing, nn.Module) and _is_hashable(thing):
             return thing
         case _ if depth < 2 and not isinstance(thing, nn.Module) and hasattr(thing, "__dict__"):
             return type(thing), _mark(vars(thing), depth + 1)  # a configuration, say
         case _:
             return type(thing)
+
+
+def _is_hashable(thing: Any) -> bool:
+    """Try it: a weak reference, say that of a hook's handle, may refer to what is not."""
+    try:
+        hash(thing)
+    except TypeError:
+        return False
+    return True

@@ -516,7 +516,13 @@ class Replaying(TorchFunctionMode, PartialForward):
                 # A copy: forward may change it in place, which would change what the caller
                 # holds, and which autograd refuses on a leaf.
                 absent = self._held.pop(key)
-                swap_tensors(absent, value.clone())  # type: ignore[no-untyped-call]
+                try:
+                    swap_tensors(absent, value.clone())  # type: ignore[no-untyped-call]
+                except RuntimeError as error:  # something in C++ refers to it
+                    raise CrossingError(
+                        f"value {key} crosses, and something around the cut keeps it: is the cut "
+                        "inside of a checkpoint that takes the value? Then cut after the checkpoint"
+                    ) from error
                 self._swapped[key] = absent
         self._end()
         return None

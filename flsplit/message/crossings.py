@@ -6,27 +6,21 @@ which trace it was, the numbers that differ from batch to batch, who needs a gra
 itself is sent once in a round (record ``traces``), and then known by its digest.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from torch import Tensor
 
 from flsplit.cut import Crossing, CutError, Trace
+from flsplit.cut.smashed import CutGradient, Smashed, differentiable
 from flsplit.cut.trace import numbers_from_json, numbers_to_json
-from flsplit.errors import MethodError, ProtocolError
+from flsplit.errors import ProtocolError
 from flsplit.flower_internals import fill
 from flsplit.message.arrays import to_array, to_tensor
 from flsplit.message.fields import Record, Records, Slot, only_array, record, value
 from flsplit.message.nestings import WHOLE
-
-Smashed = Tensor | Crossing
-"""Smashed data: a tensor ``(b, ...)``, or several values, of which numbers are a part."""
-
-CutGradient = Tensor | dict[str, Tensor]
-"""The cut-layer gradient, of the smashed data's shape; of a crossing by the values' names."""
 
 MOST_TRACES = 32
 """How many traces a client takes for known to the server: those that it has sent last."""
@@ -56,15 +50,11 @@ class Unresolved:
         return Crossing(self.values, Trace(traces[self.digest].calls, self.numbers), self.aliases)
 
 
-def put_smashed(
-    arrays: ArrayRecord, crossings: ConfigRecord, place: str, smashed: Smashed | Unresolved
-) -> None:
+def put_smashed(arrays: ArrayRecord, crossings: ConfigRecord, place: str, smashed: Smashed) -> None:
     """Add smashed data to a message's records."""
     if isinstance(smashed, Tensor):
         fill(arrays, {place: to_array(smashed)})
         return
-    if isinstance(smashed, Unresolved):
-        raise TypeError("a crossing that came is resolved before it is sent on")
     fill(arrays, {f"{place}:{name}": to_array(one) for name, one in smashed.values.items()})
     crossings[f"{place}.trace"] = smashed.trace.digest
     crossings[f"{place}.numbers"] = numbers_to_json(smashed.trace.numbers)
@@ -96,7 +86,7 @@ def get_smashed(
         raise ProtocolError(f"{field}: {len(values)} values cross, at most {_MAX_VALUES} may")
     learning = _names(crossings, f"{place}.learning", values)
     for name in learning:
-        if not (values[name].is_floating_point() or values[name].is_complex()):
+        if not differentiable(values[name]):
             raise ProtocolError(f"{field}: {name!r} is {values[name].dtype} and wants a gradient")
         values[name].requires_grad_()
     try:
@@ -191,113 +181,3 @@ def one_gradient(key: str) -> Slot:
         return found
 
     return Slot(key, put, get, required=True)
-
-
-# --- computing with either -------------------------------------------------------------------
-
-
-def values_of(smashed: Smashed) -> list[Tensor]:
-    """Return the tensors that cross."""
-    return [smashed] if isinstance(smashed, Tensor) else list(smashed.values.values())
-
-
-def described(smashed: Smashed) -> str:
-    """Return what crosses, for an error."""
-    if isinstance(smashed, Tensor):
-        return f"smashed data of shape {tuple(smashed.shape)} and dtype {smashed.dtype}"
-    shapes = {name: tuple(value.shape) for name, value in smashed.values.items()}
-    return f"smashed data of shapes {shapes}"
-
-
-def as_leaves(smashed: Smashed) -> Smashed:
-    """Return what crosses without graph, collecting gradients.
-
-    A tensor alone always does; of several values those that need one.
-    """
-    if isinstance(smashed, Tensor):
-        return smashed.detach().requires_grad_()
-    return smashed.detached()
-
-
-def detached(smashed: Smashed) -> Smashed:
-    """Return what crosses without graph; each tensor says whether it needs a gradient."""
-    if isinstance(smashed, Tensor):
-        return smashed.detach().requires_grad_(smashed.requires_grad)
-    return smashed.detached()
-
-
-def learning_in(leaves: Smashed) -> list[Tensor]:
-    """Return the tensors that collect a gradient."""
-    if isinstance(leaves, Tensor):
-        return [leaves] if leaves.requires_grad else []
-    return [value for value in leaves.values.values() if value.requires_grad]
-
-
-def gradient_of(leaves: Smashed, found: Sequence[Tensor | None], weight: float) -> CutGradient:
-    """Return the cut-layer gradient: what was found for the tensors that learn, over a weight."""
-    tensors = [
-        torch.zeros_like(leaf) if gradient is None else gradient / weight
-        for leaf, gradient in zip(learning_in(leaves), found, strict=True)
-    ]
-    if isinstance(leaves, Tensor):
-        return tensors[0]
-    return dict(zip(leaves.learning, tensors, strict=True))
-
-
-def gradients_in(gradient: CutGradient) -> list[Tensor]:
-    """Return the tensors of a cut-layer gradient."""
-    return [gradient] if isinstance(gradient, Tensor) else list(gradient.values())
-
-
-def fits(gradient: object, smashed: Smashed) -> bool:
-    """Tell whether this is a cut-layer gradient of the smashed data's shape."""
-    if isinstance(smashed, Tensor):
-        return isinstance(gradient, Tensor) and gradient.shape == smashed.shape
-    learning = {name: smashed.values[name].shape for name in smashed.learning}
-    return isinstance(gradient, dict) and learning == {
-        name: one.shape for name, one in gradient.items() if isinstance(one, Tensor)
-    }
-
-
-def value_by_value(
-    change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
-    gradients: Mapping[str, CutGradient],
-    rows: Mapping[str, int],
-) -> dict[str, CutGradient]:
-    """Apply what a method does with the clients' cut-layer gradients to each value that crosses.
-
-    Parameters
-    ----------
-    change : callable
-        Takes tensors ``(b_i, ...)`` by client and returns some of the clients'.
-    gradients : mapping of str to torch.Tensor or dict of str to torch.Tensor
-        By client.
-    rows : mapping of str to int
-        How many rows each client has.
-
-    Raises
-    ------
-    MethodError
-        If other values cross at one client than at another, or one has its rows elsewhere than in
-        front.
-    """
-    tensors = {name: one for name, one in gradients.items() if isinstance(one, Tensor)}
-    if len(tensors) == len(gradients):
-        return dict(change(tensors))
-    several = [one for one in gradients.values() if not isinstance(one, Tensor)]
-    if tensors or any(list(one) != list(several[0]) for one in several):
-        raise MethodError("other values cross at one client than at another: they can't be mixed")
-    found: dict[str, CutGradient] = {}
-    for place in several[0]:
-        own = {c: one[place] for c, one in gradients.items() if not isinstance(one, Tensor)}
-        for client, gradient in own.items():
-            if gradient.shape[:1] != (rows[client],):
-                raise MethodError(
-                    f"value {place!r} of client {client!r} has shape {tuple(gradient.shape)}, "
-                    f"expected its {rows[client]} rows in front"
-                )
-        for client, gradient in change(own).items():
-            values = found.setdefault(client, {})
-            if isinstance(values, dict):
-                values[place] = gradient
-    return found

@@ -14,15 +14,10 @@ from torch import Tensor
 
 from flsplit.account.clock import Leg
 from flsplit.cut import Trace
+from flsplit.cut.smashed import values_of
 from flsplit.errors import ProtocolError
 from flsplit.message import request as common
-from flsplit.message.crossings import (
-    Unresolved,
-    crossings_in,
-    get_smashed,
-    put_smashed,
-    values_of,
-)
+from flsplit.message.crossings import Unresolved, crossings_in, get_smashed, put_smashed
 from flsplit.message.fields import Fields, In, Record, Records, Slot, nested, record, value
 from flsplit.message.nestings import get_nesting, put_nesting
 from flsplit.message.request import (

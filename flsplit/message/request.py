@@ -10,20 +10,12 @@ from torch import Tensor
 
 from flsplit.account.clock import Leg
 from flsplit.cut import Trace
+from flsplit.cut.smashed import CutGradient, Smashed, differentiable, gradients_in, values_of
 from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite
 from flsplit.flower_internals import fill
 from flsplit.message.arrays import check_like, from_record, to_record
-from flsplit.message.crossings import (
-    FROZEN,
-    TRACES,
-    CutGradient,
-    Smashed,
-    gradients_in,
-    one_gradient,
-    one_smashed,
-    values_of,
-)
+from flsplit.message.crossings import FROZEN, TRACES, one_gradient, one_smashed
 from flsplit.message.fields import Content, In, Record, Records, Slot, nested, record, value
 from flsplit.message.nestings import nesting
 from flsplit.message.optimizer_state import OptimizerState, indexed
@@ -203,7 +195,7 @@ def check_batch(smashed: Smashed, labels: Any, most: int | None = None) -> None:
     """
     rows = num_rows(labels)
     if isinstance(smashed, Tensor):
-        if not (smashed.is_floating_point() or smashed.is_complex()):
+        if not differentiable(smashed):
             raise ProtocolError(f"smashed-data: dtype is {smashed.dtype}, expected floating point")
         if smashed.ndim == 0 or (len(smashed) == 0 and most != 0):
             raise ProtocolError(

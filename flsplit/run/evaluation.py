@@ -64,16 +64,11 @@ def evaluate_clients(
     of_client: dict[str, Scores] = {}
     failed: list[FlsplitError] = []
     while remaining:
-        requests = {
-            name: EvaluateRequest(
-                entry.round,
-                batch,
-                batch_size,
-                segment_for(name).version,
-                segment_for(name) if batch == 0 else None,
-            )
-            for name in remaining
-        }
+        requests = {}
+        for name in remaining:
+            segment = segment_for(name)
+            whole = segment if batch == 0 else None
+            requests[name] = EvaluateRequest(entry.round, batch, batch_size, segment.version, whole)
         replies = clients.exchange(requests, entry)
         replies = leave_out_misfits(fits, clients, requests, replies, entry)
         batch += 1

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
-from flsplit.message.crossings import values_of
+from flsplit.cut.smashed import values_of
 from flsplit.message.local_steps import LocalReply
 from flsplit.server.gradients import ClientBatch
 from flsplit.server.segment import ServerSegment

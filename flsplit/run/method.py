@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import Split, split
-from flsplit.cut.client_cuts import all_cuts, cut_of, joined, shown
+from flsplit.cut.client_cuts import all_cuts, cut_of, identity_of, joined
 from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, located
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.request import Backward, SegmentArrays
@@ -377,7 +377,7 @@ class SplitMethod(SaysPhases):
         """Return what a run must have in common with the one that it resumes."""
         return {
             "strategy": type(self).__name__,
-            "cut": shown(self.options.cut),
+            "cut": identity_of(self.options.cut),
             "seed": self.options.seed,
             "client_parts": describe_parts(self.all_client_parts()),
             "server_optimizer": type(self.server.optimizer).__name__,

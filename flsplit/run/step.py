@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flsplit.cut.smashed import CutGradient, Smashed, differentiable, fits, gradients_in
 from flsplit.errors import MethodError, located
 from flsplit.finite import all_finite
 from flsplit.log import logger
 from flsplit.losses import Count
-from flsplit.message.crossings import CutGradient, Smashed, fits, gradients_in
 from flsplit.message.request import Backward
 from flsplit.nested import cat_rows, map_tensors
 from flsplit.run.options import Reduction, Shares
@@ -414,7 +414,7 @@ class Step:
                 f"replied to client {client!r} with {_shown(gradient)}, expected {expected}"
             )
         for one in gradients_in(gradient):  # type: ignore[arg-type]
-            if not (one.is_floating_point() or one.is_complex()):
+            if not differentiable(one):
                 raise self._error(
                     f"replied to client {client!r} with {one.dtype}, expected floating point"
                 )

@@ -218,7 +218,9 @@ class Clients:
             raise_error(message)
         content = message.content
         reply = request.answer.from_content(content)
-        reply = reply.resolved(self._traces_of(name, reply.traces or {}))
+        if reply.traces:
+            self._learn_traces(name, reply.traces)
+        reply = reply.resolved(self._traces.get(name, {}))
         for key in request.echoed:
             asked, found = getattr(request, key), getattr(reply, key)
             if asked is not None and found != asked:
@@ -231,8 +233,8 @@ class Clients:
         count(content, reply.categories, traffic, sends=self._sends)
         return reply
 
-    def _traces_of(self, name: str, sent: Mapping[str, Trace]) -> Mapping[str, Trace]:
-        """Return the traces that a client has sent, by digest, with those that it sends now.
+    def _learn_traces(self, name: str, sent: Mapping[str, Trace]) -> None:
+        """Remember the traces that a client sends, by digest, and forget its oldest.
 
         Clients that send the same one share it, so that the server segment knows it again.
         """
@@ -242,7 +244,6 @@ class Clients:
             known[digest] = self._all_traces.setdefault(digest, trace)
         for digest in list(known)[: -2 * MOST_TRACES]:
             del known[digest]
-        return known
 
     def leave_out(
         self, name: str, step: int | None, error: FlsplitError, entry: RoundEntry

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from flsplit.errors import ConfigError, MethodError
-from flsplit.message.crossings import Smashed
 from flsplit.server.gradients import ClientBatch, StepGradients
 from flsplit.server.products import (
     KeptGradient,
@@ -58,8 +57,8 @@ class _Part(ServerSegment):
 
     def __init__(self, whole: ServerSegment, module: nn.Module) -> None:
         vars(self).update(vars(whole))  # device, loss and optimizer are the same
-        self._whole = whole
         self.module = module.to(whole.device)
+        _share_buffers(whole.module, module)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError(
@@ -69,26 +68,14 @@ class _Part(ServerSegment):
         self._dtype = only_dtype(module)
         self.pools = {}
 
-    # A buffer that a layer has put another tensor in place of is still one in all parts.
 
-    def copied_buffers(self) -> list[Tensor]:
-        _share_buffers(self._whole.module, self.module)
-        return super().copied_buffers()
-
-    def _computed(self, smashed: Smashed, extra: dict[str, Any], *, moves_buffers: bool) -> Any:
-        _share_buffers(self._whole.module, self.module)
-        try:
-            return super()._computed(smashed, extra, moves_buffers=moves_buffers)
-        finally:
-            _share_buffers(self.module, self._whole.module)
-
-
-def _share_buffers(source: nn.Module, target: nn.Module) -> None:
-    found = dict(source.named_buffers(remove_duplicate=False))
-    for path, module in target.named_modules(remove_duplicate=False):
-        for name in module._buffers:
-            if (buffer := found.get(f"{path}.{name}".lstrip("."))) is not None:
-                module._buffers[name] = buffer
+def _share_buffers(whole: nn.Module, part: nn.Module) -> None:
+    """Let a buffer that a layer puts another tensor in place of be the same in both."""
+    modules = dict(whole.named_modules(remove_duplicate=False))
+    for path, module in part.named_modules(remove_duplicate=False):
+        of_whole = modules[path]._buffers
+        if module._buffers.keys() == of_whole.keys():  # the root may have fewer
+            module._buffers = of_whole
 
 
 Compute = Callable[[ServerSegment, Sequence[ClientBatch]], StepGradients]

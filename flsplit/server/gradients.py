@@ -11,6 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flsplit.cut.smashed import (
+    CutGradient,
+    Smashed,
+    as_leaves,
+    gradient_of,
+    gradients_in,
+    learning_in,
+)
 from flsplit.errors import (
     OF_A_BATCH,
     FlsplitError,
@@ -22,16 +30,7 @@ from flsplit.errors import (
 from flsplit.finite import all_finite, total_norm
 from flsplit.log import logger
 from flsplit.losses import Count
-from flsplit.message.crossings import (
-    CutGradient,
-    Smashed,
-    as_leaves,
-    gradient_of,
-    gradients_in,
-    learning_in,
-)
 from flsplit.nested import map_tensors, num_rows, to_device
-from flsplit.seeds import seeded
 from flsplit.server.products import (
     ClientGradients,
     KeptGradients,
@@ -39,6 +38,7 @@ from flsplit.server.products import (
     TwiceComputedGradients,
 )
 from flsplit.server.segment import ServerGradients, ServerSegment
+from flsplit.untrained import keeping_buffers
 
 
 @dataclass(frozen=True)
@@ -204,16 +204,12 @@ def can_be_pooled(segment: ServerSegment, batches: Sequence[ClientBatch]) -> boo
 
 @torch.no_grad()
 def _problem_of_pooling(segment: ServerSegment, tensors: Sequence[Tensor]) -> str:
-    trains = segment.module.training
-    segment.module.eval()
     try:
-        with segment.keeping_buffers(), seeded(0, segment.device):
+        with segment.trying():
             pooled = segment.forward(torch.cat(list(tensors)))
             alone = [segment.forward(one) for one in tensors]
     except FlsplitError:
         return ""  # it is said when the step is computed
-    finally:
-        segment.module.train(trains)
     if not all(isinstance(output, Tensor) for output in (pooled, *alone)):
         return "the model's output is more than one tensor"
     rows = [len(tensor) for tensor in tensors]
@@ -358,22 +354,18 @@ def _blamed(error: FlsplitError, batches: Sequence[ClientBatch]) -> FlsplitError
 
 
 def culprits(
-    segment_for: Callable[[str], ServerSegment], batches: Sequence[ClientBatch]
+    server_for: Callable[[str], ServerSegment], batches: Sequence[ClientBatch]
 ) -> dict[str, FlsplitError]:
     """Return whose batches can't be computed alone, and why; nothing changes by it."""
     found: dict[str, FlsplitError] = {}
     for batch in batches:
-        segment = segment_for(batch.client)
-        trains = segment.module.training
-        segment.module.eval()  # BatchNorm takes one row then
+        segment = server_for(batch.client)
         try:
-            with segment.keeping_buffers(), seeded(0, segment.device):
+            with segment.trying():  # BatchNorm takes one row then
                 own = pooled_gradients(segment, [batch], {batch.client: 1.0})
                 check_finite(own, segment, [batch], "alone")
         except OF_A_BATCH as error:
             found[batch.client] = error
-        finally:
-            segment.module.train(trains)
     return found
 
 
@@ -426,7 +418,7 @@ def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[
     for batch in batches:
         part = segment.part_for(batch.client)
         try:
-            with part.keeping_buffers():
+            with keeping_buffers(part.module):
                 own = pooled_gradients(part, [batch], {batch.client: 1.0})
         except FlsplitError:  # BatchNorm can't train on one row
             continue

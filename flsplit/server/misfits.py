@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.cut import Crossing
+from flsplit.cut.smashed import Smashed
 from flsplit.errors import OF_A_BATCH, FlsplitError, SegmentMismatchError
-from flsplit.message.crossings import Smashed
 from flsplit.message.request import Batch, Reply, Request
 from flsplit.nested import leaves_of, to_device
 from flsplit.server.clients import Clients
@@ -74,16 +74,12 @@ class Fits:
         if (kind := self._kind(client, smashed, labels)) in self._taken:
             return None
         segment = self._server_for(client)
-        trains = segment.module.training
-        segment.module.eval()
         try:
-            with torch.no_grad(), segment.keeping_buffers():
+            with torch.no_grad(), segment.trying():
                 given = to_device(labels, segment.device)
                 segment.criterion(segment.forward(segment.receive(smashed), given), given)
         except OF_A_BATCH as error:
             return error
-        finally:
-            segment.module.train(trains)
         self._taken.add(kind)
         return None
 

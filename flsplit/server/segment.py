@@ -11,13 +11,14 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from flsplit.cut.smashed import Smashed, smashed_in_words
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
 from flsplit.losses import Criterion, Loss
 from flsplit.message.arrays import check_like
-from flsplit.message.crossings import Smashed, described
 from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.optimizers import UserOptimizer, make_scheduler
-from flsplit.untrained import load_state, names_of_buffers, put_all
+from flsplit.seeds import seeded
+from flsplit.untrained import keeping_buffers, load_state, names_of_buffers, put_all
 
 ServerGradients = list[Tensor | None]
 """One gradient per trainable parameter of the server segment, None where there is none."""
@@ -100,10 +101,10 @@ class ServerSegment:
             if "more than 1 value per channel" in str(error):
                 raise DataError(
                     f"BatchNorm in the server segment can't train on a batch of one "
-                    f"({described(smashed)}); use another batch-size, or drop-last"
+                    f"({smashed_in_words(smashed)}); use another batch-size, or drop-last"
                 ) from error
             raise SegmentMismatchError(
-                f"the server segment can't take {described(smashed)}: {kind}{error}"
+                f"the server segment can't take {smashed_in_words(smashed)}: {kind}{error}"
             ) from error
         return logits
 
@@ -123,13 +124,15 @@ class ServerSegment:
         put_all(self.module.buffers(), before)
 
     @contextmanager
-    def keeping_buffers(self) -> Iterator[None]:
-        """Put the buffers back to what they were at the end of the block."""
-        before = self.copied_buffers()
+    def trying(self) -> Iterator[None]:
+        """Compute in evaluation mode; buffers, mode and random numbers are as before at the end."""
+        trains = self.module.training
+        self.module.eval()
         try:
-            yield
+            with keeping_buffers(self.module), seeded(0, self.device):
+                yield
         finally:
-            self.put_buffers(before)
+            self.module.train(trains)
 
     def receive(self, smashed: Smashed) -> Smashed:
         """Move smashed data to the segment's device.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from zoo_step import assert_exact
 
 from flsplit.cut import (
@@ -258,6 +259,31 @@ def test_hooks_elsewhere_fire():
     fired.clear()
     halves.server(smashed)
     assert fired == [True]
+
+
+def test_a_model_may_keep_the_handle_of_a_hook():
+    """As models of transformers do, when they compute layers again in the backward."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.handle = model[0].register_forward_hook(lambda module, args, output: output * 2)
+    assert_exact(model, "0", (torch.randn(2, 4),))
+
+
+class GivesToACheckpoint(nn.Module):
+    """A mask is made before the cut, given to the checkpoint around it, and used after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.front, self.both, self.head = nn.Linear(4, 4), nn.Bilinear(4, 4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        rows = self.front(x)
+        mask = (rows > 0).to(rows.dtype)
+        return self.head(checkpoint(self.both, rows, mask, use_reentrant=False) * mask)
+
+
+def test_a_cut_inside_a_checkpoint_that_keeps_what_crosses_is_refused():
+    with pytest.raises(CrossingError, match="cut after the checkpoint"):
+        assert_exact(GivesToACheckpoint(), "both", (torch.randn(2, 4),))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

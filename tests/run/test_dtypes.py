@@ -1,9 +1,11 @@
 """Models in other dtypes than float32: one client trains as the model in one piece does."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from reference import half_base_net
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
@@ -15,26 +17,9 @@ from flsplit.strategies import PSL, SplitFedV1, SplitFedV2
 LR = 0.1
 
 
-class Lora(nn.Module):
-    """A frozen layer in half precision, beside it two small factors in float32."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.randn(inputs, 2) * 0.1)
-        self.b = nn.Parameter(torch.randn(2, outputs) * 0.1)
-        self.base = nn.Linear(inputs, outputs).half().requires_grad_(False)
-
-    def forward(self, x):
-        return self.base(x) + (x.float() @ self.a @ self.b).to(x.dtype)
-
-
 class Magnitude(nn.Module):
     def forward(self, x):
         return x.abs()
-
-
-def lora():
-    return nn.Sequential(Lora(6, 8), nn.ReLU(), Lora(8, 8), nn.ReLU(), Lora(8, 2))
 
 
 def plain(dtype):
@@ -49,7 +34,7 @@ def complex_net():
 
 
 MODELS = {
-    "lora": (lora, torch.float16),
+    "lora": (partial(half_base_net, 6), torch.float16),
     "bfloat16": (plain(torch.bfloat16), torch.bfloat16),
     "float64": (plain(torch.float64), torch.float64),
     "complex64": (complex_net, torch.complex64),

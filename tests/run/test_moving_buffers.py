@@ -1,11 +1,9 @@
 """Buffers that get another shape in a forward pass, as observers of quantisation have."""
 
-import warnings
-
 import pytest
 import torch
+from reference import quantised_net
 from torch import nn
-from torch.ao import quantization
 from torch.utils.data import TensorDataset
 
 from flsplit import LocalGrid, client_app
@@ -27,14 +25,6 @@ class Extremes(nn.Module):
         return x
 
 
-def quantised():
-    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    net.qconfig = quantization.get_default_qat_qconfig("fbgemm")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return quantization.prepare_qat(net.train())
-
-
 def observed():
     return nn.Sequential(
         Extremes(), nn.Linear(5, 8), nn.ReLU(), Extremes(), nn.Linear(8, 2), Extremes()
@@ -43,7 +33,7 @@ def observed():
 
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("strategy", [SplitFedV1, SplitFedV2, PSL])
-@pytest.mark.parametrize(("build", "cut"), [(quantised, "1"), (observed, "2")])
+@pytest.mark.parametrize(("build", "cut"), [(quantised_net, "1"), (observed, "2")])
 def test_one_client_is_the_model_in_one_piece(build, cut, strategy, cache, tmp_path):
     x = torch.randn(1, 5, generator=torch.Generator().manual_seed(1))
     y = torch.tensor([1])

@@ -22,7 +22,7 @@ from reference import (
 from torch.nn import functional
 
 from flsplit import LocalGrid, client_app
-from flsplit.cut.client_cuts import cut_of, default_cut
+from flsplit.cut.client_cuts import cut_of, default_cut, identity_of
 from flsplit.errors import ConfigError, MethodError, NotEnoughClientsError
 from flsplit.seeds import generator
 from flsplit.strategies import (
@@ -238,6 +238,31 @@ def test_other_methods_say_that_they_need_one_cut(method, why):
         method(model=plain_net(), cut=CUTS)
 
 
+def test_copies_with_different_layers_cannot_be_aggregated_apart():
+    with pytest.raises(ConfigError, match="server_strategy is FedAvg, but clients are cut at"):
+        SplitFedV1(model=plain_net(), cut=CUTS, server_strategy=FedAvg())
+
+
+def test_the_identity_of_a_function_is_the_same_in_another_process():
+    assert identity_of(lambda name: "front").endswith("<lambda>")
+    assert identity_of("front") == "front"
+
+
+def test_a_bad_client_is_found_where_it_is_cut():
+    parts = make_parts((8, 8, 8))
+    parts[2].tensors[1][:] = 99
+    model = fresh(plain_net)
+    app = client_app(
+        model=lambda: fresh(plain_net), cut=CUTS, device="cpu",
+        data=lambda c: parts[c.node_config["partition-id"]],
+    )  # fmt: skip
+    strategy = SplitFedV1(model=model, cut=CUTS, device="cpu", fraction_evaluate=0.0)
+    grid = LocalGrid(app, 3, progress=False)
+    entry = strategy.start(grid, ArrayRecord(model.state_dict()), 1).history[0]
+    assert [left.client for left in entry.left_out] == ["2"]
+    assert entry.rows == 16
+
+
 def test_a_client_that_is_cut_elsewhere_is_left_out():
     with pytest.raises(NotEnoughClientsError, match="the server cuts the model at 'middle'"):
         train({"0": "middle", "default": "front"}, (8,), app_cuts="front")
@@ -371,7 +396,7 @@ def test_what_several_cuts_cannot_do_is_refused():
         PSL(model=plain_net(), cut=lambda name: "front")
     with pytest.raises(ConfigError, match="low_memory is True, but cut differs"):
         GAPSL(model=plain_net(), cut=CUTS, low_memory=True)
-    with pytest.raises(ConfigError, match="server_strategy aggregates server copies apart"):
+    with pytest.raises(ConfigError, match="server_strategy is FedAvg, but clients are cut"):
         SplitFedV1(model=plain_net(), cut=CUTS, server_strategy=FedAvg())
 
 

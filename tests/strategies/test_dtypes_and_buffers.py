@@ -1,13 +1,13 @@
 """Weights of any dtype, and buffers that change shape, train as plain torch trains them."""
 
 import copy
-import warnings
+from functools import partial
 
 import pytest
 import torch
 from flwr.app import ArrayRecord
+from reference import half_base_net, quantised_net
 from torch import nn
-from torch.ao import quantization
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
@@ -19,19 +19,6 @@ from flsplit.untrained import load_state, put
 RNG = torch.Generator().manual_seed(1)
 INPUTS = torch.randn(16, 5, generator=RNG)
 CLASSES = (INPUTS.sum(1) > 0).long()
-
-
-class Halved(nn.Module):
-    """A frozen half-precision layer with single-precision adapters."""
-
-    def __init__(self, width_in, width_out):
-        super().__init__()
-        self.down = nn.Parameter(torch.randn(width_in, 2) * 0.1)
-        self.up = nn.Parameter(torch.randn(2, width_out) * 0.1)
-        self.base = nn.Linear(width_in, width_out).half().requires_grad_(False)
-
-    def forward(self, x):
-        return self.base(x) + (x.float() @ self.down @ self.up).to(x.dtype)
 
 
 class Complex(nn.Module):
@@ -61,22 +48,10 @@ def dense(dtype=None):
     return lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
 
 
-def adapted():
-    return nn.Sequential(Halved(5, 8), nn.ReLU(), Halved(8, 8), nn.ReLU(), Halved(8, 2))
-
-
 def growing():
     return nn.Sequential(
         nn.Linear(5, 8), nn.Sequential(nn.Tanh(), Counting()), Counting(), nn.Linear(8, 2)
     )
-
-
-def quantized():
-    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    net.qconfig = quantization.get_default_qat_qconfig("fbgemm")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return quantization.prepare_qat(net.train())
 
 
 def loss(outputs, labels):
@@ -86,10 +61,10 @@ def loss(outputs, labels):
 KINDS = {
     "bfloat16": (dense(torch.bfloat16), "1", INPUTS.bfloat16()),
     "float64": (dense(torch.float64), "1", INPUTS.double()),
-    "half base": (adapted, "1", INPUTS.half()),
+    "half base": (partial(half_base_net, 5), "1", INPUTS.half()),
     "complex": (Complex, "first", INPUTS),
     "growing buffer": (growing, "1", INPUTS),
-    "quantisation": (quantized, "1", INPUTS),
+    "quantisation": (quantised_net, "1", INPUTS),
 }
 
 
@@ -152,7 +127,7 @@ def test_smashed_data_keep_their_dtype():
             return x
 
     def build():
-        return nn.Sequential(*adapted()[:2], Looking(), *adapted()[2:])
+        return nn.Sequential(*half_base_net(5)[:2], Looking(), *half_base_net(5)[2:])
 
     model = build()
     app = client_app(
