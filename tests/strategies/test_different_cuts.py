@@ -396,8 +396,6 @@ def test_what_several_cuts_cannot_do_is_refused():
         PSL(model=plain_net(), cut=lambda name: "front")
     with pytest.raises(ConfigError, match="low_memory is True, but cut differs"):
         GAPSL(model=plain_net(), cut=CUTS, low_memory=True)
-    with pytest.raises(ConfigError, match="server_strategy is FedAvg, but clients are cut"):
-        SplitFedV1(model=plain_net(), cut=CUTS, server_strategy=FedAvg())
 
 
 def test_a_step_that_pools_rows_says_that_cuts_differ():
