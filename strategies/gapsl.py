@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -138,6 +138,7 @@ class GAPSL(ParallelStrategy):
        https://arxiv.org/abs/2603.18540
     """
 
+    several_cuts = True
     pools = False
 
     def __init__(
@@ -180,6 +181,12 @@ class GAPSL(ParallelStrategy):
             )
         options.setdefault("shares", "equal")
         super().__init__(**options)
+        self._settings = replace(self._settings, reduction=loss_reduction)
+        if self.options.several_cuts and low_memory:
+            raise ConfigError(
+                "low_memory is True, but cut differs from client to client: gradients of several "
+                "cuts are compared when all of them are in memory"
+            )
         self.begin_run()
 
     def begin_run(self) -> None:

@@ -30,6 +30,7 @@ class SequentialSL(SplitStrategy):
     """
 
     hands_on = True
+    one_cut = "it hands one client segment on from client to client"
     pools = False
 
     def __init__(self, **options: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from flsplit.cut.smashed import value_by_value
+from flsplit.cut.smashed import CutGradient, value_by_value
 from flsplit.errors import ConfigError, SegmentMismatchError
 from flsplit.run import ParallelStrategy, Round, Step, ceil_fraction
 from flsplit.run.options import at_round
@@ -68,6 +68,8 @@ class SGLR(ParallelStrategy):
        Scalable Split Learning, https://arxiv.org/abs/2112.05929
     """
 
+    several_cuts = True
+
     def __init__(
         self,
         *,
@@ -89,9 +91,9 @@ class SGLR(ParallelStrategy):
         active = self._draw(step)
         step.record({"cut-gradient-averaging.active": float(len(active))})
         rows = {batch.client: len(batch) for batch in step.batches}
-        shared = value_by_value(
-            lambda own: averaged(own, active, self.averaging), found.cut_gradients, rows
-        )
+        shared: dict[str, CutGradient] = {}
+        for group in step.groups:  # gradients at different cuts have no average
+            shared |= self._shared({c: found.cut_gradients[c] for c in group}, active, rows)
         factor = len(step.clients) ** self.alpha
         step.record({"split-lr.factor": factor})
         step.update(found, lr_factor=factor)
@@ -100,6 +102,12 @@ class SGLR(ParallelStrategy):
             shared_rows={client: rows[client] for client in shared},
             repeated=active if self.averaging == "batch_mean" else (),
         )
+
+    def _shared(
+        self, gradients: Mapping[str, CutGradient], active: list[str], rows: Mapping[str, int]
+    ) -> dict[str, CutGradient]:
+        active = [client for client in active if client in gradients]
+        return value_by_value(lambda one: averaged(one, active, self.averaging), gradients, rows)
 
     def _draw(self, step: Step) -> list[str]:
         """Return the step's active clients, in their order; none outside the phase."""

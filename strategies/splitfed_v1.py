@@ -6,7 +6,9 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from flsplit.cut import Split
 from flsplit.errors import ConfigError
+from flsplit.message.request import SegmentArrays
 from flsplit.message.steps import FinishReply
 from flsplit.run import ParallelStrategy, Round, Step
 from flsplit.run.options import of_kind
@@ -53,9 +55,36 @@ class SplitFedV1(ParallelStrategy):
             )
         self.server_aggregator = self.aggregator_of(server_strategy) if server_strategy else None
 
+    def _make_parts(self) -> Split:
+        return self.parts_at(self.options.default_cut)
+
+    def _make_server(self) -> ServerSegment:
+        return self.new_server_segment()
+
     def begin_run(self) -> None:
         """Forget copies of an earlier run."""
         self.copies: dict[str, ServerSegment] = {}
+        self._at_cut: dict[str, tuple[SegmentArrays, ServerSegment]] = {}
+
+    def segment_for(self, client: str) -> SegmentArrays:
+        """Return the averaged model's first layers, as many as this client has."""
+        return self._at(client)[0] if self.options.several_cuts else self.client_segment
+
+    def server_for(self, client: str) -> ServerSegment:
+        """Return the averaged model's other layers, in a copy of their own."""
+        return self._at(client)[1] if self.options.several_cuts else self.server
+
+    def _at(self, client: str) -> tuple[SegmentArrays, ServerSegment]:
+        parts, version = self.parts_for(client), self.client_segment.version
+        known = self._at_cut.get(parts.cut)
+        if known is None or known[0].version != version:
+            whole = self.parts.join(self.client_segment.tensors, self.server.arrays())
+            tensors, arrays = parts.divide(whole)
+            server = known[1] if known else self.new_server_segment(parts=parts)
+            server.load_arrays(arrays)
+            segment = self._segment_of(version, tensors, parts)
+            known = self._at_cut[parts.cut] = segment, server
+        return known
 
     def server_segments(self) -> list[ServerSegment]:
         """Return the clients' copies; the averaged segment itself isn't stepped."""

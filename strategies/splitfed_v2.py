@@ -25,6 +25,7 @@ class SplitFedV2(ParallelStrategy):
     """
 
     aggregates = True
+    several_cuts = True
     pools = False
 
     def step(self, step: Step) -> None:

@@ -1,8 +1,9 @@
 """Different cuts for different clients: who is cut where."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from flsplit.cut.splitting import Split
 from flsplit.errors import ConfigError
 
 ClientCuts = str | Mapping[str, str] | Callable[[str], str]
@@ -63,3 +64,51 @@ def default_cut(cuts: ClientCuts) -> str:
     if isinstance(cuts, Mapping) and DEFAULT not in cuts:
         return next(iter(cuts.values()))
     return cut_of(cuts, DEFAULT)
+
+
+def all_cuts(cuts: ClientCuts) -> list[str]:
+    """Return every cut that a client may have.
+
+    Raises
+    ------
+    ConfigError
+        If a function says it: of whom it will be asked isn't known.
+    """
+    if isinstance(cuts, str):
+        return [cuts]
+    if not isinstance(cuts, Mapping):
+        raise ConfigError(
+            "cut is a function, but one server segment for all clients begins at the earliest cut "
+            "and needs to know them all: give a dict of cuts by patterns of clients' names"
+        )
+    return list(dict.fromkeys(cuts.values()))
+
+
+def joined(splits: Sequence[Split], cut: str) -> Split:
+    """Return the largest client segment with the largest server segment of several cuts.
+
+    What lies between the earliest and the latest cut is in both.
+
+    Parameters
+    ----------
+    splits : sequence of Split
+        One model, cut at several places.
+    cut : str
+        What the result calls its cut.
+
+    Raises
+    ------
+    ConfigError
+        If no cut is the earliest, or none the latest.
+    """
+    earliest = max(splits, key=lambda one: len(one.server.state_dict()))
+    latest = max(splits, key=lambda one: len(one.client.state_dict()))
+    for one in splits:
+        own = {*one.server.state_dict()} - {*earliest.server.state_dict()}
+        own |= {*one.client.state_dict()} - {*latest.client.state_dict()}
+        if own:
+            raise ConfigError(
+                f"cut: of {earliest.cut!r}, {one.cut!r} and {latest.cut!r} none is the earliest or "
+                f"the latest, because of {min(own)!r}; expected cuts one after the other"
+            )
+    return Split(latest.client, earliest.server, cut, earliest.keys)

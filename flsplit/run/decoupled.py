@@ -71,6 +71,7 @@ class DecoupledStrategy(SplitStrategy):
 
     aggregates = True
     pools = False
+    one_cut = "its auxiliary model is one for all and begins at the cut"
 
     trains_auxiliary = False
     """Whether clients train their auxiliary models."""

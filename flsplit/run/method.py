@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import Split, split
-from flsplit.cut.client_cuts import cut_of, identity_of
+from flsplit.cut.client_cuts import all_cuts, cut_of, identity_of, joined
 from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, located
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.request import Backward, SegmentArrays
@@ -24,6 +24,7 @@ from flsplit.run.options import SplitOptions, at_round, option_names, refuse_unk
 from flsplit.run.round import Round
 from flsplit.run.step import Step, StepSettings
 from flsplit.server.aggregate import SegmentAggregator, Upload
+from flsplit.server.cut_segment import CutServerSegment
 from flsplit.server.gradients import ClientBatch, culprits
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
@@ -56,6 +57,8 @@ class SplitMethod(SaysPhases):
         be of one shape; a client whose rows differ from those of most is left out.
     several_cuts : bool
         Whether clients may be cut at different places.
+    one_cut : str
+        Why not, where they may not.
     client_parts : sequence of ClientPart
         What the method has its clients do beside the plain step; the options' parts come after.
 
@@ -70,10 +73,11 @@ class SplitMethod(SaysPhases):
     hands_on: ClassVar[bool] = False
     pools: ClassVar[bool] = True
     several_cuts: ClassVar[bool] = False
+    one_cut: ClassVar[str] = "it computes with the smashed data of all clients together"
     client_parts: Sequence[ClientPart] = ()
 
     ATTRIBUTES: ClassVar[tuple[str, ...]] = (
-        "options", "parts", "_splits", "_at_cut", "device", "aggregator", "server",
+        "options", "parts", "_splits", "device", "aggregator", "server",
         "client_segment", "_settings",
     )  # fmt: skip
     """What every method has; anything else is its own."""
@@ -87,12 +91,10 @@ class SplitMethod(SaysPhases):
         if self.options.several_cuts and not self.several_cuts:
             raise ConfigError(
                 f"cut is {self.options.cut!r}, but {type(self).__name__} needs one cut for all "
-                "clients: layers that are some clients' and for others the server's are brought "
-                "together by an average over whole models only"
+                f"clients: {self.one_cut}"
             )
         self._splits: dict[str, Split] = {}
-        self._at_cut: dict[str, tuple[SegmentArrays, ServerSegment]] = {}
-        self.parts = self.parts_at(self.options.default_cut)
+        self.parts = self._make_parts()
         self.device = pick_device(self.options.device)
         self._settings = StepSettings(
             self.options.shares, self.options.reduction, self.options.server_batchnorm == "pooled"
@@ -118,23 +120,49 @@ class SplitMethod(SaysPhases):
 
     def segment_for(self, client: str) -> SegmentArrays:
         """Return the server's version of the client segment, of the size that this client has."""
-        return self._at(client)[0] if self.options.several_cuts else self.client_segment
+        whole = self.client_segment
+        if not self.options.several_cuts:
+            return whole
+        own = self.parts_for(client).client.state_dict().keys()
+        tensors = {name: tensor for name, tensor in whole.tensors.items() if name in own}
+        return SegmentArrays(whole.version, tensors, whole.frozen & own, whole.buffers & own)
 
     def server_for(self, client: str) -> ServerSegment:
         """Return the server segment that goes on where this client is cut; not to be trained."""
-        return self._at(client)[1] if self.options.several_cuts else self.server
+        return self.server.part_for(client)
 
-    def _at(self, client: str) -> tuple[SegmentArrays, ServerSegment]:
-        parts, version = self.parts_for(client), self.client_segment.version
-        known = self._at_cut.get(parts.cut)
-        if known is None or known[0].version != version:
-            whole = self.parts.join(self.client_segment.tensors, self.server.arrays())
-            tensors, arrays = parts.divide(whole)
-            server = known[1] if known else self.new_server_segment(parts=parts)
-            server.load_arrays(arrays)
-            segment = self._segment_of(version, tensors, parts)
-            known = self._at_cut[parts.cut] = segment, server
-        return known
+    def _make_parts(self) -> Split:
+        """Return the client segment and the server segment of which the method keeps one.
+
+        Of several cuts these are the largest: what is the client's for some and the server's for
+        others is in both.
+        """
+        options = self.options
+        if not options.several_cuts:
+            return self.parts_at(options.default_cut)
+        splits = list(map(self.parts_at, all_cuts(options.cut)))
+        return joined(splits, options.default_cut)
+
+    def _make_server(self) -> ServerSegment:
+        options = self.options
+        if not options.several_cuts:
+            return self.new_server_segment()
+        # Copied together, they go on sharing their parameters.
+        halves = {cut: one.server for cut, one in self._splits.items()}
+        first = next(cut for cut, half in halves.items() if half is self.parts.server)
+        halves = copy.deepcopy({first: halves.pop(first), **halves})
+        settings = self._server_settings(1)
+        return CutServerSegment(halves, lambda client: cut_of(options.cut, client), **settings)
+
+    def _with_server(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a client handed over, and of the layers after its cut the server's version.
+
+        So a layer's average counts the server's version for each client that leaves it there.
+        """
+        if not self.options.several_cuts:
+            return own
+        whole = self.server.arrays() | own
+        return {name: whole[name] for name in self.client_segment.tensors}
 
     # --- what a subclass says ------------------------------------------------------------
 
@@ -156,13 +184,18 @@ class SplitMethod(SaysPhases):
         """Aggregate what the clients handed over at the end of a round."""
         if self.aggregator:
             uploads = {
-                name: self.upload(round_, reply, self.parts_of(reply))
+                name: self.upload(round_, reply, self._with_server(self.parts_of(reply)))
                 for name, reply in finished.items()
             }
             aggregated = self.aggregator.aggregate(
                 round_.plan.server_round, uploads, self.client_segment.tensors
             )
             self.replace_client_segment(aggregated)
+            if self.options.several_cuts:
+                server = self.server.arrays()
+                self.server.load_arrays(
+                    {name: aggregated.get(name, server[name]) for name in server}
+                )
 
     def upload(self, round_: Round, reply: FinishReply, tensors: dict[str, Tensor]) -> Upload:
         """Return what a client brings to an aggregation: tensors, its weight, how it trained."""
@@ -230,18 +263,21 @@ class SplitMethod(SaysPhases):
         self, server_round: int = 1, parts: Split | None = None
     ) -> ServerSegment:
         """Return a copy of the server segment as it is in the model, with a new optimizer."""
-        options = self.options
-        segment = ServerSegment(
-            copy.deepcopy((parts or self.parts).server),
-            loss=options.loss,
-            optimizer=options.server_optimizer,
-            lr=at_round(options.server_lr, server_round),
-            scheduler=options.server_scheduler,
-            device=self.device,
-        )
+        module = copy.deepcopy((parts or self.parts).server)
+        segment = ServerSegment(module, **self._server_settings(server_round))
         for _ in range(1, server_round):
             segment.end_round()
         return segment
+
+    def _server_settings(self, server_round: int) -> dict[str, Any]:
+        options = self.options
+        return {
+            "loss": options.loss,
+            "optimizer": options.server_optimizer,
+            "lr": at_round(options.server_lr, server_round),
+            "scheduler": options.server_scheduler,
+            "device": self.device,
+        }
 
     def _segment_of(
         self, version: int, tensors: dict[str, Tensor], parts: Split | None = None
@@ -261,9 +297,8 @@ class SplitMethod(SaysPhases):
         like = self.parts.client.state_dict()
         free = names_of_buffers(self.parts.client)
         client = check_like(client, like, what="initial_arrays, client segment", free=free)
-        self._at_cut = {}
         self.client_segment = self._segment_of(0, client)
-        self.server = self.new_server_segment()
+        self.server = self._make_server()
         with located("initial_arrays"):
             self.server.load_arrays(server)
         self.begin_run()

@@ -23,6 +23,7 @@ from flsplit.nested import cat_rows, map_tensors
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
 from flsplit.seeds import derive_seed, generator, seeded
+from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, grouped_by_cut
 from flsplit.server.gradients import (
     ClientBatch,
     StepGradients,
@@ -115,7 +116,7 @@ class Step:
         self.batches: list[ClientBatch] = []
         self.clients: list[str] = []
         for batch in batches:
-            self.batches.append(batch.to(segment))
+            self.batches.append(batch.to(segment.part_for(batch.client)))
             self.clients.append(batch.client)
         self.where = f"round {self.round}, step {index}"
         self.shares = client_shares(self.batches, settings.shares)
@@ -137,6 +138,12 @@ class Step:
         done = self.round - 1 + self.index / max(self.num_steps, self.index + 1)
         return done / self.num_rounds
 
+    @cached_property
+    def groups(self) -> list[list[str]]:
+        """The clients, those that are cut at the same place together."""
+        found = grouped_by_cut(self._segment, self.batches)
+        return [[batch.client for batch in own] for _, own in found]
+
     @property
     def weights(self) -> dict[str, float]:
         """What each client's mean loss counts in the server's: λ, times S for a sum."""
@@ -144,6 +151,7 @@ class Step:
 
     def pooled(self) -> Tensor:
         """Return the smashed data of all clients, concatenated in their order."""
+        self._expect_one_cut("pools rows of clients")
         return pool([batch.tensor for batch in self.batches], self.batches)
 
     @cached_property
@@ -198,13 +206,20 @@ class Step:
         names = self.clients if whole else [batch.client for batch in batches]
         weights = self._weights(batches)
         with self._computing(segment, names):
-            if per_client:
-                found = client_gradients(segment, batches, weights, low_memory=low_memory)
-            elif self._settings.pools and can_be_pooled(segment, batches):
-                found = pooled_gradients(segment, batches, weights)
-            else:
-                found = separate_gradients(segment, batches, weights)
-            check_finite(found, segment, batches, self.where)
+
+            def compute(part: ServerSegment, own: Sequence[ClientBatch]) -> StepGradients:
+                of_own = {batch.client: weights[batch.client] for batch in own}
+                if per_client:
+                    found = client_gradients(part, own, of_own, low_memory=low_memory)
+                elif self._settings.pools and can_be_pooled(part, own):
+                    found = pooled_gradients(part, own, of_own)
+                else:
+                    found = separate_gradients(part, own, of_own)
+                check_finite(found, part, own, self.where)
+                return found
+
+            means = self._settings.reduction == "mean"
+            found = gradients_by_cut(segment, batches, compute, means=means)
         self._count(started, forward=found.rows, backward=found.rows, logits=found.rows)
         self._round.entry.rows += found.rows
         for batch in batches:
@@ -245,6 +260,7 @@ class Step:
         moves_buffers : bool
             Whether BatchNorm's running statistics move.
         """
+        self._expect_one_cut("runs rows through the server segment")
         started, segment = time.perf_counter(), self._segment
         leaf = rows.detach().requires_grad_(graph)
         with (
@@ -482,7 +498,7 @@ class Step:
         # the first label: after the names it could be taken for one more client's.
         use = f"server again {calls}" if calls else "server"
         seed = derive_seed(self._seed, use, self.round, self.index, *names)
-        segment.module.train()
+        segment.train()
         before = segment.copied_buffers()
         self._buffers.setdefault(id(segment), (segment, before))
         try:
@@ -519,6 +535,10 @@ class Step:
                     f"updated with {_shown(gradient)} for parameter {index}, expected a gradient "
                     f"of shape {shape}"
                 )
+
+    def _expect_one_cut(self, what: str) -> None:
+        if isinstance(self._segment, CutServerSegment):
+            raise self._error(f"{what}, but clients may be cut at different places")
 
     def _error(self, what: str) -> MethodError:
         return MethodError(f"{self._method}.step {what}")

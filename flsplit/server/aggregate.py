@@ -237,7 +237,8 @@ def average_buffers(buffers: list[dict[str, Tensor]], num_examples: list[int]) -
             for one, n in zip(buffers, num_examples, strict=True)
             if one[name].shape == usual
         ]
-        stacked = torch.stack([tensor for tensor, _ in pairs])
+        device = pairs[0][0].device  # some may be the server's own
+        stacked = torch.stack([tensor.to(device) for tensor, _ in pairs])
         if stacked.is_floating_point() or stacked.is_complex():
             precise = torch.complex128 if stacked.is_complex() else torch.float64
             shares = torch.tensor([n / total for _, n in pairs], dtype=precise)

@@ -416,9 +416,10 @@ def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[
     """Return whose batches alone give gradients that are NaN or infinite."""
     found = []
     for batch in batches:
+        part = segment.part_for(batch.client)
         try:
-            with keeping_buffers(segment.module):
-                own = pooled_gradients(segment, [batch], {batch.client: 1.0})
+            with keeping_buffers(part.module):
+                own = pooled_gradients(part, [batch], {batch.client: 1.0})
         except FlsplitError:  # BatchNorm can't train on one row
             continue
         if not _all_finite(own.server_gradients):

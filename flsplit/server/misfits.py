@@ -85,18 +85,22 @@ class Fits:
 
     def _odd_rows(self, kinds: Mapping[str, Sequence[_Kind]]) -> dict[str, FlsplitError]:
         """Return whose rows can't be concatenated with those of most."""
-        rows = {name: of_client[0][1] for name, of_client in kinds.items()}
-        if not self._pools or len(set(rows.values())) <= 1:
+        if not self._pools:
             return {}
-        usual, _ = Counter(rows.values()).most_common(1)[0]
-        return {
-            name: SegmentMismatchError(
-                f"smashed-data: a row has shape {_shown(row)}, those of most clients have "
-                f"{_shown(usual)}: do the clients' models and inputs differ?"
-            )
-            for name, row in rows.items()
-            if row != usual
-        }
+        at_cut: dict[int, dict[str, Any]] = {}
+        for name, of_client in kinds.items():
+            segment, row, _ = of_client[0]
+            at_cut.setdefault(segment, {})[name] = row
+        found: dict[str, FlsplitError] = {}
+        for rows in at_cut.values():
+            usual, _ = Counter(rows.values()).most_common(1)[0]
+            for name, row in rows.items():
+                if row != usual:
+                    found[name] = SegmentMismatchError(
+                        f"smashed-data: a row has shape {_shown(row)}, those of most clients have "
+                        f"{_shown(usual)}: do the clients' models and inputs differ?"
+                    )
+        return found
 
 
 def leave_out_misfits(

@@ -53,9 +53,13 @@ class KeptGradients(ClientGradients):
         self.clients = clients
         self._gradients = gradients
 
+    def by_client(self) -> "dict[str, Sequence[KeptGradient]]":
+        """Return each client's gradients, in the parameters' order."""
+        return dict(zip(self.clients, self._gradients, strict=True))
+
     def of(self, client: str) -> ServerGradients:
         """Return one client's gradient, a tensor (or None) per parameter."""
-        return [_tensor(one) for one in self._gradients[self.clients.index(client)]]
+        return [as_tensor(one) for one in self._gradients[self.clients.index(client)]]
 
     def gram(self) -> Tensor:
         """Accumulate layer by layer, block by block."""
@@ -68,7 +72,7 @@ class KeptGradients(ClientGradients):
     def combine(self, coefficients: Sequence[float]) -> ServerGradients:
         """Combine layer by layer."""
         layers = zip(*self._gradients, strict=True)
-        return [_combine_layer(layer, coefficients) for layer in layers]
+        return [combine_layer(layer, coefficients) for layer in layers]
 
 
 class TwiceComputedGradients(ClientGradients):
@@ -171,7 +175,7 @@ def layer_gram(layer: Sequence[KeptGradient]) -> Tensor:
     """Return the inner products of one layer's gradients ``(S, S)``; None counts as zeros."""
     if factors := _all_factors(layer):
         return _factors_gram(factors)
-    return _tensors_gram([_tensor(one) for one in layer])
+    return _tensors_gram([as_tensor(one) for one in layer])
 
 
 def _all_factors(layer: Sequence[KeptGradient]) -> list[Factors]:
@@ -180,7 +184,8 @@ def _all_factors(layer: Sequence[KeptGradient]) -> list[Factors]:
     return factors if len(factors) == len(layer) else []
 
 
-def _tensor(gradient: KeptGradient) -> Tensor | None:
+def as_tensor(gradient: KeptGradient) -> Tensor | None:
+    """Return one client's gradient itself."""
     return gradient.tensor() if isinstance(gradient, Factors) else gradient
 
 
@@ -219,10 +224,11 @@ def _tensors_gram(layer: Sequence[Tensor | None]) -> Tensor:
     return total
 
 
-def _combine_layer(layer: Sequence[KeptGradient], coefficients: Sequence[float]) -> Tensor | None:
+def combine_layer(layer: Sequence[KeptGradient], coefficients: Sequence[float]) -> Tensor | None:
+    """Return Σ_i coefficients[i] · g_i of one layer's gradients; None counts as zeros."""
     if factors := _all_factors(layer):
         return _combine_factors(factors, coefficients)
-    pairs = zip(coefficients, map(_tensor, layer), strict=True)
+    pairs = zip(coefficients, map(as_tensor, layer), strict=True)
     terms = [(c, g) for c, g in pairs if g is not None and c]
     if not terms:
         return None

@@ -67,11 +67,20 @@ class ServerSegment:
         self.updates.warn("")
         self.optimizer = self.updates.torch
         self.scheduler = make_scheduler(scheduler, self.updates) if scheduler else None
-        dtypes = {p.dtype for p in module.parameters()}
-        only = dtypes.pop() if len(dtypes) == 1 else None
-        self._dtype = only if only and only.is_floating_point else None
+        self._dtype = only_dtype(module)
         self.pools: dict[tuple[torch.Size, torch.dtype], bool] = {}
         """Whether rows of such a shape may go through it together; see `can_be_pooled`."""
+
+    def train(self) -> None:
+        """Set the segment to training mode."""
+        self.module.train()
+
+    def part_for(self, client: str) -> "ServerSegment":
+        """Return what goes on where this client is cut: all of it, where all are cut at one place.
+
+        Only the whole segment is trained and stored.
+        """
+        return self
 
     def forward(self, smashed: Smashed, labels: Any = None, *, moves_buffers: bool = True) -> Any:
         """Return the model's output for ``smashed`` ``(b, ...)``; errors name what didn't fit.
@@ -183,3 +192,10 @@ class ServerSegment:
             rates = self.scheduler.get_last_lr()
             for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr
+
+
+def only_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the floating dtype that all parameters have."""
+    dtypes = {p.dtype for p in module.parameters()}
+    only = dtypes.pop() if len(dtypes) == 1 else None
+    return only if only and only.is_floating_point else None
