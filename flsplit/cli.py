@@ -35,7 +35,14 @@ Classes = Annotated[
 ]
 Sample = Annotated[
     str,
-    typer.Option("--input", help="Shape of one sample, and dtype if not the model's: 7:int64."),
+    typer.Option(
+        "--input",
+        help="Shape of one sample, and dtype if not the model's: 7:int64. Several inputs: "
+        "ids=7:int64,mask=7:int64.",
+    ),
+]
+Share = Annotated[
+    list[str] | None, typer.Option(help="An input that the server may see; once for each.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Picture = Annotated[Path | None, typer.Option(help="Also draw a picture there (.png, .svg, .pdf).")]
@@ -48,6 +55,10 @@ def profile(
     shape: Sample = "3x224x224",
     every: Annotated[
         bool, typer.Option("--all", help="Show each place, also those that differ in nothing.")
+    ] = False,
+    share: Share = None,
+    several: Annotated[
+        bool, typer.Option(help="Show places, too, where several tensors cross.")
     ] = False,
     measured: Annotated[
         bool, typer.Option("--measure", help="Also measure the model on this machine.")
@@ -64,7 +75,8 @@ def profile(
 
     with _errors():
         network = load_model(model, classes)
-        found = profile_model(network, example_input(shape), model)
+        example = example_input(shape)
+        found = profile_model(network, example, model, share=share or (), several=several)
         rows = found.rows(every)
         times = measure(network, found) if measured else None
         if as_json:
@@ -94,6 +106,7 @@ def plan(
     ] = "{}",
     classes: Classes = None,
     shape: Sample = "3x224x224",
+    share: Share = None,
     batch_size: Annotated[int, typer.Option(help="Samples per device and mini-batch.")] = 64,
     steps: Annotated[int, typer.Option(help="Mini-batches per device and round.")] = 1,
     optimizer_slots: Annotated[
@@ -117,7 +130,7 @@ def plan(
         training = Training(batch_size=batch_size, steps=steps, optimizer_slots=optimizer_slots)
         devices = load_fleet(fleet)
         network = load_model(model, classes)
-        found = profile_model(network, example_input(shape), model)
+        found = profile_model(network, example_input(shape), model, share=share or ())
         method, training = plan_method(strategy, strategy_args, network, found, training)
         made = make_plan(Problem(devices, found, method, training))
         print(json.dumps(plan_to_json(made), indent=2) if as_json else format_plan(made))

@@ -51,13 +51,12 @@ class SequentialSL(SplitStrategy):
         again.
         """
         place, rows = work.place, work.training.batch_size
-        bits = rows * work.activation_bits
         turn = (
             Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
-            Stage("uplink", Where.UPLINK, bits),
+            Stage("uplink", Where.UPLINK, rows * work.activation_bits),
             Stage("server forward", Where.SERVER, rows * place.server_flops_forward),
             Stage("server backward", Where.SERVER, rows * place.server_flops_backward),
-            Stage("unicast", Where.DOWNLINK, bits),
+            Stage("unicast", Where.DOWNLINK, rows * work.gradient_bits),
             Stage("client backward", Where.DEVICE, rows * place.client_flops_backward),
         )
         hand_over = (

@@ -114,9 +114,33 @@ def test_samples_may_be_indices(flsplit):
     assert "cut after" in plan
 
 
+def masked_model():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, ids, mask):
+            weights = mask / mask.sum().item() if mask.any() else mask
+            return {"logits": self.head((self.embed(ids) * weights[..., None]).sum(1))}
+
+    return Masked()
+
+
+@pytest.mark.parametrize("inputs", ["ids=7:int64,mask=7", "7:int64,7"])
+def test_inputs_may_be_several(flsplit, inputs):
+    """The mask crosses with the embedding of 7 words in 4 numbers, and 2 numbers come out."""
+    arguments = ("test_cli:masked_model", "--input", inputs, "--share", "mask", "--measure")
+    places = json.loads(flsplit("profile", *arguments, "--json").stdout)
+    sizes = [(one["activation_bytes"], one["gradient_bytes"]) for one in places]
+    assert sizes == [(4 * 7 * 4 + 4 * 7, 4 * 7 * 4), (4 * 2, 4 * 2)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["profile", "test_cli:masked_model", "--input", "ids=7:int64,7"], "a name of its own"),
+        (["profile", "test_cli:masked_model", "--input", "7:int64,7"], "inputs with share=(…)"),
         (["profile", "resnet18", "--input", "3:number"], "'number' is no dtype of torch"),
         (["profile", "resnet19"], "torchvision has no model 'resnet19'"),
         (["profile", "resnet18", "--input", "big"], "input 'big' is no shape"),

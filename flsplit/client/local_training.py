@@ -12,7 +12,7 @@ from flsplit.errors import ProtocolError, SegmentMismatchError, StateLostError
 from flsplit.message.local_steps import LocalReply, LocalRequest
 from flsplit.message.request import Backward, Batch
 from flsplit.message.shape import ShapeReply, ShapeRequest
-from flsplit.nested import num_rows
+from flsplit.nested import map_tensors, num_rows
 from flsplit.seeds import derive_seed
 
 
@@ -76,8 +76,7 @@ def row_shapes(client: Client, request: ShapeRequest) -> ShapeReply:
         client=client.name,
         server_round=request.server_round,
         shape=tuple(smashed.shape[1:]),
-        input_shape=tuple(inputs.shape[1:]),
-        input_dtype=inputs.dtype,
+        inputs=map_tensors(lambda one: one[:0].cpu(), inputs),
         seconds=time.perf_counter() - started,
     )
 

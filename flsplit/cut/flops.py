@@ -5,21 +5,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flsplit.cut.cut_errors import CutError
+from flsplit.cut.examples import needs_values, with_values
 from flsplit.cut.halves import without_data
 from flsplit.cut.survey import Survey
 from flsplit.cut.trace import Spec, map_tree
+from flsplit.cut.watch import plain_copy
+from flsplit.seeds import seeded
 
 # More than one sample, because BatchNorm may want that, and to recognise the batch dimension.
 BATCH = 2
 
 
 class CountedSurvey(Survey):
-    """A forward in eval mode on the *meta* device, and the FLOPs up to the return of each module.
+    """A forward in eval mode, and the FLOPs up to the return of each module.
 
-    There, and not on the CPU, FlopCounterMode sees what attention computes.
+    It runs on the *meta* device, where nothing is computed; of a model that asks for values (of a
+    mask, say) a copy runs on the CPU.
 
     Attributes
     ----------
@@ -31,26 +35,39 @@ class CountedSurvey(Survey):
     Raises
     ------
     CutError
-        If the model can't run on the *meta* device or on such a batch.
+        If the model can't run on such a batch.
     """
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        self._counter, self.flops = FlopCounterMode(display=False), dict[str, int]()
-        args, kwargs = map_tree(_to_meta, (args, dict(kwargs)))
         try:
-            ghost = without_data(model).eval()
-            # Tensors that a forward makes without saying where must be on the same device.
-            with torch.device("meta"), torch.no_grad(), self._counter:
-                super().__init__(ghost, args, kwargs)
+            try:
+                self._run("meta", without_data(model), args, kwargs)
+            except Exception as error:
+                if isinstance(error, CutError) or not needs_values(error):
+                    raise
+                self._run("cpu", plain_copy(model).cpu(), args, kwargs)
         except CutError:
             raise
         except Exception as error:
             raise CutError(
-                f"{type(model).__name__} can't be profiled on {_described(args, kwargs)}, on the "
-                "meta device, where tensors have shapes but no data: "
+                f"{type(model).__name__} can't be profiled on {_described(args, kwargs)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         self.total_flops = self._counter.get_total_flops()
+
+    def _run(self, device: str, ghost: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
+        self.flops = dict[str, int]()
+
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return with_values(leaf) if leaf.is_meta and device != "meta" else leaf.to(device)
+
+        args, kwargs = map_tree(moved, (args, dict(kwargs)))
+        # Tensors that a forward makes without saying where must be on the same device.
+        with torch.device(device), torch.no_grad(), seeded(0), self._counter:
+            super().__init__(ghost.eval(), args, kwargs)
 
     def layer_returned(self, name: str, output: Any) -> None:
         """Count up to here."""
@@ -64,8 +81,14 @@ def forward_flops(module: nn.Module, row: Tensor) -> int:
     return CountedSurvey(module, (batch,), {}).total_flops // BATCH
 
 
-def _to_meta(leaf: Any) -> Any:
-    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+_ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}
+"""The one attention that FlopCounterMode doesn't know."""
 
 
 def _described(args: Any, kwargs: Mapping[str, Any]) -> str:

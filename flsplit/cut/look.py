@@ -160,25 +160,34 @@ def check_call(call: Call) -> None:
 # ----------------------------------------------------------------------------------- clean cuts
 
 
-def clean(survey: Survey) -> Iterator[tuple[Call, Value]]:
+def clean(
+    survey: Survey, share: frozenset[str] = frozenset(), *, several: bool = False
+) -> Iterator[tuple[Call, list[Value]]]:
     """Return the module calls after which a single tensor crosses, one for each place.
 
     Of several that end at the same place, such as ``layer1`` and ``layer1.1``, it is the
-    innermost, which returns first.
+    innermost, which returns first. What is made of inputs in ``share`` may cross beside it; where
+    ``several``, any number of tensors.
     """
     places = set[int]()
     for call in survey.calls:
         if call.reached in places or len(survey.calls_of(call.name)) > 1 or not _may_be_cut(call):
             continue
         values = survey.crossing(call)
-        if len(values) != 1 or any(spans(survey, s, call) for s in survey.state.values()):
+        smashed = [value for value in values if value.learnt or not value.inputs <= share]
+        if not smashed or (len(smashed) > 1 and not several):
+            continue
+        if any(spans(survey, s, call) for s in survey.state.values()):
             continue
         if not any(_is_servers(s, call) for s in survey.state.values()):
             continue
         passage = survey.passage(call)
-        if passage.item is not None:
-            places.add(call.reached)
-            yield call, values[0]
+        if passage.item is None and (
+            not (share or several) or _unshared(survey, call, passage, share)
+        ):
+            continue
+        places.add(call.reached)
+        yield call, [*smashed, *(value for value in values if value not in smashed)]
 
 
 def _is_servers(state: State, call: Call) -> bool:
@@ -205,18 +214,25 @@ def nearest(survey: Survey, call: Call) -> str:
 def _check_values(
     survey: Survey, call: Call, passage: Passage, cut: str, share: frozenset[str]
 ) -> None:
+    for value in _unshared(survey, call, passage, share):
+        shape = f" {value.spec.shape}" if value.spec else ""
+        names = ", ".join(map(repr, sorted(value.inputs - share)))
+        raise CrossingError(
+            f"after {cut!r} the server needs {value.what}{shape}, which is made of the input "
+            f"{names} alone: cut elsewhere, or allow it with share=({names},). "
+            f"{nearest(survey, call)}"
+        )
+
+
+def _unshared(survey: Survey, call: Call, passage: Passage, share: frozenset[str]) -> list[Value]:
+    """Return what crosses and is made of inputs alone that may not leave the client."""
     # The layer's own output was named by the user: it may cross even if nothing was learnt yet.
     own = [id(value) for value in survey.values_in(call.returned)]
-    for value in [*passage.values.values(), *passage.reads]:
-        missing = sorted(value.inputs - share)
-        if missing and not value.learnt and id(value) not in own:
-            shape = f" {value.spec.shape}" if value.spec else ""
-            names = ", ".join(map(repr, missing))
-            raise CrossingError(
-                f"after {cut!r} the server needs {value.what}{shape}, which is made of the input "
-                f"{names} alone: cut elsewhere, or allow it with share=({names},). "
-                f"{nearest(survey, call)}"
-            )
+    return [
+        value
+        for value in [*passage.values.values(), *passage.reads]
+        if value.inputs - share and not value.learnt and id(value) not in own
+    ]
 
 
 def spans(survey: Survey, state: State, call: Call) -> bool:

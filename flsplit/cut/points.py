@@ -1,6 +1,6 @@
 """Lists the places where a model can be cut, and what each costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,16 @@ from flsplit.nested import as_arguments
 
 
 @dataclass(frozen=True)
+class SmashedValue:
+    """A tensor that crosses: its shape without the batch dimension, if it has one, and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int  # of one sample
+    learns: bool  # whether a gradient comes back
+
+
+@dataclass(frozen=True)
 class CutPoint:
     """A place to cut a model.
 
@@ -30,12 +40,8 @@ class CutPoint:
         FLOPs of one sample's forward pass in the two segments: two per multiply-accumulate of
         convolutions, matrix products and attention, nothing for the rest, as
         `torch.utils.flop_counter.FlopCounterMode` counts.
-    smashed_shape : tuple of int
-        Shape of one sample's smashed data, without the batch dimension.
-    smashed_elements : int
-        Number of elements of one sample's smashed data.
-    smashed_dtype : torch.dtype
-        Type of the smashed data's elements.
+    smashed : tuple of SmashedValue
+        What crosses, that with a gradient first.
     """
 
     cut: str
@@ -43,23 +49,53 @@ class CutPoint:
     server_params: int
     client_flops: int
     server_flops: int
-    smashed_shape: tuple[int, ...]
-    smashed_elements: int
-    smashed_dtype: torch.dtype
+    smashed: tuple[SmashedValue, ...]
+
+    @property
+    def smashed_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's smashed data, without the batch dimension; the first one's."""
+        return self.smashed[0].shape
+
+    @property
+    def smashed_dtype(self) -> torch.dtype:
+        """Type of the smashed data's elements; of the first one's."""
+        return self.smashed[0].dtype
+
+    @property
+    def smashed_elements(self) -> int:
+        """Number of elements of one sample's smashed data, of all that get a gradient."""
+        return sum(one.nbytes // one.dtype.itemsize for one in self.smashed if one.learns)
+
+    @property
+    def smashed_bytes(self) -> int:
+        """Bytes of all that crosses for one sample."""
+        return sum(one.nbytes for one in self.smashed)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients that come back for one sample."""
+        return sum(one.nbytes for one in self.smashed if one.learns)
 
 
-def cuts(model: nn.Module, example_input: Any) -> list[CutPoint]:
+def cuts(
+    model: nn.Module, example_input: Any, *, share: Iterable[str] = (), several: bool = False
+) -> list[CutPoint]:
     """Return every place where a model can be cut so that one tensor crosses.
 
     Parameters
     ----------
     model : nn.Module
         The whole model. It is not changed, and not run either: the FLOPs are counted on a copy
-        without data, in eval mode.
+        without data, in eval mode; or, if forward asks tensors for values, on a copy on the CPU.
     example_input : Tensor, sequence of int, tuple or dict
         A batch, batch dimension first, or the shape of one sample; for a model with several
         inputs a tuple or dict of them. Only shapes and dtypes are used; a shape stands for numbers
         of the type of the model's parameters.
+    share : iterable of str
+        Inputs that the server may see, as for `split`: a mask, say. What is made of them may cross
+        beside the one tensor.
+    several : bool
+        Whether to list places, too, where several tensors cross.
 
     Returns
     -------
@@ -67,7 +103,7 @@ def cuts(model: nn.Module, example_input: Any) -> list[CutPoint]:
         In order of execution, at every depth. Where several modules end at the same place, such
         as ``layer1`` and ``layer1.1``, the innermost is listed; `split` takes every name.
         Left out are places where the smashed data is not of floating point, so has no
-        gradient, or doesn't keep the batch dimension first.
+        gradient, or doesn't keep the batch dimension first (of several, one has to).
 
     Raises
     ------
@@ -78,7 +114,8 @@ def cuts(model: nn.Module, example_input: Any) -> list[CutPoint]:
         raise CutError(f"{type(model).__name__} has lazy parameters: run it on one batch first")
     args, kwargs, rows = _batch(model, example_input)
     survey = CountedSurvey(model, args, kwargs)
-    points = [_cut_point(survey, rows, *found) for found in clean(survey)]
+    found = clean(survey, frozenset(share), several=several)
+    points = [_cut_point(survey, rows, call, values) for call, values in found]
     return [point for point in points if point is not None]
 
 
@@ -106,10 +143,20 @@ def _sample(model: nn.Module, example_input: Tensor | Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=next(floats, torch.get_default_dtype()), device="meta")
 
 
-def _cut_point(survey: CountedSurvey, rows: int, call: Call, value: Value) -> CutPoint | None:
+def _smashed(value: Value, rows: int) -> SmashedValue:
     assert value.spec is not None  # it is a tensor
     shape, dtype = value.spec.shape, value.spec.dtype
-    if not dtype.is_floating_point or not shape or shape[0] != rows:
+    of_rows = shape[:1] == (rows,)
+    elements = torch.Size(shape).numel() // rows
+    learns = value.learnt and (dtype.is_floating_point or dtype.is_complex)
+    return SmashedValue(shape[of_rows:], dtype, elements * dtype.itemsize, learns and of_rows)
+
+
+def _cut_point(
+    survey: CountedSurvey, rows: int, call: Call, values: Sequence[Value]
+) -> CutPoint | None:
+    smashed = sorted((_smashed(one, rows) for one in values), key=lambda one: not one.learns)
+    if not smashed[0].learns:
         return None
     # The parameters of the client: those used before the cut, unused ones where they lie.
     client, server = divided(survey, call)
@@ -120,9 +167,7 @@ def _cut_point(survey: CountedSurvey, rows: int, call: Call, value: Value) -> Cu
         server_params=_count(survey, server),
         client_flops=flops // rows,
         server_flops=(survey.total_flops - flops) // rows,
-        smashed_shape=shape[1:],
-        smashed_elements=torch.Size(shape[1:]).numel(),
-        smashed_dtype=dtype,
+        smashed=tuple(smashed),
     )
 
 

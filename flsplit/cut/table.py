@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from flsplit.cut.points import CutPoint
+from flsplit.cut.points import CutPoint, SmashedValue
 
 _HEADER = (
     "cut",
@@ -27,7 +27,8 @@ def format_cuts(points: Sequence[CutPoint]) -> str:
     Returns
     -------
     str
-        MFLOP (10**6) and KiB (1024 bytes) are of one sample's forward pass and smashed data.
+        MFLOP (10**6) and KiB (1024 bytes) are of one sample's forward pass and of all that
+        crosses; elements are of what gets a gradient.
     """
     rows = [_HEADER, *(_row(point) for point in points)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
@@ -41,14 +42,14 @@ def _row(point: CutPoint) -> tuple[str, ...]:
         f"{point.server_params:,}",
         f"{point.client_flops / 1e6:,.3f}",
         f"{point.server_flops / 1e6:,.3f}",
-        f"{'x'.join(map(str, point.smashed_shape))} {_short(point)}",
+        " + ".join(map(_short, point.smashed)),
         f"{point.smashed_elements:,}",
-        f"{point.smashed_elements * point.smashed_dtype.itemsize / 1024:,.1f}",
+        f"{point.smashed_bytes / 1024:,.1f}",
     )
 
 
-def _short(point: CutPoint) -> str:
-    return str(point.smashed_dtype).removeprefix("torch.")
+def _short(value: SmashedValue) -> str:
+    return f"{'x'.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}".strip()
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -4,12 +4,11 @@ The server builds auxiliary models from the answer, and counts FLOPs.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
-
-import torch
+from typing import Annotated, Any
 
 from flsplit.message import request as common
 from flsplit.message.fields import In
+from flsplit.message.nestings import nesting
 from flsplit.message.request import Reply, Request
 from flsplit.message.types import SHAPE
 
@@ -26,8 +25,8 @@ class ShapeReply(Reply):
         The round asked for.
     shape : tuple of int
         Shape of a row of smashed data.
-    input_shape, input_dtype : tuple of int, torch.dtype
-        Shape and type of a row of the inputs; the shape may be empty.
+    inputs : nesting of torch.Tensor
+        The inputs' shapes ``(0, ...)`` and dtypes, without a row.
     seconds : float
         Compute time.
     """
@@ -35,8 +34,7 @@ class ShapeReply(Reply):
     client: common.Client
     server_round: common.Round
     shape: Annotated[tuple[int, ...], In("smashed-data", 1, length=1)]
-    input_shape: Annotated[tuple[int, ...], In("inputs", 1, key="shape")]
-    input_dtype: Annotated[torch.dtype, In("inputs", key="dtype")]
+    inputs: Annotated[Any, nesting("inputs")]
     seconds: common.Seconds
 
 

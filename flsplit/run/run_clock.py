@@ -5,11 +5,13 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
 from flsplit.message.shape import ShapeReply, ShapeRequest
+from flsplit.nested import map_tensors
 from flsplit.run.options import SplitOptions
 from flsplit.server.clients import Clients
 from flsplit.wireless.fleet_clock import Costs, FleetClock
@@ -56,6 +58,11 @@ def _profile(options: SplitOptions, clients: Clients, server_round: int) -> Mode
     for name in clients.directory.discover():
         reply = clients.exchange({name: request}, RoundEntry(server_round)).get(name)
         if isinstance(reply, ShapeReply):
-            example = torch.empty((1, *reply.input_shape), dtype=reply.input_dtype, device="meta")
-            return profile_model(options.model, example, type(options.model).__name__)
+            example = map_tensors(_two_rows, reply.inputs)
+            name = type(options.model).__name__
+            return profile_model(options.model, example, name, share=options.share)
     raise ConfigError("no client said what its inputs look like, so FLOPs can't be counted")
+
+
+def _two_rows(no_rows: Tensor) -> Tensor:
+    return torch.empty((2, *no_rows.shape[1:]), dtype=no_rows.dtype, device="meta")

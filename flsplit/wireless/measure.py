@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from flsplit.nested import as_arguments, tensors_of, to_device
 from flsplit.wireless.profile import ModelProfile
 
 
@@ -28,8 +29,7 @@ def measure(
     doesn't count, the fastest of each place does.
     """
     device = next(model.parameters()).device
-    batch = torch.rand((batch_size, *profile.input_shape), device=device)
-    batch = batch.to(profile.input_dtype)  # zeros, where samples are indices
+    args, kwargs = as_arguments(to_device(profile.batch(batch_size), device))
     forward, backward = dict[str, float](), dict[str, float]()  # when a place was last reached
 
     def returned(name: str, module: nn.Module, args: object, output: object) -> None:
@@ -40,9 +40,9 @@ def measure(
     def train() -> dict[str, Measured]:
         backward.clear()
         start = _now()
-        output = model(batch)
+        output = tensors_of(model(*args, **kwargs))[0]
         middle = _now()
-        output.sum().backward()
+        output.sum().backward()  # type: ignore[no-untyped-call]
         finish = _now()
         found = {
             name: Measured(at - start, finish - backward.get(name, finish))

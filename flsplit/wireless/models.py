@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flsplit.cut.flops import BATCH
 from flsplit.errors import ConfigError
 from flsplit.vision import load_torchvision
 
@@ -39,17 +40,35 @@ def load_model(name: str, classes: int | None = None) -> nn.Module:
     return model
 
 
-def example_input(text: str) -> Tensor | tuple[int, ...]:
+def example_input(text: str) -> Tensor | tuple[int, ...] | list[Tensor] | dict[str, Tensor]:
     """Return what ``text`` says of one sample: a shape, ``3x64x64``, maybe a dtype, ``7:int64``.
 
-    That is a batch of one sample, without data; or the shape of a sample where no dtype is given,
-    which is then the model's.
+    That is a batch without data; or the shape of a sample where no dtype is given,
+    which is then the model's. Several inputs are written one after the other, by their names or in
+    the order in which the model takes them: ``ids=7:int64,mask=7:int64``.
 
     Raises
     ------
     ConfigError
         If it says something else.
     """
+    if "," not in text and "=" not in text:
+        return _input(text)
+    names, samples = list[str](), list[Tensor]()
+    for part in text.split(","):
+        name, _, sample = part.rpartition("=")
+        found = _input(sample)
+        row = found[0] if isinstance(found, Tensor) else torch.empty(found, device="meta")
+        names.append(name.strip())
+        samples.append(row.expand(BATCH, *row.shape))
+    if len(set(names)) == len(names) and all(names):
+        return dict(zip(names, samples, strict=True))
+    if any(names):
+        raise ConfigError(f"input {text!r}: give each input a name of its own, or none a name")
+    return samples
+
+
+def _input(text: str) -> Tensor | tuple[int, ...]:
     shape, has_dtype, name = text.partition(":")
     sizes = shape.split("x")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):

@@ -131,8 +131,13 @@ class Work:
 
     @property
     def activation_bits(self) -> int:
-        """Bits of one sample's smashed data, and of its gradient."""
+        """Bits of one sample's smashed data, and of inputs that go with it."""
         return BITS * self.place.activation_bytes
+
+    @property
+    def gradient_bits(self) -> int:
+        """Bits of one sample's cut-layer gradient."""
+        return BITS * self.place.gradient_bytes
 
     @property
     def client_bits(self) -> int:
@@ -249,10 +254,10 @@ def parallel_steps(
         What the server does in a step. Default: `server_passes`, each row forward and backward.
     """
     place, rows, steps = work.place, work.training.batch_size, work.training.steps
-    bits = work.activation_bits
+    bits = work.gradient_bits
     up = (
         Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
-        Stage("uplink", Where.UPLINK, rows * bits),
+        Stage("uplink", Where.UPLINK, rows * work.activation_bits),
     )
     down = (
         Stage("unicast", Where.DOWNLINK, (rows - shared_rows) * bits),

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flsplit.errors import ConfigError
+from flsplit.nested import tensors_of
 from flsplit.wireless.fleet_plan import FleetPlan
 from flsplit.wireless.latency import SERVER, spans
 from flsplit.wireless.profile import ModelProfile
@@ -32,7 +33,7 @@ def draw_profile(profile: ModelProfile, path: str | Path) -> Path:
         axes.set_title(title, fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
-    shape = "x".join(map(str, profile.input_shape))
+    shape = ", ".join("x".join(map(str, one.shape)) for one in tensors_of(profile.sample))
     figure.suptitle(f"{profile.model}, input {shape}, per sample, by cut", fontsize=11)
     return save_picture(figure, path)
 

@@ -1,14 +1,18 @@
 """What a model costs on either side of every place where it can be cut."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flsplit.cut import CutError, cuts
+from flsplit.cut.examples import needs_values, with_values
+from flsplit.nested import as_arguments, map_tensors, tensors_of
+from flsplit.seeds import seeded
 
 BACKWARD_PER_FORWARD = 2
 """FLOPs of a backward pass by those of the forward pass: one product for the inputs' gradient and
@@ -30,6 +34,7 @@ class Place:
     activation_shape: tuple[int, ...]
     activation_elements: int  # elements of one sample's smashed data, and of its gradient
     element_bytes: int
+    shared_bytes: int = 0  # bytes of what else crosses for one sample and gets no gradient
     saved_bytes: int  # bytes that the client keeps from the forward to the backward pass
     # the last of the layers that a row of the summary stands for; ``cut`` where it is one
     through: str
@@ -46,7 +51,12 @@ class Place:
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of one sample's smashed data; its gradient has as many."""
+        """Bytes of all that crosses for one sample."""
+        return self.gradient_bytes + self.shared_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradient that comes back for one sample."""
         return self.activation_elements * self.element_bytes
 
     @property
@@ -74,8 +84,7 @@ class ModelProfile:
     """All places of a model, in order of execution."""
 
     model: str
-    input_shape: tuple[int, ...]  # shape of one sample
-    input_dtype: torch.dtype
+    sample: Any  # a nesting of tensors without data and without a batch dimension
     places: tuple[Place, ...]  # where it can be cut
     end: Place  # the whole model
 
@@ -118,13 +127,22 @@ class ModelProfile:
         servers = [(row.server_params, row.server_flops_forward) for row in rows]
         return (*rows[: servers.index(servers[-1]) + 1], self.end)
 
+    def batch(self, size: int) -> Any:
+        """Return a batch of ``size`` made-up samples."""
+        return map_tensors(lambda one: with_values(one.expand(size, *one.shape)), self.sample)
+
     def rows(self, every: bool) -> tuple[Place, ...]:
         """Return `summary`, or, if ``every``, each place on its own, and the model's end."""
         return (*self.places, self.end) if every else self.summary()
 
 
 def profile_model(
-    model: nn.Module, example_input: Tensor | Sequence[int], name: str | None = None
+    model: nn.Module,
+    example_input: Any,
+    name: str | None = None,
+    *,
+    share: Iterable[str] = (),
+    several: bool = False,
 ) -> ModelProfile:
     """Profile a model without running it on data.
 
@@ -132,10 +150,14 @@ def profile_model(
     ----------
     model : nn.Module
         The whole model; it is not changed.
-    example_input : Tensor or sequence of int
+    example_input : Tensor, sequence of int, tuple or dict
         A batch, or the shape of one sample, as `flsplit.cut.cuts` takes it.
     name : str, optional
         What to call the model. Default: its class.
+    share : iterable of str
+        Inputs that the server may see, as in `flsplit.cut.cuts`.
+    several : bool
+        Whether to look at places, too, where several tensors cross.
 
     Returns
     -------
@@ -148,11 +170,15 @@ def profile_model(
         If the model can't be traced, can't be profiled, or can't be cut anywhere.
     """
     name = name or type(model).__name__
-    points = cuts(model, example_input)
+    points = cuts(model, example_input, share=share, several=several)
     if not points:
-        raise CutError(f"{name} can't be cut anywhere: no single tensor crosses any place")
-    if isinstance(example_input, Tensor):
-        sample = torch.empty_like(example_input[0], device="meta")
+        raise CutError(
+            f"{name} can't be cut anywhere: no single tensor crosses any place. Several may with "
+            "several=True, inputs with share=(…); weights that both ends use have to be untied or "
+            "frozen"
+        )
+    if tensors_of(example_input):
+        sample = map_tensors(lambda one: torch.empty_like(one[0], device="meta"), example_input)
     else:
         shape, dtype = tuple(example_input), points[0].smashed_dtype
         sample = torch.empty(shape, dtype=dtype, device="meta")
@@ -167,6 +193,7 @@ def profile_model(
             activation_shape=point.smashed_shape,
             activation_elements=point.smashed_elements,
             element_bytes=point.smashed_dtype.itemsize,
+            shared_bytes=point.smashed_bytes - point.gradient_bytes,
             saved_bytes=kept.bytes_at[point.cut],
             through=point.cut,
         )
@@ -185,7 +212,7 @@ def profile_model(
         saved_bytes=kept.total_bytes,
         through=kept.last_module,
     )
-    return ModelProfile(name, tuple(sample.shape), sample.dtype, places, end)
+    return ModelProfile(name, sample, places, end)
 
 
 @dataclass(frozen=True)
@@ -198,9 +225,28 @@ class _Kept:
     output_shape: tuple[int, ...]
 
 
-def _kept_for_backward(model: nn.Module, sample: Tensor, names: Sequence[str]) -> _Kept:
-    """Run a forward pass in training mode on the *meta* device, where nothing is computed."""
-    ghost = copy.deepcopy(model).to("meta").train()
+def _kept_for_backward(model: nn.Module, sample: Any, names: Sequence[str]) -> _Kept:
+    """Run a forward pass in training mode on the *meta* device, where nothing is computed.
+
+    A model that asks tensors for values runs on the CPU.
+    """
+    batch = map_tensors(lambda one: one.new_empty(_BATCH, *one.shape), sample)
+    try:
+        try:
+            return _kept_on("meta", model, batch, names)
+        except Exception as error:
+            if not needs_values(error):
+                raise
+            return _kept_on("cpu", model, map_tensors(with_values, batch), names)
+    except Exception as error:
+        raise CutError(
+            f"{type(model).__name__} can't be profiled in training mode on a made-up batch: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _kept_on(device: str, model: nn.Module, batch: Any, names: Sequence[str]) -> _Kept:
+    ghost = copy.deepcopy(model).to(device).train()
     # Each storage counts once, parameters not at all. A storage's identity holds while it lives.
     known: dict[int, Tensor] = {_storage(one): one for one in ghost.parameters()}
     own = len(known)
@@ -221,16 +267,10 @@ def _kept_for_backward(model: nn.Module, sample: Tensor, names: Sequence[str]) -
         module.register_forward_hook(
             lambda module, args, output, name=name: bytes_at.update({name: kept()})
         )
-    batch = torch.empty((_BATCH, *sample.shape), dtype=sample.dtype, device="meta")
     saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    try:
-        with torch.device("meta"), saving:
-            output = ghost(batch)
-    except Exception as error:
-        raise CutError(
-            f"{type(model).__name__} can't be profiled in training mode on the meta device: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    args, kwargs = as_arguments(batch)
+    with torch.device(device), seeded(0), saving:
+        output = tensors_of(ghost(*args, **kwargs))[0]
     return _Kept(bytes_at, kept(), entered[-1], tuple(output.shape[1:]))
 
 

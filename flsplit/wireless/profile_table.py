@@ -57,7 +57,7 @@ def profile_to_json(
             "activation_shape": list(place.activation_shape),
             "activation_elements": place.activation_elements,
             "activation_bytes": place.activation_bytes,
-            "gradient_bytes": place.activation_bytes,
+            "gradient_bytes": place.gradient_bytes,
             "saved_bytes": place.saved_bytes,
             **({} if measured is None else vars(measured[place.through])),
         }

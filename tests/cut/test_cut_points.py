@@ -5,8 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from flsplit.cut import CutError, CutPoint, cuts, format_cuts, split
+from flsplit.cut.points import SmashedValue
 
 # After each cut of ResNet-18 on 3 x 64 x 64 inputs with 7 classes: cumulative forward MFLOP,
 # cumulative parameters, elements of the smashed data.
@@ -108,7 +110,14 @@ def small_cnn():
 
 def test_a_small_network_by_hand():
     assert cuts(small_cnn(), (1, 8, 8)) == [
-        CutPoint(name, 40, 370, 2 * 4 * 36 * 9, 2 * 360, shape, elements, torch.float32)
+        CutPoint(
+            name,
+            40,
+            370,
+            2 * 4 * 36 * 9,
+            2 * 360,
+            (SmashedValue(shape, torch.float32, 4 * elements, learns=True),),
+        )
         for name, shape, elements in [
             ("0", (4, 6, 6), 144),
             ("1.0", (4, 6, 6), 144),
@@ -190,3 +199,56 @@ def test_the_table_is_aligned():
     assert len({len(line) for line in lines}) == 1
     assert " ".join(lines[3].split()) == "1.1 40 370 0.003 0.001 4x3x3 float32 36 0.1"
     assert format_cuts([]).startswith("cut")
+
+
+class Masked(nn.Module):
+    """Attention over four tokens, with a mask that forward looks into."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block = nn.Embedding(9, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, ids, mask):
+        x = self.embed(ids)
+        wide = mask[:, None, None, :].bool() if not mask.bool().all() else None
+        for part in (self.block, nn.Identity()):
+            q = part(x).unflatten(-1, (2, 4)).transpose(1, 2)
+            x = functional.scaled_dot_product_attention(q, q, q, attn_mask=wide)
+            x = x.transpose(1, 2).flatten(2)
+        return self.head(x[:, 0])
+
+
+def test_a_model_that_looks_into_a_mask_is_counted_by_hand():
+    """Its attention is 2 heads · 2 products of (4, 4) with (4, 4) matrices, twice."""
+    tokens = {"ids": torch.zeros(3, 4, dtype=torch.int64), "mask": torch.eye(3, 4)}
+    assert [point.cut for point in cuts(Masked(), tokens)] == []
+    embed, block = cuts(Masked(), tokens, share=("mask",))
+    attention, linear, head = 2 * 2 * 2 * 4 * 4 * 4, 2 * 4 * 8 * 8, 2 * 8 * 2
+    assert (embed.client_flops, embed.server_flops) == (0, linear + 2 * attention + head)
+    assert (block.client_flops, block.server_flops) == (linear, 2 * attention + head)
+    for point in (embed, block):
+        smashed, mask = point.smashed
+        assert (smashed.shape, smashed.learns) == ((4, 8), True)
+        assert (mask.nbytes, mask.learns) == (4 * mask.dtype.itemsize, False)
+        assert point.gradient_bytes == 4 * 4 * 8
+        assert point.smashed_bytes == 4 * 4 * 8 + mask.nbytes
+
+
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(9, 2)
+
+    def forward(self, x):
+        first = self.first(x)
+        return self.last(torch.cat([first, self.second(first)], dim=1))
+
+
+def test_several_tensors_may_cross():
+    assert [point.cut for point in cuts(Skipping(), (3,))] == ["first"]
+    first, second = cuts(Skipping(), (3,), several=True)
+    assert (first.smashed_elements, second.smashed_elements) == (4, 9)
+    assert {one.shape for one in second.smashed} == {(4,), (5,)}
+    assert second.client_params == 3 * 4 + 4 + 4 * 5 + 5
+    assert "4 float32 + 5 float32" in format_cuts([second])

@@ -79,7 +79,7 @@ MESSAGES = {
         LocalReply(**DONE, uploads={}),
     ),
     f"### `{SHAPE}`: request": 2 * (ShapeRequest(1, "conv"),),
-    f"### `{SHAPE}`: reply": 2 * (ShapeReply("0", 1, (3,), (4, 5), torch.float32, 0.1),),
+    f"### `{SHAPE}`: reply": 2 * (ShapeReply("0", 1, (3,), torch.zeros(0, 4, 5), 0.1),),
     f"### `{EVALUATE}`: request": (
         EvaluateRequest(1, 0, 2, 0, SEGMENT),
         EvaluateRequest(1, 0, 2, 0),

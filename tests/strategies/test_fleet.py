@@ -6,9 +6,12 @@ device 1 s forward, 2 s backward, 1 s up and 1 s down, and the server 1 s; a seg
 and 6.75 s up.
 """
 
+from collections import OrderedDict
+
 import pytest
 from flwr.serverapp.strategy import FedAvg
 from reference import make_parts, noisy_net, plain_net, run_split
+from torch import nn
 
 from flsplit.errors import ConfigError
 from flsplit.strategies import (
@@ -133,6 +136,23 @@ def test_on_a_radio_network_the_plan_divides_the_band():
     _, parallel = times(PSL, fleet=radio)
     _, in_turn = times(SequentialSL, fleet=radio)
     assert 0 < parallel[0] < in_turn[0]
+
+
+def test_inputs_may_be_a_dict():
+    """Two linear layers have the same FLOPs and bytes as ever."""
+
+    class Named(nn.Sequential):
+        def forward(self, pixels):
+            return super().forward(pixels)
+
+    def named_net():
+        return Named(OrderedDict(plain_net().named_children()))
+
+    rows = [list(part) for part in make_parts((8, 8), plain_net)]
+    parts = [[{"pixels": x, "label": y} for x, y in part] for part in rows]
+    named = run_split(PSL, named_net, parts, fleet=FLEET, fraction_evaluate=0.0)
+    _, found = times(PSL)
+    assert [entry.simulated_seconds for entry in named.history] == found
 
 
 def test_without_a_fleet_there_is_no_simulated_time():

@@ -28,8 +28,7 @@ def tiny_profile():
     """50 parameters and 400 FLOPs; the last layer has 50 FLOPs forward, so 100 backward."""
     return ModelProfile(
         model="tiny",
-        input_shape=(3,),
-        input_dtype=torch.float32,
+        sample=torch.empty(3, device="meta"),
         places=(place("first", 10, 100, 4), place("second", 30, 350, 2)),
         end=place("third", 50, 400, 1),
     )

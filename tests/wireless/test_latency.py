@@ -1,5 +1,7 @@
 """Rounds of the tiny model on two linked devices, worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg
@@ -204,8 +206,23 @@ def test_aggregated_rows(phi, rows, expected, resnet18):
         for phase in planned(EPSL, phi=phi).phases(work)
         for stage in phase.stages
     }
-    assert amounts["broadcast"] == expected * work.activation_bits
-    assert amounts["unicast"] == (rows - expected) * work.activation_bits
+    assert amounts["broadcast"] == expected * work.gradient_bits
+    assert amounts["unicast"] == (rows - expected) * work.gradient_bits
+
+
+@pytest.mark.parametrize("method", [EPSL, SequentialSL])
+def test_what_is_shared_goes_up_and_has_no_gradient(method, resnet18):
+    """100 bytes of a mask beside 4 · 64 · 16 · 16 bytes of smashed data."""
+    place = replace(resnet18.place("layer1"), shared_bytes=100)
+    work = Work(resnet18, place, 5, Training(batch_size=2))
+    arguments = {"phi": 0.0} if method is EPSL else {}
+    amounts = {
+        stage.name: stage.amount
+        for phase in planned(method, **arguments).phases(work)
+        for stage in phase.stages
+    }
+    assert amounts["uplink"] == 8 * 2 * (4 * 64 * 16 * 16 + 100)
+    assert amounts["unicast"] == 8 * 2 * 4 * 64 * 16 * 16
 
 
 def test_what_is_no_training_is_refused():
