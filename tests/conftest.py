@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest_plugins = ["tests.chaos.table"]
+
 END_TO_END_TIMEOUT = 900  # seconds; a test takes one or two minutes unless the machine is slow
 
 
