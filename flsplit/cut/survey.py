@@ -171,6 +171,13 @@ class Survey(TorchFunctionMode, PartialForward):
         with eager(), self, _Beneath(self), self.running():
             self.output = model(*args, **kwargs)
         self._use(self.output)
+        names = {name for state in self.state.values() for name in state.names}
+        for name, _ in model.named_buffers():
+            if name not in names:
+                raise CutError(
+                    f"forward makes the buffer {name!r}, which was None: its shape has to be known "
+                    "before, so register it with a first value (an empty tensor, say)"
+                )
         now = _attributes(model)
         changed = [where for where, value in attributes.items() if now.get(where) != value]
         if changed and before:  # the first forward may set up something

@@ -480,6 +480,27 @@ class TestSignatures:
         assert torch.equal(halves.server(halves.client(x), labels=y), model(x, labels=y))
 
 
+class Keeps(nn.Module):
+    def __init__(self, first):
+        super().__init__()
+        self.register_buffer("seen", first)
+
+    def forward(self, x):
+        unseen = self.seen is None or not self.seen.numel()
+        self.seen = x.detach().mean() if unseen else 0.9 * self.seen + 0.1 * x.detach().mean()
+        return x - self.seen
+
+
+@pytest.mark.parametrize("cut", ["0", "1"])
+def test_a_buffer_that_forward_makes_needs_a_first_value(cut):
+    def build(first):
+        return nn.Sequential(nn.Linear(4, 4), Keeps(first), nn.Linear(4, 2))
+
+    with pytest.raises(CutError, match=r"the buffer '1.seen', which was None: .* first value"):
+        split(build(None), cut)
+    assert_exact(build(torch.empty(0)), cut, (torch.randn(3, 4),))
+
+
 def test_every_refusal_is_a_value_error():
     assert issubclass(CutError, ValueError)
 
