@@ -60,6 +60,7 @@ def simulated(monkeypatch):
 
     def believe(hosts):
         monkeypatch.setattr(session_host, "count_simulated_hosts", lambda: hosts)
+        monkeypatch.setattr(session_grid, "simulates", lambda grid: hosts > 0)
 
     return believe
 
@@ -158,13 +159,13 @@ def test_wire_bytes_are_those_of_the_arrays():
 # --- hosts that fail ---------------------------------------------------------------------------
 
 
-def open_stream(message, context):
+def open_stream(message, context, hello=None):
     invitation = Invitation.from_content(message.content)
     return HostStream.dial(
         invitation.address,
         invitation.token,
         invitation.certificate or None,
-        session_host.describe_host(context),
+        hello or session_host.describe_host(invitation).to_json(),
     )
 
 
