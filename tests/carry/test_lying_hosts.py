@@ -52,6 +52,8 @@ def introduced(hello):
 )
 def test_a_deployed_host_serves_its_own_node_whatever_it_says(hello):
     grid = ThreadedGrid(make_app(), len(SIZES), serve={0: introduced(hello)})
+    for partition, context in enumerate(reversed(grid.contexts.values())):
+        context.node_config["partition-id"] = partition  # so that the nodes' order is another
     result = start(make_strategy(session=SESSION), grid)
     assert outcome(result) == outcome(start(make_strategy(), LocalGrid(make_app(), len(SIZES))))
 
