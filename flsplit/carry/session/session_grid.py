@@ -18,6 +18,7 @@ from flsplit.carry.session.settings import HOW_TO_SET, SessionSettings
 from flsplit.errors import ConfigError, FlsplitError, ProtocolError
 from flsplit.flower_internals import NODE_AWAY, Run, set_message_id, simulates
 from flsplit.log import logger
+from flsplit.message.raised import shortened
 from flsplit.wire import (
     DialError,
     Envelope,
@@ -244,11 +245,12 @@ class SessionGrid(Carrier):
             node = node_of[message.metadata.reply_to_message_id]
             host = str(node)
             reason = message.error.reason if message.has_error() else "its session has ended"
+            reason = shortened(reason or "no reason given")
             if host in self._roster.epochs:
                 continue
             if message.has_error():
                 logger.warning("node %d is left out: %s", node, reason)
-                self._refusals[node] = reason or "no reason given"
+                self._refusals[node] = reason
             else:
                 self._invited.pop(node, None)
 
