@@ -150,6 +150,7 @@ class Round:
                 backward.step + 1,
                 backward,
                 num_steps=reply.num_steps,
+                num_examples=reply.num_examples,
                 planned=self.plan_of(reply.client),
             )
         return FinishRequest(
@@ -158,6 +159,7 @@ class Round:
             self.upload_segment,
             upload_optimizer,
             like=self.segments.get(reply.client, self.segment),
+            num_examples=reply.num_examples,
         )
 
     def _edited(self, client: str, backward: Backward) -> Backward:

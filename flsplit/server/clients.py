@@ -15,6 +15,7 @@ from flsplit.errors import FlsplitError, ProtocolError, StateLostError
 from flsplit.log import logger
 from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.local_steps import LocalRequest
+from flsplit.message.raised import shortened
 from flsplit.message.request import Reply, Request
 from flsplit.server.directory import AwayError, Directory, by_node, in_order, raise_error
 from flsplit.server.traffic import count, exchange_of
@@ -251,7 +252,8 @@ class Clients:
         """Note in the ledger that a client is out for the rest of the round."""
         step = entry.steps if step is None else step
         away = isinstance(error, AwayError)
-        entry.left_out.append(LeftOut(name, step, str(error), away))
+        reason = shortened(str(error))
+        entry.left_out.append(LeftOut(name, step, reason, away))
         logger.warning(
-            "client %r is left out of round %d from step %d on: %s", name, entry.round, step, error
+            "client %r is left out of round %d from step %d on: %s", name, entry.round, step, reason
         )
