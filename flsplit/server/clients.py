@@ -1,7 +1,8 @@
 """Talking to clients: by name, all at once, and never fooled by the order of arrival."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
@@ -69,6 +70,7 @@ class Clients:
         self._traces: dict[str, dict[str, Trace]] = {}
         self._all_traces = WeakValueDictionary[str, Trace]()
         self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
+        self._times_out = Counter[str]()
         self._timeout = timeout
         self._sends = not carrier.in_process
 
@@ -246,6 +248,12 @@ class Clients:
         for digest in list(known)[: -2 * MOST_TRACES]:
             del known[digest]
 
+    def recall(self, history: Iterable[RoundEntry]) -> None:
+        """Count on from an earlier part of the run."""
+        for entry in history:
+            for one in (*entry.redone, *entry.left_out):
+                self._times_out[one.client] = one.times
+
     def leave_out(
         self, name: str, step: int | None, error: FlsplitError, entry: RoundEntry
     ) -> None:
@@ -253,7 +261,9 @@ class Clients:
         step = entry.steps if step is None else step
         away = isinstance(error, AwayError)
         reason = shortened(str(error))
-        entry.left_out.append(LeftOut(name, step, reason, away))
+        self._times_out[name] += 1
+        entry.left_out.append(LeftOut(name, step, reason, away, self._times_out[name]))
         logger.warning(
-            "client %r is left out of round %d from step %d on: %s", name, entry.round, step, reason
-        )
+            "client %r is left out of round %d from step %d on (%d in this run): %s",
+            name, entry.round, step, self._times_out[name], reason,
+        )  # fmt: skip
