@@ -9,12 +9,15 @@
   a step of a small network that took a quarter of the time.
 * The codes of an ``Error`` that say "the ClientApp raised" and "the node is away" are not public
   either.
+* Nothing public tells a ServerApp whether its nodes are simulated.
 """
 
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.constant import TaskType
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -30,6 +33,7 @@ __all__ = [
     "ensure_task_identity",
     "fill",
     "set_message_id",
+    "simulates",
 ]
 
 
@@ -39,6 +43,17 @@ def ensure_task_identity(run_id: int) -> None:
         _ = TaskIdentity.run_id
     except RuntimeError:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SERVER_NODE_ID, 0
+
+
+def simulates(grid: Grid) -> bool:
+    """Tell whether a grid's nodes are simulated, by what Flower says of the run in this process.
+
+    ``run_simulation`` gives its runs no type, but only a simulation has a grid in memory.
+    """
+    # Where there is one it is imported already; elsewhere that would take a second.
+    from flwr.superlink.grid import InMemoryGrid
+
+    return isinstance(grid, InMemoryGrid) or grid.run.primary_task_type == TaskType.SIMULATION
 
 
 def set_message_id(message: Message, message_id: str) -> None:

@@ -71,13 +71,15 @@ class Traffic:
 class LeftOut:
     """A client that was left out from some step of a round on, and why.
 
-    ``away`` tells that its node or host was lost, so that it may be back in the next round.
+    ``away`` tells that its node or host was lost, so that it may be back in the next round, and
+    ``times`` how often the run has left it out so far.
     """
 
     client: str
     step: int
     reason: str
     away: bool = False
+    times: int = 1
 
 
 @dataclass
@@ -107,6 +109,8 @@ class RoundEntry:
         How long the round takes on the fleet that the run was given.
     left_out : list of LeftOut
         Who was left out, from which step on, and why.
+    redone : list of LeftOut
+        Whom earlier attempts at the round had lost before it was done again.
     restarted : list of str
         Who had lost its state and started from the server's segment.
     metrics : dict of str to float
@@ -127,6 +131,7 @@ class RoundEntry:
     waiting_seconds: float = 0.0
     simulated_seconds: float | None = None
     left_out: list[LeftOut] = field(default_factory=list)
+    redone: list[LeftOut] = field(default_factory=list)
     restarted: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -142,6 +147,7 @@ class RoundEntry:
             "evaluation": self.evaluation,
             "logical-bytes": self.traffic.logical,
             "left-out": [asdict(one) for one in self.left_out],
+            "redone": [asdict(one) for one in self.redone],
             "restarted": self.restarted,
             "metrics": self.metrics,
             "simulated-seconds": self.simulated_seconds,
@@ -167,7 +173,8 @@ class RoundEntry:
         for name in ("evaluation", "metrics"):
             numbers = given[name].items()
             given[name] = {key: math.nan if one is None else one for key, one in numbers}
-        given["left_out"] = [LeftOut(**one) for one in given["left_out"]]
+        for name in ("left_out", "redone"):
+            given[name] = [LeftOut(**one) for one in given.get(name, [])]
         return cls(traffic=traffic, **given)
 
     def _times(self) -> dict[str, float]:

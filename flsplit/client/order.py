@@ -19,16 +19,12 @@ def steps_per_round(num_examples: int, plan: RoundPlan, client: str) -> int:
     """
     if num_examples == 0:
         raise DataError(f"client {client!r} has no training examples: its partition is empty")
-    if plan.batch_sizes:
-        return len(plan.batch_sizes)
-    full, rest = divmod(num_examples, plan.batch_size)
-    per_epoch = full + (1 if rest and not plan.drop_last else 0)  # the ragged last one, if kept
-    if per_epoch == 0:
+    if not plan.batch_sizes and plan.drop_last and num_examples < plan.batch_size:
         raise DataError(
             f"client {client!r} has {num_examples} examples, fewer than batch-size = "
             f"{plan.batch_size}, and drop-last leaves none"
         )
-    return plan.local_steps or plan.local_epochs * per_epoch
+    return plan.steps_of(num_examples)
 
 
 def begun_anew(drawn: int, before: int, now: int) -> int:

@@ -7,10 +7,12 @@ from typing import Annotated, ClassVar, Self
 from flwr.app import RecordDict
 
 from flsplit.cut import Trace
+from flsplit.errors import ProtocolError
 from flsplit.message import request as common
 from flsplit.message.crossings import Unresolved
 from flsplit.message.fields import In
 from flsplit.message.request import Batch, Reply, Request, check_batch
+from flsplit.message.round_plan import MOST_BATCHES
 from flsplit.message.types import EVALUATE
 from flsplit.nested import num_rows
 
@@ -30,7 +32,7 @@ class EvaluateReply(Reply):
     client: common.Client
     server_round: Annotated[int, In("reply", 0)]
     batch: Annotated[int, In("reply", 0)]
-    num_batches: Annotated[int, In("metrics", 0)]
+    num_batches: Annotated[int, In("metrics", 0, most=MOST_BATCHES)]
     smashed: common.SmashedField
     labels: common.Labels
     seconds: common.Seconds
@@ -55,19 +57,30 @@ class EvaluateReply(Reply):
 
 @dataclass(frozen=True)
 class EvaluateRequest(Request):
-    """Asks a client for the smashed data of test batch ``batch``, in evaluation mode."""
+    """Asks a client for the smashed data of test batch ``batch``, in evaluation mode.
+
+    How many there are (``num_batches``) stays on the server, where it is known.
+    """
 
     kind = EVALUATE
     answer = EvaluateReply
-    echoed = ("server_round", "batch")
+    echoed = ("server_round", "batch", "num_batches")
 
     server_round: Annotated[int, In("config", 0)]
     batch: Annotated[int, In("config", 0)]
     batch_size: Annotated[int, In("config", 1)]
     segment_version: Annotated[int, In("config", 0)]
     segment: common.Segment = None
+    num_batches: int | None = None
 
     def check(self, reply: EvaluateReply) -> None:
-        """Check the smashed data and labels, if there are any."""
-        if reply.num_batches:
-            check_batch(reply.smashed, reply.labels, self.batch_size)
+        """Check the smashed data and labels, if there are any; only the last batch may be short."""
+        if not reply.num_batches:
+            return
+        check_batch(reply.smashed, reply.labels, self.batch_size)
+        rows = num_rows(reply.labels)
+        if self.batch + 1 < reply.num_batches and rows < self.batch_size:
+            raise ProtocolError(
+                f"smashed-data: test batch {self.batch} of {reply.num_batches} has {rows} rows, "
+                f"expected {self.batch_size} in all but the last"
+            )

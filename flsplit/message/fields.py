@@ -5,6 +5,7 @@ A field that travels says so in its annotation: :class:`In` names the record of 
 say which field it is, what was expected and what came.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args, get_origin
@@ -16,6 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flsplit.errors import ProtocolError
 from flsplit.flower_internals import fill
 from flsplit.message.arrays import dtype_name, dtype_of
+from flsplit.message.raised import shortened
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
 Records = Mapping[str, Record]
@@ -32,18 +34,22 @@ class In:
     ----------
     record : str
         The record's name. One called ``metrics`` or ``memory`` is a MetricRecord.
-    least : float, optional
-        The smallest number allowed; of a list, in it.
+    least, most : float, optional
+        The smallest and the greatest number allowed; of a list, in it.
     key : str
         The field's name there; by default that of the dataclass, in kebab-case.
     length : int
         How many numbers a list has at least.
+    longest : int, optional
+        How many it has at most.
     """
 
     record: str = ""
     least: float | None = None
     key: str = ""
     length: int = 0
+    most: float = math.inf
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class _FieldAt(NamedTuple):
     key: str
     kind: Any
     least: float | None
-    length: int
+    most: float
+    lengths: tuple[int, int | None]
 
 
 _Group = tuple[str, Any, Sequence[_FieldAt]]
@@ -84,7 +91,8 @@ def _entry(name: str, hint: Any, at: In) -> _FieldAt:
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(kind) in (tuple, Sequence):
         kind = tuple
-    return _FieldAt(name, at.key or name.replace("_", "-"), kind, at.least, at.length)
+    key, lengths = at.key or name.replace("_", "-"), (at.length, at.longest)
+    return _FieldAt(name, key, kind, at.least, at.most, lengths)
 
 
 def _said(hint: Any, kind: type) -> Any:
@@ -119,7 +127,7 @@ class Content:
         records: dict[str, Record] = {}
         for record_name, make, entries in self._groups:
             fields = {}
-            for name, key, kind, _, _ in entries:
+            for name, key, kind, *_ in entries:
                 found = getattr(self, name)
                 if kind is tuple:
                     found = list(found)
@@ -183,42 +191,59 @@ def _read(records: Records, groups: Sequence[_Group]) -> dict[str, Any]:
         if type(source) is not record_kind:
             source = record(records, record_name, record_kind)
         fields: dict[str, Any] = dict(source.items())
-        for name, key, kind, least, length in entries:
+        for name, key, kind, least, most, lengths in entries:
             if key not in fields:
                 raise ProtocolError(f"field {key!r} is missing; there are {sorted(fields)}")
             found = fields[key]
             if type(found) is not kind:
-                found = _converted(key, found, kind, least, length)
-            elif least is not None and not found >= least:
-                raise _too_small(key, found, least)
+                found = _converted(key, found, kind, least, most, lengths)
+            elif least is not None and not least <= found <= most:
+                raise _out_of_bounds(key, found, least, most)
             values[name] = found
     return values
 
 
-def _converted(key: str, found: Any, kind: Any, least: float | None, length: int) -> Any:
+def _converted(
+    key: str,
+    found: Any,
+    kind: Any,
+    least: float | None,
+    most: float,
+    lengths: tuple[int, int | None],
+) -> Any:
     """Return a value of another type than the record's: an int for a float, a list, a dtype."""
     if kind is tuple:
-        return _sizes(key, found, 1 if least is None else least, length)
+        return _sizes(key, found, 1 if least is None else least, most, lengths)
     if kind is torch.dtype and type(found) is str:
         return dtype_of(found, field=key)
     if kind is not float or type(found) is not int:
         raise ProtocolError(
-            f"field {key!r} is {found!r} ({type(found).__name__}), expected a {kind.__name__}"
+            f"field {key!r} is {shortened(repr(found), 60)} ({type(found).__name__}), expected a "
+            f"{kind.__name__}"
         )
-    if least is not None and not found >= least:
-        raise _too_small(key, found, least)
+    if least is not None and not least <= found <= most:
+        raise _out_of_bounds(key, found, least, most)
     return float(found)
 
 
-def _too_small(key: str, found: object, least: float) -> ProtocolError:
-    return ProtocolError(f"field {key!r} is {found!r}, expected at least {least}")
+def _out_of_bounds(key: str, found: Any, least: float, most: float) -> ProtocolError:
+    expected = f"at most {most}" if found > most else f"at least {least}"
+    return ProtocolError(f"field {key!r} is {found!r}, expected {expected}")
 
 
-def _sizes(key: str, found: Any, least: float, length: int) -> tuple[int, ...]:
+def _sizes(
+    key: str, found: Any, least: float, most: float, lengths: tuple[int, int | None]
+) -> tuple[int, ...]:
+    shown, (length, longest) = shortened(repr(found), 60), lengths
     if not (isinstance(found, list) and len(found) >= length):
-        raise ProtocolError(f"field {key!r} is {found!r}, expected a list of sizes")
-    if not all(type(size) is int and size >= least for size in found):
-        raise ProtocolError(f"field {key!r} is {found!r}, expected sizes of {least} or more")
+        raise ProtocolError(f"field {key!r} is {shown}, expected a list of sizes")
+    if longest is not None and len(found) > longest:
+        raise ProtocolError(f"field {key!r} has {len(found)} sizes, expected at most {longest}")
+    if not all(type(size) is int and least <= size <= most for size in found):
+        greatest = f", {most} at most" if most < math.inf else ""
+        raise ProtocolError(
+            f"field {key!r} is {shown}, expected sizes of {least} or more{greatest}"
+        )
     return tuple(found)
 
 
@@ -242,7 +267,7 @@ def value(
     minimum: float | None = None,
 ) -> Value:
     """Return the field ``key`` of ``kind`` (an int passes for a float), at least ``minimum``."""
-    group = ("it", type(fields), [_FieldAt("it", key, kind, minimum, 0)])
+    group = ("it", type(fields), [_FieldAt("it", key, kind, minimum, math.inf, (0, None))])
     found: Value = _read({"it": fields}, [group])["it"]
     return found
 

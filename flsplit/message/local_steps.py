@@ -107,7 +107,10 @@ def _put_memory(records: dict[str, Record], memory: Mapping[str, int]) -> None:
 
 def _get_memory(records: Records) -> dict[str, int]:
     memory = record(records, "memory", MetricRecord)
-    return {name: value(memory, name, int, minimum=0) for name in _MEMORY}
+    found = {name: value(memory, name, int, minimum=0) for name in _MEMORY}
+    if max(found.values()) > common.MOST_BYTES:
+        raise ProtocolError(f"memory: {found}, expected at most {common.MOST_BYTES} bytes each")
+    return found
 
 
 _State = Annotated[dict[str, Tensor] | None, common.state_dict("auxiliary")]
@@ -147,7 +150,7 @@ class LocalReply(Reply):
     uploads: Annotated[
         Mapping[int, Batch], Slot("smashed-data", _put_uploads, _get_uploads, required=True)
     ]
-    num_examples: Annotated[int, In("metrics", 1)]
+    num_examples: common.Examples
     num_steps: Annotated[int, In("metrics", 1)]
     steps_done: Annotated[int, In("metrics", 0)]
     rows: Annotated[Sequence[int], In("metrics", 0, length=1)]
@@ -222,15 +225,16 @@ class LocalRequest(Request):
         What a segment that is handed over must fit. It stays on the server.
     auxiliary_like : dict of str to torch.Tensor or None
         The same for an auxiliary model.
-    num_steps : int or None
-        How many steps the client has this round, as far as that is known. It stays on the server.
+    num_steps, num_examples : int or None
+        How many steps the client has this round and how much data, as far as that is known. They
+        stay on the server.
     planned : RoundPlan or None
         The plan of the client's round. It stays on the server, too.
     """
 
     kind = LOCAL
     answer = LocalReply
-    echoed = ("server_round", "step", "num_steps")
+    echoed = ("server_round", "step", "num_steps", "num_examples")
 
     server_round: Annotated[int, In("local", 1)]
     step: Annotated[int, In("local", 0)]
@@ -250,6 +254,7 @@ class LocalRequest(Request):
     like: SegmentArrays | None = None
     auxiliary_like: dict[str, Tensor] | None = None
     num_steps: int | None = None
+    num_examples: int | None = None
     planned: RoundPlan | None = None
 
     def uploads(self, done: int, plan: RoundPlan | None) -> list[int]:
@@ -273,15 +278,17 @@ class LocalRequest(Request):
 
     def check(self, reply: LocalReply) -> None:
         """Check that the steps asked for were done, and what goes up."""
+        if self.planned:
+            self.planned.check_steps(reply.num_steps, reply.num_examples)
         done = self.end(reply.num_steps)
         if reply.steps_done != done:
             raise ProtocolError(f"reply: steps-done is {reply.steps_done}, expected {done}")
+        if len(reply.rows) != (steps := done - self.step or 1):
+            raise ProtocolError(f"field 'rows' has {len(reply.rows)} numbers, expected {steps}")
         if list(reply.uploads) != (expected := self.uploads(done, self.planned)):
             raise ProtocolError(
                 f"smashed-data is of steps {list(reply.uploads)}, expected steps {expected}"
             )
-        if len(reply.rows) != (steps := done - self.step or 1):
-            raise ProtocolError(f"field 'rows' is {list(reply.rows)}, expected {steps} numbers")
         for step, (smashed, labels) in reply.uploads.items():
             check_batch(smashed, labels, self.planned.rows_at(step) if self.planned else None)
             if (found := num_rows(labels)) != (rows := reply.rows[step - self.step]):

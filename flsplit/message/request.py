@@ -118,11 +118,12 @@ class Reply(Content):
     server_round: int
     seconds: float
     num_steps: int | None
+    num_examples: int | None
     traces: Mapping[str, Trace] | None
 
     def __getattr__(self, name: str) -> None:
-        """Return None for these two, where a reply has no such field."""
-        if name not in ("num_steps", "traces"):
+        """Return None for these three, where a reply has no such field."""
+        if name not in ("num_steps", "num_examples", "traces"):
             raise AttributeError(name)
 
     def resolved(self, traces: Mapping[str, Trace]) -> Self:
@@ -286,9 +287,15 @@ def _get_backward(records: Records) -> Backward:
     return Backward(fields.step, _GRADIENT.get(records) if fields.update else None)
 
 
+MOST_EXAMPLES = 10**12
+"""Examples that a client can say it has."""
+MOST_BYTES = 2**50
+"""Bytes of memory that a client can say it holds."""
+
 Client = Annotated[str, In("reply")]
 Round = Annotated[int, In("reply", 1)]
-Seconds = Annotated[float, In("metrics", 0.0)]
+Seconds = Annotated[float, In("metrics", 0.0, most=1e9)]
+Examples = Annotated[int, In("metrics", 1, most=MOST_EXAMPLES)]
 SmashedField = Annotated[Smashed, one_smashed("smashed-data")]
 Labels = Annotated[Any, nesting("labels")]
 Traces = Annotated[Mapping[str, Trace] | None, TRACES]

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Self
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.message.fields import Fields, In
 
+MOST_BATCHES = 10**6
+"""Batches that a client can say it has, in a round or an evaluation, where nobody told it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundPlan(Fields):
@@ -68,6 +71,24 @@ class RoundPlan(Fields):
     def num_steps(self) -> int | None:
         """How many steps the round has; None if that depends on how much data a client has."""
         return len(self.batch_sizes) or self.local_steps or None
+
+    def steps_of(self, num_examples: int) -> int:
+        """Return how many steps a client with so many examples has, those it sits out included."""
+        if self.num_steps is not None:
+            return self.num_steps
+        full, rest = divmod(num_examples, self.batch_size)
+        return self.local_epochs * (full + (1 if rest and not self.drop_last else 0))
+
+    def check_steps(self, num_steps: int, num_examples: int) -> None:
+        """Refuse another number of steps than that, or one that nobody has; ProtocolError."""
+        expected = self.steps_of(num_examples)
+        if num_steps == expected and (self.num_steps or num_steps <= MOST_BATCHES):
+            return
+        wanted = f"at most {MOST_BATCHES}" if num_steps == expected else str(expected)
+        raise ProtocolError(
+            f"reply: num-steps is {num_steps}, expected {wanted} (num-examples is {num_examples}, "
+            f"batch-size {self.batch_size}, local-epochs {self.local_epochs})"
+        )
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """Return the plan with other values, by field.

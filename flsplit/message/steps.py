@@ -60,7 +60,7 @@ class StepReply(Reply):
     step: Annotated[int, In("reply", 0)]
     smashed: common.SmashedField
     labels: common.Labels
-    num_examples: Annotated[int, In("metrics", 1)]
+    num_examples: common.Examples
     num_steps: Annotated[int, In("metrics", 1)]
     seconds: common.Seconds
     traces: common.Traces = None
@@ -96,13 +96,13 @@ class StepRequest(Request):
     """Asks a client for the smashed data of ``step``, after the backward pass of the last one.
 
     ``plan`` (and, where needed, ``segment`` and ``optimizer``) begin a round and come with
-    step 0 only. What the client was told to do stays on the server: ``num_steps``, as far as
-    that is known, and ``planned``, the plan of its round.
+    step 0 only. What the client was told to do stays on the server: ``num_steps`` and
+    ``num_examples``, as far as they are known, and ``planned``, the plan of its round.
     """
 
     kind = STEP
     answer = StepReply
-    echoed = ("server_round", "step", "num_steps")
+    echoed = ("server_round", "step", "num_steps", "num_examples")
 
     server_round: Annotated[int, In("step", 1)]
     step: Annotated[int, In("step", 0)]
@@ -111,10 +111,13 @@ class StepRequest(Request):
     segment: common.Segment = None
     optimizer: common.Optimizer = None
     num_steps: int | None = None
+    num_examples: int | None = None
     planned: RoundPlan | None = None
 
     def check(self, reply: StepReply) -> None:
-        """Check the smashed data and labels."""
+        """Check the number of steps, the smashed data and the labels."""
+        if self.planned:
+            self.planned.check_steps(reply.num_steps, reply.num_examples)
         most = self.planned.rows_at(self.step) if self.planned else None
         check_batch(reply.smashed, reply.labels, most)
 
@@ -125,7 +128,7 @@ class FinishReply(Reply):
 
     client: common.Client
     server_round: common.Round
-    num_examples: Annotated[int, In("metrics", 1)]
+    num_examples: common.Examples
     seconds: common.Seconds
     segment: common.State = None
     optimizer: common.Optimizer = None
@@ -139,18 +142,20 @@ class FinishReply(Reply):
 class FinishRequest(Request):
     """Ends a client's round: the last backward pass, and what to send back.
 
-    ``like`` stays on the server: the segment that the client was given, which what it hands over
-    must fit.
+    Two fields stay on the server: ``like``, the segment that the client was given, which what it
+    hands over must fit, and ``num_examples``, which it has said before.
     """
 
     kind = FINISH
     answer = FinishReply
+    echoed = ("server_round", "num_examples")
 
     server_round: Annotated[int, In("finish", 1)]
     backward: common.Gradient = None
     upload_segment: Annotated[bool, In("finish")] = False
     upload_optimizer: Annotated[bool, In("finish")] = False
     like: SegmentArrays | None = None
+    num_examples: int | None = None
 
     def check(self, reply: FinishReply) -> None:
         """Check what is handed over."""

@@ -9,8 +9,8 @@ from flsplit.server.clients import Sent
 
 AHEAD = 4  # parts: a client with one more to do never waits for the server to take the last one
 
-NextRequest = Callable[[int, int], LocalRequest]
-"""Takes the next step and a client's number of steps."""
+NextRequest = Callable[[int, LocalReply], LocalRequest]
+"""Takes the next step and a client's first reply."""
 
 
 class FurtherParts:
@@ -35,7 +35,7 @@ class FurtherParts:
         self, round_: Round, first: Mapping[str, LocalReply], request: NextRequest
     ) -> None:
         self._round, self._request = round_, request
-        self._num_steps = {name: reply.num_steps for name, reply in first.items()}
+        self._first = first
         self._asked = {name: reply.steps_done for name, reply in first.items()}
         self._sent: dict[str, deque[Sent]] = {name: deque() for name in first}
         for _ in range(AHEAD):  # a host that serves many clients works in the order of requests
@@ -57,8 +57,8 @@ class FurtherParts:
         return replies
 
     def _send(self, name: str) -> None:
-        step, num_steps = self._asked[name], self._num_steps[name]
-        if step < num_steps:
-            request = self._request(step, num_steps)
-            self._asked[name] = request.end(num_steps)
+        step, first = self._asked[name], self._first[name]
+        if step < first.num_steps:
+            request = self._request(step, first)
+            self._asked[name] = request.end(first.num_steps)
             self._sent[name].append(self._round.send_local({name: request}))

@@ -319,9 +319,13 @@ class DecoupledStrategy(SplitStrategy):
         )
 
     def _next_request(
-        self, round_: Round, upload_from: int, step: int, num_steps: int
+        self, round_: Round, upload_from: int, step: int, first: LocalReply
     ) -> LocalRequest:
-        return LocalRequest(**self._common(round_, step, upload_from), num_steps=num_steps)
+        return LocalRequest(
+            **self._common(round_, step, upload_from),
+            num_steps=first.num_steps,
+            num_examples=first.num_examples,
+        )
 
     def _common(self, round_: Round, step: int, upload_from: int) -> dict[str, Any]:
         overlaps = self._overlaps(round_)

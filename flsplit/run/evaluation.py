@@ -63,12 +63,15 @@ def evaluate_clients(
     scores, remaining, batch = Scores(metrics), list(names), 0
     of_client: dict[str, Scores] = {}
     failed: list[FlsplitError] = []
+    said: dict[str, int] = {}  # how many batches there are
     while remaining:
         requests = {}
         for name in remaining:
             segment = segment_for(name)
             whole = segment if batch == 0 else None
-            requests[name] = EvaluateRequest(entry.round, batch, batch_size, segment.version, whole)
+            requests[name] = EvaluateRequest(
+                entry.round, batch, batch_size, segment.version, whole, said.get(name)
+            )
         replies = clients.exchange(requests, entry)
         replies = leave_out_misfits(fits, clients, requests, replies, entry)
         batch += 1
@@ -89,6 +92,7 @@ def evaluate_clients(
                     failed.append(error)
                     clients.leave_out(name, None, error, entry)
                     continue
+            said[name] = reply.num_batches
             if batch < reply.num_batches and batch != batches:
                 remaining.append(name)
     if failed and not scores.compute():

@@ -4,7 +4,7 @@ import random
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,9 +13,11 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 
 from flsplit.account import Clock, RoundEntry
+from flsplit.account.ledger import LeftOut
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.choose import open_carrier
 from flsplit.client_parts import describe_parts
+from flsplit.errors import NotEnoughClientsError
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
 from flsplit.message.steps import FinishReply
@@ -25,6 +27,7 @@ from flsplit.run.configs import evaluate_amounts, make_plan
 from flsplit.run.evaluation import evaluate_clients
 from flsplit.run.method import SplitMethod
 from flsplit.run.options import at_round
+from flsplit.run.redoing import MOST_ATTEMPTS, Beginning
 from flsplit.run.report import log_round
 from flsplit.run.result import SplitResult
 from flsplit.run.round import Round
@@ -82,6 +85,7 @@ class Run:
             ) as carrier:
                 clients = Clients(carrier, self.timeout)
                 clients.holds |= holds
+                clients.recall(self.result.history)
                 clients.clock = self._make_clock(clients)
                 self._do_rounds(carrier, clients, checkpoints)
         return self.result
@@ -119,11 +123,7 @@ class Run:
         if first == 1:
             self._evaluate_centrally(0)
         for server_round in range(first, self.num_rounds + 1):
-            round_ = self._open(server_round, clients)
-            if server_round == first:
-                round_.exchanges_left = partial(self._exchanges_left, round_)
-            self.strategy.begin_round(round_)
-            finished = self.strategy.train_round(round_)
+            round_, finished = self._train(server_round, clients, is_first=server_round == first)
             self.strategy.end_round(round_, finished)
             for segment in self.strategy.server_segments():
                 segment.end_round()
@@ -170,7 +170,29 @@ class Run:
 
     # --- a round -------------------------------------------------------------------------
 
-    def _open(self, server_round: int, clients: Clients) -> Round:
+    def _train(
+        self, server_round: int, clients: Clients, *, is_first: bool
+    ) -> tuple[Round, dict[str, FinishReply]]:
+        """Train a round; one that has lost its clients midway is done again, a few times."""
+        before, lost = Beginning(self.strategy, clients), list[LeftOut]()
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            round_ = self._open(server_round, clients, lost)
+            if is_first:
+                round_.exchanges_left = partial(self._exchanges_left, round_)
+            self.strategy.begin_round(round_)
+            finished = self.strategy.train_round(round_)
+            if round_.enough_are_left():
+                break
+            if attempt == MOST_ATTEMPTS:
+                raise NotEnoughClientsError(f"{round_.problem} (attempt {attempt})")
+            lost += round_.close().left_out
+            before.restore()
+            logger.warning("round %d is done again", server_round)
+        round_.entry.redone = lost
+        return round_, finished
+
+    def _open(self, server_round: int, clients: Clients, lost: Sequence[LeftOut]) -> Round:
+        """Begin a round; without those whom it has lost already, though they are connected."""
         strategy, options = self.strategy, self.strategy.options
         clients.directory.wait_for(strategy.least_clients())
         if not options.server_scheduler:
@@ -179,7 +201,8 @@ class Run:
         config = ConfigRecord({**(self.train_config or {})})
         parts = strategy.all_client_parts()
         version = strategy.client_segment.version
-        participants = self._choose(server_round, clients)
+        unusable = {one.client for one in lost if not one.away}
+        participants = self._choose(server_round, partial(self._present, clients, unusable))
         several = options.several_cuts
         round_ = Round(
             clients=clients,
@@ -209,17 +232,21 @@ class Run:
             round_.overrides |= {n: {"cut": strategy.parts_for(n).cut} for n in participants}
         return round_
 
-    def _choose(self, server_round: int, clients: Clients) -> list[str]:
+    def _present(self, clients: Clients, but: Set[str]) -> list[str]:
+        """Return who is connected, without some, as long as the others are enough."""
+        names = clients.directory.discover()
+        others = [name for name in names if name not in but]
+        return others if len(others) >= max(1, self.strategy.least_clients()) else names
+
+    def _choose(self, server_round: int, present: Callable[[], list[str]]) -> list[str]:
         options, strategy = self.strategy.options, self.strategy
         seed = derive_seed(options.seed, "clients", server_round)
         if strategy.aggregator:
             arrays = strategy.aggregated_tensors()
-            return strategy.aggregator.configure(
-                server_round, arrays, clients.directory.discover, seed
-            )
+            return strategy.aggregator.configure(server_round, arrays, present, seed)
         if options.fraction_train == 0.0:
             return []
-        names = clients.directory.discover()
+        names = present()
         count = max(int(len(names) * options.fraction_train), options.min_train_nodes)
         return sample(names, count, seed)
 

@@ -358,7 +358,9 @@ class SplitMethod(SaysPhases):
                 names = [one.client for one in batches]
                 pinned = error.client in names  # else it's nobody's, or of pooled rows
                 bad = {str(error.client): error} if pinned else culprits(self.server_for, batches)
-                if not bad or not round_.others_than([*bad]):
+                if not bad and round_.give_up(error):
+                    break
+                if not bad or not round_.anybody_but(bad):
                     raise first from None
                 for client, why in bad.items():
                     round_.leave_out(client, index, why)

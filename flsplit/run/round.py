@@ -1,7 +1,7 @@
 """One round under way: the clients in it, its plan and its ledger entry."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,8 +75,9 @@ class Round:
     exchanges_left : callable, optional
         In the first round of a run: takes how many steps the clients have, and returns how many
         exchanges the run takes from here on.
-    ended : bool
-        Whether the round has ended early, because clients have disconnected.
+    problem : str
+        Why the round has ended early and is to be done again: too few clients are left, or nobody
+        who trains, though others are there or may come back. Empty as long as it goes on.
     """
 
     clients: Clients
@@ -91,7 +92,7 @@ class Round:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     exchanges_left: Callable[[int], int] | None = None
     entry: RoundEntry = field(init=False)
-    ended: bool = field(default=False, init=False)
+    problem: str = field(default="", init=False)
     _plans: dict[str, RoundPlan] = field(default_factory=dict)
     tallies: dict[str, Tally] = field(default_factory=dict)
     _total: Tally = field(default_factory=Tally)
@@ -101,6 +102,11 @@ class Round:
         """Open the ledger's entry."""
         self.entry = RoundEntry(self.plan.server_round, participants=list(self.participants))
         self._started = time.perf_counter()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the round has ended early."""
+        return bool(self.problem)
 
     def begin_with(self, segment: SegmentArrays) -> None:
         """Let the next clients begin with another segment than the round's first."""
@@ -150,6 +156,7 @@ class Round:
                 backward.step + 1,
                 backward,
                 num_steps=reply.num_steps,
+                num_examples=reply.num_examples,
                 planned=self.plan_of(reply.client),
             )
         return FinishRequest(
@@ -158,6 +165,7 @@ class Round:
             self.upload_segment,
             upload_optimizer,
             like=self.segments.get(reply.client, self.segment),
+            num_examples=reply.num_examples,
         )
 
     def _edited(self, client: str, backward: Backward) -> Backward:
@@ -179,11 +187,11 @@ class Round:
         ------
         NotEnoughClientsError
             If fewer than ``min_clients`` are left afterwards, though they are connected. Where
-            clients have disconnected or lost their host, the round ends early instead: no steps
-            are returned.
+            clients have disconnected or lost their host, or others are there than the
+            participants, the round ends early instead: no steps are returned.
         """
         replies = self._exchange(requests)
-        if not self._enough_are_left():
+        if not self.enough_are_left():
             replies = {n: r for n, r in replies.items() if isinstance(r, FinishReply)}
         steps: dict[str, StepReply] = {}
         ends: dict[str, FinishReply] = {}
@@ -211,7 +219,7 @@ class Round:
         )
 
     def _local(self, replies: Mapping[str, Reply]) -> dict[str, LocalReply]:
-        if not self._enough_are_left():
+        if not self.enough_are_left():
             return {}
         return {name: one for name, one in replies.items() if isinstance(one, LocalReply)}
 
@@ -227,12 +235,17 @@ class Round:
                 self.exchanges_left = None
         return leave_out_misfits(self.fits, self.clients, requests, replies, self.entry)
 
-    def _enough_are_left(self) -> bool:
+    def enough_are_left(self) -> bool:
         """Tell whether the round can go on.
 
-        Where clients have disconnected or lost their host, it ends here, and the next one waits
-        for them to return; clients that are there and can't take part won't be able to next time
-        either.
+        Where clients have disconnected or lost their host, it ends here, and is done again when
+        they have returned; where its participants can't take part but others are there, with
+        them. Too few that are there won't be more next time either.
+
+        Raises
+        ------
+        NotEnoughClientsError
+            In that case.
         """
         if self.ended:
             return False
@@ -249,16 +262,29 @@ class Round:
             f"{_by_reason(lost)}"
         )
         some_are_away = any(one.away for one in self.entry.left_out)
-        if not some_are_away and lost.keys() <= set(self.clients.directory.discover()):
+        too_few = len(left) < max(1, self.min_clients)
+        if too_few and not some_are_away and lost.keys() <= set(self.clients.directory.discover()):
             raise NotEnoughClientsError(problem)
         logger.warning("the round ends early: %s", problem)
-        self.ended = True
+        self.problem = problem
         return False
 
     def others_than(self, clients: Sequence[str]) -> list[str]:
         """Return the participants that are not left out, and are none of these."""
         gone = {one.client for one in self.entry.left_out}.union(clients)
         return [name for name in self.participants if name not in gone]
+
+    def anybody_but(self, clients: Collection[str]) -> bool:
+        """Tell whether a connected client is left in this round or for another attempt at it."""
+        gone = {one.client for one in self.entry.left_out}.union(clients)
+        return not gone.issuperset(self.clients.directory.node_of)
+
+    def give_up(self, error: FlsplitError) -> bool:
+        """End a round that can't go on with who is left; False where it has lost nobody."""
+        if self.entry.left_out:
+            self.problem = str(error)
+            logger.warning("the round ends early: %s", error)
+        return self.ended
 
     def leave_out(self, client: str, step: int, error: FlsplitError) -> None:
         """Leave a client out for the rest of the round, because of its batch in a step."""

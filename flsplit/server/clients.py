@@ -1,7 +1,8 @@
 """Talking to clients: by name, all at once, and never fooled by the order of arrival."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
@@ -15,6 +16,7 @@ from flsplit.errors import FlsplitError, ProtocolError, StateLostError
 from flsplit.log import logger
 from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.local_steps import LocalRequest
+from flsplit.message.raised import shortened
 from flsplit.message.request import Reply, Request
 from flsplit.server.directory import AwayError, Directory, by_node, in_order, raise_error
 from flsplit.server.traffic import count, exchange_of
@@ -68,6 +70,7 @@ class Clients:
         self._traces: dict[str, dict[str, Trace]] = {}
         self._all_traces = WeakValueDictionary[str, Trace]()
         self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
+        self._times_out = Counter[str]()
         self._timeout = timeout
         self._sends = not carrier.in_process
 
@@ -245,13 +248,22 @@ class Clients:
         for digest in list(known)[: -2 * MOST_TRACES]:
             del known[digest]
 
+    def recall(self, history: Iterable[RoundEntry]) -> None:
+        """Count on from an earlier part of the run."""
+        for entry in history:
+            for one in (*entry.redone, *entry.left_out):
+                self._times_out[one.client] = one.times
+
     def leave_out(
         self, name: str, step: int | None, error: FlsplitError, entry: RoundEntry
     ) -> None:
         """Note in the ledger that a client is out for the rest of the round."""
         step = entry.steps if step is None else step
         away = isinstance(error, AwayError)
-        entry.left_out.append(LeftOut(name, step, str(error), away))
+        reason = shortened(str(error))
+        self._times_out[name] += 1
+        entry.left_out.append(LeftOut(name, step, reason, away, self._times_out[name]))
         logger.warning(
-            "client %r is left out of round %d from step %d on: %s", name, entry.round, step, error
-        )
+            "client %r is left out of round %d from step %d on (%d in this run): %s",
+            name, entry.round, step, self._times_out[name], reason,
+        )  # fmt: skip

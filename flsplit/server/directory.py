@@ -8,17 +8,15 @@ from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
-from flsplit.errors import (
-    ConfigError,
-    FlsplitError,
-    NotEnoughClientsError,
-    ProtocolError,
-    StateLostError,
-)
+from flsplit.errors import FlsplitError, NotEnoughClientsError, ProtocolError, StateLostError
 from flsplit.flower_internals import NODE_AWAY
 from flsplit.log import logger
 from flsplit.message.fields import record, value
+from flsplit.message.raised import shortened
 from flsplit.message.types import DESCRIBE
+
+MAX_NAME = 100
+"""Characters in a client's name: it stands in logs, in the history and in names of files."""
 
 _STATE_LOST = StateLostError.__name__  # how a client's Error says so
 
@@ -29,6 +27,9 @@ class AwayError(FlsplitError):
 
 class Directory:
     """The clients behind a carrier, by name.
+
+    Of several nodes with the same name one is used: the first of the run to have it, as long as it
+    is connected. A node that has been one client can't be another later.
 
     Parameters
     ----------
@@ -43,6 +44,8 @@ class Directory:
         self._timeout = timeout
         self._can_join = not carrier.in_process
         self._unusable: dict[int, str] = {}
+        self._first: dict[str, int] = {}  # by name, the node that had it first
+        self._names: dict[int, str] = {}
         self.node_of: dict[str, int] = {}
         """The nodes of the clients that were connected when last looked."""
 
@@ -84,21 +87,33 @@ class Directory:
     def _describe(self, nodes: list[int]) -> None:
         messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]
         answers = self._carrier.send_and_receive(messages, timeout=self._timeout)
-        for node, message in by_node(answers, messages).items():
+        found = by_node(answers, messages)
+        for node in (one for one in nodes if one in found):  # the order of arrival says nothing
             try:
-                name = _described(message)
+                self._take_in(node, _described(found[node]))
             except FlsplitError as error:
-                if self._unusable.get(node) != str(error):
-                    logger.warning("node %d can't be used: %s", node, error)
-                self._unusable[node] = str(error)
-                continue
-            self._unusable.pop(node, None)
-            if self.node_of.get(name, node) != node:
-                raise ConfigError(
-                    f"two nodes call themselves client {name!r}; give each its own partition-id or "
-                    "client-name in its node config"
-                )
-            self.node_of[name] = node
+                self._refuse(node, error)
+
+    def _take_in(self, node: int, name: str) -> None:
+        """Take a node for the client that it says it is, if it may be."""
+        if (before := self._names.get(node, name)) != name:
+            raise ProtocolError(f"it calls itself client {name!r}, and was client {before!r}")
+        first, now = self._first.setdefault(name, node), self.node_of.get(name, node)
+        twins = ProtocolError(
+            f"two nodes call themselves client {name!r}; give each its own partition-id or "
+            "client-name in its node config"
+        )
+        if node not in (first, now):
+            raise twins
+        if now != node:
+            self._refuse(now, twins)
+        self._unusable.pop(node, None)
+        self.node_of[name], self._names[node] = node, name
+
+    def _refuse(self, node: int, error: FlsplitError) -> None:
+        if self._unusable.get(node) != str(error):
+            logger.warning("node %d can't be used: %s", node, error)
+        self._unusable[node] = str(error)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -115,7 +130,13 @@ def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
 def _described(message: Message) -> str:
     """Return the client's name in a reply to ``query.describe``."""
     raise_error(message)
-    return value(record(message.content, "reply", ConfigRecord), "client", str)
+    name = value(record(message.content, "reply", ConfigRecord), "client", str)
+    if not (0 < len(name) <= MAX_NAME and name.isprintable()):
+        raise ProtocolError(
+            f"client: the name is {shortened(repr(name), 60)}, of {len(name)} characters, expected "
+            f"1 to {MAX_NAME} that can be printed (partition-id or client-name in its node config)"
+        )
+    return name
 
 
 def by_node(answers: Iterable[Message], asked: Sequence[Message] = ()) -> dict[int, Message]:
@@ -153,7 +174,7 @@ def raise_error(message: Message) -> None:
     """
     if not message.has_error():
         return
-    reason = message.error.reason or "an error without a reason"
+    reason = shortened(message.error.reason or "an error without a reason")
     if message.error.code == NODE_AWAY:
         raise AwayError(reason)
     raise StateLostError(reason) if _STATE_LOST in reason else ProtocolError(reason)

@@ -13,6 +13,7 @@ from tampering import answer_error, lose, of_client, set_up, train
 
 from flsplit.errors import NotEnoughClientsError
 from flsplit.message.arrays import RAW, to_array, to_record
+from flsplit.message.round_plan import MOST_BATCHES
 from flsplit.message.types import EVALUATE, FINISH, LOCAL, STEP
 from flsplit.strategies import FSLSAGE, PSL, SequentialSL, SplitFedV1, SplitFedV2
 
@@ -443,3 +444,124 @@ def test_a_segment_may_travel_in_any_serialisation_of_flower():
     assert result.history[0].left_out == []
     assert_bit_equal(weights_of(result.arrays), weights_of(plain.arrays))
     assert numbers(result) == numbers(plain)
+
+
+# --- numbers that make no sense ----------------------------------------------------------------
+
+# Client 1 has 12 training examples, in batches of 4, and 4 test examples.
+NONSENSE = {
+    "examples from nowhere": (
+        field("metrics", "num-examples", 10**6),
+        "num-examples is 1000000, expected 12",
+    ),
+    "more examples than there are": (
+        field("metrics", "num-examples", 2**62),
+        "'num-examples' is 4611686018427387904, expected at most 1000000000000",
+    ),
+    "an age of computing": (field("metrics", "seconds", 1e300), "'seconds' is 1e+300, expected at"),
+    "an infinite time": (field("metrics", "seconds", float("inf")), "'seconds' is inf, expected"),
+}
+
+
+@pytest.mark.parametrize(("edit", "reason"), cases(NONSENSE))
+def test_numbers_that_make_no_sense(edit, reason, silent_step):
+    assert_only_left_out(run(STEP, edit, step=1), silent_step, reason)
+    if "num-examples" in reason:  # it would weigh more in an average
+        assert_only_left_out(run(FINISH, edit, SplitFedV1), silent(FINISH, SplitFedV1), reason)
+
+
+def told(steps, examples):
+    def edit(request, reply):
+        reply.content["metrics"]["num-steps"] = steps
+        reply.content["metrics"]["num-examples"] = examples
+        return reply
+
+    return edit
+
+
+@pytest.mark.parametrize("strategy", [PSL, FSLSAGE])
+@pytest.mark.parametrize(
+    ("steps", "examples", "reason"),
+    [
+        (4, 12, "num-steps is 4, expected 3 (num-examples is 12, batch-size 4, local-epochs 1)"),
+        (10**9, 12, "num-steps is 1000000000, expected 3"),
+        (3, 10**6, "num-steps is 3, expected 250000 (num-examples is 1000000"),
+        (25 * 10**10, 10**12, "num-steps is 250000000000, expected "),
+        (2**62, 2**62, "expected at most 1000000000000"),
+    ],
+)
+def test_a_client_has_as_many_steps_as_its_data(strategy, steps, examples, reason):
+    kind = STEP if strategy is PSL else LOCAL
+    result = run(kind, told(steps, examples), strategy)
+    (left,) = result.history[0].left_out
+    assert left.client == "1"
+    assert reason in left.reason
+
+
+def test_a_client_with_more_steps_than_anybody_has():
+    edit = of_client("1", STEP, told(MOST_BATCHES + 1, 4 * (MOST_BATCHES + 1)))
+    (left,) = train(set_up(PARTS, edit=edit)).history[0].left_out
+    assert left.reason.startswith("reply: num-steps is 1000001, expected at most 1000000 (num-")
+
+
+def done_with(steps):
+    def edit(request, reply):
+        told(steps, 4 * steps)(request, reply)
+        reply.content["metrics"]["steps-done"] = steps
+        return reply
+
+    return edit
+
+
+def test_steps_that_are_only_said_to_be_done_cost_the_server_nothing():
+    """A list of them would have a million entries."""
+    (left,) = run(LOCAL, done_with(MOST_BATCHES), FSLSAGE).history[0].left_out
+    assert left.reason == "field 'rows' has 3 numbers, expected 1000000"
+
+
+def test_memory_that_nobody_has():
+    edit = field("memory", "segment", 2**60)
+    (left,) = run(LOCAL, edit, FSLSAGE).history[0].left_out
+    assert left.reason.startswith("memory: {'segment': 1152921504606846976")
+
+
+def test_a_reason_that_would_fill_the_history():
+    edit = field("reply", "client", "x" * 10**6)
+    (left,) = run(STEP, edit, step=1).history[0].left_out
+    assert len(left.reason) < 2100
+    assert left.reason.endswith("… (1000033 characters)")
+
+
+def always_more(request, reply):
+    reply.content["reply"]["batch"] = asked = request.content["config"]["batch"]
+    reply.content["metrics"]["num-batches"] = asked + 2
+    return reply
+
+
+ENDLESS = {
+    "always one more": (always_more, "num-batches is 3, expected 2"),
+    "as many as can be said": (
+        field("metrics", "num-batches", 2**62),
+        "'num-batches' is 4611686018427387904, expected at most 1000000",
+    ),
+    "short ones": (
+        lambda request, reply: short_test_batch(always_more(request, reply)),
+        "smashed-data: test batch 0 of 2 has 1 rows, expected 2 in all but the last",
+    ),
+}
+
+
+def short_test_batch(reply):
+    for key in ("smashed-data", "labels"):
+        tensor(key, lambda t: t[:1])(None, reply)
+    return reply
+
+
+@pytest.mark.parametrize(("edit", "reason"), cases(ENDLESS))
+def test_an_endless_evaluation_ends(edit, reason):
+    edited = of_client("1", EVALUATE, edit)
+    run = set_up(PARTS, client={"tests": TESTS}, edit=edited, evaluate_batch_size=2)
+    result = train(run)
+    (left,) = result.history[0].left_out
+    assert left.client == "1"
+    assert reason in left.reason

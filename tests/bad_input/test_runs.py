@@ -86,8 +86,10 @@ def test_two_nodes_with_the_same_name():
             reply.content["reply"]["client"] = "hospital"
         return reply
 
-    with pytest.raises(ConfigError, match=r"two nodes call themselves client 'hospital'.*client-"):
-        train(set_up(PARTS, edit=edit))
+    run = set_up(PARTS, edit=edit, min_available_nodes=2)
+    expected = r"1 clients.*least 2.*two nodes call themselves client 'hospital'.*client-name"
+    with pytest.raises(NotEnoughClientsError, match=expected):
+        train(run, timeout=0)
 
 
 # --- clients ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from flwr.serverapp import Grid
 
 from flsplit.account import RoundEntry
 from flsplit.carry.choose import FlowerCarrier
-from flsplit.errors import ConfigError, NotEnoughClientsError
+from flsplit.errors import NotEnoughClientsError
 from flsplit.flower_internals import ensure_task_identity, set_message_id
 from flsplit.message.evaluate import EvaluateRequest
 from flsplit.message.request import Backward, SegmentArrays
@@ -139,11 +139,6 @@ def test_the_superlink_answers_for_a_node_that_is_away():
     replies, entry = exchange(clients, {"a": StepRequest(1, 0), "b": StepRequest(1, 0)})
     assert list(replies) == ["a"]
     assert [(one.client, one.reason) for one in entry.left_out] == [("b", "the node is away")]
-
-
-def test_two_nodes_of_one_name():
-    with pytest.raises(ConfigError, match="two nodes call themselves client 'a'; give each"):
-        make({7: "a", 8: "a"})
 
 
 def test_waiting_for_more_clients_than_there_are():

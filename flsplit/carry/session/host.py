@@ -2,12 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flsplit.carry.cohort import Cohort
+from flsplit.carry.session.hello import Hello
 from flsplit.carry.session.invitation import Invitation
 from flsplit.carry.session.settings import HOW_TO_SET
 from flsplit.errors import ConfigError, ProtocolError
@@ -39,7 +39,7 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
             invitation.address,
             invitation.token,
             invitation.certificate or None,
-            describe_host(context),
+            describe_host(invitation).to_json(),
             max_message_bytes=invitation.max_step_bytes,
         )
     except (ConfigError, DialError) as error:
@@ -51,13 +51,9 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
     return _reply(message, served=served)
 
 
-def describe_host(context: Context) -> dict[str, Any]:
+def describe_host(invitation: Invitation) -> Hello:
     """Return what a host says of itself when it joins."""
-    return {
-        "node-id": str(context.node_id),
-        "num-partitions": int(context.node_config.get("num-partitions", 0)),
-        "peers": count_simulated_hosts(),
-    }
+    return Hello(peers=count_simulated_hosts() if invitation.simulated else 0)
 
 
 def count_simulated_hosts() -> int:
@@ -94,7 +90,9 @@ class HostedClients:
 
     def __init__(self, app: ClientApp, context: Context, invitation: Invitation) -> None:
         folder = str(context.node_config.get("state-dir", ""))
-        if count_simulated_hosts() > 0:
+        # Both sides must say so: no server makes a deployed node serve other clients than its own.
+        self._simulated = invitation.simulated and count_simulated_hosts() > 0
+        if self._simulated:
             folder = invitation.state_dir
         if folder and not Path(folder).is_absolute():
             raise ConfigError(f"node config: state-dir is {folder!r}, expected an absolute path")
@@ -105,8 +103,10 @@ class HostedClients:
     def answer(self, client: str, message: Message) -> Message:
         """Return a client's answer."""
         if client not in self._contexts:
-            if not client.isdecimal():
-                raise ProtocolError(f"envelope: client is {client!r}, expected a partition")
+            if not (self._simulated and client.isdecimal()):
+                expected = "a partition" if self._simulated else "'': this node serves its own"
+                problem = f"envelope: client is {client!r}, expected {expected}"
+                return raised(message, ProtocolError(problem))
             own = self._contexts[OWN_CLIENT]
             self._contexts[client] = Context(
                 run_id=own.run_id,

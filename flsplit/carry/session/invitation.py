@@ -34,6 +34,8 @@ class Invitation(Struct, frozen=True, rename="kebab"):
     state_dir : str
         Where a simulated host keeps its clients' states; a deployed one has its own
         ``state-dir``.
+    simulated : bool
+        Whether the node is one of a simulation, whose hosts serve any of its clients.
     """
 
     session: str
@@ -44,6 +46,7 @@ class Invitation(Struct, frozen=True, rename="kebab"):
     expires: Annotated[float, Meta(ge=0.0)]
     max_step_bytes: Annotated[int, Meta(ge=1)]
     state_dir: str
+    simulated: bool = False
 
     @property
     def expired(self) -> bool:

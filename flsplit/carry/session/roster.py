@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
+from flsplit.carry.session.hello import Hello
 from flsplit.carry.session.host import OWN_CLIENT
 from flsplit.flower_internals import SERVER_NODE_ID
 from flsplit.log import logger
@@ -31,29 +31,32 @@ class Roster:
 
     In a deployment a host serves the client of its own node, under the node's id. In a
     simulation any host can serve any partition: the partitions, with ids of their own, are
-    dealt out evenly, and when a host is lost, its partitions move to the others.
+    dealt out evenly, and when a host is lost, its partitions move to the others. Which of the two
+    it is, and how many partitions there are, Flower tells the server; no host is asked.
 
     Attributes
     ----------
     epochs : dict of str to int
         The epoch of each connected host.
+    simulated : bool
+        Whether the nodes are simulated.
     num_partitions : int
         How many clients the simulation has; 0 in a deployment.
     peers : int
         How many hosts a simulation can have at the same time; 0 in a deployment.
     """
 
+    simulated: bool = False
     epochs: dict[str, int] = field(default_factory=dict)
     num_partitions: int = 0
     peers: int = 0
     _hosted: dict[int, str] = field(default_factory=dict)
 
-    def join(self, host: str, epoch: int, hello: dict[str, Any]) -> None:
+    def join(self, host: str, epoch: int, hello: Hello) -> None:
         """Count a host in."""
         self.epochs[host] = epoch
-        self.peers = max(self.peers, _count(hello, "peers"))
-        if self.peers:
-            self.num_partitions = max(self.num_partitions, _count(hello, "num-partitions"))
+        if self.simulated:
+            self.peers = max(self.peers, hello.peers)
 
     def leave(self, host: str) -> None:
         """Count a host out."""
@@ -64,7 +67,7 @@ class Roster:
         if not self.epochs:
             self._hosted = {}
             return
-        if not self.num_partitions:
+        if not self.simulated:
             self._hosted = {int(host): host for host in self.epochs}
             return
         load = dict.fromkeys(sorted(self.epochs), 0)
@@ -88,15 +91,10 @@ class Roster:
         host = self._hosted.get(node_id)
         if host is None or host not in self.epochs:
             return None
-        return Seat(host, str(node_id - _FIRST_ID) if self.num_partitions else OWN_CLIENT)
+        return Seat(host, str(node_id - _FIRST_ID) if self.simulated else OWN_CLIENT)
 
     def _partition_ids(self) -> Iterable[int]:
         return range(_FIRST_ID, _FIRST_ID + self.num_partitions)
 
 
 _FIRST_ID = SERVER_NODE_ID + 1
-
-
-def _count(hello: dict[str, Any], key: str) -> int:
-    value = hello.get(key, 0)
-    return value if isinstance(value, int) and 0 <= value < 2**31 else 0

@@ -11,12 +11,14 @@ from flwr.serverapp import Grid
 
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
+from flsplit.carry.session.hello import Hello
 from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
 from flsplit.carry.session.settings import HOW_TO_SET, SessionSettings
-from flsplit.errors import ConfigError, FlsplitError
-from flsplit.flower_internals import NODE_AWAY, Run, set_message_id
+from flsplit.errors import ConfigError, FlsplitError, ProtocolError
+from flsplit.flower_internals import NODE_AWAY, Run, set_message_id, simulates
 from flsplit.log import logger
+from flsplit.message.raised import shortened
 from flsplit.wire import (
     DialError,
     Envelope,
@@ -79,7 +81,8 @@ class SessionGrid(Carrier):
         self._settings = settings or SessionSettings()
         self._experiment = experiment or uuid.uuid4().hex
         self._state_dir = state_dir
-        self._roster = Roster()
+        self._simulated = simulates(grid)
+        self._roster = Roster(self._simulated)
         self._invited: dict[int, str] = {}
         self._refusals: dict[int, str] = {}
         self._epochs = 0
@@ -138,7 +141,7 @@ class SessionGrid(Carrier):
     def _open_again(self, deadline: float) -> None:
         """Open the next session; nodes may be busy with another run, or away for a moment."""
         while True:
-            self._roster = Roster()
+            self._roster = Roster(self._simulated)
             try:
                 return self.open()
             except NoHostError as error:
@@ -154,6 +157,8 @@ class SessionGrid(Carrier):
         self._invited, self._refusals = {}, {}
         self._invite_nodes()
         self._wait_for_hosts()
+        if self._simulated:  # a host is there, so Flower knows all nodes by now
+            self._roster.num_partitions = len(list(self._grid.get_node_ids()))
         self._roster.seat_all()
         logger.info(
             "session %s: %d hosts serve %d clients over %s",
@@ -211,7 +216,8 @@ class SessionGrid(Carrier):
             certificate=server.certificate_pem or b"",
             expires=time.time() + settings.lifetime,
             max_step_bytes=settings.max_step_bytes,
-            state_dir=self._state_dir,
+            state_dir=self._state_dir if self._simulated else "",
+            simulated=self._simulated,
         )
         return Message(invitation.to_content(), node, SESSION, ttl=settings.lifetime)
 
@@ -228,7 +234,7 @@ class SessionGrid(Carrier):
             raise NoHostError(self._why_no_host())
 
     def _awaited(self) -> int:
-        able = len(self._invited) - len(self._refusals)
+        able = len(self._invited.keys() - self._refusals.keys())
         return min(able, self._roster.peers or able) - len(self._roster.epochs)
 
     def _take_refusals(self) -> None:
@@ -239,11 +245,12 @@ class SessionGrid(Carrier):
             node = node_of[message.metadata.reply_to_message_id]
             host = str(node)
             reason = message.error.reason if message.has_error() else "its session has ended"
+            reason = shortened(reason or "no reason given")
             if host in self._roster.epochs:
                 continue
             if message.has_error():
                 logger.warning("node %d is left out: %s", node, reason)
-                self._refusals[node] = reason or "no reason given"
+                self._refusals[node] = reason
             else:
                 self._invited.pop(node, None)
 
@@ -304,7 +311,7 @@ class SessionGrid(Carrier):
         """Return the clients that have a host now, after letting hosts join, leave and return."""
         while self._take_event(timeout=0.0):
             pass
-        if not self._roster.num_partitions:
+        if not self._simulated:
             self._take_refusals()
             self._forget_passing_refusals()
             self._invite_nodes()
@@ -402,10 +409,21 @@ class SessionGrid(Carrier):
         if isinstance(event, MessageArrived):
             self._take_message(event)
         elif isinstance(event, HostJoined):
-            self._roster.join(event.host, event.epoch, event.hello)
+            self._welcome(event)
         elif event is not None and self._roster.epochs.get(event.host) == event.epoch:
             self._lose(event.host, event.reason)
         return event is not None
+
+    def _welcome(self, event: HostJoined) -> None:
+        """Count a host in, or send it away if what it says of itself is malformed."""
+        try:
+            hello = Hello.from_json(event.hello)
+        except ProtocolError as error:
+            logger.warning("node %s is left out: %s", event.host, error)
+            self._refusals[int(event.host)] = str(error)
+            self._open_server.close_host(event.host, str(error))
+        else:
+            self._roster.join(event.host, event.epoch, hello)
 
     def _take_message(self, event: MessageArrived) -> None:
         sent = self._sent.get(self._id_of(event.envelope.sequence))

@@ -1,0 +1,44 @@
+"""Rounds that are done again: where too few clients are left midway, as if it had not begun."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from flsplit.run.method import SplitMethod
+from flsplit.server.clients import Clients
+
+MOST_ATTEMPTS = 3
+"""How often a round is begun. Each may cost the time that clients are waited for."""
+
+
+class Beginning:
+    """The server as it is before a round, to go back to; a copy in main memory.
+
+    Parameters
+    ----------
+    method : SplitMethod
+        What trains.
+    clients : Clients
+        Who is trained with.
+    """
+
+    def __init__(self, method: SplitMethod, clients: Clients) -> None:
+        self._method, self._clients = method, clients
+        self._state: dict[str, Any] = _copied(method.state_dict())
+        self._holds = dict(clients.holds)
+
+    def restore(self) -> None:
+        """Be as before the round. Clients do so by themselves when they are to begin it again."""
+        self._method.begin_run()
+        self._method.load_state_dict(_copied(self._state))
+        self._clients.holds.clear()
+        self._clients.holds |= self._holds
+
+
+def _copied(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: _copied(value) for key, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, (list, tuple)) else state
