@@ -9,20 +9,30 @@
   a step of a small network that took a quarter of the time.
 * The codes of an ``Error`` that say "the ClientApp raised" and "the node is away" are not public
   either.
+* Nothing public tells a ServerApp whether its nodes are simulated.
 """
 
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.constant import TaskType
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 CLIENT_RAISED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 NODE_AWAY = ErrorCode.NODE_UNAVAILABLE
+APP_ERRORS = (  # besides the first: Flower's runtime could not run the ClientApp
+    ErrorCode.UNKNOWN,  # what a simulation calls all errors of Ray
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION,
+    ErrorCode.INVALID_FAB,
+    ErrorCode.CLIENT_APP_CRASHED,
+)
 SERVER_NODE_ID = 1  # what Flower gives the ServerApp's node, too
 
 __all__ = [
+    "APP_ERRORS",
     "CLIENT_RAISED",
     "NODE_AWAY",
     "SERVER_NODE_ID",
@@ -30,6 +40,7 @@ __all__ = [
     "ensure_task_identity",
     "fill",
     "set_message_id",
+    "simulates",
 ]
 
 
@@ -39,6 +50,17 @@ def ensure_task_identity(run_id: int) -> None:
         _ = TaskIdentity.run_id
     except RuntimeError:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SERVER_NODE_ID, 0
+
+
+def simulates(grid: Grid) -> bool:
+    """Tell whether a grid's nodes are simulated, by what Flower says of the run in this process.
+
+    ``run_simulation`` gives its runs no type, but only a simulation has a grid in memory.
+    """
+    # Where there is one it is imported already; elsewhere that would take a second.
+    from flwr.superlink.grid import InMemoryGrid
+
+    return isinstance(grid, InMemoryGrid) or grid.run.primary_task_type == TaskType.SIMULATION
 
 
 def set_message_id(message: Message, message_id: str) -> None:
