@@ -17,7 +17,8 @@ _LONGEST_REASON = 500
 _MOST_NAMED = 5
 
 # How Flower's runtime writes an exception that no handler has caught.
-_UNCAUGHT = re.compile(r"<class '([\w.]+)'>:<'(.*)'>", re.DOTALL)
+_UNCAUGHT = re.compile(r"<class '([^']+)'>:<'(.*)'>", re.DOTALL)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # Ray's
 _PLACE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -107,7 +108,7 @@ def brief(error: Error) -> str:
 
     Where Ray is in between, Flower hands on a whole traceback, whose end says what happened.
     """
-    reason = (error.reason or "no reason given").strip()
+    reason = _COLOURS.sub("", error.reason or "no reason given").strip()
     if error.code == NODE_AWAY or not (uncaught := _UNCAUGHT.fullmatch(reason)):
         return _cut(reason)
     kind, text = uncaught.groups()
