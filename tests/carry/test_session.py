@@ -22,7 +22,7 @@ from flsplit.carry.session.invitation import Invitation
 from flsplit.carry.session.session_grid import NoHostError
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SplitFedV1
-from flsplit.wire import Envelope, HostStream, SessionServer
+from flsplit.wire import DialError, Envelope, HostStream, SessionServer
 
 SIZES = (20, 13, 9, 16)
 
@@ -466,6 +466,22 @@ def test_a_node_is_told_once_why_it_cannot_come(caplog):
     assert "Unavailable" not in caplog.text
 
 
+def test_a_server_that_cannot_be_reached_just_then_is_tried_again(monkeypatch):
+    dial, tries = HostStream.dial, []
+
+    def unreachable_at_first(address, *arguments, **options):
+        tries.append(address)
+        if len(tries) < 3:
+            raise DialError(address, "unreachable", "connection refused", "Wait.")
+        return dial(address, *arguments, **options)
+
+    monkeypatch.setattr(HostStream, "dial", unreachable_at_first)
+    monkeypatch.setattr(session_host, "_FIRST_PAUSE", 0.01)
+    result = start(make_strategy(carrier="session"), ThreadedGrid(make_app(), 1), num_rounds=1)
+    assert result.history[0].participants == ["0"]
+    assert len(tries) == 3
+
+
 def test_several_runs_take_a_port_each_from_those_that_are_free():
     with SessionServer("127.0.0.1:0") as other:
         settings = SessionSettings(port=other.port, ports=50, grace=0.5)
@@ -534,6 +550,7 @@ def test_no_node_within_the_timeout_is_a_clear_error():
 
 
 def test_a_late_host_finds_the_session_over_at_once(monkeypatch):
+    monkeypatch.setattr(session_host, "_DIAL_SECONDS", 0.0)
     messages = []
 
     def wait_in_the_queue(app, message, context):

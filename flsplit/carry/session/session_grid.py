@@ -23,7 +23,7 @@ from flsplit.carry.session.roster import Roster, Seat
 from flsplit.carry.session.settings import HOW_TO_SET, SessionSettings
 from flsplit.errors import ConfigError, FlsplitError
 from flsplit.flower_internals import NODE_AWAY, Run, set_message_id, simulates
-from flsplit.log import logger
+from flsplit.log import RareLog, logger
 from flsplit.wire import (
     DialError,
     Envelope,
@@ -33,6 +33,8 @@ from flsplit.wire import (
     StreamEnded,
     WireError,
 )
+
+_dropped = RareLog(logger)
 
 _DIAL_ERROR = DialError.__name__  # how a host's Error says that it can't reach the server
 _LOOK_SECONDS = 0.5  # how often Flower's grid is asked for nodes' refusals: it has no events
@@ -462,7 +464,7 @@ class SessionGrid(Carrier):
         else:
             sent.reply = event.message
             return
-        logger.warning("a message of host %s is dropped: it %s", event.host, problem)
+        _dropped.warning("a message of host %s is dropped: it %s", event.host, problem)
 
     def _wait_for_nodes(self) -> None:
         """Wait until all nodes have handed their session message back."""
