@@ -13,7 +13,8 @@ def running_ray(timeout: float = 0.0) -> Any:
     """Return the module ``ray`` once this process is connected to a cluster; None if it is not."""
     for _ in polling(timeout, every=0.1):
         ray = sys.modules.get("ray")
-        if ray is not None and ray.is_initialized():
+        # Another thread may be in the middle of importing it.
+        if getattr(ray, "is_initialized", bool)():
             return ray
     return None
 

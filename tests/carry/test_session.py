@@ -414,11 +414,14 @@ def test_of_a_simulation_no_more_nodes_are_invited_than_there_are_processes(simu
         start(make_strategy(), broken)
     assert len(broken.pushed) == 2
 
+    monkeypatch.setattr(session_grid, "cluster_address", lambda ray: "127.0.0.3")
     simulated(3)  # each takes less than a core
     grid = ThreadedGrid(make_app(), len(SIZES))
     result = start(make_strategy(), grid, num_rounds=1)
     assert result.history[0].participants == ["0", "1", "2", "3"]
     assert len(grid.pushed) == 3
+    invitation = Invitation.from_content(grid.pushed[0].content)
+    assert invitation.address.startswith("127.0.0.3:")  # where Ray's other machines find it
 
 
 def test_nodes_that_are_busy_with_another_run_are_waited_for(monkeypatch, caplog):

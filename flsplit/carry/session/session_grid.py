@@ -172,7 +172,8 @@ class SessionGrid(Carrier):
             self._places = count_places(ray, {"CPU": 1.0})
             if self._settings.is_local and (address := cluster_address(ray)):
                 # Clients' processes run on Ray's other machines, too.
-                self._settings = replace(self._settings, address=address, bind=address)
+                bind = self._settings.bind or address
+                self._settings = replace(self._settings, address=address, bind=bind)
         self._server = self._listen()
         self._invited = {}
         self._refusals.ask_at_once()
