@@ -23,9 +23,16 @@ from flwr.supercore.task_identity import TaskIdentity
 
 CLIENT_RAISED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 NODE_AWAY = ErrorCode.NODE_UNAVAILABLE
+APP_ERRORS = (  # besides the first: Flower's runtime could not run the ClientApp
+    ErrorCode.UNKNOWN,  # what a simulation calls all errors of Ray
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION,
+    ErrorCode.INVALID_FAB,
+    ErrorCode.CLIENT_APP_CRASHED,
+)
 SERVER_NODE_ID = 1  # what Flower gives the ServerApp's node, too
 
 __all__ = [
+    "APP_ERRORS",
     "CLIENT_RAISED",
     "NODE_AWAY",
     "SERVER_NODE_ID",

@@ -1,6 +1,8 @@
 """flsplit logs where Flower logs, so that ``flwr run --stream`` shows both."""
 
 import logging
+import threading
+import time
 
 logger = logging.getLogger("flwr")
 
@@ -20,3 +22,38 @@ def warn_once(run: str, text: str) -> None:
     if (run, text) not in _said:
         _said.add((run, text))
         logger.warning("%s", text)
+
+
+class RareLog:
+    """Lets the first few lines of each minute through, and then says how many it has kept back.
+
+    For what a stranger or one client can repeat as often as it likes.
+
+    Parameters
+    ----------
+    target : logging.Logger
+        Where warnings go.
+    per_minute : int
+        How many of them.
+    """
+
+    def __init__(self, target: logging.Logger, per_minute: int = 20) -> None:
+        self._target = target
+        self._per_minute = per_minute
+        self._lock = threading.Lock()
+        self._since = -60.0
+        self._count = 0
+
+    def warning(self, text: str, *arguments: object) -> None:
+        """Log a warning, unless there were too many within the last minute."""
+        with self._lock:
+            now, kept_back = time.monotonic(), 0
+            if now - self._since >= 60.0:
+                kept_back = max(self._count - self._per_minute, 0)
+                self._since, self._count = now, 0
+            self._count += 1
+            let_through = self._count <= self._per_minute
+        if kept_back:
+            self._target.warning("%d more like these were kept back", kept_back)
+        if let_through:
+            self._target.warning(text, *arguments)

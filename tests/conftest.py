@@ -1,9 +1,13 @@
 """What all tests share: one thread, and ``import reference`` from any folder."""
 
+import os
+
 import pytest
 import torch
 
 pytest_plugins = ["tests.chaos.table"]
+
+os.environ.pop("RAY_ADDRESS", None)  # tests bring a cluster of their own
 
 END_TO_END_TIMEOUT = 900  # seconds; a test takes one or two minutes unless the machine is slow
 

@@ -28,6 +28,9 @@ class Carrier(MessageGrid):
     in_process: bool = False
     """Nothing goes over a wire (the ledger's column stays 0), and no node comes or goes."""
 
+    simulated: bool = False
+    """The nodes are simulated: all are there from the beginning, and run copies of one app."""
+
     works_ahead: bool = False
     """Clients work on what was pushed while the server computes, so sending ahead saves time."""
 

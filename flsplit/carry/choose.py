@@ -12,7 +12,7 @@ from flsplit.carry.polling import polling
 from flsplit.carry.session.session_grid import NoHostError, SessionGrid
 from flsplit.carry.session.settings import SessionSettings
 from flsplit.errors import FlsplitError, NotEnoughClientsError
-from flsplit.flower_internals import Run
+from flsplit.flower_internals import Run, simulates
 from flsplit.log import logger
 
 CarrierName = Literal["auto", "session", "flower"]
@@ -34,10 +34,13 @@ class FlowerCarrier(Carrier):
         What Flower handed in.
     why_no_session : str
         Why this is a fallback; empty if it was wanted.
+    simulated : bool
+        Whether the nodes are simulated.
     """
 
-    def __init__(self, grid: Grid, why_no_session: str = "") -> None:
+    def __init__(self, grid: Grid, why_no_session: str = "", *, simulated: bool = False) -> None:
         self._grid = grid
+        self.simulated = simulated
         self._why_no_session = why_no_session
 
     @property
@@ -105,7 +108,8 @@ def open_carrier(
     settings : SessionSettings
         For a session.
     timeout : float
-        How many seconds to wait for the first node, without which no session can be opened.
+        How many seconds to wait for the first node, without which no session can be opened, and
+        for a first host, which may be busy with another run.
     experiment : str
         Names the folder of the clients' states on disk; a resumed run keeps it.
     state_dir : str
@@ -119,23 +123,29 @@ def open_carrier(
         If no node has connected by then.
     NoHostError
         If ``name`` is ``session`` and no node can dial back.
+    BrokenAppError
+        If no node can run the ClientApp.
     """
     if isinstance(grid, Carrier) or name == "flower":
-        carrier = grid if isinstance(grid, Carrier) else FlowerCarrier(grid)
+        carrier = (
+            grid if isinstance(grid, Carrier) else FlowerCarrier(grid, simulated=simulates(grid))
+        )
         try:
             yield carrier
         finally:
             carrier.end_run()
         return
     _wait_for_a_node(grid, timeout)
-    session = SessionGrid(grid, settings, experiment=experiment, state_dir=state_dir)
+    session = SessionGrid(
+        grid, settings, experiment=experiment, state_dir=state_dir, timeout=timeout
+    )
     try:
         session.open()
     except NoHostError as error:
         if name == "session":
             raise
         logger.warning("no session, going on over Flower's own messages: %s", error)
-        yield FlowerCarrier(grid, why_no_session=str(error))
+        yield FlowerCarrier(grid, str(error), simulated=simulates(grid))
         return
     with session:
         yield session

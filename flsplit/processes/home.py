@@ -55,14 +55,14 @@ class FlowerHome:
             "FLWR_HOME": str(self.path),
             "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
             "FLWR_LOCAL_CONTROL_API_PORT": str(control_port),
+            # A cluster that happens to run here is not found from there, so a simulation lands on
+            # one only if RAY_ADDRESS names it.
             "RAY_TMPDIR": self._scratch,
             "PYTHONIOENCODING": "utf-8",
             "PYTHONUNBUFFERED": "1",
             **(env or {}),
             **self.tree.env,
         }
-        # A simulation must not land on a Ray cluster that happens to run here.
-        self.env.pop("RAY_ADDRESS", None)
         self._guard: subprocess.Popen[bytes] | None = None
         self.started: list[FlowerProcess] = []
         """What is waited for at the end."""

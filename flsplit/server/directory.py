@@ -1,6 +1,7 @@
 """Which clients are there: their names, their nodes, their fixed order, and whose an answer is."""
 
 import re
+import time
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -8,6 +9,7 @@ from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
+from flsplit.carry.refusals import Refusals
 from flsplit.errors import FlsplitError, NotEnoughClientsError, ProtocolError, StateLostError
 from flsplit.flower_internals import NODE_AWAY
 from flsplit.log import logger
@@ -17,6 +19,9 @@ from flsplit.message.types import DESCRIBE
 
 MAX_NAME = 100
 """Characters in a client's name: it stands in logs, in the history and in names of files."""
+
+_PATIENCE = 15.0  # seconds that other nodes are waited for where all run into the app's errors
+_FIRST_FEW = 8  # nodes that are asked before the others: a page of log is written for each failure
 
 _STATE_LOST = StateLostError.__name__  # how a client's Error says so
 
@@ -43,7 +48,8 @@ class Directory:
         self._carrier = carrier
         self._timeout = timeout
         self._can_join = not carrier.in_process
-        self._unusable: dict[int, str] = {}
+        self._unusable = Refusals()
+        self._broken_since: float | None = None
         self._first: dict[str, int] = {}  # by name, the node that had it first
         self._names: dict[int, str] = {}
         self.node_of: dict[str, int] = {}
@@ -53,8 +59,13 @@ class Directory:
         """Return the names of the connected clients, in their fixed order."""
         nodes = set(self._carrier.get_node_ids())
         self.node_of = {name: node for name, node in self.node_of.items() if node in nodes}
-        if unknown := nodes - set(self.node_of.values()):
-            self._describe(sorted(unknown))
+        self._unusable.keep_only(nodes)
+        unknown = self._unusable.due(nodes - set(self.node_of.values()))
+        if not self.node_of:
+            first, unknown = unknown[:_FIRST_FEW], unknown[_FIRST_FEW:]
+            self._describe(first)
+        if self.node_of:
+            self._describe(unknown)
         return in_order(self.node_of)
 
     def wait_for(self, minimum: int) -> list[str]:
@@ -65,11 +76,14 @@ class Directory:
         NotEnoughClientsError
             If there are fewer after ``timeout`` seconds, or at once where none can join: over a
             grid in this process.
+        BrokenAppError
+            If no node can run the ClientApp, nor another comes that can.
         """
         timeout, told = self._timeout if self._can_join else 0.0, False
         for _ in polling(timeout):
             if len(names := self.discover()) >= minimum:
                 return names
+            self._check_app()
             if self._can_join and not told:
                 logger.info(
                     "waiting for %d clients, %d are connected%s",
@@ -82,9 +96,21 @@ class Directory:
         )
 
     def _refusals(self) -> str:
-        return "".join(f"; node {node}: {why}" for node, why in self._unusable.items())
+        return f"; {self._unusable.told()}" if self._unusable else ""
+
+    def _check_app(self) -> None:
+        """Don't wait on where all nodes that were asked can't run the ClientApp."""
+        if self.node_of or not self._unusable.all_broken():
+            self._broken_since = None
+            return
+        now = time.monotonic()
+        self._broken_since = self._broken_since or now
+        if now - self._broken_since >= (0.0 if self._carrier.simulated else _PATIENCE):
+            raise self._unusable.broken_app()
 
     def _describe(self, nodes: list[int]) -> None:
+        if not nodes:
+            return
         messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]
         answers = self._carrier.send_and_receive(messages, timeout=self._timeout)
         found = by_node(answers, messages)
@@ -92,7 +118,8 @@ class Directory:
             try:
                 self._take_in(node, _described(found[node]))
             except FlsplitError as error:
-                self._refuse(node, error)
+                message = found[node]
+                self._unusable.note(node, message.error if message.has_error() else error)
 
     def _take_in(self, node: int, name: str) -> None:
         """Take a node for the client that it says it is, if it may be."""
@@ -106,14 +133,9 @@ class Directory:
         if node not in (first, now):
             raise twins
         if now != node:
-            self._refuse(now, twins)
-        self._unusable.pop(node, None)
+            self._unusable.note(now, twins)
+        self._unusable.forget(node)
         self.node_of[name], self._names[node] = node, name
-
-    def _refuse(self, node: int, error: FlsplitError) -> None:
-        if self._unusable.get(node) != str(error):
-            logger.warning("node %d can't be used: %s", node, error)
-        self._unusable[node] = str(error)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

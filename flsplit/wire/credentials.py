@@ -22,8 +22,11 @@ A host trusts one certificate only, so the name proves nothing; with a fixed one
 a port forwarding or under a second address is still the one that was pinned.
 """
 
-_CLOCK_SKEW = timedelta(hours=1)
+_CLOCK_SKEW = timedelta(days=1)
+_NEVER = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # RFC 5280: no well-defined end
 _TOKEN_BYTES = 32
+MOST_TOKENS = 2**16
+"""How many tokens of a session are remembered; earlier ones open nothing any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +49,16 @@ class Certificate:
         return f"{type(self).__name__}({len(self.certificate_pem)} bytes)"
 
 
-def make_certificate(
-    hosts: Iterable[str] = (), valid_for: timedelta = timedelta(days=7)
-) -> Certificate:
+def make_certificate(hosts: Iterable[str] = (), valid_for: timedelta | None = None) -> Certificate:
     """Make the certificate of one session, on the curve P-256.
 
     Parameters
     ----------
     hosts : iterable of str
         The names and IP addresses under which the server can be reached.
-    valid_for : timedelta
-        How long a stream can be opened with it; an open one is not cut off.
+    valid_for : timedelta, optional
+        How long a stream can be opened with it; an open one is not cut off. By default there is no
+        end: a host pins the certificate for one session, whose invitations have an end.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SESSION_NAME)])
@@ -69,7 +71,7 @@ def make_certificate(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _CLOCK_SKEW)
-        .not_valid_after(now + valid_for)
+        .not_valid_after(now + valid_for if valid_for else _NEVER)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -102,7 +104,7 @@ class Ticket:
 class TokenBook:
     """The tokens of a session: one for each host and epoch, each good for one stream.
 
-    Only digests are kept.
+    Only digests are kept, and only of the last tokens that were given out.
     """
 
     def __init__(self) -> None:
@@ -128,6 +130,8 @@ class TokenBook:
                 raise ValueError(f"host {host!r} is at epoch {latest} already, past {epoch}")
             self._tickets[digest] = Ticket(host, epoch)
             self._current[host] = digest
+            if len(self._tickets) > MOST_TOKENS:
+                self._forget_the_oldest()
         return token
 
     def redeem(self, token: str) -> Ticket:
@@ -154,6 +158,13 @@ class TokenBook:
                 )
             self._used.add(found)
             return ticket
+
+    def _forget_the_oldest(self) -> None:
+        digest = next(iter(self._tickets))
+        ticket = self._tickets.pop(digest)
+        self._used.discard(digest)
+        if self._current.get(ticket.host) == digest:
+            del self._current[ticket.host]
 
 
 def _digest(token: str) -> bytes:

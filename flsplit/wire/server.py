@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Self
 import grpc
 from flwr.app import Message
 
+from flsplit.log import RareLog
 from flsplit.wire.codec import DEFAULT_MAX_BYTES
 from flsplit.wire.credentials import Ticket, TokenBook, make_certificate
 from flsplit.wire.events import Event
@@ -28,7 +29,7 @@ from flsplit.wire.outbox import DEFAULT_MAX_QUEUED_BYTES
 from flsplit.wire.threads import StreamThreads
 from flsplit.wire.wire_errors import StreamEnded, TokenRefused
 
-logger = logging.getLogger(__name__)
+_refused = RareLog(logging.getLogger(__name__))
 
 # Streams beyond those of hosts: a place at the door, from which one is told why it can't come in.
 _SPARE_STREAMS = 8
@@ -261,7 +262,7 @@ class SessionServer:
                     del self._links[link.ticket.host]
 
     def _refuse(self, context: Any, code: Any, reason: str) -> NoReturn:
-        logger.warning("refused a stream from %s: %s", context.peer(), reason)
+        _refused.warning("refused a stream from %s: %s", context.peer(), reason)
         context.abort(code, reason)
         raise AssertionError("abort() raises, which ends the call")
 

@@ -14,6 +14,7 @@ from reference import CUT, LR, MOMENTUM, SEED, fresh, make_parts, noisy_net, spl
 from flsplit import LocalGrid, SessionSettings
 from flsplit.carry import choose
 from flsplit.carry.choose import TooSlowError
+from flsplit.carry.refusals import BrokenAppError
 from flsplit.carry.session import host as session_host
 from flsplit.carry.session import session_grid
 from flsplit.carry.session.host import serve_session
@@ -21,7 +22,7 @@ from flsplit.carry.session.invitation import Invitation
 from flsplit.carry.session.session_grid import NoHostError
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SplitFedV1
-from flsplit.wire import Envelope, HostStream, SessionServer
+from flsplit.wire import DialError, Envelope, HostStream, SessionServer
 
 SIZES = (20, 13, 9, 16)
 
@@ -395,6 +396,120 @@ def test_a_relative_state_dir_is_told_to_the_server(caplog):
     assert "node 101 is left out: ConfigError: node config: state-dir" in caplog.text
 
 
+def cannot_import(app, message, context):
+    """Answer as Flower does for a ClientApp that can't be loaded."""
+    reason = "<class 'ModuleNotFoundError'>:<'No module named 'absent''>"
+    return Message(Error(2, reason), reply_to=message)
+
+
+@pytest.mark.parametrize("carrier", ["session", "auto"])
+def test_an_app_that_no_node_can_run_ends_the_run(carrier):
+    grid = ThreadedGrid(make_app(), 2, serve={0: cannot_import, 1: cannot_import})
+    strategy = make_strategy(carrier=carrier, session=SessionSettings(grace=0.2))
+    said = "node 101 and 1 more: its ClientApp can't be run: ModuleNotFoundError: No module named"
+    with pytest.raises(BrokenAppError, match=said):
+        start(strategy, grid)
+    assert {one.metadata.message_type for one in grid.pushed} == {"train.session"}
+
+
+def test_another_node_may_come_that_can_run_the_app():
+    grid = ThreadedGrid(make_app(), 2, serve={0: cannot_import})
+    looks = iter([[101]] * 4)
+    grid.get_node_ids = lambda: next(looks, list(grid.contexts))
+    result = start(make_strategy(), grid, num_rounds=1)
+    assert result.history[0].participants == ["1"]
+
+
+def test_of_a_simulation_no_more_nodes_are_invited_than_there_are_processes(simulated, monkeypatch):
+    monkeypatch.setattr(session_grid, "simulates", lambda grid: True)
+    monkeypatch.setattr(session_grid, "running_ray", lambda timeout: "ray")
+    monkeypatch.setattr(session_grid, "count_places", lambda ray, needed: 2)
+    monkeypatch.setattr(session_grid, "cluster_address", lambda ray: "")
+    broken = ThreadedGrid(make_app(), 9, serve=dict.fromkeys(range(9), cannot_import))
+    with pytest.raises(BrokenAppError):
+        start(make_strategy(), broken)
+    assert len(broken.pushed) == 2
+
+    monkeypatch.setattr(session_grid, "cluster_address", lambda ray: "127.0.0.3")
+    simulated(3)  # each takes less than a core
+    grid = ThreadedGrid(make_app(), len(SIZES))
+    result = start(make_strategy(), grid, num_rounds=1)
+    assert result.history[0].participants == ["0", "1", "2", "3"]
+    assert len(grid.pushed) == 3
+    invitation = Invitation.from_content(grid.pushed[0].content)
+    assert invitation.address.startswith("127.0.0.3:")  # where Ray's other machines find it
+
+
+def test_nodes_that_are_busy_with_another_run_are_waited_for(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(session_grid, "_TELL_SECONDS", 0.1)
+    free = threading.Event()
+
+    def queue(app, message, context):
+        free.wait(20)
+        return serve_session(app, message, context)
+
+    def tell(record):
+        if "may be busy with other runs" in record.getMessage():
+            free.set()
+        return True
+
+    grid = ThreadedGrid(make_app(), 2, serve={0: queue, 1: queue})
+    logging.getLogger("flwr").addFilter(tell)
+    try:
+        result = start(make_strategy(session=SessionSettings()), grid, num_rounds=1)
+    finally:
+        logging.getLogger("flwr").removeFilter(tell)
+    assert result.history[0].participants == ["0", "1"]
+    assert "waiting for hosts: 2 nodes are invited" in caplog.text
+
+
+def test_a_node_is_told_once_why_it_cannot_come(caplog):
+    """Flower forgets an answer that was taken, and says "Message Unavailable" from then on."""
+    grid = ThreadedGrid(make_app(), 2, serve={0: refuse})
+    answered = set()
+
+    def pull(ids):
+        known = {one for one in ids if one in grid.replies} | (set(ids) & answered)
+        replies = {one: grid.replies.pop(one) for one in ids if one in grid.replies}
+        gone = [one for one in known if one in answered and one not in replies]
+        answered.update(replies)
+        sent = {one.metadata.message_id: one for one in grid.pushed}
+        unavailable = Error(3, "Message Unavailable")
+        return [*replies.values(), *(Message(unavailable, reply_to=sent[one]) for one in gone)]
+
+    grid.pull_messages = pull
+    result = start(make_strategy(), grid, num_rounds=3)
+    assert [entry.participants for entry in result.history] == [["1"]] * 3
+    assert "DialError" in caplog.text
+    assert "Unavailable" not in caplog.text
+
+
+def test_a_server_that_cannot_be_reached_just_then_is_tried_again(monkeypatch):
+    dial, tries = HostStream.dial, []
+
+    def unreachable_at_first(address, *arguments, **options):
+        tries.append(address)
+        if len(tries) < 3:
+            raise DialError(address, "unreachable", "connection refused", "Wait.")
+        return dial(address, *arguments, **options)
+
+    monkeypatch.setattr(HostStream, "dial", unreachable_at_first)
+    monkeypatch.setattr(session_host, "_FIRST_PAUSE", 0.01)
+    result = start(make_strategy(carrier="session"), ThreadedGrid(make_app(), 1), num_rounds=1)
+    assert result.history[0].participants == ["0"]
+    assert len(tries) == 3
+
+
+def test_several_runs_take_a_port_each_from_those_that_are_free():
+    with SessionServer("127.0.0.1:0") as other:
+        settings = SessionSettings(port=other.port, ports=50, grace=0.5)
+        session = session_grid.SessionGrid(ThreadedGrid(make_app(), 1), settings)
+        with session:
+            taken = int(session._address.rpartition(":")[2])
+            assert other.port < taken < other.port + 50
+
+
 def test_auto_falls_back_on_flowers_messages_with_the_same_numbers(caplog):
     serve = dict.fromkeys(range(len(SIZES)), refuse)
     result = start(make_strategy(), ThreadedGrid(make_app(), len(SIZES), serve=serve))
@@ -454,6 +569,7 @@ def test_no_node_within_the_timeout_is_a_clear_error():
 
 
 def test_a_late_host_finds_the_session_over_at_once(monkeypatch):
+    monkeypatch.setattr(session_host, "_DIAL_SECONDS", 0.0)
     messages = []
 
     def wait_in_the_queue(app, message, context):
@@ -540,6 +656,8 @@ def test_an_answer_over_the_limit_says_which_setting_to_raise_and_the_others_go_
         ("grace", -1.0),
         ("max_step_bytes", 0),
         ("max_hosts", -1),
+        ("ports", 0),
+        ("ports", 70000),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(field, value):

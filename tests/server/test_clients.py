@@ -7,6 +7,7 @@ from flwr.serverapp import Grid
 
 from flsplit.account import RoundEntry
 from flsplit.carry.choose import FlowerCarrier
+from flsplit.carry.refusals import BrokenAppError
 from flsplit.errors import NotEnoughClientsError
 from flsplit.flower_internals import ensure_task_identity, set_message_id
 from flsplit.message.evaluate import EvaluateRequest
@@ -14,6 +15,7 @@ from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.message.types import DESCRIBE
+from flsplit.server import directory
 from flsplit.server.clients import Clients
 
 PLAN = RoundPlan(
@@ -168,6 +170,47 @@ def test_waiting_until_a_client_has_come(caplog):
     grid.get_node_ids = come_late
     assert clients.directory.wait_for(2) == ["a", "b"]
     assert caplog.messages == ["waiting for 2 clients, 1 are connected"]
+
+
+BROKEN = "<class 'ModuleNotFoundError'>:<'No module named 'absent''>"
+
+
+def broken_at(grid, nodes):
+    """Let nodes answer as Flower does for an app that can't be loaded; return who is asked."""
+    answers, asked = grid.send_and_receive, []
+
+    def send_and_receive(messages, *, timeout=None):
+        messages = list(messages)
+        asked.append([one.metadata.dst_node_id for one in messages])
+        fine = [one for one in messages if one.metadata.dst_node_id not in nodes]
+        failed = [one for one in messages if one.metadata.dst_node_id in nodes]
+        errors = [Message(Error(2, BROKEN), reply_to=one) for one in failed]
+        return [*answers(fine, timeout=timeout), *errors]
+
+    grid.send_and_receive = send_and_receive
+    return asked
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_an_app_that_no_node_can_run_ends_the_run(simulated, monkeypatch):
+    monkeypatch.setattr(directory, "_PATIENCE", 0.2)
+    grid = Script({node: str(node) for node in range(100, 200)})
+    asked = broken_at(grid, set(grid.names))
+    clients = Clients(FlowerCarrier(grid, simulated=simulated), timeout=60)
+    with pytest.raises(BrokenAppError, match=r"node 100 and \d+ more: .*No module named 'absent'"):
+        clients.directory.wait_for(2)
+    assert asked[0] == list(range(100, 108))  # and not all hundred
+    assert len(asked) == (1 if simulated else 2)
+
+
+def test_one_node_that_cannot_run_the_app_ends_nothing(monkeypatch, caplog):
+    grid = Script({7: "a", 8: "b", 9: "c"})
+    asked = broken_at(grid, {7})
+    clients = Clients(FlowerCarrier(grid), timeout=60)
+    assert clients.directory.wait_for(2) == ["b", "c"]
+    assert clients.directory.discover() == ["b", "c"]
+    assert asked == [[7, 8, 9]]  # it is asked again later
+    assert len(caplog.messages) == 1
 
 
 # --- an exchange -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from flsplit.wire import Ticket, TokenBook, TokenRefused, make_certificate
+from flsplit.wire import Ticket, TokenBook, TokenRefused, credentials, make_certificate
 from flsplit.wire.credentials import SESSION_NAME
 
 
@@ -74,3 +74,22 @@ def test_the_book_holds_no_token():
     book = TokenBook()
     token = book.issue("a")
     assert token not in str(vars(book))
+
+
+def test_a_session_s_certificate_does_not_end_before_its_invitations():
+    made = x509.load_pem_x509_certificate(make_certificate().certificate_pem)
+    assert made.not_valid_after_utc > datetime.now(UTC) + timedelta(days=10_000)
+    assert made.not_valid_before_utc < datetime.now(UTC) - timedelta(hours=23)  # for slow clocks
+
+
+def test_the_book_does_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr(credentials, "MOST_TOKENS", 3)
+    book = TokenBook()
+    tokens = [book.issue(f"host-{index}") for index in range(100)]
+    assert [len(one) for one in (book._tickets, book._current, book._used)] == [3, 3, 0]
+    with pytest.raises(TokenRefused, match="unknown"):
+        book.redeem(tokens[0])
+    assert book.redeem(tokens[-1]) == Ticket("host-99", 0)
+    again = [book.issue("host-99", epoch) for epoch in range(1, 100)]
+    assert [len(one) for one in (book._tickets, book._current, book._used)] == [3, 1, 0]
+    assert book.redeem(again[-1]) == Ticket("host-99", 99)

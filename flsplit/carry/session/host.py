@@ -1,12 +1,15 @@
 """A session's host: dials back, and serves its clients until the stream ends."""
 
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flsplit.carry.cohort import Cohort
+from flsplit.carry.ray_cluster import count_places
 from flsplit.carry.session.hello import Hello
 from flsplit.carry.session.invitation import Invitation
 from flsplit.carry.session.settings import HOW_TO_SET
@@ -15,6 +18,9 @@ from flsplit.log import logger
 from flsplit.message.raised import raised
 from flsplit.storage import ClientStore
 from flsplit.wire import DialError, Envelope, HostStream, StreamEnded, WireError
+
+_DIAL_SECONDS = 5.0  # for all tries together; the server invites again later
+_FIRST_PAUSE = 0.5  # seconds, doubled each time
 
 OWN_CLIENT = ""
 """How an envelope addresses the client of the node itself."""
@@ -35,13 +41,7 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
     try:
         # Before dialling: the answer to this message is all that the server hears of an error.
         clients = HostedClients(app, context, invitation)
-        stream = HostStream.dial(
-            invitation.address,
-            invitation.token,
-            invitation.certificate or None,
-            describe_host(invitation).to_json(),
-            max_message_bytes=invitation.max_step_bytes,
-        )
+        stream = _dial(invitation, describe_host(invitation).to_json())
     except (ConfigError, DialError) as error:
         return raised(message, error)
     with stream:
@@ -49,6 +49,26 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
     ending = stream.ending
     logger.info("session %s: %s", invitation.session, ending.reason if ending else "over")
     return _reply(message, served=served)
+
+
+def _dial(invitation: Invitation, hello: dict[str, Any]) -> HostStream:
+    """Open the stream; a server that can't be reached just then is tried a few times."""
+    deadline, pause = time.monotonic() + _DIAL_SECONDS, _FIRST_PAUSE
+    while True:
+        try:
+            return HostStream.dial(
+                invitation.address,
+                invitation.token,
+                invitation.certificate or None,
+                hello,
+                max_message_bytes=invitation.max_step_bytes,
+            )
+        except DialError as error:
+            if error.kind != "unreachable" or time.monotonic() + pause > deadline:
+                raise
+            logger.info("trying again in %g s: %s", pause, error)
+        time.sleep(pause)
+        pause *= 2
 
 
 def describe_host(invitation: Invitation) -> Hello:
@@ -64,10 +84,7 @@ def count_simulated_hosts() -> int:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return 0
-    assigned = ray.get_runtime_context().get_assigned_resources()
-    total = ray.cluster_resources()
-    counts = [int(total.get(name, 0) / amount) for name, amount in assigned.items() if amount > 0]
-    return max(1, min(counts, default=1))
+    return max(1, count_places(ray, ray.get_runtime_context().get_assigned_resources()))
 
 
 class HostedClients:

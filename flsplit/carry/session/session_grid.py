@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from flwr.app import Error, Message
@@ -11,14 +11,20 @@ from flwr.serverapp import Grid
 
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
+from flsplit.carry.ray_cluster import (
+    START_SECONDS,
+    cluster_address,
+    count_places,
+    running_ray,
+)
+from flsplit.carry.refusals import Refusals
 from flsplit.carry.session.hello import Hello
 from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
 from flsplit.carry.session.settings import HOW_TO_SET, SessionSettings
 from flsplit.errors import ConfigError, FlsplitError, ProtocolError
 from flsplit.flower_internals import NODE_AWAY, Run, set_message_id, simulates
-from flsplit.log import logger
-from flsplit.message.raised import shortened
+from flsplit.log import RareLog, logger
 from flsplit.wire import (
     DialError,
     Envelope,
@@ -29,8 +35,11 @@ from flsplit.wire import (
     WireError,
 )
 
+_dropped = RareLog(logger)
+
 _DIAL_ERROR = DialError.__name__  # how a host's Error says that it can't reach the server
 _LOOK_SECONDS = 0.5  # how often Flower's grid is asked for nodes' refusals: it has no events
+_TELL_SECONDS = 15.0  # after which waiting for the first host is told; doubled each time
 _AGAIN_SECONDS = 5.0  # between attempts to open a session where nodes have refused it
 _END_SECONDS = 30.0  # how long nodes have to hand their session message back
 
@@ -65,6 +74,8 @@ class SessionGrid(Carrier):
         Names the clients' states on disk.
     state_dir : str
         Where simulated hosts keep their clients' states; empty for nowhere.
+    timeout : float
+        Seconds to wait for the first host, where the settings don't say.
     """
 
     works_ahead = True
@@ -76,17 +87,20 @@ class SessionGrid(Carrier):
         *,
         experiment: str = "",
         state_dir: str = "",
+        timeout: float = 3600.0,
     ) -> None:
         self._grid = grid
+        self.simulated = simulates(grid)
+        self._timeout = timeout
         self._settings = settings or SessionSettings()
         self._experiment = experiment or uuid.uuid4().hex
         self._state_dir = state_dir
-        self._simulated = simulates(grid)
-        self._roster = Roster(self._simulated)
+        self._roster = Roster(self.simulated)
         self._invited: dict[int, str] = {}
-        self._refusals: dict[int, str] = {}
+        self._refusals = Refusals()
         self._epochs = 0
         self._sequence = 0
+        self._places = 0
         self._sent: dict[str, _OnItsWay] = {}  # by the message's id
         self._server: SessionServer | None = None
 
@@ -101,6 +115,8 @@ class SessionGrid(Carrier):
             If the ServerApp can't listen where the settings say.
         NoHostError
             If no node can dial back; it says which address and port, and what to do.
+        BrokenAppError
+            If no node can run the ClientApp.
         """
         try:
             self._open()
@@ -141,7 +157,7 @@ class SessionGrid(Carrier):
     def _open_again(self, deadline: float) -> None:
         """Open the next session; nodes may be busy with another run, or away for a moment."""
         while True:
-            self._roster = Roster(self._simulated)
+            self._roster = Roster(self.simulated)
             try:
                 return self.open()
             except NoHostError as error:
@@ -153,11 +169,18 @@ class SessionGrid(Carrier):
 
     def _open(self) -> None:
         self._session = uuid.uuid4().hex[:12]
+        if self.simulated and (ray := running_ray(START_SECONDS)):
+            self._places = count_places(ray, {"CPU": 1.0})
+            if self._settings.is_local and (address := cluster_address(ray)):
+                # Clients' processes run on Ray's other machines, too.
+                bind = self._settings.bind or address
+                self._settings = replace(self._settings, address=address, bind=bind)
         self._server = self._listen()
-        self._invited, self._refusals = {}, {}
+        self._invited = {}
+        self._refusals.ask_at_once()
         self._invite_nodes()
         self._wait_for_hosts()
-        if self._simulated:  # a host is there, so Flower knows all nodes by now
+        if self.simulated:  # a host is there, so Flower knows all nodes by now
             self._roster.num_partitions = len(list(self._grid.get_node_ids()))
         self._roster.seat_all()
         logger.info(
@@ -167,21 +190,24 @@ class SessionGrid(Carrier):
 
     def _listen(self) -> SessionServer:
         settings = self._settings
-        try:
-            return SessionServer(
-                settings.bind_address,
-                advertised_hosts=(settings.address,),
-                tls=settings.tls,
-                max_hosts=max(settings.max_hosts, 1024),
-                max_message_bytes=settings.max_step_bytes,
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"session-port is {settings.port}, session-bind is {settings.bind!r} and "
-                f"session-address is {settings.address!r}, but the ServerApp "
-                f"{str(error).rstrip('.')}. Is the port taken, or is the address none of this "
-                f"machine's? ({HOW_TO_SET})"
-            ) from error
+        problem = OSError()
+        for port in settings.ports_to_try:
+            try:
+                return SessionServer(
+                    replace(settings, port=port).bind_address,
+                    advertised_hosts=(settings.address,),
+                    tls=settings.tls,
+                    max_hosts=max(settings.max_hosts, 1024),
+                    max_message_bytes=settings.max_step_bytes,
+                )
+            except OSError as error:
+                problem = error
+        raise ConfigError(
+            f"session-port is {settings.port}, session-ports is {settings.ports}, session-bind is "
+            f"{settings.bind!r} and session-address is {settings.address!r}, but the ServerApp "
+            f"{str(problem).rstrip('.')}. Is the port taken, by another run perhaps, each of which "
+            f"needs one of its own, or is the address none of this machine's? ({HOW_TO_SET})"
+        ) from problem
 
     @property
     def _address(self) -> str:
@@ -196,11 +222,18 @@ class SessionGrid(Carrier):
     # --- hosts ---------------------------------------------------------------------------
 
     def _invite_nodes(self) -> None:
-        """Invite connected nodes that are no hosts and have no invitation pending."""
-        nodes = sorted(self._grid.get_node_ids())
-        limit = self._settings.max_hosts or len(nodes)
-        free = [node for node in nodes if node not in self._invited][: limit - len(self._invited)]
-        if free:
+        """Invite connected nodes that are no hosts and have no invitation pending.
+
+        Of a simulation's nodes only as many as there are processes for: others would wait in
+        Flower's queue, or all fail there in turn, a page of its log each.
+        """
+        nodes = set(self._grid.get_node_ids())
+        self._refusals.keep_only(nodes)
+        places = (self._roster.peers or self._places) - len(self._refusals)
+        most = places if self.simulated and self._places else len(nodes)
+        limit = min(self._settings.max_hosts or len(nodes), most)
+        free = self._refusals.due(nodes - self._invited.keys())
+        if free := free[: max(limit - len(self._invited), 0)]:
             messages = [self._invitation(node) for node in free]
             ids = list(self._grid.push_messages(messages))
             self._invited |= dict(zip(free, ids, strict=True))
@@ -216,25 +249,47 @@ class SessionGrid(Carrier):
             certificate=server.certificate_pem or b"",
             expires=time.time() + settings.lifetime,
             max_step_bytes=settings.max_step_bytes,
-            state_dir=self._state_dir if self._simulated else "",
-            simulated=self._simulated,
+            state_dir=self._state_dir if self.simulated else "",
+            simulated=self.simulated,
         )
         return Message(invitation.to_content(), node, SESSION, ttl=settings.lifetime)
 
     def _wait_for_hosts(self) -> None:
         """Wait until all hosts that can come are there, or the grace period is over."""
-        deadline = time.monotonic() + self._settings.join_timeout
-        while self._awaited() > 0 and time.monotonic() < deadline:
-            first = not self._roster.epochs
-            self._take_event(min(_LOOK_SECONDS, deadline - time.monotonic()))
-            if first and self._roster.epochs:
-                deadline = min(deadline, time.monotonic() + self._settings.grace)
+        grace, started = self._settings.grace, time.monotonic()
+        limits = {"the first": self._patience, "further ones": grace, "better ones": grace}
+        ends: dict[str, float] = {}
+        tell = _TELL_SECONDS
+        while awaited := self._awaited_hosts():
+            now = time.monotonic()
+            left = ends.setdefault(awaited, now + limits[awaited]) - now
+            if left <= 0:
+                break
+            self._take_event(min(_LOOK_SECONDS, left))
             self._take_refusals()
+            self._invite_nodes()
+            if not self._roster.epochs and now - started > tell:
+                tell *= 2
+                logger.info(
+                    "waiting for hosts: %d nodes are invited, and may be busy with other runs",
+                    len(self._invited),
+                )
         if not self._roster.epochs:
-            raise NoHostError(self._why_no_host())
+            raise self._no_host()
 
-    def _awaited(self) -> int:
-        able = len(self._invited.keys() - self._refusals.keys())
+    @property
+    def _patience(self) -> float:
+        return self._settings.join_timeout or self._timeout
+
+    def _awaited_hosts(self) -> str:
+        """Return which hosts are worth waiting for now; empty if none."""
+        if self._num_awaited() > 0:
+            return "further ones" if self._roster.epochs else "the first"
+        others = not self.simulated and not self._roster.epochs
+        return "better ones" if others and self._refusals.all_broken() else ""
+
+    def _num_awaited(self) -> int:
+        able = len(self._invited)
         return min(able, self._roster.peers or able) - len(self._roster.epochs)
 
     def _take_refusals(self) -> None:
@@ -243,43 +298,30 @@ class SessionGrid(Carrier):
         node_of = {message_id: node for node, message_id in self._invited.items()}
         for message in self._grid.pull_messages(list(node_of)):
             node = node_of[message.metadata.reply_to_message_id]
-            host = str(node)
-            reason = message.error.reason if message.has_error() else "its session has ended"
-            reason = shortened(reason or "no reason given")
-            if host in self._roster.epochs:
+            if str(node) in self._roster.epochs:
                 continue
+            # Whoever asks Flower for an answer again is told that there is no such message.
+            del self._invited[node]
             if message.has_error():
-                logger.warning("node %d is left out: %s", node, reason)
-                self._refusals[node] = reason
-            else:
-                self._invited.pop(node, None)
+                self._refusals.note(node, message.error)
 
-    def _forget_passing_refusals(self) -> None:
-        """Let nodes be invited again whose refusal may pass, e.g. one that was away just then.
-
-        A node that can't dial back won't be able to next time either.
-        """
-        for node, reason in list(self._refusals.items()):
-            if _DIAL_ERROR not in reason:
-                del self._refusals[node]
-                self._invited.pop(node, None)
-
-    def _why_no_host(self) -> str:
+    def _no_host(self) -> FlsplitError:
+        if self._refusals.all_broken():
+            return self._refusals.broken_app()
         if self._refusals:
-            node, reason = next(iter(self._refusals.items()))
-            problem = (
-                f"{len(self._refusals)} nodes could not open a session, e.g. node {node}: {reason}"
-            )
-            if _DIAL_ERROR not in reason:
-                return problem
-            return (
-                f"{problem} (the ServerApp listens on {self._open_server.address} and advertises "
-                f"{self._address}; set session-address and session-port; {HOW_TO_SET})"
-            )
-        return (
+            told = self._refusals.told()
+            problem = f"{len(self._refusals)} nodes could not open a session; {told}"
+            if _DIAL_ERROR in told:
+                problem += (
+                    f" (the ServerApp listens on {self._open_server.address} and advertises "
+                    f"{self._address}; set session-address and session-port; {HOW_TO_SET})"
+                )
+            return NoHostError(problem)
+        return NoHostError(
             f"none of {len(self._invited)} nodes dialled {self._address} within "
-            f"{self._settings.join_timeout:g} s; are their ClientApps made by flsplit.client_app, "
-            "and can their machines reach this address and port (session-address, session-port)?"
+            f"{self._patience:g} s; are they busy with another run, are their ClientApps made by "
+            "flsplit.client_app, and can their machines reach this address and port "
+            "(session-address, session-port)?"
         )
 
     def _dismiss(self, host: str, reason: str) -> None:
@@ -311,9 +353,8 @@ class SessionGrid(Carrier):
         """Return the clients that have a host now, after letting hosts join, leave and return."""
         while self._take_event(timeout=0.0):
             pass
-        if not self._simulated:
+        if not self.simulated:
             self._take_refusals()
-            self._forget_passing_refusals()
             self._invite_nodes()
         self._roster.seat_all()
         return self._roster.node_ids()
@@ -419,10 +460,11 @@ class SessionGrid(Carrier):
         try:
             hello = Hello.from_json(event.hello)
         except ProtocolError as error:
-            logger.warning("node %s is left out: %s", event.host, error)
-            self._refusals[int(event.host)] = str(error)
+            self._refusals.note(int(event.host), error)
+            self._invited.pop(int(event.host), None)
             self._open_server.close_host(event.host, str(error))
         else:
+            self._refusals.forget(int(event.host))
             self._roster.join(event.host, event.epoch, hello)
 
     def _take_message(self, event: MessageArrived) -> None:
@@ -438,7 +480,7 @@ class SessionGrid(Carrier):
         else:
             sent.reply = event.message
             return
-        logger.warning("a message of host %s is dropped: it %s", event.host, problem)
+        _dropped.warning("a message of host %s is dropped: it %s", event.host, problem)
 
     def _wait_for_nodes(self) -> None:
         """Wait until all nodes have handed their session message back."""

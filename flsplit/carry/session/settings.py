@@ -24,6 +24,8 @@ class SessionSettings:
         Name or IP address under which the clients' machines reach the ServerApp's.
     port : int
         Port that the ServerApp listens on; 0 takes a free one.
+    ports : int
+        How many ports from ``port`` on may be taken: as many runs can be under way at a time.
     bind : str
         Address to listen on. Empty: ``address`` if that is a loopback address, else all.
     tls : bool
@@ -31,7 +33,8 @@ class SessionSettings:
     max_hosts : int
         At most so many nodes are asked to be hosts; 0 stands for all.
     join_timeout : float
-        Seconds to wait for the first host.
+        Seconds to wait for the first host; 0 waits as long as the run's ``timeout``, for nodes
+        may be busy with other runs.
     grace : float
         Seconds to wait for further hosts once one is there.
     step_timeout : float
@@ -48,10 +51,11 @@ class SessionSettings:
 
     address: str = "127.0.0.1"
     port: int = 0
+    ports: int = 1
     bind: str = ""
     tls: bool = True
     max_hosts: int = 0
-    join_timeout: float = 120.0
+    join_timeout: float = 0.0
     grace: float = 15.0
     step_timeout: float = 300.0
     max_step_bytes: int = 2 * 2**30
@@ -66,10 +70,15 @@ class SessionSettings:
             raise ConfigError("session-address is empty, expected a name or an IP address")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"session-port is {self.port}, expected 0 to 65535")
-        for name in ("join_timeout", "step_timeout", "lifetime", "max_step_bytes"):
+        if self.ports < 1 or self.port + self.ports - 1 > 65535:
+            raise ConfigError(
+                f"session-ports is {self.ports}, expected 1 or more ports from session-port "
+                f"({self.port}) up to 65535"
+            )
+        for name in ("step_timeout", "lifetime", "max_step_bytes"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{_key(name)} is {getattr(self, name)}, expected more than 0")
-        for name in ("grace", "max_hosts", "session_rounds"):
+        for name in ("join_timeout", "grace", "max_hosts", "session_rounds"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{_key(name)} is {getattr(self, name)}, expected 0 or more")
 
@@ -89,9 +98,18 @@ class SessionSettings:
     @property
     def bind_address(self) -> str:
         """What to listen on, as ``host:port``."""
-        is_local = self.address in ("localhost", "::1") or self.address.startswith("127.")
-        host = self.bind or (self.address if is_local else "0.0.0.0")
+        host = self.bind or (self.address if self.is_local else "0.0.0.0")
         return f"{_bracketed(host)}:{self.port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can dial the address."""
+        return self.address in ("localhost", "::1") or self.address.startswith("127.")
+
+    @property
+    def ports_to_try(self) -> range:
+        """The ports of which the first free one is taken."""
+        return range(self.port, self.port + (self.ports if self.port else 1))
 
     def advertised(self, port: int) -> str:
         """Return what hosts dial, as ``host:port``."""
