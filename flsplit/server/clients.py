@@ -18,6 +18,7 @@ from flsplit.message.local_steps import LocalRequest
 from flsplit.message.request import Reply, Request
 from flsplit.server.directory import AwayError, Directory, by_node, in_order, raise_error
 from flsplit.server.traffic import count, exchange_of
+from flsplit.storage import State
 
 _GONE = "its node is not connected any more"
 
@@ -70,6 +71,16 @@ class Clients:
         self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
         self._timeout = timeout
         self._sends = not carrier.in_process
+
+    # --- checkpoints ---------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """Return what is known of the clients from round to round."""
+        return {"holds": dict(self.holds)}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a :meth:`state_dict`; with less, where a run begins."""
+        self.holds |= state.get("holds", {})
 
     # --- an exchange ---------------------------------------------------------------------
 
