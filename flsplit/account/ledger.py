@@ -111,6 +111,8 @@ class RoundEntry:
         Who had lost its state and started from the server's segment.
     metrics : dict of str to float
         What methods record, mean over the round's steps.
+    notes : list of str
+        What was wrong with files that hold states, of clients and of the server.
     """
 
     round: int
@@ -129,6 +131,7 @@ class RoundEntry:
     left_out: list[LeftOut] = field(default_factory=list)
     restarted: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def numbers(self) -> dict[str, Any]:
         """Return all that must be the same on every carrier: all but measured times and wire."""
@@ -154,6 +157,7 @@ class RoundEntry:
             "evaluation": {name: _nullable(one) for name, one in self.evaluation.items()},
             "metrics": {name: _nullable(one) for name, one in self.metrics.items()},
             "wire-bytes": self.traffic.wire,
+            "notes": self.notes,
             **self._times(),
         }
 

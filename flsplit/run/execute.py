@@ -148,6 +148,7 @@ class Run:
             round_ = self._open(server_round, clients)
             if server_round == first:
                 round_.exchanges_left = partial(self._exchanges_left, round_)
+                round_.entry.notes += checkpoints.problems if checkpoints else []
             self.strategy.begin_round(round_)
             finished = self.strategy.train_round(round_)
             self.strategy.end_round(round_, finished)

@@ -16,6 +16,7 @@ from flsplit.log import logger
 from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.local_steps import LocalRequest
 from flsplit.message.request import Reply, Request
+from flsplit.message.storage_note import problem_in
 from flsplit.server.directory import AwayError, Directory, by_node, in_order, raise_error
 from flsplit.server.traffic import count, exchange_of
 from flsplit.storage import State
@@ -160,7 +161,7 @@ class Clients:
             if name in but:
                 continue
             try:
-                replies[name] = self._take(name, request, answers, sent.traffic[name])
+                replies[name] = self._take(name, request, answers, sent.traffic[name], entry)
                 entry.client_seconds += replies[name].seconds
             except StateLostError as error:
                 stateless[name] = error
@@ -218,7 +219,12 @@ class Clients:
         return Message(content, node, request.kind, group_id=str(request.server_round))
 
     def _take(
-        self, name: str, request: Request, answers: Mapping[int, Message], traffic: Traffic
+        self,
+        name: str,
+        request: Request,
+        answers: Mapping[int, Message],
+        traffic: Traffic,
+        entry: RoundEntry,
     ) -> Reply:
         if name not in self.directory.node_of:
             raise AwayError(_GONE)
@@ -242,6 +248,9 @@ class Clients:
         if request.segment:
             self.holds[name] = request.segment.version
         count(content, reply.categories, traffic, sends=self._sends)
+        if problem := problem_in(content):
+            logger.warning("client %r: %s", name, problem)
+            entry.notes.append(f"client {name!r}: {problem}")
         return reply
 
     def _learn_traces(self, name: str, sent: Mapping[str, Trace]) -> None:
