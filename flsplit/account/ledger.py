@@ -108,7 +108,8 @@ class RoundEntry:
     left_out : list of LeftOut
         Who was left out, from which step on, and why.
     restarted : list of str
-        Who had lost its state and started from the server's segment.
+        Who had lost its state, or the last of it: it started from the server's segment, with a new
+        optimizer and at its first batch, or from what was left.
     metrics : dict of str to float
         What methods record, mean over the round's steps.
     notes : list of str

@@ -67,6 +67,9 @@ class Clients:
         """Who is there."""
         self.holds: dict[str, int] = {}
         """Which version of the server's client segment each client holds."""
+        self.trained: dict[str, int] = {}
+        """How many steps each client had done in the run when it last ended a round."""
+        self._begun: dict[str, int] = {}  # how many when the round ends that it is in
         self._traces: dict[str, dict[str, Trace]] = {}
         self._all_traces = WeakValueDictionary[str, Trace]()
         self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
@@ -77,11 +80,12 @@ class Clients:
 
     def state_dict(self) -> State:
         """Return what is known of the clients from round to round."""
-        return {"holds": dict(self.holds)}
+        return {"holds": dict(self.holds), "trained": dict(self.trained)}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from a :meth:`state_dict`; with less, where a run begins."""
         self.holds |= state.get("holds", {})
+        self.trained |= state.get("trained", {})
 
     # --- an exchange ---------------------------------------------------------------------
 
@@ -163,11 +167,29 @@ class Clients:
             try:
                 replies[name] = self._take(name, request, answers, sent.traffic[name], entry)
                 entry.client_seconds += replies[name].seconds
+                self._count_steps(name, request, replies[name], entry)
             except StateLostError as error:
                 stateless[name] = error
             except FlsplitError as error:
                 self.leave_out(name, request.step, error, entry)
         return replies, stateless
+
+    def _count_steps(self, name: str, request: Request, reply: Reply, entry: RoundEntry) -> None:
+        """Note a client's steps in the run, and that it begins a round with less than it had done.
+
+        It may have done more: of a round that it didn't end, the server knows nothing.
+        """
+        if request.plan and reply.steps_before is not None and reply.num_steps is not None:
+            known, before = self.trained.get(name, 0), reply.steps_before
+            self._begun[name] = before + reply.num_steps
+            if before < known and name not in entry.restarted:
+                logger.warning(
+                    "client %r has lost some of its state, or all: of its %d steps in this run it "
+                    "goes on after step %d", name, known, before,
+                )  # fmt: skip
+                entry.restarted.append(name)
+        if reply.ends_round and name in self._begun:
+            self.trained[name] = self._begun[name]
 
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
         """Account for what was sent, and tell the clock."""
