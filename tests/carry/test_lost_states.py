@@ -5,14 +5,16 @@ import os
 import shutil
 
 import pytest
+from carry.threaded import ThreadedGrid
 from flwr.app import ArrayRecord, RecordDict
 from reference import CUT, LR, MOMENTUM, SEED, fresh, make_parts, plain_net, split_app
 
 from flsplit import LocalGrid
 from flsplit.carry.cohort import Cohort
+from flsplit.carry.session import SessionSettings
 from flsplit.message.storage_note import problem_in, put_problem
 from flsplit.run import Callback
-from flsplit.storage import StorageError, folder_name
+from flsplit.storage import FolderLock, StorageError, folder_name
 from flsplit.strategies import (
     CSEFSL,
     EPSL,
@@ -44,10 +46,13 @@ class Meanwhile(Callback):
             self.do()
 
 
-def train(cls, *, rounds=ROUNDS, state_dir=None, cache=True, meanwhile=None, **options):
-    parts = make_parts(SIZES)
-    app = split_app(plain_net, parts, optimizer=MOMENTUM)
-    grid = LocalGrid(app, len(SIZES), state_dir=state_dir, cache=cache, progress=False)
+def make_app():
+    return split_app(plain_net, make_parts(SIZES), optimizer=MOMENTUM)
+
+
+def train(cls, *, rounds=ROUNDS, grid=None, state_dir=None, cache=True, meanwhile=None, **options):
+    app = make_app()
+    grid = grid or LocalGrid(app, len(SIZES), state_dir=state_dir, cache=cache, progress=False)
     callbacks = [Meanwhile(lambda: meanwhile(grid))] if meanwhile else [Callback()]
     strategy = cls(
         model=fresh(plain_net), cut=CUT, server_lr=LR, server_optimizer=MOMENTUM, seed=SEED,
@@ -114,6 +119,37 @@ def test_a_client_whose_newest_state_is_broken_goes_on_from_the_one_before(cls, 
     assert len({(entry.steps, entry.rows) for entry in result.history}) == 1  # none misses any
     assert (tmp_path / "1" / "round-2.safetensors.broken").exists()
     assert "of its 4 steps in this run it goes on after step 2" in caplog.text
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["state-dir", "none"])
+def test_over_a_session_too(keeps, tmp_path):
+    """Deployed: each node has a folder, which is in use as long as the session lasts."""
+    states, used = tmp_path / "states", []
+    node = {"state-dir": str(states)} if keeps else {}
+
+    def resumed(rounds, *, resume):
+        grid = ThreadedGrid(make_app(), len(SIZES), node_config=node)
+        folder = {"checkpoint_dir": str(tmp_path / "server"), "resume": resume}
+        settings = SessionSettings(join_timeout=20.0, grace=2.0)
+        locks = states.glob("*/*/flsplit.lock")
+        look = (
+            (lambda _: used.extend(FolderLock(one.parent).take() for one in locks))
+            if keeps
+            else None
+        )
+        return train(
+            SplitFedV2, rounds=rounds, grid=grid, carrier="session", session=settings,
+            meanwhile=look, **folder,
+        )  # fmt: skip
+
+    resumed(2, resume=False)
+    if keeps:
+        assert used == [False, False, False]
+        (newest,) = states.glob("*/1/round-2.safetensors")
+        cut_short(newest)
+    result = resumed(3, resume=True)
+    assert result.history[2].restarted == (["1"] if keeps else ["0", "1", "2"])
+    assert [len(entry.notes) for entry in result.history] == [0, 0, int(keeps)]
 
 
 def test_a_client_without_any_state_that_can_be_read_starts_anew(tmp_path):
