@@ -2,21 +2,28 @@
 
 import errno
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flsplit.carry.cohort import Cohort
 from flsplit.carry.session.host import HostedClients
 from flsplit.carry.session.invitation import Invitation
+from flsplit.flower_internals import ensure_task_identity, set_message_id
 from flsplit.message.arrays import to_array, to_tensor
 from flsplit.storage import (
+    LOCK_FILE,
     BrokenFileError,
     ClientStore,
+    FolderLock,
     RoundFolder,
     StorageError,
     folder_name,
@@ -141,6 +148,40 @@ def test_no_name_leads_out_of_the_state_folder(experiment, client):
     assert Path(os.path.normpath(folder)) == folder
     assert folder.parent.parent == root
     assert all(0 < len(os.fsencode(part)) < 200 for part in folder.parts)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(group=st.text() | st.from_regex(r"[0-9]{1,12}", fullmatch=True), client=NAMES)
+def test_no_round_leads_out_of_it_either(group, client, tmp_path):
+    app = ClientApp()
+
+    @app.train("finish")
+    def finish(message, context):
+        return Message(RecordDict(), reply_to=message)
+
+    ensure_task_identity(run_id=1)
+    message = Message(RecordDict(), 7, "train.finish", group_id=group)
+    set_message_id(message, "1")
+    context = Context(1, 7, {"client-name": client}, RecordDict(), {})
+    cohort = Cohort(app, store=ClientStore(tmp_path / "states"), cache=False)
+
+    assert not cohort.answer(message, context).has_error()
+
+    assert {path.name for path in tmp_path.iterdir()} <= {"states"}
+    for path in (tmp_path / "states").glob("**/*"):
+        where = path.relative_to(tmp_path / "states").parts
+        assert len(where) == 1 or re.fullmatch(r"round-[0-9]{1,9}\.safetensors", where[1])
+
+
+def test_a_process_that_is_killed_leaves_no_lock(tmp_path):
+    path = str(tmp_path / LOCK_FILE)
+    program = f"import filelock; lock = filelock.FileLock({path!r}); lock.acquire(); print()"
+    command = [sys.executable, "-u", "-c", f"{program}; input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert not FolderLock(tmp_path).take()
+        process.kill()
+    assert FolderLock(tmp_path).take()
 
 
 def test_folders_of_plain_names_are_called_like_them():
