@@ -1,4 +1,4 @@
-"""The command line: ``flsplit profile``, ``flsplit plan``, ``flsplit bench …``."""
+"""The command line: ``flsplit profile``, ``plan``, ``bench …`` and ``clean``."""
 
 import gc
 import json
@@ -138,6 +138,37 @@ def plan(
             from flsplit.wireless.pictures import draw_round
 
             _drawn(draw_round(made, picture), as_json)
+
+
+@app.command()
+def clean(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Checkpoint and state folders, or folders of them.")
+    ] = None,
+    days: Annotated[
+        float, typer.Option(min=0.0, help="How long nothing must have been written there.")
+    ] = 30.0,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove it; otherwise it is only shown.")
+    ] = False,
+) -> None:
+    """Show, or remove, what ended runs have left in FOLDERS and among temporary files."""
+    import tempfile
+
+    from flsplit.storage.cleaning import find_leftovers, remove
+
+    with _errors():
+        found = find_leftovers(folders or [], days, temporary_in=[Path(tempfile.gettempdir())])
+        for one in found:
+            if one.keep:
+                print(f"stays: {one.folder} ({one.keep})")
+                continue
+            size = f"{one.nbytes / 1e6:.1f} MB, {one.age_days:.1f} days old"
+            if yes:
+                remove(one)
+            print(f"{'removed' if yes else 'may go'}: {one.folder} ({size})")
+        if not yes and any(not one.keep for one in found):
+            print("nothing was removed; --yes removes what may go")
 
 
 @contextmanager

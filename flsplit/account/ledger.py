@@ -112,9 +112,12 @@ class RoundEntry:
     redone : list of LeftOut
         Whom earlier attempts at the round had lost before it was done again.
     restarted : list of str
-        Who had lost its state and started from the server's segment.
+        Who had lost its state, or the last of it: it started from the server's segment, with a new
+        optimizer and at its first batch, or from what was left.
     metrics : dict of str to float
         What methods record, mean over the round's steps.
+    notes : list of str
+        What was wrong with files that hold states, of clients and of the server.
     """
 
     round: int
@@ -134,6 +137,7 @@ class RoundEntry:
     redone: list[LeftOut] = field(default_factory=list)
     restarted: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def numbers(self) -> dict[str, Any]:
         """Return all that must be the same on every carrier: all but measured times and wire."""
@@ -160,6 +164,7 @@ class RoundEntry:
             "evaluation": {name: _nullable(one) for name, one in self.evaluation.items()},
             "metrics": {name: _nullable(one) for name, one in self.metrics.items()},
             "wire-bytes": self.traffic.wire,
+            "notes": self.notes,
             **self._times(),
         }
 

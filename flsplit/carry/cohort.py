@@ -1,5 +1,6 @@
 """The clients that one process serves: their contexts, their cache, and their states on disk."""
 
+import re
 from contextlib import nullcontext
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -10,8 +11,9 @@ from flsplit.client.spec import client_name
 from flsplit.client.state import ClientState
 from flsplit.log import logger
 from flsplit.message.raised import raised
+from flsplit.message.storage_note import put_problem
 from flsplit.message.types import EVALUATE, FINISH, LOCAL, SHAPE, STEP
-from flsplit.storage import ClientStore, RoundFolder
+from flsplit.storage import ClientStore, RoundFolder, StorageError
 
 
 class Cohort:
@@ -39,18 +41,22 @@ class Cohort:
         self._store = store
         self._cache = ClientCache() if cache else None
         self._contexts: dict[str, Context] = {}
+        self._problems: dict[str, str] = {}  # what the next answer says of a client's files
 
     def answer(self, message: Message, context: Context) -> Message:
         """Return the ClientApp's reply to a message for the client of ``context``."""
-        name = client_name(context)
-        group = message.metadata.group_id
-        if self._store and group.isdecimal() and self._needs_restoring(name, message, context):
+        name, server_round = client_name(context), _round_of(message)
+        store = self._store if server_round >= 0 else None
+        if store and self._needs_restoring(name, message, context):
             # Before training in a round, the state is that after an earlier one: a run that was
             # resumed does again what it did after its checkpoint.
             begins = message.metadata.message_type in (STEP, LOCAL, SHAPE)
-            trained = int(group) - 1 if begins else int(group)
-            self._restore(name, self._store.of(name), trained, context)
-        if group:
+            try:
+                self._restore(name, store.of(name), server_round - begins, context)
+            except StorageError as error:  # it may well be there: nothing else takes its place
+                logger.error("client %r: %s", name, error)
+                return raised(message, error)
+        if message.metadata.group_id:
             self._contexts[name] = context
         with self._cache or nullcontext():
             try:
@@ -58,13 +64,25 @@ class Cohort:
             except Exception as error:  # answered as an Error, as Flower's runtime does
                 logger.exception("client %r", name)
                 reply = raised(message, error)
-        if self._store and not reply.has_error() and _changes_what_is_kept(message, reply):
-            records = context.state
-            if self._cache:
-                records = RecordDict()
-                self._cache.clients[name].state().put(records)
-            self._store.of(name).save(int(group), records)
+        if reply.has_error():
+            return reply
+        if store and _changes_what_is_kept(message, reply):
+            self._save(name, store.of(name), server_round, context)
+        if name in self._problems:
+            put_problem(reply.content, self._problems.pop(name))
         return reply
+
+    def _save(self, name: str, folder: RoundFolder, server_round: int, context: Context) -> None:
+        """Write a client's state; without a disk it goes on all the same, and says so."""
+        records = context.state
+        if self._cache:
+            records = RecordDict()
+            self._cache.clients[name].state().put(records)
+        try:
+            folder.save(server_round, records)
+        except StorageError as error:
+            logger.error("client %r: its state is not stored: %s", name, error)
+            self._problems[name] = f"its state is not stored: {error}"
 
     def flush(self) -> None:
         """Write live clients back into their contexts, for a carrier that keeps those."""
@@ -88,10 +106,20 @@ class Cohort:
 
     def _restore(self, name: str, folder: RoundFolder, at_most: int, context: Context) -> None:
         folder.forget_after(at_most)
+        stored = folder.load(at_most)
         if self._cache:
             self._cache.clients.pop(name, None)
-        if stored := folder.load():
+        if stored:
             context.state = stored[1]
+        if folder.problems:
+            now = f"it goes on from round {stored[0]}" if stored else "no earlier one is left"
+            self._problems[name] = f"{'; '.join(folder.problems)}; {now}"
+
+
+def _round_of(message: Message) -> int:
+    """Return the round that a message belongs to, -1 if to none."""
+    group = message.metadata.group_id
+    return int(group) if re.fullmatch("[0-9]{1,9}", group) else -1
 
 
 def _changes_what_is_kept(message: Message, reply: Message) -> bool:

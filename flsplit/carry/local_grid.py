@@ -13,7 +13,7 @@ from flsplit.carry.carrier import Carrier
 from flsplit.carry.cohort import Cohort
 from flsplit.errors import ConfigError
 from flsplit.flower_internals import SERVER_NODE_ID, Run, ensure_task_identity, set_message_id
-from flsplit.storage import ClientStore
+from flsplit.storage import ClientStore, FolderLock
 
 
 class LocalGrid(Carrier):
@@ -39,7 +39,8 @@ class LocalGrid(Carrier):
     Raises
     ------
     ConfigError
-        If ``client_app`` is no ClientApp, or ``num_clients`` is not at least 1.
+        If ``client_app`` is no ClientApp, or ``num_clients`` is not at least 1; in a run, if
+        another one uses ``state_dir``.
     """
 
     in_process = True
@@ -62,6 +63,7 @@ class LocalGrid(Carrier):
         if num_clients < 1:
             raise ConfigError(f"num_clients is {num_clients}, expected at least 1")
         store = ClientStore(Path(state_dir)) if state_dir else None
+        self._lock = FolderLock(Path(state_dir)) if state_dir else None
         self._cohort = Cohort(client_app, store=store, cache=cache)
         self._run = Run.create_empty(run_id=1)
         self._contexts = {
@@ -95,6 +97,8 @@ class LocalGrid(Carrier):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Call the ClientApp with each message; return the messages' ids."""
+        if self._lock:  # until the run has ended
+            self._lock.take_or_refuse("state_dir")
         ids = []
         for message in messages:
             node_id = message.metadata.dst_node_id
@@ -120,7 +124,9 @@ class LocalGrid(Carrier):
         return list(map(self._replies.pop, self.push_messages(messages)))
 
     def end_run(self) -> None:
-        """Take the progress bar away; the next run gets its own."""
+        """Take the progress bar away, and let go of the clients' states; another run may follow."""
+        if self._lock:
+            self._lock.release()
         if self._bar:
             self._bar.stop()
 

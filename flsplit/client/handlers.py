@@ -73,6 +73,7 @@ def take_step(client: Client, request: StepRequest) -> StepReply:
         seconds=time.perf_counter() - started,
         traces=client.untold([smashed]),
         frozen=bool(num_rows(labels)) and not learning_in(smashed),
+        steps_before=client.steps_before,
     )
 
 

@@ -169,7 +169,7 @@ class Client:
             # Another run must not go on with this one's state, nor an earlier round.
             set_state(self.optimizer, {})
             self.auxiliary = None  # its optimizer remembers, too
-            self._state.version, self._state.drawn = NO_SEGMENT, 0
+            self._state.version, self._state.drawn, self._state.trained = NO_SEGMENT, 0, 0
             parts = PartChain(plan.client_parts, self.spec.client_parts, self.name)
         if segment:
             self.replace_segment(segment)
@@ -252,6 +252,11 @@ class Client:
             )
         return self._state.plan
 
+    @property
+    def steps_before(self) -> int:
+        """Steps that the client had done in the run when its round began."""
+        return self._state.trained - self._state.steps_done
+
     def check_round(self, server_round: int) -> None:
         """Raise ProtocolError if a request is of another round than the client is in.
 
@@ -324,6 +329,7 @@ class Client:
             self._update(self._pending, request.gradient)
         self._state.drawn = self._pending.drawn
         self._state.steps_done += 1
+        self._state.trained += 1
         self._pending, self._state.pending = None, NO_STEP
         if self._parts.parts:
             self._parts.check_state()

@@ -55,6 +55,7 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
         num_examples=client.num_examples,
         num_steps=client.num_steps,
         steps_done=end,
+        steps_before=client.steps_before,
         rows=rows,
         seconds=time.perf_counter() - started,
         memory={

@@ -95,6 +95,8 @@ class ClientState(Content):
         Size of the test data when the last evaluation began.
     steps_done : int
         Steps done in this round.
+    trained : int
+        Steps done in this run.
     pending : int
         The step whose gradient is awaited; -1 if none.
     plan : RoundPlan or None
@@ -116,6 +118,7 @@ class ClientState(Content):
     num_examples: Annotated[int, In(_PROGRESS, 0)] = 0
     num_tests: Annotated[int, In(_PROGRESS, 0)] = 0
     steps_done: Annotated[int, In(_PROGRESS)] = 0
+    trained: Annotated[int, In(_PROGRESS, 0)] = 0
     pending: Annotated[int, In(_PROGRESS)] = NO_STEP
     plan: Annotated[RoundPlan | None, nested(f"{_PREFIX}plan", RoundPlan)] = None
     auxiliary: Annotated[

@@ -54,11 +54,6 @@ def cut_of(cuts: ClientCuts, client: str) -> str:
     return found
 
 
-def identity_of(cuts: ClientCuts) -> str:
-    """Return what tells the cuts of two runs apart; of a function its name, not its address."""
-    return str(getattr(cuts, "__qualname__", type(cuts).__name__) if callable(cuts) else cuts)
-
-
 def default_cut(cuts: ClientCuts) -> str:
     """Return the cut of clients of which nothing else is said."""
     if isinstance(cuts, Mapping) and DEFAULT not in cuts:

@@ -132,6 +132,8 @@ class LocalReply(Reply):
         Size of the client's training data.
     num_steps, steps_done : int
         How many steps the client has this round, and how many it has done.
+    steps_before : int
+        How many it had done in the run before this round.
     rows : sequence of int
         How many rows each step that was asked for had, from ``step`` on.
     seconds : float
@@ -161,6 +163,12 @@ class LocalReply(Reply):
     segment: common.State = None
     auxiliary: _State = None
     traces: common.Traces = None
+    steps_before: common.StepsBefore = 0
+
+    @property
+    def ends_round(self) -> bool:
+        """Whether all steps of the client's round are done."""
+        return self.steps_done == self.num_steps
 
     def resolved(self, traces: Mapping[str, Trace]) -> Self:
         """Return the reply with its crossings' traces."""

@@ -119,12 +119,18 @@ class Reply(Content):
     seconds: float
     num_steps: int | None
     num_examples: int | None
+    steps_before: int | None
     traces: Mapping[str, Trace] | None
 
     def __getattr__(self, name: str) -> None:
-        """Return None for these three, where a reply has no such field."""
-        if name not in ("num_steps", "num_examples", "traces"):
+        """Return None for these, where a reply has no such field."""
+        if name not in ("num_steps", "num_examples", "steps_before", "traces"):
             raise AttributeError(name)
+
+    @property
+    def ends_round(self) -> bool:
+        """Whether it is a client's last one of a round's training."""
+        return False
 
     def resolved(self, traces: Mapping[str, Trace]) -> Self:
         """Return the reply with its crossings' traces, which came by their digests."""
@@ -300,6 +306,7 @@ SmashedField = Annotated[Smashed, one_smashed("smashed-data")]
 Labels = Annotated[Any, nesting("labels")]
 Traces = Annotated[Mapping[str, Trace] | None, TRACES]
 Frozen = Annotated[bool, FROZEN]
+StepsBefore = Annotated[int, In("metrics", 0)]
 Segment = Annotated[SegmentArrays | None, Slot("arrays", _put_segment, _get_segment)]
 State = Annotated[dict[str, Tensor] | None, _ARRAYS]
 Gradient = Annotated[Backward | None, Slot("backward", _put_backward, _get_backward)]

@@ -53,6 +53,9 @@ class StepReply(Reply):
         Traces of what crosses that the client has not sent in this round, by digest.
     frozen : bool
         Whether the client needs no cut-layer gradient: nothing before the cut is trained.
+    steps_before : int
+        Steps that the client had done in the run when its round began; with less than it has done,
+        it has lost some of its state.
     """
 
     client: common.Client
@@ -65,6 +68,7 @@ class StepReply(Reply):
     seconds: common.Seconds
     traces: common.Traces = None
     frozen: common.Frozen = False
+    steps_before: common.StepsBefore = 0
 
     def resolved(self, traces: Mapping[str, Trace]) -> Self:
         """Return the reply with its crossing's trace."""
@@ -132,6 +136,11 @@ class FinishReply(Reply):
     seconds: common.Seconds
     segment: common.State = None
     optimizer: common.Optimizer = None
+
+    @property
+    def ends_round(self) -> bool:
+        """Whether it is a client's last one of a round's training."""
+        return True
 
     def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
         """Return the last backward pass."""

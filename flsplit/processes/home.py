@@ -18,6 +18,7 @@ from flsplit.processes import tree
 from flsplit.processes.flower_process import FlowerProcess
 from flsplit.processes.tree import ProcessTree
 from flsplit.processes.waiting import START_TIMEOUT, free_ports, wait_until
+from flsplit.storage import FolderLock
 
 
 class FlowerHome:
@@ -40,6 +41,8 @@ class FlowerHome:
         # Ray puts sockets below this folder, whose paths must be short.
         short = "/tmp" if os.access("/tmp", os.W_OK) else None
         self._scratch = tempfile.mkdtemp(prefix="flsplit-ray-", dir=short)
+        self._in_use = FolderLock(Path(self._scratch))
+        self._in_use.take()
         self.port, control_port = free_ports(2)
         self.env = {
             # What a user has set for these counts.
@@ -93,6 +96,7 @@ class FlowerHome:
         self._guard.wait()
         for process in self.started:
             process.wait()
+        self._in_use.release()
 
     def start(
         self, name: str, command: list[str], env: Mapping[str, str] | None = None

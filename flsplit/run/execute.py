@@ -1,13 +1,14 @@
 """One run of a strategy: rounds of training and evaluation over a carrier, and what is kept."""
 
 import random
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
@@ -32,9 +33,11 @@ from flsplit.run.report import log_round
 from flsplit.run.result import SplitResult
 from flsplit.run.round import Round
 from flsplit.run.run_clock import make_clock
+from flsplit.run.run_identity import Identity, describe
 from flsplit.seeds import derive_seed
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits
+from flsplit.storage import State, in_use
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -64,31 +67,54 @@ class Run:
     def execute(self, grid: Grid) -> SplitResult:
         """Do all rounds, from the last checkpoint on if the options say so."""
         options = self.strategy.options
-        checkpoints = None
-        if options.checkpoint_dir:
-            checkpoints = Checkpoints(Path(options.checkpoint_dir), self.strategy, self.callbacks)
-        holds: dict[str, int] = {}
-        if checkpoints and options.resume:
-            holds, history, self._experiment = checkpoints.load()
-            for entry in history:
-                self._keep(entry)
-            logger.info("resuming after round %d", self._rounds_done)
-        with tempfile.TemporaryDirectory(prefix="flsplit-") as temporary:
-            folder = Path(options.checkpoint_dir or temporary).absolute() / "clients"
-            with open_carrier(
-                grid,
-                options.carrier,
-                options.session,
-                self.timeout,
-                experiment=self._experiment,
-                state_dir=str(folder),
-            ) as carrier:
-                clients = Clients(carrier, self.timeout)
-                clients.holds |= holds
-                clients.recall(self.result.history)
-                clients.clock = self._make_clock(clients)
-                self._do_rounds(carrier, clients, checkpoints)
+        with ExitStack() as stack:
+            folder = Path(
+                options.checkpoint_dir or stack.enter_context(TemporaryDirectory(prefix="flsplit-"))
+            ).absolute()
+            stack.enter_context(in_use(folder, "checkpoint_dir"))
+            checkpoints = None
+            if options.checkpoint_dir:
+                identity = self._identity()
+                checkpoints = Checkpoints(folder, self.strategy, self.callbacks, identity)
+            known = self._begin(checkpoints)
+            carrier = stack.enter_context(
+                open_carrier(
+                    grid,
+                    options.carrier,
+                    options.session,
+                    self.timeout,
+                    experiment=self._experiment,
+                    state_dir=str(folder / "clients"),
+                )
+            )
+            clients = Clients(carrier, self.timeout)
+            clients.load_state_dict(known)
+            clients.recall(self.result.history)
+            clients.clock = self._make_clock(clients)
+            self._do_rounds(carrier, clients, checkpoints)
         return self.result
+
+    def _begin(self, checkpoints: Checkpoints | None) -> State:
+        """Begin a new run, or go on with the one that is in the folder; return its clients."""
+        if checkpoints is None:
+            return {}
+        if not self.strategy.options.resume:
+            checkpoints.begin(self._experiment)
+            return {}
+        known, history, self._experiment = checkpoints.load()
+        for entry in history:
+            self._keep(entry)
+        logger.info("resuming after round %d", self._rounds_done)
+        return known
+
+    def _identity(self) -> Identity:
+        """Return what tells this run from others: its method's identity, and what is told here."""
+        configs = {"train_config": self.train_config, "evaluate_config": self.evaluate_config}
+        given = {f"{what}.{k}": v for what, one in configs.items() for k, v in (one or {}).items()}
+        found = self.strategy.identity()
+        for name, value in given.items():
+            found |= describe(name, value)
+        return found
 
     def _make_clock(self, clients: Clients) -> Clock | None:
         strategy = self.strategy
@@ -124,6 +150,8 @@ class Run:
             self._evaluate_centrally(0)
         for server_round in range(first, self.num_rounds + 1):
             round_, finished = self._train(server_round, clients, is_first=server_round == first)
+            if server_round == first and checkpoints:
+                round_.entry.notes += checkpoints.problems
             self.strategy.end_round(round_, finished)
             for segment in self.strategy.server_segments():
                 segment.end_round()
@@ -135,7 +163,7 @@ class Run:
             self._keep_aggregated(round_)
             stop = self._call_back(round_)
             if checkpoints:
-                checkpoints.save(clients.holds, self.result.history, self._experiment)
+                checkpoints.save(clients.state_dict(), self.result.history)
             spent = (time.perf_counter() - started) / (server_round - first + 1)
             log_round(round_.entry, self.num_rounds, spent * (self.num_rounds - server_round))
             if stop:

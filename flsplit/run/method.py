@@ -15,13 +15,20 @@ from torch import Tensor, nn
 from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import Split, split
-from flsplit.cut.client_cuts import all_cuts, cut_of, identity_of, joined
+from flsplit.cut.client_cuts import all_cuts, cut_of, joined
 from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, located
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.steps import FinishReply
 from flsplit.run.options import SplitOptions, at_round, option_names, refuse_unknown
 from flsplit.run.round import Round
+from flsplit.run.run_identity import (
+    Identity,
+    describe,
+    describe_arguments,
+    describe_model,
+    describe_optimizer,
+)
 from flsplit.run.step import Step, StepSettings
 from flsplit.server.aggregate import SegmentAggregator, Upload
 from flsplit.server.cut_segment import CutServerSegment
@@ -30,6 +37,12 @@ from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
 from flsplit.untrained import names_of_buffers, names_of_frozen
 from flsplit.wireless.phases import Method, SaysPhases
+
+_NO_NUMBERS = (
+    "callbacks", "carrier", "checkpoint_dir", "device", "example", "fleet", "min_available_nodes",
+    "overlap", "realtime", "resume", "session", "share_client_segments",
+)  # fmt: skip
+"""Options that may change when a run is resumed: they change no number, or the last digit."""
 
 
 class SplitMethod(SaysPhases):
@@ -375,16 +388,28 @@ class SplitMethod(SaysPhases):
         """Return the FLOPs of a row's forward pass through an auxiliary model, if there is one."""
         return 0
 
-    def identity(self) -> dict[str, Any]:
-        """Return what a run must have in common with the one that it resumes."""
-        return {
+    def identity(self) -> Identity:
+        """Return what a run must have in common with the one that it resumes.
+
+        All that changes numbers, by name; an option counts unless it is known to change none.
+        """
+        options, aggregator = self.options, self.aggregator
+        found: Identity = {
             "strategy": type(self).__name__,
-            "cut": identity_of(self.options.cut),
-            "seed": self.options.seed,
+            "seed": options.seed,
             "client_parts": describe_parts(self.all_client_parts()),
-            "server_optimizer": type(self.server.optimizer).__name__,
-            "client_strategy": type(self.aggregator.strategy).__name__ if self.aggregator else "",
+            "client_strategy": "",
         }
+        found |= describe_model("model", options.model)
+        found |= describe_optimizer("server_optimizer", self.server.optimizer)
+        if aggregator:
+            found |= describe("client_strategy", aggregator.strategy)
+        own = [name for name in own_argument_names(type(self)) if name not in _NO_NUMBERS]
+        found |= describe_arguments(self, own)
+        for one in fields(options):
+            if one.name not in (*found, *_NO_NUMBERS):
+                found |= describe(one.name, getattr(options, one.name))
+        return found
 
     def state_dict(self) -> State:
         """Return all that a checkpoint of the run needs: nested dicts of tensors and numbers.

@@ -26,14 +26,13 @@ class Beginning:
     def __init__(self, method: SplitMethod, clients: Clients) -> None:
         self._method, self._clients = method, clients
         self._state: dict[str, Any] = _copied(method.state_dict())
-        self._holds = dict(clients.holds)
+        self._known = clients.state_dict()
 
     def restore(self) -> None:
         """Be as before the round. Clients do so by themselves when they are to begin it again."""
         self._method.begin_run()
         self._method.load_state_dict(_copied(self._state))
-        self._clients.holds.clear()
-        self._clients.holds |= self._holds
+        self._clients.load_state_dict(self._known)
 
 
 def _copied(state: Any) -> Any:

@@ -18,8 +18,10 @@ from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.local_steps import LocalRequest
 from flsplit.message.raised import shortened
 from flsplit.message.request import Reply, Request
+from flsplit.message.storage_note import problem_in
 from flsplit.server.directory import AwayError, Directory, by_node, in_order, raise_error
 from flsplit.server.traffic import count, exchange_of
+from flsplit.storage import State
 
 _GONE = "its node is not connected any more"
 
@@ -67,12 +69,26 @@ class Clients:
         """Who is there."""
         self.holds: dict[str, int] = {}
         """Which version of the server's client segment each client holds."""
+        self.trained: dict[str, int] = {}
+        """How many steps each client had done in the run when it last ended a round."""
+        self._begun: dict[str, int] = {}  # how many when the round ends that it is in
         self._traces: dict[str, dict[str, Trace]] = {}
         self._all_traces = WeakValueDictionary[str, Trace]()
         self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
         self._times_out = Counter[str]()
         self._timeout = timeout
         self._sends = not carrier.in_process
+
+    # --- checkpoints ---------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """Return what is known of the clients from round to round."""
+        return {"holds": dict(self.holds), "trained": dict(self.trained)}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a :meth:`state_dict`; with less, where a run begins."""
+        self.holds = dict(state.get("holds", {}))
+        self.trained = dict(state.get("trained", {}))
 
     # --- an exchange ---------------------------------------------------------------------
 
@@ -152,13 +168,31 @@ class Clients:
             if name in but:
                 continue
             try:
-                replies[name] = self._take(name, request, answers, sent.traffic[name])
+                replies[name] = self._take(name, request, answers, sent.traffic[name], entry)
                 entry.client_seconds += replies[name].seconds
+                self._count_steps(name, request, replies[name], entry)
             except StateLostError as error:
                 stateless[name] = error
             except FlsplitError as error:
                 self.leave_out(name, request.step, error, entry)
         return replies, stateless
+
+    def _count_steps(self, name: str, request: Request, reply: Reply, entry: RoundEntry) -> None:
+        """Note a client's steps in the run, and that it begins a round with less than it had done.
+
+        It may have done more: of a round that it didn't end, the server knows nothing.
+        """
+        if request.plan and reply.steps_before is not None and reply.num_steps is not None:
+            known, before = self.trained.get(name, 0), reply.steps_before
+            self._begun[name] = before + reply.num_steps
+            if before < known and name not in entry.restarted:
+                logger.warning(
+                    "client %r has lost some of its state, or all: of its %d steps in this run it "
+                    "goes on after step %d", name, known, before,
+                )  # fmt: skip
+                entry.restarted.append(name)
+        if reply.ends_round and name in self._begun:
+            self.trained[name] = self._begun[name]
 
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
         """Account for what was sent, and tell the clock."""
@@ -210,7 +244,12 @@ class Clients:
         return Message(content, node, request.kind, group_id=str(request.server_round))
 
     def _take(
-        self, name: str, request: Request, answers: Mapping[int, Message], traffic: Traffic
+        self,
+        name: str,
+        request: Request,
+        answers: Mapping[int, Message],
+        traffic: Traffic,
+        entry: RoundEntry,
     ) -> Reply:
         if name not in self.directory.node_of:
             raise AwayError(_GONE)
@@ -234,6 +273,9 @@ class Clients:
         if request.segment:
             self.holds[name] = request.segment.version
         count(content, reply.categories, traffic, sends=self._sends)
+        if problem := problem_in(content):
+            logger.warning("client %r: %s", name, problem)
+            entry.notes.append(f"client {name!r}: {problem}")
         return reply
 
     def _learn_traces(self, name: str, sent: Mapping[str, Trace]) -> None:

@@ -96,10 +96,16 @@ def test_the_run_waits_for_clients_that_come_back_and_go_on_from_their_own_state
     run.wait_for_log("client '1' is left out")
     flower.supernodes[1].resume()
     leaving.wait()
+    (newest,) = (tmp_path / "state-2").glob("*/2/round-6.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-1])
     flower.supernodes[2].restart()
     leaving.open()
     history = history_of(run, tmp_path, 9)
 
     assert [missing_rounds(history, client) for client in "012"] == [[3], [5], [7]]
-    assert all(entry.restarted == [] for entry in history)
+    # Only the one whose last state is broken goes on from an earlier one.
+    assert [entry.restarted for entry in history] == [*7 * [[]], ["2"], []]
+    (note,) = history[7].notes
+    assert note.startswith(f"client '2': {newest} is broken")
+    assert note.endswith("it goes on from round 5")
     assert history[-1].left_out == []

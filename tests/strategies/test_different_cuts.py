@@ -22,7 +22,7 @@ from reference import (
 from torch.nn import functional
 
 from flsplit import LocalGrid, client_app
-from flsplit.cut.client_cuts import cut_of, default_cut, identity_of
+from flsplit.cut.client_cuts import cut_of, default_cut
 from flsplit.errors import ConfigError, MethodError, NotEnoughClientsError
 from flsplit.seeds import generator
 from flsplit.strategies import (
@@ -241,11 +241,6 @@ def test_other_methods_say_that_they_need_one_cut(method, why):
 def test_copies_with_different_layers_cannot_be_aggregated_apart():
     with pytest.raises(ConfigError, match="server_strategy is FedAvg, but clients are cut at"):
         SplitFedV1(model=plain_net(), cut=CUTS, server_strategy=FedAvg())
-
-
-def test_the_identity_of_a_function_is_the_same_in_another_process():
-    assert identity_of(lambda name: "front").endswith("<lambda>")
-    assert identity_of("front") == "front"
 
 
 def test_a_bad_client_is_found_where_it_is_cut():

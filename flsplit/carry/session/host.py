@@ -2,8 +2,9 @@
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -13,10 +14,11 @@ from flsplit.carry.ray_cluster import count_places
 from flsplit.carry.session.hello import Hello
 from flsplit.carry.session.invitation import Invitation
 from flsplit.carry.session.settings import HOW_TO_SET
+from flsplit.client.spec import client_name
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.log import logger
 from flsplit.message.raised import raised
-from flsplit.storage import ClientStore
+from flsplit.storage import ClientStore, FolderLock, StorageError, folder_name
 from flsplit.wire import DialError, Envelope, HostStream, StreamEnded, WireError
 
 _DIAL_SECONDS = 5.0  # for all tries together; the server invites again later
@@ -44,7 +46,7 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
         stream = _dial(invitation, describe_host(invitation).to_json())
     except (ConfigError, DialError) as error:
         return raised(message, error)
-    with stream:
+    with stream, clients:
         served = _serve(stream, clients)
     ending = stream.ending
     logger.info("session %s: %s", invitation.session, ending.reason if ending else "over")
@@ -113,9 +115,25 @@ class HostedClients:
             folder = invitation.state_dir
         if folder and not Path(folder).is_absolute():
             raise ConfigError(f"node config: state-dir is {folder!r}, expected an absolute path")
-        store = ClientStore(Path(folder) / invitation.experiment) if folder else None
+        store = ClientStore(Path(folder) / folder_name(invitation.experiment)) if folder else None
         self.cohort = Cohort(app, store=store)
         self._contexts = {OWN_CLIENT: context}
+        # For `flsplit clean`. In a simulation the server has locked what is around all of them.
+        self._lock: FolderLock | None = None
+        if store and not self._simulated:
+            self._lock = FolderLock(store.of(client_name(context)).folder)
+
+    def __enter__(self) -> Self:
+        """Say that the client's folder is in use; where that can't be, the first round tells."""
+        if self._lock:
+            with suppress(StorageError):
+                self._lock.take()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Let go of it."""
+        if self._lock:
+            self._lock.release()
 
     def answer(self, client: str, message: Message) -> Message:
         """Return a client's answer."""
