@@ -45,7 +45,8 @@ class Cohort:
 
     def answer(self, message: Message, context: Context) -> Message:
         """Return the ClientApp's reply to a message for the client of ``context``."""
-        name, server_round = client_name(context), _round_of(message)
+        name = client_name(context)
+        server_round = _round_of(message) if self._store else -1
         store = self._store if server_round >= 0 else None
         if store and self._needs_restoring(name, message, context):
             # Before training in a round, the state is that after an earlier one: a run that was
