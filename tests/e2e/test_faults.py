@@ -44,7 +44,8 @@ def missing_rounds(history, client):
     return [
         entry.round
         for entry in history
-        if client not in entry.participants or client in {one.client for one in entry.left_out}
+        if client not in entry.participants
+        or client in {one.client for one in (*entry.redone, *entry.left_out)}
     ]
 
 
