@@ -3,14 +3,19 @@
 The server builds auxiliary models from the answer, and counts FLOPs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from flsplit.errors import ProtocolError
 from flsplit.message import request as common
 from flsplit.message.fields import In
 from flsplit.message.nestings import nesting
 from flsplit.message.request import Reply, Request
 from flsplit.message.types import SHAPE
+
+MAX_DIMENSIONS, MOST_VALUES = 16, 2**28
+"""Of a row of smashed data that a client can say it has."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class ShapeReply(Reply):
 
     client: common.Client
     server_round: common.Round
-    shape: Annotated[tuple[int, ...], In("smashed-data", 1, length=1)]
+    shape: Annotated[tuple[int, ...], In("smashed-data", 1, length=1, longest=MAX_DIMENSIONS)]
     inputs: Annotated[Any, nesting("inputs")]
     seconds: common.Seconds
 
@@ -47,3 +52,11 @@ class ShapeRequest(Request):
 
     server_round: Annotated[int, In("config", 1)]
     cut: Annotated[str, In("config")]
+
+    def check(self, reply: ShapeReply) -> None:
+        """Refuse a row that nobody sends: the server computes with one like it."""
+        if math.prod(reply.shape) > MOST_VALUES:
+            raise ProtocolError(
+                f"smashed-data: a row has shape {reply.shape}, expected at most {MOST_VALUES} "
+                "values in it"
+            )

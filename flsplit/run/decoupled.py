@@ -19,7 +19,13 @@ from flsplit.auxiliary import (
     cosine,
 )
 from flsplit.cut.flops import forward_flops
-from flsplit.errors import ConfigError, located
+from flsplit.errors import (
+    ConfigError,
+    DataError,
+    FlsplitError,
+    SegmentMismatchError,
+    located,
+)
 from flsplit.log import logger
 from flsplit.losses import ModelLoss, is_plain_cross_entropy
 from flsplit.message.local_steps import AuxiliaryPlan, LocalReply, LocalRequest
@@ -221,15 +227,23 @@ class DecoupledStrategy(SplitStrategy):
         """Ask a client what its smashed data looks like, once in a run, and build the model."""
         if self._row:
             return
+        first: FlsplitError | None = None
         for name in round_.participants:
             request = ShapeRequest(round_.plan.server_round, round_.plan.cut)
             reply = round_.clients.exchange({name: request}, round_.entry).get(name)
             if isinstance(reply, ShapeReply):
-                self._classes = self._num_classes(reply.shape)
+                try:
+                    self._classes = self._num_classes(reply.shape)
+                except (SegmentMismatchError, DataError) as error:  # the next may say better
+                    first = first or error
+                    round_.leave_out(name, 0, error)
+                    continue
                 self._row = reply.shape
                 state = self.new_auxiliary().state_dict()
                 self.initial = {key: tensor.cpu().clone() for key, tensor in state.items()}
                 return
+        if first:  # nobody's fits
+            raise first
 
     @torch.no_grad()
     def _num_classes(self, row: tuple[int, ...]) -> int:

@@ -93,7 +93,9 @@ def told(strategy):
 
 
 @pytest.mark.parametrize("strategy", METHODS)
-@settings(max_examples=5, deadline=None, phases=[Phase.generate])  # a failure says all that was drawn
+@settings(
+    max_examples=5, deadline=None, phases=[Phase.generate]
+)  # a failure says all that was drawn
 @given(data=st.data())
 def test_no_answer_changes_who_the_others_are_and_what_they_do(strategy, data):
     expected = told(strategy)

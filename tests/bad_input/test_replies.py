@@ -14,7 +14,7 @@ from tampering import answer_error, lose, of_client, set_up, train
 from flsplit.errors import NotEnoughClientsError
 from flsplit.message.arrays import RAW, to_array, to_record
 from flsplit.message.round_plan import MOST_BATCHES
-from flsplit.message.types import EVALUATE, FINISH, LOCAL, STEP
+from flsplit.message.types import EVALUATE, FINISH, LOCAL, SHAPE, STEP
 from flsplit.strategies import FSLSAGE, PSL, SequentialSL, SplitFedV1, SplitFedV2
 
 PARTS = make_parts([8, 12, 8])
@@ -565,3 +565,22 @@ def test_an_endless_evaluation_ends(edit, reason):
     (left,) = result.history[0].left_out
     assert left.client == "1"
     assert reason in left.reason
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ([2**20, 2**20], "a row has shape (1048576, 1048576), expected at most 268435456 values"),
+        ([1] * 17, "field 'shape' has 17 sizes, expected at most 16"),
+        ([7], "the server segment can't take smashed data of shape (1, 7)"),
+    ],
+)
+def test_a_row_that_the_first_client_does_not_have(shape, reason):
+    """The server builds auxiliary models for all from it."""
+    edit = of_client("0", SHAPE, field("smashed-data", "shape", shape))
+    result = train(set_up(PARTS, FSLSAGE, edit=edit))
+    (left,) = result.history[0].left_out
+    assert left.client == "0"
+    assert reason in left.reason
+    alone = train(set_up(PARTS, FSLSAGE, edit=of_client("0", SHAPE, lose)))
+    assert_bit_equal(weights_of(result.arrays), weights_of(alone.arrays))
