@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flsplit.auxiliary import CROSS_ENTROPY, cosine, emulated_gradient
-from flsplit.errors import ConfigError, MethodError
+from flsplit.errors import ConfigError, MethodError, SegmentMismatchError
 from flsplit.log import logger
 from flsplit.losses import Criterion
 from flsplit.message.optimizer_state import get_state, set_state
@@ -150,7 +150,11 @@ class FSLSAGE(DecoupledStrategy):
 
     def uploaded(self, client: str, smashed: Tensor, labels: Tensor) -> None:
         """Keep an upload in the client's buffer."""
-        self.aligned[client].buffer.add(smashed, labels)
+        try:
+            self.aligned[client].buffer.add(smashed, labels)
+        except SegmentMismatchError as error:  # the others go on
+            error.client = client
+            raise
 
     # --- alignment -----------------------------------------------------------------------
 
@@ -239,8 +243,10 @@ class UploadBuffer:
 
         Raises
         ------
+        SegmentMismatchError
+            If its rows have another shape than those before.
         MethodError
-            If its rows have another shape than those before, or labels are several tensors.
+            If labels are several tensors.
         """
         if not isinstance(labels, Tensor):
             raise MethodError(
@@ -249,7 +255,7 @@ class UploadBuffer:
             )
         if self.smashed is not None and self.labels is not None:
             if self.smashed.shape[1:] != smashed.shape[1:]:
-                raise MethodError(
+                raise SegmentMismatchError(
                     "FSL-SAGE aligns an auxiliary model on several of a client's uploads together, "
                     f"but rows of shape {tuple(smashed.shape[1:])} came after rows of shape "
                     f"{tuple(self.smashed.shape[1:])}: pad the data to one length, or take CSE-FSL"

@@ -9,9 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
+from torch import Tensor
+
 from flsplit.account.clock import Leg
 from flsplit.cut import Trace
-from flsplit.errors import ProtocolError
+from flsplit.errors import NonFiniteError, ProtocolError
+from flsplit.finite import all_finite
 from flsplit.message import request as common
 from flsplit.message.crossings import Unresolved
 from flsplit.message.fields import In
@@ -25,7 +28,7 @@ from flsplit.message.request import (
 )
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import FINISH, STEP
-from flsplit.nested import num_rows
+from flsplit.nested import leaves_of, num_rows
 
 
 @dataclass(frozen=True)
@@ -172,5 +175,9 @@ class FinishRequest(Request):
             raise ProtocolError(
                 "record 'optimizer' is missing, the optimizer's state was asked for"
             )
+        if self.upload_optimizer:  # it goes on to the next client
+            for place, value in leaves_of(reply.optimizer):
+                if isinstance(value, Tensor) and not all_finite(value):
+                    raise NonFiniteError(f"optimizer: {place} is NaN or infinite")
         if self.upload_segment:
             check_segment(reply.segment, self.like)

@@ -222,6 +222,10 @@ OPTIMIZERS = {
         field("optimizer", "front.bias", to_array(torch.zeros(1))),
         "key is 'front.bias', expected '<index>/<name>'",
     ),
+    "optimizer that breaks the next client's": (
+        field("optimizer", "0/momentum_buffer", to_array(torch.full((6, 5), torch.nan))),
+        "optimizer: [0]['momentum_buffer'] is NaN or infinite",
+    ),
 }
 
 
