@@ -13,7 +13,7 @@ ONLY_BESIDE_CLIENTS = """import ray
 if ray.is_initialized():
     import absent_here
 """
-SECONDS = 180.0  # on a busy machine; most of them are Flower's own start and end
+SECONDS = 400.0  # on a busy machine; most of them are Flower's own start and end
 
 
 @pytest.fixture
