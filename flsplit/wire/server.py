@@ -29,7 +29,7 @@ from flsplit.wire.outbox import DEFAULT_MAX_QUEUED_BYTES
 from flsplit.wire.threads import StreamThreads
 from flsplit.wire.wire_errors import StreamEnded, TokenRefused
 
-_refused = RareLog(logging.getLogger(__name__))
+logger = logging.getLogger(__name__)
 
 # Streams beyond those of hosts: a place at the door, from which one is told why it can't come in.
 _SPARE_STREAMS = 8
@@ -81,6 +81,7 @@ class SessionServer:
         keepalive: Keepalive | None = None,
     ) -> None:
         self.tokens = TokenBook()
+        self._refused = RareLog(logger)
         self.max_message_bytes = max_message_bytes
         self._max_hosts = max_hosts
         self._link_limits = (max_message_bytes, max_queued_bytes, unasked_messages)
@@ -262,7 +263,7 @@ class SessionServer:
                     del self._links[link.ticket.host]
 
     def _refuse(self, context: Any, code: Any, reason: str) -> NoReturn:
-        _refused.warning("refused a stream from %s: %s", context.peer(), reason)
+        self._refused.warning("refused a stream from %s: %s", context.peer(), reason)
         context.abort(code, reason)
         raise AssertionError("abort() raises, which ends the call")
 

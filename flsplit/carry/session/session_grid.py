@@ -17,7 +17,7 @@ from flsplit.carry.ray_cluster import (
     count_places,
     running_ray,
 )
-from flsplit.carry.refusals import Refusals
+from flsplit.carry.refusals import BrokenAppError, Refusals
 from flsplit.carry.session.hello import Hello
 from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
@@ -34,8 +34,6 @@ from flsplit.wire import (
     StreamEnded,
     WireError,
 )
-
-_dropped = RareLog(logger)
 
 _DIAL_ERROR = DialError.__name__  # how a host's Error says that it can't reach the server
 _LOOK_SECONDS = 0.5  # how often Flower's grid is asked for nodes' refusals: it has no events
@@ -102,6 +100,7 @@ class SessionGrid(Carrier):
         self._sequence = 0
         self._places = 0
         self._sent: dict[str, _OnItsWay] = {}  # by the message's id
+        self._dropped = RareLog(logger)
         self._server: SessionServer | None = None
 
     # --- life time -----------------------------------------------------------------------
@@ -160,7 +159,7 @@ class SessionGrid(Carrier):
             self._roster = Roster(self.simulated)
             try:
                 return self.open()
-            except NoHostError as error:
+            except (NoHostError, BrokenAppError) as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
@@ -302,8 +301,8 @@ class SessionGrid(Carrier):
                 continue
             # Whoever asks Flower for an answer again is told that there is no such message.
             del self._invited[node]
-            if message.has_error():
-                self._refusals.note(node, message.error)
+            ended = FlsplitError("its session message was answered, but it serves none")
+            self._refusals.note(node, message.error if message.has_error() else ended)
 
     def _no_host(self) -> FlsplitError:
         if self._refusals.all_broken():
@@ -480,7 +479,7 @@ class SessionGrid(Carrier):
         else:
             sent.reply = event.message
             return
-        _dropped.warning("a message of host %s is dropped: it %s", event.host, problem)
+        self._dropped.warning("a message of host %s is dropped: it %s", event.host, problem)
 
     def _wait_for_nodes(self) -> None:
         """Wait until all nodes have handed their session message back."""
