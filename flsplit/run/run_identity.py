@@ -20,14 +20,15 @@ Identity = dict[str, Plain]
 
 # Their functions are known by their names. A user's are known by what they do, too.
 _LIBRARIES = ("builtins", "flsplit", "flwr", "numpy", "torch", "torchmetrics")
+_SETTINGS = (bool, int, float, str, tuple, Tensor, FunctionType, partial)  # of a user's file
 _PATIENCE = ("min_available_nodes",)  # for how many clients one waits changes no number
-_DEEPEST = 6
+_DEEPEST = 5
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _SHOWN = 8  # differences that an error lists
 _SHORT = 200
 
 
-def describe(name: str, value: Any, depth: int = 0) -> Identity:
+def describe(name: str, value: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> Identity:
     """Return what a value is, under ``name`` and names that begin with it.
 
     Functions are told apart by their code and what it refers to, objects by their class and by
@@ -42,9 +43,9 @@ def describe(name: str, value: Any, depth: int = 0) -> Identity:
     if isinstance(value, Path):
         return {}  # where something lies changes no number
     found: Identity = {name: _kind_of(value)}
-    if depth < _DEEPEST:
+    if depth < _DEEPEST and id(value) not in seen:
         for key, part in _parts_of(value):
-            found |= describe(f"{name}{key}", part, depth + 1)
+            found |= describe(f"{name}{key}", part, depth + 1, seen | {id(value)})
     return found
 
 
@@ -101,9 +102,8 @@ def _said(identity: Mapping[str, Any], name: str) -> str:
 
 def _kind_of(value: Any) -> str:
     if isinstance(value, FunctionType):
-        module = value.__module__ or ""
-        known = module.partition(".")[0] in _LIBRARIES
-        return value.__qualname__ + ("" if known else f" #{_digest_of(_code(value.__code__))}")
+        code = "" if _is_known(value) else f" #{_digest_of(_code(value.__code__))}"
+        return value.__qualname__ + code
     if isinstance(value, MethodType):
         return _kind_of(value.__func__)
     if isinstance(value, nn.Module):
@@ -141,11 +141,16 @@ def _parts_of(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _free_of(function: Any) -> Iterator[tuple[str, Any]]:
-    """Return what a function refers to beside its arguments, where it was made."""
+    """Return what a user's function refers to beside its arguments: around it, or in its file."""
+    if _is_known(function):
+        return
     names = function.__code__.co_freevars
     for name, cell in zip(names, function.__closure__ or (), strict=True):
-        if cell.cell_contents is not function:
-            yield f".{name}", cell.cell_contents
+        yield f".{name}", cell.cell_contents
+    for name in _names_in(function.__code__):
+        value = function.__globals__.get(name)
+        if isinstance(value, _SETTINGS) and not name.startswith("__"):
+            yield f".{name}", value
     for index, default in enumerate(function.__defaults__ or ()):
         yield f"({index})", default
     yield from ((f".{key}", one) for key, one in (function.__kwdefaults__ or {}).items())
@@ -171,6 +176,16 @@ def _kept(thing: object, names: Collection[str]) -> Iterator[tuple[str, Any]]:
 def _extra(module: nn.Module) -> str:
     """Return a layer's settings, as it prints them."""
     return _ADDRESS.sub("", module.extra_repr())
+
+
+def _is_known(function: Any) -> bool:
+    return (function.__module__ or "").partition(".")[0] in _LIBRARIES
+
+
+def _names_in(code: CodeType) -> list[str]:
+    """Return the names that a function looks up where it was written, with functions in it."""
+    inner = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names_in(one)]
+    return sorted({*code.co_names, *inner})
 
 
 def _code(code: CodeType) -> str:

@@ -3,6 +3,7 @@
 A file is there as a whole or not at all, also after a power cut, and says if it was changed since.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -113,6 +114,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # some disks know no such thing
+            raise
     finally:
         os.close(descriptor)
 

@@ -146,7 +146,28 @@ def test_a_long_list_of_differences_is_cut():
     assert found.endswith("and 4 more differences")
 
 
+def test_a_function_is_known_by_what_it_looks_up():
+    source = "def loss(out, y): return helper(out) * SCALE\ndef helper(out): return out + {}\n"
+
+    def described(scale, added):
+        names = {"SCALE": scale, "__name__": "users"}
+        exec(source.format(added), names)
+        return describe("loss", names["loss"])
+
+    assert differences(described(1.0, 2), described(1.0, 2)) == ""
+    assert differences(described(1.0, 2), described(1.5, 2)) == (
+        "with loss.SCALE 1.0, this one has 1.5"
+    )
+    assert differences(described(1.0, 2), described(1.0, 3)).startswith(
+        "with loss.helper 'helper #"
+    )
+
+
 def test_what_refers_to_itself_is_described():
+    def again(n):
+        return again(n - 1)
+
+    assert list(describe("f", again)) == ["f", "f.again"]
     nested = []
     nested.append(nested)
     assert describe("x", nested)["x"] == "list"
