@@ -29,7 +29,7 @@ from flsplit.run.report import log_round
 from flsplit.run.result import SplitResult
 from flsplit.run.round import Round
 from flsplit.run.run_clock import make_clock
-from flsplit.seeds import derive_seed
+from flsplit.seeds import derive_seed, set_aside
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits
 
@@ -123,7 +123,8 @@ class Run:
             if server_round == first:
                 round_.exchanges_left = partial(self._exchanges_left, round_)
             self.strategy.begin_round(round_)
-            finished = self.strategy.train_round(round_)
+            with set_aside():
+                finished = self.strategy.train_round(round_)
             self.strategy.end_round(round_, finished)
             for segment in self.strategy.server_segments():
                 segment.end_round()
