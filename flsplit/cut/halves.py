@@ -179,13 +179,11 @@ class ClientHalf(Half):
             If the model can't be cut here with such a batch.
         """
         own = vars(self)
-        cut: Cut = own["_cut"]
-        passages = self._known(args, kwargs)
-        item = passages[0].item
+        item = self._known(args, kwargs)[0].item
         if item is None:
             return self.crossing(*args, **kwargs)
-        output = run_to_layer(own["_whole"], cut.name, args, kwargs)
-        return tensors_in(output)[item]
+        output = run_to_layer(own["_whole"], own["_cut"].name, args, kwargs)
+        return output if type(output) is Tensor else tensors_in(output)[item]
 
     def crossing(self, *args: Any, **kwargs: Any) -> Crossing:
         """Return all that crosses, whether a single tensor or many."""
@@ -318,8 +316,9 @@ class ServerHalf(Half):
     def _script(self, given: Crossing) -> Script:
         """Return what was made ready for the same trace before."""
         scripts: _Scripts = vars(self)["_scripts"]
-        device = next((v.device for v in given.values.values()), None)
-        key = id(given.trace.calls), device, *given.values
+        values = given.values
+        device = next(iter(values.values())).device if values else None
+        key = id(given.trace.calls), device, *values
         if key not in scripts:
             if len(scripts) >= _MOST_SCRIPTS:
                 scripts.clear()
