@@ -137,7 +137,11 @@ class Criterion:
             mean = total = loss
             weight = None
         mean = _checked(mean, output)
-        call = next((one for one in calls if one.result is total), None)
+        call = None
+        for one in calls:
+            if one.result is total:
+                call = one
+                break
         if weight is None:
             weight = call.weight() if call else None
         right = call.right() if call else _right(logits_of(output), labels)
@@ -150,6 +154,7 @@ class _Call(NamedTuple):
     function: Callable[..., Tensor]
     options: dict[str, Any]
     result: Tensor
+    all_count: bool  # whether it is known that no label is ignored
 
     @property
     def _counts(self) -> Tensor:
@@ -164,7 +169,7 @@ class _Call(NamedTuple):
         if labels.is_floating_point():  # class probabilities
             return float(labels.numel() / logits.shape[_class_dim(logits)])
         if (weight := options.get("weight")) is None:
-            return float(self._counts.sum())
+            return float(labels.numel() if self.all_count else self._counts.sum())
         return float(weight[labels[self._counts]].sum())
 
     def right(self) -> tuple[int, int]:
@@ -176,8 +181,10 @@ class _Call(NamedTuple):
             return int(((logits > 0) == (labels > 0.5)).sum()), labels.numel()
         if labels.is_floating_point():
             return 0, 0
-        found = (logits.argmax(_class_dim(logits)) == labels) & self._counts
-        return int(found.sum()), int(self._counts.sum())
+        found = logits.argmax(_class_dim(logits)) == labels
+        if self.all_count:
+            return int(found.sum()), labels.numel()
+        return int((found & self._counts).sum()), int(self._counts.sum())
 
 
 class _Watch(TorchFunctionMode):
@@ -191,15 +198,16 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call ``func``."""
-        given = dict(kwargs or {})
+        given = kwargs or {}
         if func not in _NAMES:
             return func(*args, **given)
-        options = dict(zip(_NAMES[func], args, strict=False)) | given
+        options = {**dict(zip(_NAMES[func], args, strict=False)), **given}
+        all_count = False
         if func is not functional.binary_cross_entropy_with_logits:
             ignored = options.get("ignore_index", IGNORED) if func in _CROSS_ENTROPY else None
-            check_classes(options["input"], options["target"], ignored)
+            all_count = check_classes(options["input"], options["target"], ignored)
         result = func(*args, **given)
-        self.calls.append(_Call(func, options, result))
+        self.calls.append(_Call(func, options, result, all_count))
         return result
 
 
@@ -243,15 +251,19 @@ def logits_of(output: Any) -> Any:
     return getattr(output, "logits", None)
 
 
-def check_classes(logits: Tensor, labels: Tensor, ignored: int | None) -> None:
+def check_classes(logits: Tensor, labels: Tensor, ignored: int | None) -> bool:
     """Raise DataError if class labels (integers, beside logits ``(b, C, ...)``) are out of range.
 
-    On a GPU torch would end the process instead of raising.
+    On a GPU torch would end the process instead of raising. Otherwise, tell whether they are known
+    to be classes all, none ``ignored``.
     """
     is_class_index = not labels.is_floating_point() and logits.ndim == labels.ndim + 1
     if not is_class_index or labels.numel() == 0:
-        return
+        return False
     num_classes = logits.shape[_class_dim(logits)]
+    least, most = labels.aminmax()
+    if least >= 0 and most < num_classes:
+        return ignored is None or not least <= ignored <= most
     wrong = (labels >= num_classes) | (labels < 0)
     if ignored is not None:
         wrong &= labels != ignored
@@ -260,6 +272,7 @@ def check_classes(logits: Tensor, labels: Tensor, ignored: int | None) -> None:
             f"label {int(labels[wrong][0])} is out of range: the model has {num_classes} classes, "
             f"0 to {num_classes - 1}"
         )
+    return False
 
 
 def _moved(loss: Any, device: torch.device) -> Any:

@@ -46,7 +46,15 @@ from flsplit.message.round_plan import RoundPlan
 from flsplit.nested import as_arguments, num_rows, shapes_of, tensors_of, to_device
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
-from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put
+from flsplit.untrained import (
+    buffers_of,
+    load_state,
+    names_of_buffers,
+    names_of_frozen,
+    owners_of_buffers,
+    put,
+    put_all,
+)
 
 
 @dataclass
@@ -56,7 +64,7 @@ class _Pending:
     step: int
     smashed: Smashed
     labels: Any
-    buffers: dict[str, Tensor]  # as they were before the forward pass
+    buffers: list[Tensor]  # as they were before the forward pass
     drawn: int  # examples drawn when the step is done
     loss: Tensor | None = None  # what client parts add
 
@@ -82,6 +90,7 @@ class Client:
             self.segment = self._split(model).client.to(self.device)
         named = [(name, p) for name, p in self.segment.named_parameters() if p.requires_grad]
         self._parameters = [p for _, p in named]
+        self._owners = owners_of_buffers(self.segment)
         self.frozen = names_of_frozen(self.segment)
         """Names of parameters that never change; they travel once, and not back."""
         self.optimizer: UserOptimizer | None = None
@@ -118,8 +127,10 @@ class Client:
 
     def state(self) -> ClientState:
         """Return a view of the client between two messages."""
-        buffers = self._pending.buffers if self._pending else {}
-        self._state.segment = {k: v.detach() for k, v in self._tensors()} | buffers
+        self._state.segment = {k: v.detach() for k, v in self._tensors()}
+        if self._pending and self._pending.buffers:
+            names = [name for name, _ in self.segment.named_buffers()]
+            self._state.segment |= zip(names, self._pending.buffers, strict=True)
         self._state.optimizer = get_state(self.optimizer)
         self._state.auxiliary = self.auxiliary.state() if self.auxiliary else None
         return self._state
@@ -332,9 +343,9 @@ class Client:
     def _compute(self, plan: RoundPlan, step: int) -> _Pending:
         indices, drawn = self._order.batch(plan, step, self._state.drawn)
         if not indices:
-            return _Pending(step, torch.empty(0), torch.empty(0, dtype=torch.int64), {}, drawn)
+            return _Pending(step, torch.empty(0), torch.empty(0, dtype=torch.int64), [], drawn)
         seed = derive_seed(plan.seed, "client", self.name, plan.server_round, step)
-        buffers = {name: buffer.clone() for name, buffer in self.segment.named_buffers()}
+        buffers = list(map(torch.clone, buffers_of(self._owners)))
         if not self._trains:  # it walks over all modules
             self.segment.train()
             self._trains = True
@@ -348,11 +359,9 @@ class Client:
                     smashed = self._parts.smashed(at, smashed)
                     leaving = smashed.values if isinstance(smashed, Crossing) else smashed
                     loss = self._parts.loss(at, to_device(inputs, self.device), leaving, labels)
-            for value in values_of(smashed):
-                if value is smashed or value.requires_grad:  # a mask may be -inf on purpose
-                    self._check_finite(value, f"smashed data of step {step}")
+            self._check_smashed(smashed, step)
         except Exception:
-            self._put_back(buffers)
+            put_all(buffers_of(self._owners), buffers)
             # A part may have remembered something of a step that never happened.
             self._parts.load(self._state.parts)
             raise
@@ -370,7 +379,8 @@ class Client:
                 f"{self.name!r})"
             )
         for one in gradients_in(gradient):
-            self._check_finite(one, f"cut-layer gradient of step {pending.step}")
+            if not all_finite(one):
+                raise self._not_finite(f"cut-layer gradient of step {pending.step}")
         wanted = learning_in(pending.smashed)
         if self.optimizer is None or not num_rows(pending.labels) or not wanted:
             return
@@ -397,9 +407,9 @@ class Client:
                 total = total + parameter.grad.sum()
         if not (isinstance(total, float) or cmath.isfinite(total.item())):
             for parameter in self._parameters:
-                if parameter.grad is not None:
+                if parameter.grad is not None and not all_finite(parameter.grad):
                     what = f"gradient of the client segment in step {pending.step}"
-                    self._check_finite(parameter.grad, what)
+                    raise self._not_finite(what)
         if self.spec.max_grad_norm is not None:
             clip_gradients(self._parameters, self.spec.max_grad_norm)
         self.optimizer.step()
@@ -411,14 +421,10 @@ class Client:
     def _undo_forward(self) -> None:
         """Be as before the pending forward pass, which is computed again if its gradient comes."""
         if self._pending:
-            self._put_back(self._pending.buffers)
+            if self._pending.buffers:
+                put_all(buffers_of(self._owners), self._pending.buffers)
             self._parts.load(self._state.parts)
         self._pending = None
-
-    def _put_back(self, buffers: dict[str, Tensor]) -> None:
-        own = dict(self.segment.named_buffers())
-        for name, buffer in buffers.items():
-            put(own[name], buffer)
 
     # --- evaluation ----------------------------------------------------------------------
 
@@ -518,11 +524,16 @@ class Client:
             f"client {self.name!r}: the client segment can't take inputs of {shapes}: {error}"
         )
 
-    def _check_finite(self, tensor: Tensor, what: str) -> None:
-        if not all_finite(tensor):
-            raise NonFiniteError(
-                f"{what} is NaN or infinite (client {self.name!r}, round {self.plan.server_round})"
-            )
+    def _check_smashed(self, smashed: Smashed, step: int) -> None:
+        for value in values_of(smashed):
+            # A mask may be -inf on purpose.
+            if (value is smashed or value.requires_grad) and not all_finite(value):
+                raise self._not_finite(f"smashed data of step {step}")
+
+    def _not_finite(self, what: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"{what} is NaN or infinite (client {self.name!r}, round {self.plan.server_round})"
+        )
 
 
 def _gradients_wanted(smashed: Smashed) -> Any:

@@ -3,6 +3,7 @@
 Everything here computes and changes no weight. BatchNorm's buffers move, as in any forward pass.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -428,4 +429,4 @@ def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[
 
 
 def _all_finite(gradients: ServerGradients) -> bool:
-    return bool(torch.isfinite(total_norm(gradients)))
+    return math.isfinite(total_norm(gradients).item())
