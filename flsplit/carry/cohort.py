@@ -1,11 +1,10 @@
 """The clients that one process serves: their contexts, their cache, and their states on disk."""
 
-from contextlib import nullcontext
-
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flsplit.client.cache import ClientCache
+from flsplit.client.cache import live_clients
+from flsplit.client.live_client import Client
 from flsplit.client.spec import client_name
 from flsplit.client.state import ClientState
 from flsplit.log import logger
@@ -37,7 +36,7 @@ class Cohort:
     ) -> None:
         self._app = app
         self._store = store
-        self._cache = ClientCache() if cache else None
+        self._live: dict[str, Client] | None = {} if cache else None
         self._contexts: dict[str, Context] = {}
 
     def answer(self, message: Message, context: Context) -> Message:
@@ -52,25 +51,26 @@ class Cohort:
             self._restore(name, self._store.of(name), trained, context)
         if group:
             self._contexts[name] = context
-        with self._cache or nullcontext():
-            try:
-                reply = self._app(message, context)
-            except Exception as error:  # answered as an Error, as Flower's runtime does
-                logger.exception("client %r", name)
-                reply = raised(message, error)
+        token = live_clients.set(self._live)
+        try:
+            reply = self._app(message, context)
+        except Exception as error:  # answered as an Error, as Flower's runtime does
+            logger.exception("client %r", name)
+            reply = raised(message, error)
+        finally:
+            live_clients.reset(token)
         if self._store and not reply.has_error() and _changes_what_is_kept(message, reply):
             records = context.state
-            if self._cache:
+            if self._live is not None:
                 records = RecordDict()
-                self._cache.clients[name].state().put(records)
+                self._live[name].state().put(records)
             self._store.of(name).save(int(group), records)
         return reply
 
     def flush(self) -> None:
         """Write live clients back into their contexts, for a carrier that keeps those."""
-        if self._cache:
-            for name, client in self._cache.clients.items():
-                client.state().put(self._contexts[name].state)
+        for name, client in (self._live or {}).items():
+            client.state().put(self._contexts[name].state)
 
     def _needs_restoring(self, name: str, message: Message, context: Context) -> bool:
         """Tell whether a client is new here, or has been in the round that begins already."""
@@ -81,15 +81,15 @@ class Cohort:
         config = message.content.get("config")
         if not isinstance(config, ConfigRecord):
             return False
-        live = self._cache.clients.get(name) if self._cache else None
+        live = (self._live or {}).get(name)
         state = live.state() if live else ClientState.get(context.state)
         experiment = str(config.get("experiment"))
         return state is not None and state.is_ahead_of(int(message.metadata.group_id), experiment)
 
     def _restore(self, name: str, folder: RoundFolder, at_most: int, context: Context) -> None:
         folder.forget_after(at_most)
-        if self._cache:
-            self._cache.clients.pop(name, None)
+        if self._live:
+            self._live.pop(name, None)
         if stored := folder.load():
             context.state = stored[1]
 

@@ -58,12 +58,13 @@ def learning_in(leaves: Smashed) -> list[Tensor]:
 
 def gradient_of(leaves: Smashed, found: Sequence[Tensor | None], weight: float) -> CutGradient:
     """Return the cut-layer gradient: what was found for the tensors that learn, over a weight."""
+    if isinstance(leaves, Tensor):
+        (gradient,) = found
+        return torch.zeros_like(leaves) if gradient is None else gradient / weight
     tensors = [
         torch.zeros_like(leaf) if gradient is None else gradient / weight
         for leaf, gradient in zip(learning_in(leaves), found, strict=True)
     ]
-    if isinstance(leaves, Tensor):
-        return tensors[0]
     return dict(zip(leaves.learning, tensors, strict=True))
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -113,11 +113,10 @@ class Step:
         plan = round_.plan
         self.index, self.num_steps = index, num_steps
         self.round, self.num_rounds, self.lr = plan.server_round, plan.num_rounds, plan.lr
-        self.batches: list[ClientBatch] = []
-        self.clients: list[str] = []
+        self._batch_of: dict[str, ClientBatch] = {}
         for batch in batches:
-            self.batches.append(batch.to(segment.part_for(batch.client)))
-            self.clients.append(batch.client)
+            self._batch_of[batch.client] = batch.to(segment.part_for(batch.client))
+        self.batches, self.clients = list(self._batch_of.values()), list(self._batch_of)
         self.where = f"round {self.round}, step {index}"
         self.shares = client_shares(self.batches, settings.shares)
         self._method, self._segment, self._settings = method, segment, settings
@@ -206,25 +205,36 @@ class Step:
         names = self.clients if whole else [batch.client for batch in batches]
         weights = self._weights(batches)
         with self._computing(segment, names):
-
-            def compute(part: ServerSegment, own: Sequence[ClientBatch]) -> StepGradients:
-                of_own = {batch.client: weights[batch.client] for batch in own}
-                if per_client:
-                    found = client_gradients(part, own, of_own, low_memory=low_memory)
-                elif self._settings.pools and can_be_pooled(part, own):
-                    found = pooled_gradients(part, own, of_own)
-                else:
-                    found = separate_gradients(part, own, of_own)
-                check_finite(found, part, own, self.where)
-                return found
-
-            means = self._settings.reduction == "mean"
-            found = gradients_by_cut(segment, batches, compute, means=means)
+            if isinstance(segment, CutServerSegment):
+                compute = partial(self._of_one_cut, weights, per_client, low_memory)
+                means = self._settings.reduction == "mean"
+                found = gradients_by_cut(segment, batches, compute, means=means)
+            else:
+                found = self._of_one_cut(weights, per_client, low_memory, segment, batches)
         self._count(started, forward=found.rows, backward=found.rows, logits=found.rows)
         self._round.entry.rows += found.rows
         for batch in batches:
             name = batch.client
             self._record_loss(batch, found.losses[name], found.counts[name])
+        return found
+
+    def _of_one_cut(
+        self,
+        weights: Mapping[str, float],
+        per_client: bool,
+        low_memory: bool,
+        segment: ServerSegment,
+        batches: Sequence[ClientBatch],
+    ) -> StepGradients:
+        if len(batches) < len(weights):  # the others are cut elsewhere
+            weights = {batch.client: weights[batch.client] for batch in batches}
+        if per_client:
+            found = client_gradients(segment, batches, weights, low_memory=low_memory)
+        elif self._settings.pools and can_be_pooled(segment, batches):
+            found = pooled_gradients(segment, batches, weights)
+        else:
+            found = separate_gradients(segment, batches, weights)
+        check_finite(found, segment, batches, self.where)
         return found
 
     def shuffled_rows(self, batch_size: int) -> Iterator[list[ClientBatch]]:
@@ -390,16 +400,15 @@ class Step:
         """
         if not isinstance(cut_gradients, Mapping):
             raise self._error(f"replied with {_shown(cut_gradients)}, expected a dict of gradients")
-        batches = {batch.client: batch for batch in self.batches}
         shared = shared_rows or {}
         for client, gradient in cut_gradients.items():
-            if client not in batches:
-                known = ", ".join(map(repr, batches))
+            if (batch := self._batch_of.get(client)) is None:
+                known = ", ".join(map(repr, self.clients))
                 raise self._error(f"replied to client {client!r}, expected one of {known}")
-            self._check_reply(client, gradient, batches[client].smashed)
+            self._check_reply(client, gradient, batch.smashed)
             self._told[client] = Backward(
                 self.index,
-                None if batches[client].frozen else gradient,
+                None if batch.frozen else gradient,
                 shared.get(client, 0),
                 client in repeated,
             )

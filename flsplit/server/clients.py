@@ -90,7 +90,7 @@ class Clients:
                 entry.restarted.append(name)
             again, _ = self._ask({name: requests[name] for name in lost}, entry)
             replies |= again
-        return {name: replies[name] for name in in_order(replies)}
+        return {name: replies[name] for name in in_order(replies)} if len(replies) > 1 else replies
 
     def send(self, requests: Mapping[str, Request], entry: RoundEntry) -> Sent:
         """Send requests whose answers are taken later; for sessions and LocalGrid.

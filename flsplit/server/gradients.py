@@ -68,7 +68,8 @@ class ClientBatch:
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return num_rows(self.labels)
+        labels = self.labels
+        return labels.size(0) if isinstance(labels, Tensor) and labels.ndim else num_rows(labels)
 
     def to(self, segment: ServerSegment) -> "ClientBatch":
         """Return the batch on the segment's device."""
@@ -145,7 +146,7 @@ def pooled_gradients(
 ) -> StepGradients:
     """Return gradients by one pass over the concatenated smashed data of all clients."""
     leaves = [as_leaves(batch.smashed) for batch in batches]
-    sizes = [len(batch) for batch in batches]
+    sizes = list(map(len, batches))
     terms = []
     result = StepGradients({}, {}, {}, dict(weights), rows=sum(sizes))
     try:
@@ -160,9 +161,11 @@ def pooled_gradients(
         loss, count = client_loss(segment, logits, batch)
         terms.append(weights[batch.client] * loss)
         result.losses[batch.client], result.counts[batch.client] = loss.item(), count
-        result.logits[batch.client] = map_tensors(torch.detach, logits)
+        result.logits[batch.client] = (
+            logits.detach() if isinstance(logits, Tensor) else map_tensors(torch.detach, logits)
+        )
     total = torch.stack(terms).sum()
-    learning = [learning_in(leaf) for leaf in leaves]
+    learning = list(map(learning_in, leaves))
     wanted = [*segment.parameters, *chain.from_iterable(learning)]
     found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     result._server = list(islice(found, len(segment.parameters)))

@@ -122,11 +122,11 @@ def leave_out_misfits(
 def _rows_of(tree: Any) -> Any:
     """Return what all but the number of rows of a tensor says; of several, where each is."""
     if isinstance(tree, Tensor):
-        return tuple(tree.shape[1:]), tree.dtype
+        return tree.shape[1:], tree.dtype
     if isinstance(tree, Crossing):
         return tuple((name, _rows_of(value)) for name, value in tree.values.items())
     return tuple((place, _rows_of(leaf)) for place, leaf in leaves_of(tree))
 
 
 def _shown(row: Any) -> Any:
-    return row[0] if row and isinstance(row[0], tuple) else row
+    return tuple(row[0]) if row and isinstance(row[0], tuple) else row
