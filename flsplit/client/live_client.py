@@ -24,7 +24,7 @@ from flsplit.cut.smashed import (
     Smashed,
     detached,
     differentiable,
-    fits,
+    fitting,
     gradients_in,
     learning_in,
     values_of,
@@ -43,7 +43,7 @@ from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
-from flsplit.nested import as_arguments, num_rows, shapes_of, tensors_of, to_device
+from flsplit.nested import as_arguments, shapes_of, tensors_of, to_device
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
 from flsplit.untrained import (
@@ -302,15 +302,15 @@ class Client:
         self._state.pending = step
         return detached(self._pending.smashed), self._pending.labels
 
-    def untold(self, smashed: Iterable[Smashed]) -> dict[str, Trace]:
-        """Return the traces of what crosses that were not sent in this round, to be sent now."""
+    def untold(self, smashed: Iterable[Smashed]) -> dict[str, Trace] | None:
+        """Return the traces, if any, of what crosses that were not sent in this round yet."""
         told, found = list(self._state.told), {}
         for one in smashed:
             if isinstance(one, Crossing) and one.trace.digest not in told:
                 found[one.trace.digest] = one.trace
                 told.append(one.trace.digest)
         self._state.told = tuple(told[-MOST_TRACES:])
-        return found
+        return found or None
 
     def backward(self, request: Backward) -> None:
         """Back-propagate the cut-layer gradient of the pending step and let the optimizer step.
@@ -372,17 +372,18 @@ class Client:
         return ClientStep(plan.seed, self.name, plan.server_round, step, self.segment, start)
 
     def _update(self, pending: _Pending, gradient: CutGradient) -> None:
-        if not fits(gradient, pending.smashed):
+        tensors = fitting(gradient, pending.smashed)
+        if tensors is None:
             raise ProtocolError(
                 f"cut-gradient has shape {shapes_of(gradient)}, the smashed data of step "
                 f"{pending.step} {shapes_of(_gradients_wanted(pending.smashed))} (client "
                 f"{self.name!r})"
             )
-        for one in gradients_in(gradient):
+        for one in tensors:
             if not all_finite(one):
                 raise self._not_finite(f"cut-layer gradient of step {pending.step}")
         wanted = learning_in(pending.smashed)
-        if self.optimizer is None or not num_rows(pending.labels) or not wanted:
+        if self.optimizer is None or not wanted:
             return
         if isinstance(gradient, Tensor):
             gradient = gradient.to(wanted[0])
@@ -525,10 +526,10 @@ class Client:
         )
 
     def _check_smashed(self, smashed: Smashed, step: int) -> None:
-        for value in values_of(smashed):
-            # A mask may be -inf on purpose.
-            if (value is smashed or value.requires_grad) and not all_finite(value):
-                raise self._not_finite(f"smashed data of step {step}")
+        # A mask that crosses may be -inf on purpose.
+        computed = [smashed] if isinstance(smashed, Tensor) else learning_in(smashed)
+        if not all(map(all_finite, computed)):
+            raise self._not_finite(f"smashed data of step {step}")
 
     def _not_finite(self, what: str) -> NonFiniteError:
         return NonFiniteError(

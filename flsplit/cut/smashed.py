@@ -73,14 +73,17 @@ def gradients_in(gradient: CutGradient) -> list[Tensor]:
     return [gradient] if isinstance(gradient, Tensor) else list(gradient.values())
 
 
-def fits(gradient: object, smashed: Smashed) -> bool:
-    """Tell whether this is a cut-layer gradient of the smashed data's shape."""
+def fitting(gradient: object, smashed: Smashed) -> list[Tensor] | None:
+    """Return the tensors of a cut-layer gradient of the smashed data's shape, None if it isn't."""
     if isinstance(smashed, Tensor):
-        return isinstance(gradient, Tensor) and gradient.shape == smashed.shape
+        fits = isinstance(gradient, Tensor) and gradient.shape == smashed.shape
+        return [gradient] if fits else None  # type: ignore[list-item]
+    if not isinstance(gradient, dict):
+        return None
+    tensors = {name: one for name, one in gradient.items() if isinstance(one, Tensor)}
     learning = {name: smashed.values[name].shape for name in smashed.learning}
-    return isinstance(gradient, dict) and learning == {
-        name: one.shape for name, one in gradient.items() if isinstance(one, Tensor)
-    }
+    fits = learning == {name: one.shape for name, one in tensors.items()}
+    return list(tensors.values()) if fits else None
 
 
 def value_by_value(

@@ -118,12 +118,14 @@ def one_smashed(key: str) -> Slot:
     """Return how the smashed data of one step travels."""
 
     def put(records: dict[str, Record], smashed: Smashed) -> None:
+        if isinstance(smashed, Tensor):
+            records[key] = made(ArrayRecord, {WHOLE: to_array(smashed)})
+            return
         arrays: dict[str, Array] = {}
         crossings: dict[str, Any] = {}
         put_smashed(arrays, crossings, WHOLE, smashed)
         records[key] = made(ArrayRecord, arrays)
-        if crossings:
-            records["crossing"] = made(ConfigRecord, crossings)
+        records["crossing"] = made(ConfigRecord, crossings)
 
     def get(records: Records) -> Tensor | Unresolved:
         if "crossing" not in records and (array := only_array(records, key)):
@@ -142,8 +144,7 @@ def crossings_in(records: Records) -> ConfigRecord | None:
 
 
 def _put_traces(records: dict[str, Record], traces: Mapping[str, Trace]) -> None:
-    if traces:
-        records["traces"] = ConfigRecord({key: one.to_json() for key, one in traces.items()})
+    records["traces"] = ConfigRecord({key: one.to_json() for key, one in traces.items()})
 
 
 def _get_traces(records: Records) -> dict[str, Trace]:

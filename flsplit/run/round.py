@@ -279,9 +279,12 @@ class Round:
 
     def record_loss(self, batch: ClientBatch, loss: float, count: Count) -> None:
         """Count a client's mini-batch: its rows, its mean loss and its correct answers."""
-        tally = self.tallies.setdefault(batch.client, Tally())
+        tally = self.tallies.get(batch.client)
+        if tally is None:
+            tally = self.tallies[batch.client] = Tally()
+        rows = len(batch)
         for one in (tally, self._total):
-            one.rows += len(batch)
+            one.rows += rows
             one.loss += loss * count.weight
             one.weight += count.weight
             one.correct += count.correct

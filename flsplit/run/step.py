@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flsplit.cut.smashed import CutGradient, Smashed, differentiable, fits, gradients_in
+from flsplit.cut.smashed import CutGradient, Smashed, fitting
 from flsplit.errors import MethodError, located
 from flsplit.finite import all_finite
 from flsplit.log import logger
@@ -414,7 +414,8 @@ class Step:
             )
 
     def _check_reply(self, client: str, gradient: object, smashed: Smashed) -> None:
-        if not fits(gradient, smashed):
+        tensors = fitting(gradient, smashed)
+        if tensors is None:
             if isinstance(smashed, Tensor):
                 expected = f"a cut-layer gradient of shape {tuple(smashed.shape)}"
             else:
@@ -422,8 +423,8 @@ class Step:
             raise self._error(
                 f"replied to client {client!r} with {_shown(gradient)}, expected {expected}"
             )
-        for one in gradients_in(gradient):  # type: ignore[arg-type]
-            if not differentiable(one):
+        for one in tensors:
+            if not (one.is_floating_point() or one.is_complex()):
                 raise self._error(
                     f"replied to client {client!r} with {one.dtype}, expected floating point"
                 )

@@ -183,7 +183,9 @@ class Clients:
             if name not in self.directory.node_of:
                 self.leave_out(name, request.step, AwayError(_GONE), entry)
                 continue
-            sent[name] = self._without_what_is_held(name, request) if but_held else request
+            sent[name] = request
+            if but_held and (request.segment or request.auxiliary):
+                sent[name] = self._without_what_is_held(name, request)
             traffic[name] = Traffic()
             messages.append(self._message(name, sent[name], traffic[name]))
         return Sent(sent, traffic, time.perf_counter()), messages

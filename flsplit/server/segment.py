@@ -102,7 +102,11 @@ class ServerSegment:
         watching = self.criterion.watching_model() if extra else nullcontext()
         try:
             with watching:
-                logits = self._computed(smashed, extra, moves_buffers=moves_buffers)
+                if moves_buffers:
+                    logits = self.module(smashed, **extra)
+                else:  # copies move: the backward pass may still need what this pass left in them
+                    copies = {name: one.clone() for name, one in self.module.named_buffers()}
+                    logits = functional_call(self.module, copies, (smashed,), extra)
         except DataError:  # labels are out of range in a model that computes its own loss
             raise
         except Exception as error:  # a user's model may raise anything
@@ -116,13 +120,6 @@ class ServerSegment:
                 f"the server segment can't take {smashed_in_words(smashed)}: {kind}{error}"
             ) from error
         return logits
-
-    def _computed(self, smashed: Smashed, extra: dict[str, Any], *, moves_buffers: bool) -> Any:
-        if moves_buffers:
-            return self.module(smashed, **extra)
-        # Copies move: the backward pass may still need what this pass has left in them.
-        copies = {name: one.clone() for name, one in self.module.named_buffers()}
-        return functional_call(self.module, copies, (smashed,), extra)
 
     def copied_buffers(self) -> list[Tensor]:
         """Return copies of the buffers (BatchNorm's)."""
