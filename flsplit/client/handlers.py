@@ -13,6 +13,7 @@ from flsplit.client.cache import find_client, live_clients
 from flsplit.client.live_client import Client
 from flsplit.client.local_training import row_shapes, train_locally
 from flsplit.client.spec import ClientSpec, client_name
+from flsplit.cut import Crossing
 from flsplit.cut.smashed import learning_in
 from flsplit.errors import FlsplitError
 from flsplit.log import logger
@@ -72,7 +73,7 @@ def take_step(client: Client, request: StepRequest) -> StepReply:
         num_examples=client.num_examples,
         num_steps=client.num_steps,
         seconds=time.perf_counter() - started,
-        traces=client.untold([smashed]),
+        traces=client.untold([smashed]) if isinstance(smashed, Crossing) else None,
         frozen=not learning_in(smashed) and bool(num_rows(labels)),
     )
 

@@ -496,7 +496,12 @@ class Client:
 
     def _run_segment(self, inputs: Any) -> Smashed:
         dtype = self.spec.autocast
-        args, kwargs = as_arguments(to_device(inputs, self.device))
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if isinstance(inputs, Tensor):
+            args = (inputs.to(self.device),)
+        else:
+            args, kwargs = as_arguments(to_device(inputs, self.device))
         try:
             with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
                 smashed: Smashed = self.segment(*args, **kwargs)

@@ -24,7 +24,9 @@ def nesting(key: str) -> Slot:
     """Return how a nesting of tensors travels raw, alone in a record."""
 
     def put(records: dict[str, Record], tree: Any) -> None:
-        records[key] = made(ArrayRecord, arrays_of(tree, WHOLE))
+        alone = isinstance(tree, Tensor)
+        arrays = {WHOLE: to_array(tree)} if alone else arrays_of(tree, WHOLE)
+        records[key] = made(ArrayRecord, arrays)
 
     def get(records: Records) -> Any:
         if array := only_array(records, key):
@@ -44,8 +46,6 @@ def arrays_of(tree: Any, place: str) -> dict[str, Array]:
     DataError
         If there is something else than tensors in it, or a name that can't be written.
     """
-    if isinstance(tree, Tensor):
-        return {place: to_array(tree)}
     return {where: to_array(tensor) for where, tensor in _tensors_in(tree, place)}
 
 

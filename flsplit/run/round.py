@@ -150,7 +150,7 @@ class Round:
                 backward.step + 1,
                 backward,
                 num_steps=reply.num_steps,
-                planned=self.plan_of(reply.client),
+                planned=self.plan_of(reply.client) if self.overrides else self.plan,
             )
         return FinishRequest(
             self.plan.server_round,
@@ -183,7 +183,7 @@ class Round:
             are returned.
         """
         replies = self._exchange(requests)
-        if not self._enough_are_left():
+        if self.entry.left_out and not self._enough_are_left():
             replies = {n: r for n, r in replies.items() if isinstance(r, FinishReply)}
         steps: dict[str, StepReply] = {}
         ends: dict[str, FinishReply] = {}

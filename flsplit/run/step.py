@@ -230,7 +230,7 @@ class Step:
             weights = {batch.client: weights[batch.client] for batch in batches}
         if per_client:
             found = client_gradients(segment, batches, weights, low_memory=low_memory)
-        elif self._settings.pools and can_be_pooled(segment, batches):
+        elif self._settings.pools and (len(batches) == 1 or can_be_pooled(segment, batches)):
             found = pooled_gradients(segment, batches, weights)
         else:
             found = separate_gradients(segment, batches, weights)

@@ -145,9 +145,11 @@ def pooled_gradients(
     segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
 ) -> StepGradients:
     """Return gradients by one pass over the concatenated smashed data of all clients."""
-    leaves = [as_leaves(batch.smashed) for batch in batches]
+    leaves, learning, terms = [], [], []
+    for batch in batches:
+        leaves.append(as_leaves(batch.smashed))
+        learning.append(learning_in(leaves[-1]))
     sizes = list(map(len, batches))
-    terms = []
     result = StepGradients({}, {}, {}, dict(weights), rows=sum(sizes))
     try:
         if len(batches) == 1:
@@ -165,7 +167,6 @@ def pooled_gradients(
             logits.detach() if isinstance(logits, Tensor) else map_tensors(torch.detach, logits)
         )
     total = torch.stack(terms).sum()
-    learning = list(map(learning_in, leaves))
     wanted = [*segment.parameters, *chain.from_iterable(learning)]
     found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     result._server = list(islice(found, len(segment.parameters)))

@@ -67,7 +67,10 @@ class Fits:
         return found | self._odd_rows({n: k for n, k in kinds.items() if k and n not in found})
 
     def _kind(self, client: str, smashed: Smashed, labels: Any) -> _Kind:
-        return id(self._server_for(client)), _rows_of(smashed), _rows_of(labels)
+        server = id(self._server_for(client))
+        if isinstance(smashed, Tensor) and isinstance(labels, Tensor):
+            return server, (smashed.shape[1:], smashed.dtype), (labels.shape[1:], labels.dtype)
+        return server, _rows_of(smashed), _rows_of(labels)
 
     def _problem(self, client: str, smashed: Smashed, labels: Any) -> FlsplitError | None:
         """Try a batch of a new kind."""
