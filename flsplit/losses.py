@@ -260,7 +260,7 @@ def check_classes(logits: Tensor, labels: Tensor, ignored: int | None) -> bool:
     is_class_index = not labels.is_floating_point() and logits.ndim == labels.ndim + 1
     if not is_class_index or labels.numel() == 0:
         return False
-    num_classes = logits.shape[_class_dim(logits)]
+    num_classes = logits.shape[1 if logits.ndim > 1 else 0]
     least, most = labels.aminmax()
     if least >= 0 and most < num_classes:
         return ignored is None or not least <= ignored <= most

@@ -23,7 +23,6 @@ from flsplit.cut.smashed import (
     CutGradient,
     Smashed,
     detached,
-    differentiable,
     fitting,
     gradients_in,
     learning_in,
@@ -510,7 +509,9 @@ class Client:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise self._explain(error, inputs) from error
-        if isinstance(smashed, Tensor) and not differentiable(smashed):
+        if isinstance(smashed, Tensor) and not (
+            smashed.is_floating_point() or smashed.is_complex()
+        ):
             raise SegmentMismatchError(
                 f"the smashed data at {self.cut!r} is {smashed.dtype}, expected floating point"
             )

@@ -165,8 +165,7 @@ TRACES = Slot("traces", _put_traces, _get_traces)
 
 
 def _put_frozen(records: dict[str, Record], frozen: bool) -> None:
-    if frozen:
-        records["frozen"] = ConfigRecord({"frozen": True})
+    records["frozen"] = ConfigRecord({"frozen": frozen})
 
 
 FROZEN = Slot("frozen", _put_frozen, lambda records: True)

@@ -53,7 +53,7 @@ class Slot:
     Attributes
     ----------
     record : str
-        The record that tells whether it is there.
+        The record that tells whether it is there, for None and False by its absence.
     put : callable
         Takes a message's records and the value, and adds what it is written in.
     get : callable
@@ -128,7 +128,8 @@ class Content:
                 fields[key] = found
             records[record_name] = made(make, fields)
         for name, slot in self._slots:
-            if (found := getattr(self, name)) is not None:
+            found = getattr(self, name)
+            if found is not None and found is not False:
                 slot.put(records, found)
         return made(RecordDict, records)
 

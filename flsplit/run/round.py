@@ -269,11 +269,12 @@ class Round:
 
         Those that sit the step out have none.
         """
-        return [
-            ClientBatch(name, reply.smashed, reply.labels, reply.num_examples, reply.frozen)
-            for name, reply in replies.items()
-            if reply.rows
-        ]
+        found = []
+        for name, one in replies.items():
+            if one.rows:
+                batch = ClientBatch(name, one.smashed, one.labels, one.num_examples, one.frozen)
+                found.append(batch)
+        return found
 
     # --- keeping account -----------------------------------------------------------------
 

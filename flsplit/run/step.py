@@ -3,11 +3,10 @@
 import copy
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +38,8 @@ from flsplit.server.gradients import (
     separate_gradients,
 )
 from flsplit.server.segment import ServerGradients, ServerSegment
+
+T = TypeVar("T")
 
 POOL = "pooled rows"
 """What errors and seeds call rows of several clients that are computed on as one batch."""
@@ -204,13 +205,13 @@ class Step:
         whole = batches is self.batches
         names = self.clients if whole else [batch.client for batch in batches]
         weights = self._weights(batches)
-        with self._computing(segment, names):
-            if isinstance(segment, CutServerSegment):
-                compute = partial(self._of_one_cut, weights, per_client, low_memory)
-                means = self._settings.reduction == "mean"
-                found = gradients_by_cut(segment, batches, compute, means=means)
-            else:
-                found = self._of_one_cut(weights, per_client, low_memory, segment, batches)
+        compute = partial(self._of_one_cut, weights, per_client, low_memory)
+        if isinstance(segment, CutServerSegment):
+            means = self._settings.reduction == "mean"
+            of_all = partial(gradients_by_cut, segment, batches, compute, means=means)
+        else:
+            of_all = partial(compute, segment, batches)
+        found = self._computed(segment, names, of_all)
         self._count(started, forward=found.rows, backward=found.rows, logits=found.rows)
         self._round.entry.rows += found.rows
         for batch in batches:
@@ -273,12 +274,13 @@ class Step:
         self._expect_one_cut("runs rows through the server segment")
         started, segment = time.perf_counter(), self._segment
         leaf = rows.detach().requires_grad_(graph)
-        with (
-            self._computing(segment, self.clients),
-            located(named(self.batches)),
-            torch.set_grad_enabled(graph),
-        ):
-            outputs = segment.forward(leaf, moves_buffers=moves_buffers)
+
+        def run() -> Tensor:
+            with located(named(self.batches)), torch.set_grad_enabled(graph):
+                outputs: Tensor = segment.forward(leaf, moves_buffers=moves_buffers)
+                return outputs
+
+        outputs = self._computed(segment, self.clients, run)
         self._count(started, forward=len(rows))
         return Forward(leaf, outputs)
 
@@ -498,9 +500,10 @@ class Step:
         factor = len(shares)
         return {client: share * factor for client, share in shares.items()}
 
-    @contextmanager
-    def _computing(self, segment: ServerSegment, names: Sequence[str]) -> Iterator[None]:
-        """Seed what is computed inside, and undo BatchNorm's statistics if it fails."""
+    def _computed(
+        self, segment: ServerSegment, names: Sequence[str], compute: Callable[[], T]
+    ) -> T:
+        """Return what is computed, seeded; undo BatchNorm's statistics if it fails."""
         key = tuple(names)
         calls = self._calls[key] = self._calls.get(key, -1) + 1
         # The first computation on some clients' batches is seeded by their names alone; a second
@@ -513,7 +516,7 @@ class Step:
         self._buffers.setdefault(id(segment), (segment, before))
         try:
             with seeded(seed, segment.device):
-                yield
+                return compute()
         except Exception:
             segment.put_buffers(before)
             raise
@@ -560,14 +563,16 @@ def client_shares(batches: Sequence[ClientBatch], shares: Shares) -> dict[str, f
     ``examples`` weighs a client by the size of its training data, ``batch`` by its rows in this
     step (the mean over the concatenated batch), ``equal`` gives all the same.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str, float] = {}
     for batch in batches:
         if shares == "examples":
             sizes[batch.client] = batch.num_examples
         else:
             sizes[batch.client] = len(batch) if shares == "batch" else 1
     total = sum(sizes.values())
-    return {client: size / total for client, size in sizes.items()}
+    for client in sizes:
+        sizes[client] /= total
+    return sizes
 
 
 def ceil_fraction(share: float, count: int) -> int:

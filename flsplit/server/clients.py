@@ -184,7 +184,7 @@ class Clients:
                 self.leave_out(name, request.step, AwayError(_GONE), entry)
                 continue
             sent[name] = request
-            if but_held and (request.segment or request.auxiliary):
+            if but_held and (request.segment or isinstance(request, LocalRequest)):
                 sent[name] = self._without_what_is_held(name, request)
             traffic[name] = Traffic()
             messages.append(self._message(name, sent[name], traffic[name]))

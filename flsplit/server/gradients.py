@@ -405,7 +405,7 @@ def check_server_gradients(
     gradients: ServerGradients, segment: ServerSegment, batches: Sequence[ClientBatch], where: str
 ) -> None:
     """Raise NonFiniteError if a gradient is NaN or infinite, naming whose batch gives it."""
-    if not _all_finite(gradients):
+    if not math.isfinite(total_norm(gradients).item()):
         names = [batch.client for batch in batches]
         if len(names) > 1:
             names = _not_finite(segment, batches) or names
@@ -427,10 +427,6 @@ def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[
                 own = pooled_gradients(part, [batch], {batch.client: 1.0})
         except FlsplitError:  # BatchNorm can't train on one row
             continue
-        if not _all_finite(own.server_gradients):
+        if not math.isfinite(total_norm(own.server_gradients).item()):
             found.append(batch.client)
     return found
-
-
-def _all_finite(gradients: ServerGradients) -> bool:
-    return math.isfinite(total_norm(gradients).item())
