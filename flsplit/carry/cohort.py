@@ -36,7 +36,7 @@ class Cohort:
     ) -> None:
         self._app = app
         self._store = store
-        self._live: dict[str, Client] | None = {} if cache else None
+        self._cache: dict[str, Client] | None = {} if cache else None
         self._contexts: dict[str, Context] = {}
 
     def answer(self, message: Message, context: Context) -> Message:
@@ -51,7 +51,7 @@ class Cohort:
             self._restore(name, self._store.of(name), trained, context)
         if group:
             self._contexts[name] = context
-        token = live_clients.set(self._live)
+        token = live_clients.set(self._cache)
         try:
             reply = self._app(message, context)
         except Exception as error:  # answered as an Error, as Flower's runtime does
@@ -61,15 +61,15 @@ class Cohort:
             live_clients.reset(token)
         if self._store and not reply.has_error() and _changes_what_is_kept(message, reply):
             records = context.state
-            if self._live is not None:
+            if self._cache is not None:
                 records = RecordDict()
-                self._live[name].state().put(records)
+                self._cache[name].state().put(records)
             self._store.of(name).save(int(group), records)
         return reply
 
     def flush(self) -> None:
         """Write live clients back into their contexts, for a carrier that keeps those."""
-        for name, client in (self._live or {}).items():
+        for name, client in (self._cache or {}).items():
             client.state().put(self._contexts[name].state)
 
     def _needs_restoring(self, name: str, message: Message, context: Context) -> bool:
@@ -81,15 +81,15 @@ class Cohort:
         config = message.content.get("config")
         if not isinstance(config, ConfigRecord):
             return False
-        live = (self._live or {}).get(name)
+        live = (self._cache or {}).get(name)
         state = live.state() if live else ClientState.get(context.state)
         experiment = str(config.get("experiment"))
         return state is not None and state.is_ahead_of(int(message.metadata.group_id), experiment)
 
     def _restore(self, name: str, folder: RoundFolder, at_most: int, context: Context) -> None:
         folder.forget_after(at_most)
-        if self._live:
-            self._live.pop(name, None)
+        if self._cache:
+            self._cache.pop(name, None)
         if stored := folder.load():
             context.state = stored[1]
 
