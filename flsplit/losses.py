@@ -1,7 +1,7 @@
 """Losses as users give them: what they return, what labels they take, how their means add up."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -97,6 +97,7 @@ class Criterion:
 
     def __init__(self, loss: Loss, device: torch.device) -> None:
         self._loss = _moved(loss, device)
+        self._is_torchs = any(loss is one for one in _WATCHED)  # nothing around it is to be watched
         self.argument = loss.argument if isinstance(loss, ModelLoss) else None
         """The argument of the model's forward that takes the labels, if it computes the loss."""
         self._of_model: list[_Call] = []
@@ -118,18 +119,22 @@ class Criterion:
         ConfigError
             If the loss isn't one, or can't be differentiated.
         """
-        with _Watch() as watch:
-            try:
-                loss = self._loss(output, labels)
-            except (ConfigError, DataError):
-                raise
-            except Exception as error:  # a function of the user's may raise anything
-                kind = "" if isinstance(error, TORCH_ERRORS) else f"{type(error).__name__}: "
-                raise DataError(
-                    f"the loss can't take logits of {described(output)} with labels of "
-                    f"{described(labels)}: {kind}{error}"
-                ) from error
-        calls, self._of_model = self._of_model + watch.calls, []
+        try:
+            if self._is_torchs:
+                calls = [_noted(self._loss, (output, labels), {})]
+                loss = calls[0].result
+            else:
+                with _Watch() as watch:
+                    loss = self._loss(output, labels)
+                calls, self._of_model = self._of_model + watch.calls, []
+        except (ConfigError, DataError):
+            raise
+        except Exception as error:  # a function of the user's may raise anything
+            kind = "" if isinstance(error, TORCH_ERRORS) else f"{type(error).__name__}: "
+            raise DataError(
+                f"the loss can't take logits of {described(output)} with labels of "
+                f"{described(labels)}: {kind}{error}"
+            ) from error
         if isinstance(loss, tuple) and len(loss) == 2 and all(map(_is_scalar, loss)):
             total, weight = loss
             mean, weight = total / weight, float(weight)
@@ -188,7 +193,7 @@ class _Call(NamedTuple):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes calls of torch's own losses, and checks that class labels are in range."""
+    """Notes calls of torch's own losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,17 +203,21 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call ``func``."""
-        given = kwargs or {}
         if func not in _NAMES:
-            return func(*args, **given)
-        options = {**dict(zip(_NAMES[func], args, strict=False)), **given}
-        all_count = False
-        if func is not functional.binary_cross_entropy_with_logits:
-            ignored = options.get("ignore_index", IGNORED) if func in _CROSS_ENTROPY else None
-            all_count = check_classes(options["input"], options["target"], ignored)
-        result = func(*args, **given)
-        self.calls.append(_Call(func, options, result, all_count))
-        return result
+            return func(*args, **kwargs or {})
+        call = _noted(func, args, kwargs or {})
+        self.calls.append(call)
+        return call.result
+
+
+def _noted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call:
+    """Call one of torch's own losses, if class labels are in range."""
+    options = {**dict(zip(_NAMES[func], args, strict=False)), **kwargs}
+    all_count = False
+    if func is not functional.binary_cross_entropy_with_logits:
+        ignored = options.get("ignore_index", IGNORED) if func in _CROSS_ENTROPY else None
+        all_count = check_classes(options["input"], options["target"], ignored)
+    return _Call(func, options, func(*args, **kwargs), all_count)
 
 
 _CROSS_ENTROPY = (functional.cross_entropy, functional.nll_loss)
