@@ -26,7 +26,9 @@ def dense_values(tensor: Tensor) -> Tensor:
 
 def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
     """Return the norm of all gradients together."""
-    return torch.nn.utils.get_total_norm([dense_values(g) for g in gradients if g is not None])
+    return torch.nn.utils.get_total_norm(
+        [dense_values(g) if g.is_sparse else g for g in gradients if g is not None]
+    )
 
 
 def clip_gradients(parameters: Sequence[Tensor], norm: float) -> None:

@@ -1,7 +1,7 @@
 """Losses as users give them: what they return, what labels they take, how their means add up."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -97,6 +97,7 @@ class Criterion:
 
     def __init__(self, loss: Loss, device: torch.device) -> None:
         self._loss = _moved(loss, device)
+        self._is_torchs = any(loss is one for one in _WATCHED)  # nothing around it is to be watched
         self.argument = loss.argument if isinstance(loss, ModelLoss) else None
         """The argument of the model's forward that takes the labels, if it computes the loss."""
         self._of_model: list[_Call] = []
@@ -118,18 +119,22 @@ class Criterion:
         ConfigError
             If the loss isn't one, or can't be differentiated.
         """
-        with _Watch() as watch:
-            try:
-                loss = self._loss(output, labels)
-            except (ConfigError, DataError):
-                raise
-            except Exception as error:  # a function of the user's may raise anything
-                kind = "" if isinstance(error, TORCH_ERRORS) else f"{type(error).__name__}: "
-                raise DataError(
-                    f"the loss can't take logits of {described(output)} with labels of "
-                    f"{described(labels)}: {kind}{error}"
-                ) from error
-        calls, self._of_model = self._of_model + watch.calls, []
+        try:
+            if self._is_torchs:
+                calls = [_noted(self._loss, (output, labels), {})]
+                loss = calls[0].result
+            else:
+                with _Watch() as watch:
+                    loss = self._loss(output, labels)
+                calls, self._of_model = self._of_model + watch.calls, []
+        except (ConfigError, DataError):
+            raise
+        except Exception as error:  # a function of the user's may raise anything
+            kind = "" if isinstance(error, TORCH_ERRORS) else f"{type(error).__name__}: "
+            raise DataError(
+                f"the loss can't take logits of {described(output)} with labels of "
+                f"{described(labels)}: {kind}{error}"
+            ) from error
         if isinstance(loss, tuple) and len(loss) == 2 and all(map(_is_scalar, loss)):
             total, weight = loss
             mean, weight = total / weight, float(weight)
@@ -137,7 +142,11 @@ class Criterion:
             mean = total = loss
             weight = None
         mean = _checked(mean, output)
-        call = next((one for one in calls if one.result is total), None)
+        call = None
+        for one in calls:
+            if one.result is total:
+                call = one
+                break
         if weight is None:
             weight = call.weight() if call else None
         right = call.right() if call else _right(logits_of(output), labels)
@@ -150,6 +159,7 @@ class _Call(NamedTuple):
     function: Callable[..., Tensor]
     options: dict[str, Any]
     result: Tensor
+    all_count: bool  # whether it is known that no label is ignored
 
     @property
     def _counts(self) -> Tensor:
@@ -164,7 +174,7 @@ class _Call(NamedTuple):
         if labels.is_floating_point():  # class probabilities
             return float(labels.numel() / logits.shape[_class_dim(logits)])
         if (weight := options.get("weight")) is None:
-            return float(self._counts.sum())
+            return float(labels.numel() if self.all_count else self._counts.sum())
         return float(weight[labels[self._counts]].sum())
 
     def right(self) -> tuple[int, int]:
@@ -176,12 +186,14 @@ class _Call(NamedTuple):
             return int(((logits > 0) == (labels > 0.5)).sum()), labels.numel()
         if labels.is_floating_point():
             return 0, 0
-        found = (logits.argmax(_class_dim(logits)) == labels) & self._counts
-        return int(found.sum()), int(self._counts.sum())
+        found = logits.argmax(_class_dim(logits)) == labels
+        if self.all_count:
+            return int(found.sum()), labels.numel()
+        return int((found & self._counts).sum()), int(self._counts.sum())
 
 
 class _Watch(TorchFunctionMode):
-    """Notes calls of torch's own losses, and checks that class labels are in range."""
+    """Notes calls of torch's own losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,16 +203,21 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call ``func``."""
-        given = dict(kwargs or {})
         if func not in _NAMES:
-            return func(*args, **given)
-        options = dict(zip(_NAMES[func], args, strict=False)) | given
-        if func is not functional.binary_cross_entropy_with_logits:
-            ignored = options.get("ignore_index", IGNORED) if func in _CROSS_ENTROPY else None
-            check_classes(options["input"], options["target"], ignored)
-        result = func(*args, **given)
-        self.calls.append(_Call(func, options, result))
-        return result
+            return func(*args, **kwargs or {})
+        call = _noted(func, args, kwargs or {})
+        self.calls.append(call)
+        return call.result
+
+
+def _noted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call:
+    """Call one of torch's own losses, if class labels are in range."""
+    options = {**dict(zip(_NAMES[func], args, strict=False)), **kwargs}
+    all_count = False
+    if func is not functional.binary_cross_entropy_with_logits:
+        ignored = options.get("ignore_index", IGNORED) if func in _CROSS_ENTROPY else None
+        all_count = check_classes(options["input"], options["target"], ignored)
+    return _Call(func, options, func(*args, **kwargs), all_count)
 
 
 _CROSS_ENTROPY = (functional.cross_entropy, functional.nll_loss)
@@ -243,15 +260,19 @@ def logits_of(output: Any) -> Any:
     return getattr(output, "logits", None)
 
 
-def check_classes(logits: Tensor, labels: Tensor, ignored: int | None) -> None:
+def check_classes(logits: Tensor, labels: Tensor, ignored: int | None) -> bool:
     """Raise DataError if class labels (integers, beside logits ``(b, C, ...)``) are out of range.
 
-    On a GPU torch would end the process instead of raising.
+    On a GPU torch would end the process instead of raising. Otherwise, tell whether they are known
+    to be classes all, none ``ignored``.
     """
     is_class_index = not labels.is_floating_point() and logits.ndim == labels.ndim + 1
     if not is_class_index or labels.numel() == 0:
-        return
-    num_classes = logits.shape[_class_dim(logits)]
+        return False
+    num_classes = logits.shape[1 if logits.ndim > 1 else 0]
+    least, most = labels.aminmax()
+    if least >= 0 and most < num_classes:
+        return ignored is None or not least <= ignored <= most
     wrong = (labels >= num_classes) | (labels < 0)
     if ignored is not None:
         wrong &= labels != ignored
@@ -260,6 +281,7 @@ def check_classes(logits: Tensor, labels: Tensor, ignored: int | None) -> None:
             f"label {int(labels[wrong][0])} is out of range: the model has {num_classes} classes, "
             f"0 to {num_classes - 1}"
         )
+    return False
 
 
 def _moved(loss: Any, device: torch.device) -> Any:

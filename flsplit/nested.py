@@ -101,6 +101,8 @@ def described(tree: Any) -> str:
 
 def to_device(tree: Any, device: torch.device) -> Any:
     """Return ``tree`` with its tensors on ``device``."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
     return map_tensors(lambda tensor: tensor.to(device), tree)
 
 

@@ -6,6 +6,7 @@ get at that rate. So groups keep the ratios that it gives them, and a rate that 
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class UserOptimizer:
             If the optimizer can't, or keeps what can neither travel nor be stored.
         """
         groups = self.torch.param_groups
-        rates = [group["lr"] for group in groups]
+        rates = list(map(itemgetter("lr"), groups))
         for group, lr in zip(groups, rates, strict=True):
             group["lr"] = lr * lr_factor
         try:

@@ -5,6 +5,9 @@ again, in another process or after a crash, with the same result.
 """
 
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
@@ -35,6 +38,15 @@ def derive_seed(seed: int, *labels: str | int) -> int:
 _spare: list[Any] = []  # generators of NumPy that no block uses now
 
 
+class _Here(threading.local):
+    """Whether somebody in this thread goes on with what Python and NumPy would draw next."""
+
+    goes_on: bool = True
+
+
+_here = _Here()
+
+
 class seeded:  # noqa: N801 - it is used as contextlib's own are
     """Seed torch, NumPy and Python inside the block; outside they go on as if it weren't there.
 
@@ -55,12 +67,8 @@ class seeded:  # noqa: N801 - it is used as contextlib's own are
 
     def __enter__(self) -> None:
         """Remember all generators' states, and seed them."""
-        self._python = random.getstate()
-        self._numpy: Any = np.random.get_state()  # noqa: NPY002
-        # Taking a state out of NumPy's generator or putting it back takes 50 µs each, putting
-        # another generator in its place none.
-        self._own = mtrand.get_bit_generator()
-        mtrand.set_bit_generator(_spare.pop() if _spare else np.random.MT19937())
+        self._outside = _taken() if _here.goes_on else None
+        _here.goes_on = True
         self._torch = torch.default_generator.get_state()
         # torch.manual_seed() would seed every GPU, too, and where there is none remember for that
         # the whole call stack.
@@ -74,14 +82,45 @@ class seeded:  # noqa: N801 - it is used as contextlib's own are
 
     def __exit__(self, *exc_info: object) -> None:
         """Set them back."""
-        random.setstate(self._python)
-        _spare.append(mtrand.get_bit_generator())
-        mtrand.set_bit_generator(self._own)
-        if self._numpy[3]:  # a normal number that it has in hand
-            np.random.set_state(self._numpy)  # noqa: NPY002
+        if self._outside is None:
+            _here.goes_on = False
+        else:
+            _put_back(*self._outside)
         torch.default_generator.set_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._on_gpu, self._cuda)
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """Remember Python's and NumPy's states once, for all :func:`seeded` blocks inside this one.
+
+    To take them out and put them back takes longer than a step of a small network. What draws
+    from them between those blocks draws what the last one has left.
+    """
+    before, outside = _here.goes_on, _taken()
+    _here.goes_on = False
+    try:
+        yield
+    finally:
+        _here.goes_on = before
+        _put_back(*outside)
+
+
+def _taken() -> tuple[Any, Any, Any]:
+    """Return the states of Python's and NumPy's generators, and NumPy's itself."""
+    states = random.getstate(), np.random.get_state(), mtrand.get_bit_generator()  # noqa: NPY002
+    # Another generator in its place need not be put back to a state.
+    mtrand.set_bit_generator(_spare.pop() if _spare else np.random.MT19937())
+    return states
+
+
+def _put_back(python: Any, numpy: Any, own: Any) -> None:
+    random.setstate(python)
+    _spare.append(mtrand.get_bit_generator())
+    mtrand.set_bit_generator(own)
+    if numpy[3]:  # a normal number that it has in hand
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def generator(seed: int, *labels: str | int) -> torch.Generator:

@@ -48,6 +48,25 @@ def names_of_frozen(module: nn.Module) -> frozenset[str]:
     return frozenset(name for name, p in named if not p.requires_grad)
 
 
+Owners = list[dict[str, Tensor | None]]
+"""Where a module and those in it have their buffers; they may put other tensors in their place."""
+
+
+def owners_of_buffers(module: nn.Module) -> Owners:
+    """Return where the buffers are, so that not every step walks over all modules."""
+    return [one._buffers for one in module.modules()]
+
+
+def buffers_of(owners: Owners) -> list[Tensor]:
+    """Return the buffers that are there now, as ``module.buffers()`` does."""
+    found = {}
+    for own in owners:
+        for buffer in own.values():
+            if buffer is not None:
+                found[id(buffer)] = buffer
+    return list(found.values())
+
+
 @contextmanager
 def keeping_buffers(module: nn.Module) -> Iterator[None]:
     """Put the buffers back to what they were at the end of the block."""

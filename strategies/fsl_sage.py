@@ -394,7 +394,7 @@ class AlignedAuxiliary:
 def true_gradient(segment: ServerSegment, smashed: Tensor, labels: Tensor) -> Tensor:
     """Return the cut-layer gradient of the mean loss, in training mode; nothing changes."""
     leaf = smashed.detach().requires_grad_(True)
-    segment.module.train()
+    segment.train()
     with keeping_buffers(segment.module):
         loss, _ = segment.criterion(segment.forward(leaf.clone()), labels)
         (gradient,) = torch.autograd.grad(loss, leaf)

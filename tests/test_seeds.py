@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flsplit.seeds import derive_seed, generator, seeded
+from flsplit.seeds import derive_seed, generator, seeded, set_aside
 
 
 def draw() -> tuple[float, ...]:
@@ -159,6 +159,34 @@ def test_blocks_nest():
     with seeded(1):
         expected = [draw(), draw()]
     with seeded(1):
+        found = [draw()]
+        with seeded(2):
+            draw()
+        found.append(draw())
+    assert found == expected
+
+
+def test_blocks_inside_one_that_sets_outer_numbers_aside_leave_no_trace_outside(restart):
+    restart()
+    expected = [draw(), draw()]
+    with seeded(5):
+        seeds = draw()
+    restart()
+    found = [draw()]
+    with set_aside():
+        for _ in range(2):
+            with seeded(5):
+                assert draw() == seeds
+        with set_aside(), seeded(6):
+            draw()
+    found.append(draw())
+    assert found == expected
+
+
+def test_a_block_in_a_block_goes_on_also_where_outer_numbers_are_set_aside():
+    with seeded(1):
+        expected = [draw(), draw()]
+    with set_aside(), seeded(1):
         found = [draw()]
         with seeded(2):
             draw()

@@ -1,12 +1,12 @@
 """The clients that one process serves: their contexts, their cache, and their states on disk."""
 
 import re
-from contextlib import nullcontext
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flsplit.client.cache import ClientCache
+from flsplit.client.cache import live_clients
+from flsplit.client.live_client import Client
 from flsplit.client.spec import client_name
 from flsplit.client.state import ClientState
 from flsplit.log import logger
@@ -39,7 +39,7 @@ class Cohort:
     ) -> None:
         self._app = app
         self._store = store
-        self._cache = ClientCache() if cache else None
+        self._cache: dict[str, Client] | None = {} if cache else None
         self._contexts: dict[str, Context] = {}
         self._problems: dict[str, str] = {}  # what the next answer says of a client's files
 
@@ -59,12 +59,14 @@ class Cohort:
                 return raised(message, error)
         if message.metadata.group_id:
             self._contexts[name] = context
-        with self._cache or nullcontext():
-            try:
-                reply = self._app(message, context)
-            except Exception as error:  # answered as an Error, as Flower's runtime does
-                logger.exception("client %r", name)
-                reply = raised(message, error)
+        token = live_clients.set(self._cache)
+        try:
+            reply = self._app(message, context)
+        except Exception as error:  # answered as an Error, as Flower's runtime does
+            logger.exception("client %r", name)
+            reply = raised(message, error)
+        finally:
+            live_clients.reset(token)
         if reply.has_error():
             return reply
         if store and _changes_what_is_kept(message, reply):
@@ -76,9 +78,9 @@ class Cohort:
     def _save(self, name: str, folder: RoundFolder, server_round: int, context: Context) -> None:
         """Write a client's state; without a disk it goes on all the same, and says so."""
         records = context.state
-        if self._cache:
+        if self._cache is not None:
             records = RecordDict()
-            self._cache.clients[name].state().put(records)
+            self._cache[name].state().put(records)
         try:
             folder.save(server_round, records)
         except StorageError as error:
@@ -87,9 +89,8 @@ class Cohort:
 
     def flush(self) -> None:
         """Write live clients back into their contexts, for a carrier that keeps those."""
-        if self._cache:
-            for name, client in self._cache.clients.items():
-                client.state().put(self._contexts[name].state)
+        for name, client in (self._cache or {}).items():
+            client.state().put(self._contexts[name].state)
 
     def _needs_restoring(self, name: str, message: Message, context: Context) -> bool:
         """Tell whether a client is new here, or has been in the round that begins already."""
@@ -100,7 +101,7 @@ class Cohort:
         config = message.content.get("config")
         if not isinstance(config, ConfigRecord):
             return False
-        live = self._cache.clients.get(name) if self._cache else None
+        live = (self._cache or {}).get(name)
         state = live.state() if live else ClientState.get(context.state)
         experiment = str(config.get("experiment"))
         return state is not None and state.is_ahead_of(int(message.metadata.group_id), experiment)
@@ -109,7 +110,7 @@ class Cohort:
         folder.forget_after(at_most)
         stored = folder.load(at_most)
         if self._cache:
-            self._cache.clients.pop(name, None)
+            self._cache.pop(name, None)
         if stored:
             context.state = stored[1]
         if folder.problems:

@@ -9,10 +9,11 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from flsplit.client.cache import find_client, keep_client
+from flsplit.client.cache import find_client, live_clients
 from flsplit.client.live_client import Client
 from flsplit.client.local_training import row_shapes, train_locally
 from flsplit.client.spec import ClientSpec, client_name
+from flsplit.cut import Crossing
 from flsplit.cut.smashed import learning_in
 from flsplit.errors import FlsplitError
 from flsplit.log import logger
@@ -43,8 +44,9 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
             client = find_client(spec, context)
             try:
                 return Message(compute(client, request).to_content(), reply_to=message)
-            finally:
-                keep_client(client, context)
+            finally:  # also when a step fails
+                if live_clients.get() is None:
+                    client.state().put(context.state)
 
     serve(app.train("step"), StepRequest, take_step)
     serve(app.train("finish"), FinishRequest, finish_round)
@@ -71,8 +73,8 @@ def take_step(client: Client, request: StepRequest) -> StepReply:
         num_examples=client.num_examples,
         num_steps=client.num_steps,
         seconds=time.perf_counter() - started,
-        traces=client.untold([smashed]),
-        frozen=bool(num_rows(labels)) and not learning_in(smashed),
+        traces=client.untold([smashed]) if isinstance(smashed, Crossing) else None,
+        frozen=not learning_in(smashed) and bool(num_rows(labels)),
         steps_before=client.steps_before,
     )
 

@@ -23,8 +23,7 @@ from flsplit.cut.smashed import (
     CutGradient,
     Smashed,
     detached,
-    differentiable,
-    fits,
+    fitting,
     gradients_in,
     learning_in,
     values_of,
@@ -43,10 +42,18 @@ from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
-from flsplit.nested import as_arguments, num_rows, shapes_of, tensors_of, to_device
+from flsplit.nested import as_arguments, shapes_of, tensors_of, to_device
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
-from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put
+from flsplit.untrained import (
+    buffers_of,
+    load_state,
+    names_of_buffers,
+    names_of_frozen,
+    owners_of_buffers,
+    put,
+    put_all,
+)
 
 
 @dataclass
@@ -56,7 +63,7 @@ class _Pending:
     step: int
     smashed: Smashed
     labels: Any
-    buffers: dict[str, Tensor]  # as they were before the forward pass
+    buffers: list[Tensor]  # as they were before the forward pass
     drawn: int  # examples drawn when the step is done
     loss: Tensor | None = None  # what client parts add
 
@@ -82,6 +89,7 @@ class Client:
             self.segment = self._split(model).client.to(self.device)
         named = [(name, p) for name, p in self.segment.named_parameters() if p.requires_grad]
         self._parameters = [p for _, p in named]
+        self._owners = owners_of_buffers(self.segment)
         self.frozen = names_of_frozen(self.segment)
         """Names of parameters that never change; they travel once, and not back."""
         self.optimizer: UserOptimizer | None = None
@@ -118,8 +126,10 @@ class Client:
 
     def state(self) -> ClientState:
         """Return a view of the client between two messages."""
-        buffers = self._pending.buffers if self._pending else {}
-        self._state.segment = {k: v.detach() for k, v in self._tensors()} | buffers
+        self._state.segment = {k: v.detach() for k, v in self._tensors()}
+        if self._pending and self._pending.buffers:
+            names = [name for name, _ in self.segment.named_buffers()]
+            self._state.segment |= zip(names, self._pending.buffers, strict=True)
         self._state.optimizer = get_state(self.optimizer)
         self._state.auxiliary = self.auxiliary.state() if self.auxiliary else None
         return self._state
@@ -296,15 +306,15 @@ class Client:
         self._state.pending = step
         return detached(self._pending.smashed), self._pending.labels
 
-    def untold(self, smashed: Iterable[Smashed]) -> dict[str, Trace]:
-        """Return the traces of what crosses that were not sent in this round, to be sent now."""
+    def untold(self, smashed: Iterable[Smashed]) -> dict[str, Trace] | None:
+        """Return the traces, if any, of what crosses that were not sent in this round yet."""
         told, found = list(self._state.told), {}
         for one in smashed:
             if isinstance(one, Crossing) and one.trace.digest not in told:
                 found[one.trace.digest] = one.trace
                 told.append(one.trace.digest)
         self._state.told = tuple(told[-MOST_TRACES:])
-        return found
+        return found or None
 
     def backward(self, request: Backward) -> None:
         """Back-propagate the cut-layer gradient of the pending step and let the optimizer step.
@@ -338,9 +348,9 @@ class Client:
     def _compute(self, plan: RoundPlan, step: int) -> _Pending:
         indices, drawn = self._order.batch(plan, step, self._state.drawn)
         if not indices:
-            return _Pending(step, torch.empty(0), torch.empty(0, dtype=torch.int64), {}, drawn)
+            return _Pending(step, torch.empty(0), torch.empty(0, dtype=torch.int64), [], drawn)
         seed = derive_seed(plan.seed, "client", self.name, plan.server_round, step)
-        buffers = {name: buffer.clone() for name, buffer in self.segment.named_buffers()}
+        buffers = list(map(torch.clone, buffers_of(self._owners)))
         if not self._trains:  # it walks over all modules
             self.segment.train()
             self._trains = True
@@ -354,11 +364,9 @@ class Client:
                     smashed = self._parts.smashed(at, smashed)
                     leaving = smashed.values if isinstance(smashed, Crossing) else smashed
                     loss = self._parts.loss(at, to_device(inputs, self.device), leaving, labels)
-            for value in values_of(smashed):
-                if value is smashed or value.requires_grad:  # a mask may be -inf on purpose
-                    self._check_finite(value, f"smashed data of step {step}")
+            self._check_smashed(smashed, step)
         except Exception:
-            self._put_back(buffers)
+            put_all(buffers_of(self._owners), buffers)
             # A part may have remembered something of a step that never happened.
             self._parts.load(self._state.parts)
             raise
@@ -369,16 +377,18 @@ class Client:
         return ClientStep(plan.seed, self.name, plan.server_round, step, self.segment, start)
 
     def _update(self, pending: _Pending, gradient: CutGradient) -> None:
-        if not fits(gradient, pending.smashed):
+        tensors = fitting(gradient, pending.smashed)
+        if tensors is None:
             raise ProtocolError(
                 f"cut-gradient has shape {shapes_of(gradient)}, the smashed data of step "
                 f"{pending.step} {shapes_of(_gradients_wanted(pending.smashed))} (client "
                 f"{self.name!r})"
             )
-        for one in gradients_in(gradient):
-            self._check_finite(one, f"cut-layer gradient of step {pending.step}")
+        for one in tensors:
+            if not all_finite(one):
+                raise self._not_finite(f"cut-layer gradient of step {pending.step}")
         wanted = learning_in(pending.smashed)
-        if self.optimizer is None or not num_rows(pending.labels) or not wanted:
+        if self.optimizer is None or not wanted:
             return
         if isinstance(gradient, Tensor):
             gradient = gradient.to(wanted[0])
@@ -403,9 +413,9 @@ class Client:
                 total = total + parameter.grad.sum()
         if not (isinstance(total, float) or cmath.isfinite(total.item())):
             for parameter in self._parameters:
-                if parameter.grad is not None:
+                if parameter.grad is not None and not all_finite(parameter.grad):
                     what = f"gradient of the client segment in step {pending.step}"
-                    self._check_finite(parameter.grad, what)
+                    raise self._not_finite(what)
         if self.spec.max_grad_norm is not None:
             clip_gradients(self._parameters, self.spec.max_grad_norm)
         self.optimizer.step()
@@ -417,14 +427,10 @@ class Client:
     def _undo_forward(self) -> None:
         """Be as before the pending forward pass, which is computed again if its gradient comes."""
         if self._pending:
-            self._put_back(self._pending.buffers)
+            if self._pending.buffers:
+                put_all(buffers_of(self._owners), self._pending.buffers)
             self._parts.load(self._state.parts)
         self._pending = None
-
-    def _put_back(self, buffers: dict[str, Tensor]) -> None:
-        own = dict(self.segment.named_buffers())
-        for name, buffer in buffers.items():
-            put(own[name], buffer)
 
     # --- evaluation ----------------------------------------------------------------------
 
@@ -495,7 +501,12 @@ class Client:
 
     def _run_segment(self, inputs: Any) -> Smashed:
         dtype = self.spec.autocast
-        args, kwargs = as_arguments(to_device(inputs, self.device))
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if isinstance(inputs, Tensor):
+            args = (inputs.to(self.device),)
+        else:
+            args, kwargs = as_arguments(to_device(inputs, self.device))
         try:
             with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
                 smashed: Smashed = self.segment(*args, **kwargs)
@@ -504,7 +515,9 @@ class Client:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise self._explain(error, inputs) from error
-        if isinstance(smashed, Tensor) and not differentiable(smashed):
+        if isinstance(smashed, Tensor) and not (
+            smashed.is_floating_point() or smashed.is_complex()
+        ):
             raise SegmentMismatchError(
                 f"the smashed data at {self.cut!r} is {smashed.dtype}, expected floating point"
             )
@@ -524,11 +537,16 @@ class Client:
             f"client {self.name!r}: the client segment can't take inputs of {shapes}: {error}"
         )
 
-    def _check_finite(self, tensor: Tensor, what: str) -> None:
-        if not all_finite(tensor):
-            raise NonFiniteError(
-                f"{what} is NaN or infinite (client {self.name!r}, round {self.plan.server_round})"
-            )
+    def _check_smashed(self, smashed: Smashed, step: int) -> None:
+        # A mask that crosses may be -inf on purpose.
+        computed = [smashed] if isinstance(smashed, Tensor) else learning_in(smashed)
+        if not all(map(all_finite, computed)):
+            raise self._not_finite(f"smashed data of step {step}")
+
+    def _not_finite(self, what: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"{what} is NaN or infinite (client {self.name!r}, round {self.plan.server_round})"
+        )
 
 
 def _gradients_wanted(smashed: Smashed) -> Any:

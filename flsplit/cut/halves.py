@@ -179,18 +179,21 @@ class ClientHalf(Half):
             If the model can't be cut here with such a batch.
         """
         own = vars(self)
-        cut: Cut = own["_cut"]
-        passages = self._known(args, kwargs)
-        item = passages[0].item
+        key = batch_key(args, kwargs, self.training)
+        known = own["_passages"].get(key) or self._look(key, args, kwargs)
+        item = known[0].item
         if item is None:
             return self.crossing(*args, **kwargs)
-        output = run_to_layer(own["_whole"], cut.name, args, kwargs)
-        return tensors_in(output)[item]
+        output = run_to_layer(own["_whole"], own["_cut"].name, args, kwargs)
+        return output if type(output) is Tensor else tensors_in(output)[item]
 
     def crossing(self, *args: Any, **kwargs: Any) -> Crossing:
         """Return all that crosses, whether a single tensor or many."""
         cut: Cut = vars(self)["_cut"]
-        known = self._known(args, kwargs)
+        key = batch_key(args, kwargs, self.training)
+        known: tuple[Passage, ...] = vars(self)["_passages"].get(key) or self._look(
+            key, args, kwargs
+        )
         before = self._kept() if any(passage.reads for passage in known) else None
         with eager() if cut.compiled else nullcontext():
             trace, held = run_to_cut(vars(self)["_whole"], cut.name, args, kwargs, known)
@@ -199,7 +202,7 @@ class ClientHalf(Half):
             if before is None:
                 raise CutError(f"forward takes a way before {cut.name!r} that it didn't before")
             self._put_back(before)
-            self._look(batch_key(args, kwargs, self.training), args, kwargs)
+            self._look(key, args, kwargs)
             return self.crossing(*args, **kwargs)
         values = {key: held[key] for key in passage.values}
         raw = frozenset(
@@ -215,11 +218,6 @@ class ClientHalf(Half):
     def _put_back(self, before: Any) -> None:
         put_all(self.buffers(), before[0])
         torch.set_rng_state(before[1])
-
-    def _known(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[Passage, ...]:
-        key = batch_key(args, kwargs, self.training)
-        known: tuple[Passage, ...] | None = vars(self)["_passages"].get(key)
-        return known or self._look(key, args, kwargs)
 
     def _look(self, key: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Passage, ...]:
         own = vars(self)
@@ -318,8 +316,9 @@ class ServerHalf(Half):
     def _script(self, given: Crossing) -> Script:
         """Return what was made ready for the same trace before."""
         scripts: _Scripts = vars(self)["_scripts"]
-        device = next((v.device for v in given.values.values()), None)
-        key = id(given.trace.calls), device, *given.values
+        values = given.values
+        device = next(iter(values.values())).device if values else None
+        key = id(given.trace.calls), device, *values
         if key not in scripts:
             if len(scripts) >= _MOST_SCRIPTS:
                 scripts.clear()

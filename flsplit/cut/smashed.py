@@ -58,12 +58,13 @@ def learning_in(leaves: Smashed) -> list[Tensor]:
 
 def gradient_of(leaves: Smashed, found: Sequence[Tensor | None], weight: float) -> CutGradient:
     """Return the cut-layer gradient: what was found for the tensors that learn, over a weight."""
+    if isinstance(leaves, Tensor):
+        (gradient,) = found
+        return torch.zeros_like(leaves) if gradient is None else gradient / weight
     tensors = [
         torch.zeros_like(leaf) if gradient is None else gradient / weight
         for leaf, gradient in zip(learning_in(leaves), found, strict=True)
     ]
-    if isinstance(leaves, Tensor):
-        return tensors[0]
     return dict(zip(leaves.learning, tensors, strict=True))
 
 
@@ -72,14 +73,17 @@ def gradients_in(gradient: CutGradient) -> list[Tensor]:
     return [gradient] if isinstance(gradient, Tensor) else list(gradient.values())
 
 
-def fits(gradient: object, smashed: Smashed) -> bool:
-    """Tell whether this is a cut-layer gradient of the smashed data's shape."""
+def fitting(gradient: object, smashed: Smashed) -> list[Tensor] | None:
+    """Return the tensors of a cut-layer gradient of the smashed data's shape, None if it isn't."""
     if isinstance(smashed, Tensor):
-        return isinstance(gradient, Tensor) and gradient.shape == smashed.shape
+        fits = isinstance(gradient, Tensor) and gradient.shape == smashed.shape
+        return [gradient] if fits else None  # type: ignore[list-item]
+    if not isinstance(gradient, dict):
+        return None
+    tensors = {name: one for name, one in gradient.items() if isinstance(one, Tensor)}
     learning = {name: smashed.values[name].shape for name in smashed.learning}
-    return isinstance(gradient, dict) and learning == {
-        name: one.shape for name, one in gradient.items() if isinstance(one, Tensor)
-    }
+    fits = learning == {name: one.shape for name, one in tensors.items()}
+    return list(tensors.values()) if fits else None
 
 
 def value_by_value(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,8 @@ class Crossing:
 def run_to_layer(model: nn.Module, cut: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """Run a model up to its cut layer and return that layer's output; nothing is watched."""
     run = PartialForward(place_of(cut)[1])
-    with run.running():
-        model(*args, **kwargs)
-    return _reached(run, cut)
+    run.run(model, args, kwargs)
+    return run.output if run.passed else _not_reached(cut)
 
 
 def run_to_cut(
@@ -113,9 +112,10 @@ def record(
 ) -> None:
     """Run a model up to the cut under a recording."""
     recording.write("the inputs", (), (args, dict(kwargs)))
-    with recording.running(), recording:
-        model(*args, **kwargs)
-    _reached(recording, cut)
+    with recording:
+        recording.run(model, args, kwargs)
+    if not recording.passed:
+        _not_reached(cut)
 
 
 def script_for(given: Crossing) -> Script:
@@ -145,24 +145,24 @@ def run_from_cut(
     run = Replaying(
         script or script_for(given), given.trace.numbers, given.values, place_of(cut)[1]
     )
-    output = run.run(model, extra or {})
+    output = run.go_on(model, extra or {})
     if not run.passed:
-        raise UnknownCutError(f"forward ended before the cut {cut!r}")
-    if changed := [key for key in given.aliases if run.changed(key)]:
+        _not_reached(cut)
+    if given.aliases and (changed := [key for key in given.aliases if run.changed(key)]):
         raise CrossingError(
             f"value {changed[0]} is changed in place after the cut, and shares memory with another "
             "value that crosses"
         )
+    if type(output) is Tensor:
+        return output
     for tensor in tensors_in(output):
         if isinstance(tensor, Absent):
             raise CrossingError(f"the model returned value {tensor.key}, which did not cross")
     return output
 
 
-def _reached(run: PartialForward, cut: str) -> Any:
-    if not run.passed:
-        raise UnknownCutError(f"forward ended before the cut {cut!r}")
-    return run.output
+def _not_reached(cut: str) -> NoReturn:
+    raise UnknownCutError(f"forward ended before the cut {cut!r}")
 
 
 def aliases(values: Mapping[str, Tensor]) -> frozenset[str]:

@@ -144,6 +144,8 @@ class Survey(TorchFunctionMode, PartialForward):
         The same copy's forward before, of which nothing may be used in this one.
     """
 
+    watches = True
+
     def __init__(
         self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], before: "Survey | None" = None
     ) -> None:
@@ -168,8 +170,8 @@ class Survey(TorchFunctionMode, PartialForward):
         attributes = _attributes(model)
         self._write("the inputs", (), (args, dict(kwargs)))
         self._name_inputs(args, kwargs)
-        with eager(), self, _Beneath(self), self.running():
-            self.output = model(*args, **kwargs)
+        with eager(), self, _Beneath(self):
+            self.output = self.run(model, args, kwargs)
         self._use(self.output)
         names = {name for state in self.state.values() for name in state.names}
         for name, _ in model.named_buffers():

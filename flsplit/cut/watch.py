@@ -15,8 +15,9 @@ call: on the client it runs unwatched, on the server it doesn't run at all.
 import copy
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -112,6 +113,9 @@ _active = _Active()
 class PartialForward:
     """One forward up to a cut, or from it; watches nothing of what happens in between."""
 
+    watches = False
+    """Whether modules before the cut are told to `module`, or called as ever."""
+
     def __init__(self, nth: int = 1) -> None:
         self._left, self._grad = nth, torch.is_grad_enabled()
         self.passed = False
@@ -138,14 +142,13 @@ class PartialForward:
         self.output = output
         raise Reached
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Be the run that the model's hooks report to inside the block."""
+    def run(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Be the run that the model's hooks report to; return the output of a whole forward."""
         before, _active.run = _active.run, self
         try:
-            yield
+            return model(*args, **kwargs)
         except Reached:
-            pass
+            return None
         finally:
             _active.run = before
 
@@ -158,11 +161,11 @@ class Stub:
         self._own = vars(module).get("forward")  # somebody else may have replaced it, too
         self.__name__ = "forward"
 
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """The module's own forward."""
-        own: Callable[..., Any] = self._own or type(self.called).forward.__get__(self.called)
-        return own
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward."""
+        if self._own:
+            return self._own(*args, **kwargs)
+        return type(self.called).forward(self.called, *args, **kwargs)
 
     def put_back(self) -> None:
         """Let the module have its own forward again."""
@@ -173,9 +176,11 @@ class Stub:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the run that goes on."""
         run = _active.run
-        if run is None or run.passed:
-            return self.forward(*args, **kwargs)
-        return run.module(self, args, kwargs)
+        if run is not None and run.watches and not run.passed:
+            return run.module(self, args, kwargs)
+        if self._own:
+            return self._own(*args, **kwargs)
+        return type(self.called).forward(self.called, *args, **kwargs)
 
 
 class AtCut:
@@ -190,6 +195,7 @@ class AtCut:
         return None if run is None or run.passed else run.layer_returned(self.name, output)
 
 
+@cache
 def place_of(cut: str) -> tuple[str, int]:
     """Return the module's name and which of its calls a cut lies behind: ``"relu#2"``."""
     name, _, nth = cut.partition("#")
@@ -312,6 +318,8 @@ class Recording(TorchFunctionMode, PartialForward):
     nth : int
         Which call of the cut layer is the cut.
     """
+
+    watches = True
 
     def __init__(self, keys: set[str] | None, whole: frozenset[str], nth: int) -> None:
         TorchFunctionMode.__init__(self)
@@ -465,6 +473,8 @@ class Replaying(TorchFunctionMode, PartialForward):
         Which call of the cut layer is the cut.
     """
 
+    watches = True
+
     def __init__(
         self, script: Script, numbers: tuple[Any, ...], values: Mapping[str, Tensor], nth: int
     ) -> None:
@@ -508,7 +518,8 @@ class Replaying(TorchFunctionMode, PartialForward):
             )
         with Unseen(), torch.enable_grad():  # these are none of forward's calls
             if self._script.layer is not None:
-                self._end()
+                if self._watching:
+                    self._end()
                 return next(iter(self._values.values())).clone()
             for key, value in self._values.items():
                 if key not in self._held:
@@ -532,17 +543,16 @@ class Replaying(TorchFunctionMode, PartialForward):
             self._watching = False
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
-    def run(self, model: nn.Module, extra: Mapping[str, Any]) -> Any:
+    def go_on(self, model: nn.Module, extra: Mapping[str, Any]) -> Any:
         """Run a model, watched up to the cut."""
-        before, _active.run = _active.run, self
         args, kwargs = self._recall(())
+        if self._script.skips:
+            return self.run(model, args, {**kwargs, **extra})
+        self._watching = True
+        self.__enter__()  # type: ignore[no-untyped-call]
         try:
-            if not self._script.skips:
-                self._watching = True
-                self.__enter__()  # type: ignore[no-untyped-call]
-            return model(*args, **{**kwargs, **extra})
+            return self.run(model, args, {**kwargs, **extra})
         finally:
-            _active.run = before
             self._end()
 
     def changed(self, key: str) -> bool:

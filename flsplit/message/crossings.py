@@ -10,17 +10,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from torch import Tensor
 
 from flsplit.cut import Crossing, CutError, Trace
 from flsplit.cut.smashed import CutGradient, Smashed, differentiable
 from flsplit.cut.trace import numbers_from_json, numbers_to_json
 from flsplit.errors import ProtocolError
-from flsplit.flower_internals import fill
+from flsplit.flower_internals import made
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import Record, Records, Slot, only_array, record, value
-from flsplit.message.nestings import WHOLE
+from flsplit.message.fields import (
+    WHOLE,
+    Record,
+    Records,
+    Slot,
+    only_array,
+    record,
+    refuse_others,
+    value,
+)
 
 MOST_TRACES = 32
 """How many traces a client takes for known to the server: those that it has sent last."""
@@ -50,12 +58,14 @@ class Unresolved:
         return Crossing(self.values, Trace(traces[self.digest].calls, self.numbers), self.aliases)
 
 
-def put_smashed(arrays: ArrayRecord, crossings: ConfigRecord, place: str, smashed: Smashed) -> None:
-    """Add smashed data to a message's records."""
+def put_smashed(
+    arrays: dict[str, Array], crossings: dict[str, Any], place: str, smashed: Smashed
+) -> None:
+    """Add smashed data to what is to be two records."""
     if isinstance(smashed, Tensor):
-        fill(arrays, {place: to_array(smashed)})
+        arrays[place] = to_array(smashed)
         return
-    fill(arrays, {f"{place}:{name}": to_array(one) for name, one in smashed.values.items()})
+    arrays |= {f"{place}:{name}": to_array(one) for name, one in smashed.values.items()}
     crossings[f"{place}.trace"] = smashed.trace.digest
     crossings[f"{place}.numbers"] = numbers_to_json(smashed.trace.numbers)
     crossings[f"{place}.learning"] = smashed.learning
@@ -108,16 +118,21 @@ def one_smashed(key: str) -> Slot:
     """Return how the smashed data of one step travels."""
 
     def put(records: dict[str, Record], smashed: Smashed) -> None:
-        arrays, crossings = ArrayRecord(), ConfigRecord()
+        if isinstance(smashed, Tensor):
+            records[key] = made(ArrayRecord, {WHOLE: to_array(smashed)})
+            return
+        arrays: dict[str, Array] = {}
+        crossings: dict[str, Any] = {}
         put_smashed(arrays, crossings, WHOLE, smashed)
-        records[key] = arrays
-        if crossings:
-            records["crossing"] = crossings
+        records[key] = made(ArrayRecord, arrays)
+        records["crossing"] = made(ConfigRecord, crossings)
 
     def get(records: Records) -> Tensor | Unresolved:
+        if "crossing" not in records and (array := only_array(records, key)):
+            return to_tensor(array, field=key)
         arrays, crossings = record(records, key, ArrayRecord), crossings_in(records)
         if crossings is None:
-            only_array(records, key)
+            refuse_others(arrays, key)
         return get_smashed(arrays, crossings, WHOLE, key)
 
     return Slot(key, put, get, required=True)
@@ -129,8 +144,7 @@ def crossings_in(records: Records) -> ConfigRecord | None:
 
 
 def _put_traces(records: dict[str, Record], traces: Mapping[str, Trace]) -> None:
-    if traces:
-        records["traces"] = ConfigRecord({key: one.to_json() for key, one in traces.items()})
+    records["traces"] = ConfigRecord({key: one.to_json() for key, one in traces.items()})
 
 
 def _get_traces(records: Records) -> dict[str, Trace]:
@@ -151,8 +165,7 @@ TRACES = Slot("traces", _put_traces, _get_traces)
 
 
 def _put_frozen(records: dict[str, Record], frozen: bool) -> None:
-    if frozen:
-        records["frozen"] = ConfigRecord({"frozen": True})
+    records["frozen"] = ConfigRecord({"frozen": frozen})
 
 
 FROZEN = Slot("frozen", _put_frozen, lambda records: True)
@@ -163,16 +176,18 @@ def one_gradient(key: str) -> Slot:
     """Return how a cut-layer gradient travels."""
 
     def put(records: dict[str, Record], gradient: CutGradient) -> None:
-        records[key] = arrays = ArrayRecord()
         if isinstance(gradient, Tensor):
-            fill(arrays, {WHOLE: to_array(gradient)})
+            arrays = {WHOLE: to_array(gradient)}
         else:
-            fill(arrays, {f"{WHOLE}:{name}": to_array(one) for name, one in gradient.items()})
+            arrays = {f"{WHOLE}:{name}": to_array(one) for name, one in gradient.items()}
+        records[key] = made(ArrayRecord, arrays)
 
     def get(records: Records) -> CutGradient:
+        if array := only_array(records, key):
+            return to_tensor(array, field=key)
         arrays = record(records, key, ArrayRecord)
-        if WHOLE in arrays:
-            return to_tensor(only_array(records, key), field=key)
+        if arrays:  # none where none of the values learns
+            refuse_others(arrays, key)
         found = {}
         for name, array in arrays.items():
             if not name.startswith(f"{WHOLE}:"):

@@ -15,7 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from flsplit.errors import ProtocolError
-from flsplit.flower_internals import fill
+from flsplit.flower_internals import made
 from flsplit.message.arrays import dtype_name, dtype_of
 from flsplit.message.raised import shortened
 
@@ -59,7 +59,7 @@ class Slot:
     Attributes
     ----------
     record : str
-        The record that tells whether it is there.
+        The record that tells whether it is there, for None and False by its absence.
     put : callable
         Takes a message's records and the value, and adds what it is written in.
     get : callable
@@ -134,20 +134,18 @@ class Content:
                 elif kind is torch.dtype:
                     found = dtype_name(found)
                 fields[key] = found
-            records[record_name] = written = make()
-            fill(written, fields)
+            records[record_name] = made(make, fields)
         for name, slot in self._slots:
-            if (found := getattr(self, name)) is not None:
+            found = getattr(self, name)
+            if found is not None and found is not False:
                 slot.put(records, found)
-        content = RecordDict()
-        fill(content, records)
-        return content
+        return made(RecordDict, records)
 
     @classmethod
     def from_content(cls, content: RecordDict | Records) -> Self:
         """Return what a message says; ProtocolError if it is malformed."""
         records: Records = content if type(content) is dict else dict(content.items())
-        values = _read(records, cls._groups)
+        values = read_fields(records, cls._groups)
         for name, slot in cls._slots:
             if slot.required or slot.record in records:
                 values[name] = slot.get(records)
@@ -184,7 +182,8 @@ def nested(key: str, kind: type[Fields]) -> Slot:
 
 
 # This runs for every message of every client: loops, and no call for each field.
-def _read(records: Records, groups: Sequence[_Group]) -> dict[str, Any]:
+def read_fields(records: Records, groups: Sequence[_Group]) -> dict[str, Any]:
+    """Return plain fields by name."""
     values = {}
     for record_name, record_kind, entries in groups:
         source: Any = records.get(record_name)
@@ -268,13 +267,24 @@ def value(
 ) -> Value:
     """Return the field ``key`` of ``kind`` (an int passes for a float), at least ``minimum``."""
     group = ("it", type(fields), [_FieldAt("it", key, kind, minimum, math.inf, (0, None))])
-    found: Value = _read({"it": fields}, [group])["it"]
+    found: Value = read_fields({"it": fields}, [group])["it"]
     return found
 
 
-def only_array(content: Records, key: str) -> Array:
-    """Return the one array of the record ``key``."""
-    arrays = list(record(content, key, ArrayRecord).values())
-    if len(arrays) != 1:
+WHOLE = "0"
+"""The place of what a message has one of."""
+
+
+def only_array(content: Records, key: str) -> Array | None:
+    """Return the array of a record that holds this one alone, as nearly all do; else None."""
+    found = content.get(key)
+    if type(found) is not ArrayRecord:
+        found = record(content, key, ArrayRecord)
+    arrays = list(found.items())
+    return arrays[0][1] if len(arrays) == 1 and arrays[0][0] == WHOLE else None
+
+
+def refuse_others(arrays: ArrayRecord, key: str) -> None:
+    """Refuse arrays beside one that is alone, and none at all."""
+    if WHOLE in arrays or not arrays:
         raise ProtocolError(f"record {key!r} holds {len(arrays)} arrays, expected one")
-    return arrays[0]

@@ -7,19 +7,20 @@ auxiliary model emulates, and for the smashed data of some of them.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from torch import Tensor
 
 from flsplit.account.clock import Leg
 from flsplit.cut import Trace
 from flsplit.cut.smashed import values_of
 from flsplit.errors import ProtocolError
+from flsplit.flower_internals import made
 from flsplit.message import request as common
 from flsplit.message.crossings import Unresolved, crossings_in, get_smashed, put_smashed
 from flsplit.message.fields import Fields, In, Record, Records, Slot, nested, record, value
-from flsplit.message.nestings import get_nesting, put_nesting
+from flsplit.message.nestings import arrays_of, get_nesting
 from flsplit.message.request import (
     Batch,
     Reply,
@@ -68,13 +69,18 @@ class AuxiliaryPlan(Fields):
 
 
 def _put_uploads(records: dict[str, Record], uploads: Mapping[int, Batch]) -> None:
-    smashed, labels, crossings = ArrayRecord(), ArrayRecord(), ConfigRecord()
+    smashed: dict[str, Array] = {}
+    labels: dict[str, Array] = {}
+    crossings: dict[str, Any] = {}
     for step, (rows, of_rows) in uploads.items():
         put_smashed(smashed, crossings, str(step), rows)
-        put_nesting(labels, str(step), of_rows)
-    records["smashed-data"], records["labels"] = smashed, labels
+        labels |= arrays_of(of_rows, str(step))
+    records["smashed-data"], records["labels"] = (
+        made(ArrayRecord, smashed),
+        made(ArrayRecord, labels),
+    )
     if crossings:
-        records["crossing"] = crossings
+        records["crossing"] = made(ConfigRecord, crossings)
 
 
 def _get_uploads(records: Records) -> dict[int, Batch]:

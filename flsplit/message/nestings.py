@@ -12,12 +12,9 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from flsplit.errors import DataError, ProtocolError
-from flsplit.flower_internals import fill
+from flsplit.flower_internals import made
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import Record, Records, Slot, only_array, record
-
-WHOLE = "0"
-"""The place of what a message has one of."""
+from flsplit.message.fields import WHOLE, Record, Records, Slot, only_array, record, refuse_others
 
 _STEP = re.compile(r"\.([^.\[\]]{1,100})|\[(0|[1-9]\d{0,3})\]")
 _MAX_DEPTH, _MAX_TENSORS = 8, 10_000
@@ -27,27 +24,29 @@ def nesting(key: str) -> Slot:
     """Return how a nesting of tensors travels raw, alone in a record."""
 
     def put(records: dict[str, Record], tree: Any) -> None:
-        records[key] = arrays = ArrayRecord()
-        put_nesting(arrays, WHOLE, tree)
+        alone = isinstance(tree, Tensor)
+        arrays = {WHOLE: to_array(tree)} if alone else arrays_of(tree, WHOLE)
+        records[key] = made(ArrayRecord, arrays)
 
     def get(records: Records) -> Any:
+        if array := only_array(records, key):
+            return to_tensor(array, field=key)
         arrays = record(records, key, ArrayRecord)
-        if WHOLE in arrays or not arrays:
-            return to_tensor(only_array(records, key), field=key)
+        refuse_others(arrays, key)
         return get_nesting(arrays, WHOLE, field=key)
 
     return Slot(key, put, get, required=True)
 
 
-def put_nesting(arrays: ArrayRecord, place: str, tree: Any) -> None:
-    """Add the tensors of a nesting to a record.
+def arrays_of(tree: Any, place: str) -> dict[str, Array]:
+    """Return the tensors of a nesting, by their places.
 
     Raises
     ------
     DataError
         If there is something else than tensors in it, or a name that can't be written.
     """
-    fill(arrays, {where: to_array(tensor) for where, tensor in _tensors_in(tree, place)})
+    return {where: to_array(tensor) for where, tensor in _tensors_in(tree, place)}
 
 
 def _tensors_in(tree: Any, place: str) -> Iterator[tuple[str, Tensor]]:

@@ -10,13 +10,23 @@ from torch import Tensor
 
 from flsplit.account.clock import Leg
 from flsplit.cut import Trace
-from flsplit.cut.smashed import CutGradient, Smashed, differentiable, gradients_in, values_of
+from flsplit.cut.smashed import CutGradient, Smashed, gradients_in, learning_in
 from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite
-from flsplit.flower_internals import fill
+from flsplit.flower_internals import made
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.crossings import FROZEN, TRACES, one_gradient, one_smashed
-from flsplit.message.fields import Content, In, Record, Records, Slot, nested, record, value
+from flsplit.message.fields import (
+    Content,
+    In,
+    Record,
+    Records,
+    Slot,
+    nested,
+    read_fields,
+    record,
+    value,
+)
 from flsplit.message.nestings import nesting
 from flsplit.message.optimizer_state import OptimizerState, indexed
 from flsplit.message.round_plan import RoundPlan
@@ -202,7 +212,7 @@ def check_batch(smashed: Smashed, labels: Any, most: int | None = None) -> None:
     """
     rows = num_rows(labels)
     if isinstance(smashed, Tensor):
-        if not differentiable(smashed):
+        if not (smashed.is_floating_point() or smashed.is_complex()):
             raise ProtocolError(f"smashed-data: dtype is {smashed.dtype}, expected floating point")
         if smashed.ndim == 0 or (len(smashed) == 0 and most != 0):
             raise ProtocolError(
@@ -217,9 +227,10 @@ def check_batch(smashed: Smashed, labels: Any, most: int | None = None) -> None:
         raise ProtocolError(f"labels: shape is {shapes_of(labels)}, expected one row or more")
     if most is not None and rows > most:
         raise ProtocolError(f"smashed-data: {rows} rows came, at most {most} were planned")
-    for tensor in values_of(smashed):
-        # A mask that crosses may be -inf on purpose; what the client computed may not.
-        if (tensor.requires_grad or smashed is tensor) and not all_finite(tensor):
+    # A mask that crosses may be -inf on purpose; what the client computed may not.
+    computed = [smashed] if isinstance(smashed, Tensor) else learning_in(smashed)
+    for tensor in computed:
+        if not all_finite(tensor):
             raise NonFiniteError("smashed-data: there are values that are NaN or infinite")
 
 
@@ -274,7 +285,6 @@ def _get_segment(records: Records) -> SegmentArrays:
     return SegmentArrays(version, _ARRAYS.get(records))
 
 
-@dataclass(frozen=True)
 class _BackwardFields(Content):
     step: Annotated[int, In("backward", 0)]
     update: Annotated[bool, In("backward")]
@@ -282,15 +292,14 @@ class _BackwardFields(Content):
 
 def _put_backward(records: dict[str, Record], backward: Backward) -> None:
     update = backward.gradient is not None
-    records["backward"] = fields = ConfigRecord()
-    fill(fields, {"step": backward.step, "update": update})
+    records["backward"] = made(ConfigRecord, {"step": backward.step, "update": update})
     if update:
         _GRADIENT.put(records, backward.gradient)
 
 
 def _get_backward(records: Records) -> Backward:
-    fields = _BackwardFields.from_content(records)
-    return Backward(fields.step, _GRADIENT.get(records) if fields.update else None)
+    fields = read_fields(records, _BackwardFields._groups)
+    return Backward(fields["step"], _GRADIENT.get(records) if fields["update"] else None)
 
 
 MOST_EXAMPLES = 10**12

@@ -7,6 +7,7 @@ writes the same down for people.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Self
 
 from torch import Tensor
@@ -79,7 +80,7 @@ class StepReply(Reply):
             return replace(self, smashed=self.smashed.resolved(traces))
         return self
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """How many rows there are, 0 if the client sits the step out."""
         return num_rows(self.labels)

@@ -34,7 +34,7 @@ from flsplit.run.result import SplitResult
 from flsplit.run.round import Round
 from flsplit.run.run_clock import make_clock
 from flsplit.run.run_identity import Identity, describe
-from flsplit.seeds import derive_seed
+from flsplit.seeds import derive_seed, set_aside
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits
 from flsplit.storage import State, in_use
@@ -208,7 +208,8 @@ class Run:
             if is_first:
                 round_.exchanges_left = partial(self._exchanges_left, round_)
             self.strategy.begin_round(round_)
-            finished = self.strategy.train_round(round_)
+            with set_aside():
+                finished = self.strategy.train_round(round_)
             if round_.enough_are_left():
                 break
             if attempt == MOST_ATTEMPTS:

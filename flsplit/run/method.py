@@ -16,7 +16,7 @@ from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import Split, split
 from flsplit.cut.client_cuts import all_cuts, cut_of, joined
-from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, located
+from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, at, located
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.steps import FinishReply
@@ -361,11 +361,13 @@ class SplitMethod(SaysPhases):
         while batches:
             step = Step(name, self.server, self._settings, round_, index, num_steps, batches)
             try:
-                with located(step.where):
-                    self.step(step)
-                    told |= step.end(replies_expected=replies_expected)
+                self.step(step)
+                told |= step.end(replies_expected=replies_expected)
                 break
-            except OF_A_BATCH as error:
+            except FlsplitError as error:
+                at(step.where, error)
+                if not isinstance(error, OF_A_BATCH):
+                    raise
                 first = first or error
                 told |= step.break_off()
                 names = [one.client for one in batches]

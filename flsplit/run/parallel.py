@@ -23,8 +23,9 @@ class ParallelStrategy(SplitStrategy):
             told: dict[str, Backward] = {}
             if batches := round_.batches(replies):  # else all sit this step out
                 told = self.take_step(round_, index, steps, batches)
-                left = round_.others_than(())
-                replies = {name: reply for name, reply in replies.items() if name in left}
+                if round_.entry.left_out:
+                    left = round_.others_than(())
+                    replies = {name: reply for name, reply in replies.items() if name in left}
             nothing = Backward(index, None)
             replies, ended = round_.exchange(
                 {

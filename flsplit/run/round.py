@@ -157,7 +157,7 @@ class Round:
                 backward,
                 num_steps=reply.num_steps,
                 num_examples=reply.num_examples,
-                planned=self.plan_of(reply.client),
+                planned=self.plan_of(reply.client) if self.overrides else self.plan,
             )
         return FinishRequest(
             self.plan.server_round,
@@ -295,19 +295,23 @@ class Round:
 
         Those that sit the step out have none.
         """
-        return [
-            ClientBatch(name, reply.smashed, reply.labels, reply.num_examples, reply.frozen)
-            for name, reply in replies.items()
-            if reply.rows
-        ]
+        found = []
+        for name, one in replies.items():
+            if one.rows:
+                batch = ClientBatch(name, one.smashed, one.labels, one.num_examples, one.frozen)
+                found.append(batch)
+        return found
 
     # --- keeping account -----------------------------------------------------------------
 
     def record_loss(self, batch: ClientBatch, loss: float, count: Count) -> None:
         """Count a client's mini-batch: its rows, its mean loss and its correct answers."""
-        tally = self.tallies.setdefault(batch.client, Tally())
+        tally = self.tallies.get(batch.client)
+        if tally is None:
+            tally = self.tallies[batch.client] = Tally()
+        rows = len(batch)
         for one in (tally, self._total):
-            one.rows += len(batch)
+            one.rows += rows
             one.loss += loss * count.weight
             one.weight += count.weight
             one.correct += count.correct

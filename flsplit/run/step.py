@@ -3,17 +3,16 @@
 import copy
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flsplit.cut.smashed import CutGradient, Smashed, differentiable, fits, gradients_in
+from flsplit.cut.smashed import CutGradient, Smashed, fitting
 from flsplit.errors import MethodError, located
 from flsplit.finite import all_finite
 from flsplit.log import logger
@@ -39,6 +38,8 @@ from flsplit.server.gradients import (
     separate_gradients,
 )
 from flsplit.server.segment import ServerGradients, ServerSegment
+
+T = TypeVar("T")
 
 POOL = "pooled rows"
 """What errors and seeds call rows of several clients that are computed on as one batch."""
@@ -113,11 +114,10 @@ class Step:
         plan = round_.plan
         self.index, self.num_steps = index, num_steps
         self.round, self.num_rounds, self.lr = plan.server_round, plan.num_rounds, plan.lr
-        self.batches: list[ClientBatch] = []
-        self.clients: list[str] = []
+        self._batch_of: dict[str, ClientBatch] = {}
         for batch in batches:
-            self.batches.append(batch.to(segment.part_for(batch.client)))
-            self.clients.append(batch.client)
+            self._batch_of[batch.client] = batch.to(segment.part_for(batch.client))
+        self.batches, self.clients = list(self._batch_of.values()), list(self._batch_of)
         self.where = f"round {self.round}, step {index}"
         self.shares = client_shares(self.batches, settings.shares)
         self._method, self._segment, self._settings = method, segment, settings
@@ -205,26 +205,37 @@ class Step:
         whole = batches is self.batches
         names = self.clients if whole else [batch.client for batch in batches]
         weights = self._weights(batches)
-        with self._computing(segment, names):
-
-            def compute(part: ServerSegment, own: Sequence[ClientBatch]) -> StepGradients:
-                of_own = {batch.client: weights[batch.client] for batch in own}
-                if per_client:
-                    found = client_gradients(part, own, of_own, low_memory=low_memory)
-                elif self._settings.pools and can_be_pooled(part, own):
-                    found = pooled_gradients(part, own, of_own)
-                else:
-                    found = separate_gradients(part, own, of_own)
-                check_finite(found, part, own, self.where)
-                return found
-
+        compute = partial(self._of_one_cut, weights, per_client, low_memory)
+        if isinstance(segment, CutServerSegment):
             means = self._settings.reduction == "mean"
-            found = gradients_by_cut(segment, batches, compute, means=means)
+            of_all = partial(gradients_by_cut, segment, batches, compute, means=means)
+        else:
+            of_all = partial(compute, segment, batches)
+        found = self._computed(segment, names, of_all)
         self._count(started, forward=found.rows, backward=found.rows, logits=found.rows)
         self._round.entry.rows += found.rows
         for batch in batches:
             name = batch.client
             self._record_loss(batch, found.losses[name], found.counts[name])
+        return found
+
+    def _of_one_cut(
+        self,
+        weights: Mapping[str, float],
+        per_client: bool,
+        low_memory: bool,
+        segment: ServerSegment,
+        batches: Sequence[ClientBatch],
+    ) -> StepGradients:
+        if len(batches) < len(weights):  # the others are cut elsewhere
+            weights = {batch.client: weights[batch.client] for batch in batches}
+        if per_client:
+            found = client_gradients(segment, batches, weights, low_memory=low_memory)
+        elif self._settings.pools and (len(batches) == 1 or can_be_pooled(segment, batches)):
+            found = pooled_gradients(segment, batches, weights)
+        else:
+            found = separate_gradients(segment, batches, weights)
+        check_finite(found, segment, batches, self.where)
         return found
 
     def shuffled_rows(self, batch_size: int) -> Iterator[list[ClientBatch]]:
@@ -263,12 +274,13 @@ class Step:
         self._expect_one_cut("runs rows through the server segment")
         started, segment = time.perf_counter(), self._segment
         leaf = rows.detach().requires_grad_(graph)
-        with (
-            self._computing(segment, self.clients),
-            located(named(self.batches)),
-            torch.set_grad_enabled(graph),
-        ):
-            outputs = segment.forward(leaf, moves_buffers=moves_buffers)
+
+        def run() -> Tensor:
+            with located(named(self.batches)), torch.set_grad_enabled(graph):
+                outputs: Tensor = segment.forward(leaf, moves_buffers=moves_buffers)
+                return outputs
+
+        outputs = self._computed(segment, self.clients, run)
         self._count(started, forward=len(rows))
         return Forward(leaf, outputs)
 
@@ -390,22 +402,22 @@ class Step:
         """
         if not isinstance(cut_gradients, Mapping):
             raise self._error(f"replied with {_shown(cut_gradients)}, expected a dict of gradients")
-        batches = {batch.client: batch for batch in self.batches}
         shared = shared_rows or {}
         for client, gradient in cut_gradients.items():
-            if client not in batches:
-                known = ", ".join(map(repr, batches))
+            if (batch := self._batch_of.get(client)) is None:
+                known = ", ".join(map(repr, self.clients))
                 raise self._error(f"replied to client {client!r}, expected one of {known}")
-            self._check_reply(client, gradient, batches[client].smashed)
+            self._check_reply(client, gradient, batch.smashed)
             self._told[client] = Backward(
                 self.index,
-                None if batches[client].frozen else gradient,
+                None if batch.frozen else gradient,
                 shared.get(client, 0),
                 client in repeated,
             )
 
     def _check_reply(self, client: str, gradient: object, smashed: Smashed) -> None:
-        if not fits(gradient, smashed):
+        tensors = fitting(gradient, smashed)
+        if tensors is None:
             if isinstance(smashed, Tensor):
                 expected = f"a cut-layer gradient of shape {tuple(smashed.shape)}"
             else:
@@ -413,8 +425,8 @@ class Step:
             raise self._error(
                 f"replied to client {client!r} with {_shown(gradient)}, expected {expected}"
             )
-        for one in gradients_in(gradient):  # type: ignore[arg-type]
-            if not differentiable(one):
+        for one in tensors:
+            if not (one.is_floating_point() or one.is_complex()):
                 raise self._error(
                     f"replied to client {client!r} with {one.dtype}, expected floating point"
                 )
@@ -488,9 +500,10 @@ class Step:
         factor = len(shares)
         return {client: share * factor for client, share in shares.items()}
 
-    @contextmanager
-    def _computing(self, segment: ServerSegment, names: Sequence[str]) -> Iterator[None]:
-        """Seed what is computed inside, and undo BatchNorm's statistics if it fails."""
+    def _computed(
+        self, segment: ServerSegment, names: Sequence[str], compute: Callable[[], T]
+    ) -> T:
+        """Return what is computed, seeded; undo BatchNorm's statistics if it fails."""
         key = tuple(names)
         calls = self._calls[key] = self._calls.get(key, -1) + 1
         # The first computation on some clients' batches is seeded by their names alone; a second
@@ -503,7 +516,7 @@ class Step:
         self._buffers.setdefault(id(segment), (segment, before))
         try:
             with seeded(seed, segment.device):
-                yield
+                return compute()
         except Exception:
             segment.put_buffers(before)
             raise
@@ -550,14 +563,16 @@ def client_shares(batches: Sequence[ClientBatch], shares: Shares) -> dict[str, f
     ``examples`` weighs a client by the size of its training data, ``batch`` by its rows in this
     step (the mean over the concatenated batch), ``equal`` gives all the same.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str, float] = {}
     for batch in batches:
         if shares == "examples":
             sizes[batch.client] = batch.num_examples
         else:
             sizes[batch.client] = len(batch) if shares == "batch" else 1
     total = sum(sizes.values())
-    return {client: size / total for client, size in sizes.items()}
+    for client in sizes:
+        sizes[client] /= total
+    return sizes
 
 
 def ceil_fraction(share: float, count: int) -> int:

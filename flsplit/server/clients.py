@@ -109,7 +109,7 @@ class Clients:
                 entry.restarted.append(name)
             again, _ = self._ask({name: requests[name] for name in lost}, entry)
             replies |= again
-        return {name: replies[name] for name in in_order(replies)}
+        return {name: replies[name] for name in in_order(replies)} if len(replies) > 1 else replies
 
     def send(self, requests: Mapping[str, Request], entry: RoundEntry) -> Sent:
         """Send requests whose answers are taken later; for sessions and LocalGrid.
@@ -220,7 +220,9 @@ class Clients:
             if name not in self.directory.node_of:
                 self.leave_out(name, request.step, AwayError(_GONE), entry)
                 continue
-            sent[name] = self._without_what_is_held(name, request) if but_held else request
+            sent[name] = request
+            if but_held and (request.segment or isinstance(request, LocalRequest)):
+                sent[name] = self._without_what_is_held(name, request)
             traffic[name] = Traffic()
             messages.append(self._message(name, sent[name], traffic[name]))
         return Sent(sent, traffic, time.perf_counter()), messages

@@ -16,6 +16,7 @@ from flsplit.server.products import (
     layer_gram,
 )
 from flsplit.server.segment import ServerGradients, ServerSegment, only_dtype
+from flsplit.untrained import owners_of_buffers
 
 
 class CutServerSegment(ServerSegment):
@@ -45,7 +46,8 @@ class CutServerSegment(ServerSegment):
     def train(self) -> None:
         """Set all parts to training mode."""
         for part in self._parts.values():
-            part.module.train()
+            if not part.module.training:
+                part.module.train()
 
     def part_for(self, client: str) -> ServerSegment:
         """Return what goes on where this client is cut."""
@@ -57,8 +59,9 @@ class _Part(ServerSegment):
 
     def __init__(self, whole: ServerSegment, module: nn.Module) -> None:
         vars(self).update(vars(whole))  # device, loss and optimizer are the same
-        self.module = module.to(whole.device)
+        self.module = module.to(whole.device).train()
         _share_buffers(whole.module, module)
+        self._owners = owners_of_buffers(module)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError(

@@ -3,6 +3,7 @@
 Everything here computes and changes no weight. BatchNorm's buffers move, as in any forward pass.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -67,7 +68,8 @@ class ClientBatch:
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return num_rows(self.labels)
+        labels = self.labels
+        return labels.size(0) if isinstance(labels, Tensor) and labels.ndim else num_rows(labels)
 
     def to(self, segment: ServerSegment) -> "ClientBatch":
         """Return the batch on the segment's device."""
@@ -143,9 +145,11 @@ def pooled_gradients(
     segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
 ) -> StepGradients:
     """Return gradients by one pass over the concatenated smashed data of all clients."""
-    leaves = [as_leaves(batch.smashed) for batch in batches]
-    sizes = [len(batch) for batch in batches]
-    terms = []
+    leaves, learning, terms = [], [], []
+    for batch in batches:
+        leaves.append(as_leaves(batch.smashed))
+        learning.append(learning_in(leaves[-1]))
+    sizes = list(map(len, batches))
     result = StepGradients({}, {}, {}, dict(weights), rows=sum(sizes))
     try:
         if len(batches) == 1:
@@ -159,9 +163,10 @@ def pooled_gradients(
         loss, count = client_loss(segment, logits, batch)
         terms.append(weights[batch.client] * loss)
         result.losses[batch.client], result.counts[batch.client] = loss.item(), count
-        result.logits[batch.client] = map_tensors(torch.detach, logits)
+        result.logits[batch.client] = (
+            logits.detach() if isinstance(logits, Tensor) else map_tensors(torch.detach, logits)
+        )
     total = torch.stack(terms).sum()
-    learning = [learning_in(leaf) for leaf in leaves]
     wanted = [*segment.parameters, *chain.from_iterable(learning)]
     found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     result._server = list(islice(found, len(segment.parameters)))
@@ -400,7 +405,7 @@ def check_server_gradients(
     gradients: ServerGradients, segment: ServerSegment, batches: Sequence[ClientBatch], where: str
 ) -> None:
     """Raise NonFiniteError if a gradient is NaN or infinite, naming whose batch gives it."""
-    if not _all_finite(gradients):
+    if not math.isfinite(total_norm(gradients).item()):
         names = [batch.client for batch in batches]
         if len(names) > 1:
             names = _not_finite(segment, batches) or names
@@ -422,10 +427,6 @@ def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[
                 own = pooled_gradients(part, [batch], {batch.client: 1.0})
         except FlsplitError:  # BatchNorm can't train on one row
             continue
-        if not _all_finite(own.server_gradients):
+        if not math.isfinite(total_norm(own.server_gradients).item()):
             found.append(batch.client)
     return found
-
-
-def _all_finite(gradients: ServerGradients) -> bool:
-    return bool(torch.isfinite(total_norm(gradients)))

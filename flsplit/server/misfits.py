@@ -67,7 +67,10 @@ class Fits:
         return found | self._odd_rows({n: k for n, k in kinds.items() if k and n not in found})
 
     def _kind(self, client: str, smashed: Smashed, labels: Any) -> _Kind:
-        return id(self._server_for(client)), _rows_of(smashed), _rows_of(labels)
+        server = id(self._server_for(client))
+        if isinstance(smashed, Tensor) and isinstance(labels, Tensor):
+            return server, (smashed.shape[1:], smashed.dtype), (labels.shape[1:], labels.dtype)
+        return server, _rows_of(smashed), _rows_of(labels)
 
     def _problem(self, client: str, smashed: Smashed, labels: Any) -> FlsplitError | None:
         """Try a batch of a new kind."""
@@ -122,11 +125,11 @@ def leave_out_misfits(
 def _rows_of(tree: Any) -> Any:
     """Return what all but the number of rows of a tensor says; of several, where each is."""
     if isinstance(tree, Tensor):
-        return tuple(tree.shape[1:]), tree.dtype
+        return tree.shape[1:], tree.dtype
     if isinstance(tree, Crossing):
         return tuple((name, _rows_of(value)) for name, value in tree.values.items())
     return tuple((place, _rows_of(leaf)) for place, leaf in leaves_of(tree))
 
 
 def _shown(row: Any) -> Any:
-    return row[0] if row and isinstance(row[0], tuple) else row
+    return tuple(row[0]) if row and isinstance(row[0], tuple) else row

@@ -18,7 +18,14 @@ from flsplit.message.arrays import check_like
 from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.optimizers import UserOptimizer, make_scheduler
 from flsplit.seeds import seeded
-from flsplit.untrained import keeping_buffers, load_state, names_of_buffers, put_all
+from flsplit.untrained import (
+    buffers_of,
+    keeping_buffers,
+    load_state,
+    names_of_buffers,
+    owners_of_buffers,
+    put_all,
+)
 
 ServerGradients = list[Tensor | None]
 """One gradient per trainable parameter of the server segment, None where there is none."""
@@ -53,7 +60,8 @@ class ServerSegment:
         device: torch.device,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
-        self.module = module.to(device)
+        self.module = module.to(device).train()
+        self._owners = owners_of_buffers(module)
         self.device = device
         self.criterion = Criterion(loss, device)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -73,7 +81,8 @@ class ServerSegment:
 
     def train(self) -> None:
         """Set the segment to training mode."""
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
 
     def part_for(self, client: str) -> "ServerSegment":
         """Return what goes on where this client is cut: all of it, where all are cut at one place.
@@ -93,7 +102,11 @@ class ServerSegment:
         watching = self.criterion.watching_model() if extra else nullcontext()
         try:
             with watching:
-                logits = self._computed(smashed, extra, moves_buffers=moves_buffers)
+                if moves_buffers:
+                    logits = self.module(smashed, **extra)
+                else:  # copies move: the backward pass may still need what this pass left in them
+                    copies = {name: one.clone() for name, one in self.module.named_buffers()}
+                    logits = functional_call(self.module, copies, (smashed,), extra)
         except DataError:  # labels are out of range in a model that computes its own loss
             raise
         except Exception as error:  # a user's model may raise anything
@@ -108,20 +121,13 @@ class ServerSegment:
             ) from error
         return logits
 
-    def _computed(self, smashed: Smashed, extra: dict[str, Any], *, moves_buffers: bool) -> Any:
-        if moves_buffers:
-            return self.module(smashed, **extra)
-        # Copies move: the backward pass may still need what this pass has left in them.
-        copies = {name: one.clone() for name, one in self.module.named_buffers()}
-        return functional_call(self.module, copies, (smashed,), extra)
-
     def copied_buffers(self) -> list[Tensor]:
         """Return copies of the buffers (BatchNorm's)."""
-        return list(map(torch.clone, self.module.buffers()))
+        return list(map(torch.clone, buffers_of(self._owners)))
 
     def put_buffers(self, before: Sequence[Tensor]) -> None:
         """Put the buffers back to what :meth:`copied_buffers` returned."""
-        put_all(self.module.buffers(), before)
+        put_all(buffers_of(self._owners), before)
 
     @contextmanager
     def trying(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from flsplit.client.spec import client_name
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.log import logger
 from flsplit.message.raised import raised
+from flsplit.seeds import set_aside
 from flsplit.storage import ClientStore, FolderLock, StorageError, folder_name
 from flsplit.wire import DialError, Envelope, HostStream, StreamEnded, WireError
 
@@ -155,13 +156,14 @@ class HostedClients:
 
 def _serve(stream: HostStream, clients: HostedClients) -> int:
     served = 0
-    for envelope, request in stream:
-        reply = clients.answer(envelope.client, request)
-        try:
-            _send(stream, envelope, request, reply)
-        except StreamEnded:
-            break
-        served += 1
+    with set_aside():
+        for envelope, request in stream:
+            reply = clients.answer(envelope.client, request)
+            try:
+                _send(stream, envelope, request, reply)
+            except StreamEnded:
+                break
+            served += 1
     clients.cohort.flush()
     return served
 
