@@ -20,11 +20,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 CLIENT_RAISED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 NODE_AWAY = ErrorCode.NODE_UNAVAILABLE
+CLIPPING_NORM, NORM_BIT = "clipping_norm", "norm_bit"  # between its privacy wrappers and mods
 SERVER_NODE_ID = 1  # what Flower gives the ServerApp's node, too
 
 __all__ = [
     "CLIENT_RAISED",
+    "CLIPPING_NORM",
     "NODE_AWAY",
+    "NORM_BIT",
     "SERVER_NODE_ID",
     "Run",
     "ensure_task_identity",

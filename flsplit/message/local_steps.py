@@ -26,6 +26,7 @@ from flsplit.message.request import (
     Request,
     SegmentArrays,
     check_batch,
+    check_clipped,
     check_handed_over,
     check_segment,
 )
@@ -139,6 +140,8 @@ class LocalReply(Reply):
         where step 0 was not among the steps).
     segment, auxiliary : dict of str to torch.Tensor or None
         State dicts, where they were asked for and the client's round has ended.
+    clipped : bool or None
+        Whether a privacy mod clipped the segment, where one does.
     """
 
     client: common.Client
@@ -158,6 +161,7 @@ class LocalReply(Reply):
     segment: common.State = None
     auxiliary: _State = None
     traces: common.Traces = None
+    clipped: common.Clipped = None
 
     def resolved(self, traces: Mapping[str, Trace]) -> Self:
         """Return the reply with its crossings' traces."""
@@ -292,5 +296,6 @@ class LocalRequest(Request):
             return
         if self.upload_segment:
             check_segment(reply.segment, self.like)
+            check_clipped(reply.clipped, self.planned)
         if self.upload_auxiliary:
             check_handed_over(reply.auxiliary, self.auxiliary_like, "auxiliary", "auxiliary model")

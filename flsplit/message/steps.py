@@ -21,6 +21,7 @@ from flsplit.message.request import (
     Request,
     SegmentArrays,
     check_batch,
+    check_clipped,
     check_segment,
 )
 from flsplit.message.round_plan import RoundPlan
@@ -121,7 +122,10 @@ class StepRequest(Request):
 
 @dataclass(frozen=True)
 class FinishReply(Reply):
-    """A client's end of a round, with its segment and optimizer state where they were asked for."""
+    """A client's end of a round, with its segment and optimizer state where they were asked for.
+
+    ``clipped`` says whether a privacy mod clipped the segment, where one does.
+    """
 
     client: common.Client
     server_round: common.Round
@@ -129,6 +133,7 @@ class FinishReply(Reply):
     seconds: common.Seconds
     segment: common.State = None
     optimizer: common.Optimizer = None
+    clipped: common.Clipped = None
 
     def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
         """Return the last backward pass."""
@@ -139,8 +144,8 @@ class FinishReply(Reply):
 class FinishRequest(Request):
     """Ends a client's round: the last backward pass, and what to send back.
 
-    ``like`` stays on the server: the segment that the client was given, which what it hands over
-    must fit.
+    What the client was told before stays on the server: ``like``, the segment that what it hands
+    over must fit, and ``planned``, the plan of its round.
     """
 
     kind = FINISH
@@ -151,6 +156,7 @@ class FinishRequest(Request):
     upload_segment: Annotated[bool, In("finish")] = False
     upload_optimizer: Annotated[bool, In("finish")] = False
     like: SegmentArrays | None = None
+    planned: RoundPlan | None = None
 
     def check(self, reply: FinishReply) -> None:
         """Check what is handed over."""
@@ -160,3 +166,4 @@ class FinishRequest(Request):
             )
         if self.upload_segment:
             check_segment(reply.segment, self.like)
+            check_clipped(reply.clipped, self.planned)

@@ -5,7 +5,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -181,17 +181,18 @@ class Run:
         version = strategy.client_segment.version
         participants = self._choose(server_round, clients)
         several = options.several_cuts
+        plan = make_plan(
+            options,
+            server_round,
+            self.num_rounds,
+            config,
+            version,
+            self._experiment,
+            describe_parts(parts),
+        )
         round_ = Round(
             clients=clients,
-            plan=make_plan(
-                options,
-                server_round,
-                self.num_rounds,
-                config,
-                version,
-                self._experiment,
-                describe_parts(parts),
-            ),
+            plan=replace(plan, **strategy.clipping(participants)),
             client_parts=parts,
             segment=strategy.client_segment,
             participants=participants,

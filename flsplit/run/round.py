@@ -158,6 +158,7 @@ class Round:
             self.upload_segment,
             upload_optimizer,
             like=self.segments.get(reply.client, self.segment),
+            planned=self.plan_of(reply.client),
         )
 
     def _edited(self, client: str, backward: Backward) -> Backward:

@@ -1,5 +1,6 @@
 """Aggregating segments with any Flower strategy: parameters through it, buffers beside it."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -9,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideAdaptiveClipping, Strategy
 from torch import Tensor
 
 from flsplit.carry.carrier import MessageGrid
 from flsplit.errors import ConfigError, NotEnoughClientsError
-from flsplit.flower_internals import Run
+from flsplit.flower_internals import CLIPPING_NORM, Run
 from flsplit.log import logger
 from flsplit.message.arrays import check_like, from_record, to_record
 
@@ -66,6 +67,10 @@ _ONLY_CONFIGURES = (
 )
 
 
+CLIENT_SEGMENTS, COPIES, JOINED = "client segments", "server segment's copies", "joined models"
+_BESIDE = {CLIENT_SEGMENTS: "the server segment, ", COPIES: "the client segments, ", JOINED: ""}
+
+
 class SegmentAggregator:
     """Lets a Flower strategy choose a round's clients and aggregate what they upload.
 
@@ -79,29 +84,47 @@ class SegmentAggregator:
         maximum.
     frozen : set of str
         Names of parameters that nobody trains: they stay, where an average could differ in a bit.
+    sees : str
+        What is aggregated, in words.
     """
 
-    def __init__(self, strategy: Strategy, buffers: set[str], frozen: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        buffers: set[str],
+        frozen: Collection[str] = (),
+        sees: str = CLIENT_SEGMENTS,
+    ) -> None:
         self.strategy = strategy
+        self._layers = [strategy]  # those of differential privacy are wrapped around another
+        while isinstance(inner := getattr(self._layers[-1], "strategy", None), Strategy):
+            self._layers.append(inner)
+        self.clipping_norm = 0.0
+        """To what length the clients are to clip in this round; 0 for not at all."""
         self.buffers, self.frozen = buffers, frozenset(frozen)
         self.metrics = MetricRecord()
         """What the strategy's ``train_metrics_aggr_fn`` made of the last round's metrics."""
         self._messages: dict[str, Message] = {}
         if type(strategy).__name__.startswith("DifferentialPrivacy"):
             logger.warning(
-                "%s sees the client segments only: neither the server segment nor smashed data nor "
-                "gradients are clipped or get noise, so nothing of the run is differentially "
-                "private by it",
-                type(strategy).__name__,
-            )
+                "%s sees the %s only: %ssmashed data, labels, cut-layer gradients and buffers are "
+                "neither clipped nor get noise, so the run is not differentially private by it",
+                type(strategy).__name__, sees, _BESIDE[sees],
+            )  # fmt: skip
+
+    @property
+    def wants_norm_bit(self) -> bool:
+        """Whether clients that clip say if there was something to clip."""
+        adaptive = DifferentialPrivacyClientSideAdaptiveClipping
+        return any(isinstance(one, adaptive) for one in self._layers)
 
     @property
     def least_clients(self) -> int:
         """With fewer clients a Flower strategy waits for more, without an end."""
-        if getattr(self.strategy, "fraction_train", 1.0) == 0.0:
+        if getattr(self._layers[-1], "fraction_train", 1.0) == 0.0:
             return 0
         names = ("min_available_nodes", "min_train_nodes")
-        return max(getattr(self.strategy, name, 0) for name in names)
+        return max(getattr(self._layers[-1], name, 0) for name in names)
 
     def configure(
         self,
@@ -126,6 +149,7 @@ class SegmentAggregator:
             )
         finally:
             random.setstate(state)
+        self.clipping_norm = 0.0
         for message in messages:
             self._check_config(message)
         by_index = dict(enumerate(names_now))
@@ -135,7 +159,12 @@ class SegmentAggregator:
     def _check_config(self, message: Message) -> None:
         """Refuse what the strategy tells the clients and a split client would not heed."""
         for config in message.content.config_records.values():
-            if ignored := sorted(set(config) - {"server-round"}):
+            if CLIPPING_NORM in config:
+                norm = config[CLIPPING_NORM]
+                if not (isinstance(norm, int | float) and 0 < norm < math.inf):
+                    raise ConfigError(f"{CLIPPING_NORM} is {norm!r}, expected a finite number")
+                self.clipping_norm = float(norm)
+            if ignored := sorted(set(config) - {"server-round", CLIPPING_NORM}):
                 raise ConfigError(
                     f"{type(self.strategy).__name__} tells the clients {', '.join(ignored)}, which "
                     "a split client doesn't know (FedProx's proximal term, for instance, is not "
@@ -167,10 +196,10 @@ class SegmentAggregator:
         return check_like(aggregated, before, what=what, free=self.buffers)
 
     def _reply(self, name: str, upload: Upload) -> Message:
-        key = getattr(self.strategy, "weighted_by_key", "num-examples")
+        key = getattr(self._layers[-1], "weighted_by_key", "num-examples")
         content = RecordDict(
             {
-                getattr(self.strategy, "arrayrecord_key", "arrays"): to_record(
+                getattr(self._layers[-1], "arrayrecord_key", "arrays"): to_record(
                     self._parameters(upload.tensors)
                 ),
                 "metrics": MetricRecord({key: upload.num_examples, **upload.metrics}),
@@ -190,7 +219,7 @@ class SegmentAggregator:
         scores : mapping of str to mapping of str to float
             Each client's loss and metrics, ``num-examples`` among them.
         """
-        key = getattr(self.strategy, "weighted_by_key", "num-examples")
+        key = getattr(self._layers[-1], "weighted_by_key", "num-examples")
         replies = []
         for index, numbers in enumerate(scores.values()):
             metrics = MetricRecord({**numbers, key: int(numbers["num-examples"])})
