@@ -129,9 +129,7 @@ def through_mods(client: Client, message: Message, reply: Reply) -> Reply:
     return replace(reply, segment=segment, clipped=None if bit is None else bool(bit))
 
 
-_REST = (
-    "smashed data, labels, buffers, optimizer states and auxiliary models leave as they are"
-)
+_REST = "smashed data, labels, buffers, optimizer states and auxiliary models leave as they are"
 
 
 def _called(mod: Mod, inner: ClientAppCallable, message: Message, context: Context) -> Message:

@@ -176,7 +176,7 @@ class Client:
         self.check_version(plan.segment_version)
         if self.spec.privacy_mods and self.optimizer and not self._state.given:
             raise StateLostError(
-                f"client {self.name!r} doesn't know what the server gave it last, from which privacy "
+                f"client {self.name!r} doesn't know what the server gave it last, where privacy "
                 "mods start: its state was kept without them"
             )
         if optimizer is not None:
