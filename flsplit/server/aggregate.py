@@ -228,23 +228,39 @@ class SegmentAggregator:
         return self.strategy.aggregate_evaluate(server_round, replies) or MetricRecord()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the arrays that the strategy remembers from round to round.
+        """Return what the strategy, and one that it is wrapped around, remember between rounds.
 
-        FedAdam, FedAvgM and their like keep them as dicts of NumPy arrays in attributes; Flower
-        has no interface for saving them.
+        FedAdam, FedAvgM and their like keep arrays as dicts of NumPy arrays in attributes; Flower
+        has no interface for saving them. Wrappers of differential privacy keep a norm that adapts,
+        and an accountant of what was spent.
         """
-        return {
-            name: {key: torch.from_numpy(np.array(array)) for key, array in value.items()}
-            for name, value in vars(self.strategy).items()
-            if isinstance(value, dict)
-            and value
-            and all(isinstance(one, np.ndarray) for one in value.values())
-        }
+        state: dict[str, Any] = {}
+        for depth, one in enumerate(self._layers):
+            for name, value in vars(one).items():
+                key = "strategy." * depth + name
+                if name == "clipping_norm" and hasattr(one, "clip_norm_lr"):
+                    state[key] = value
+                elif name == "accountant" and value is not None:
+                    state[key] = value.state_dict()
+                elif (
+                    isinstance(value, dict)
+                    and value
+                    and all(isinstance(array, np.ndarray) for array in value.values())
+                ):
+                    state[key] = {k: torch.from_numpy(np.array(v)) for k, v in value.items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`."""
-        for name, tensors in state.items():
-            setattr(self.strategy, name, {key: one.numpy() for key, one in tensors.items()})
+        for key, value in state.items():
+            *wrappers, name = key.split(".")
+            one = self._layers[len(wrappers)]
+            if name == "accountant":
+                one.accountant.load_state_dict(value)  # type: ignore[attr-defined]
+            elif name == "clipping_norm":
+                setattr(one, name, value)
+            else:
+                setattr(one, name, {k: tensor.numpy() for k, tensor in value.items()})
 
     def _parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in tensors.items() if name not in self.buffers}

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
     FedAvg,
 )
 from flwr.supercore import differential_privacy
@@ -38,6 +39,7 @@ from flsplit.client.live_client import Client
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.flower_internals import CLIPPING_NORM, NORM_BIT
 from flsplit.message.types import FINISH
+from flsplit.server.aggregate import SegmentAggregator
 from flsplit.strategies import CSEFSL, PSL, SequentialSL, SplitFedV1, SplitFedV2
 
 SIZES = [8, 4, 12]
@@ -447,6 +449,45 @@ def test_a_wrapper_does_not_hide_how_many_clients_its_strategy_waits_for():
         NotEnoughClientsError, match="3 clients are connected after 0 s, expected at least 4"
     ):
         run(mods=[fixedclipping_mod], client_strategy=fixed(min_available_nodes=4), timeout=0.0)
+
+
+def test_a_resumed_run_goes_on_with_the_norm_that_has_adapted(tmp_path):
+    def part(rounds, name, **options):
+        inner = FedAdam(eta=0.01)
+        wrapped = DifferentialPrivacyClientSideAdaptiveClipping(
+            inner, 0.0, 3, initial_clipping_norm=CLIP
+        )
+        folder, parts = tmp_path / name, make_parts(SIZES)
+        strategy, _, arrays = set_up(
+            parts, SplitFedV2, client_strategy=wrapped, checkpoint_dir=str(folder), **options
+        )
+        app = split_app(plain_net, parts, mods=[adaptiveclipping_mod])
+        grid = LocalGrid(app, 3, state_dir=folder / "here", progress=False)
+        result = strategy.start(grid, arrays, num_rounds=rounds)
+        return result, wrapped.clipping_norm
+
+    whole, norm = part(3, "whole")
+    part(2, "parts")
+    resumed, resumed_norm = part(3, "parts", resume=True)
+    assert norm == resumed_norm != CLIP
+    assert changed(whole, resumed) == set()
+
+
+def test_what_an_accountant_has_counted_is_kept():
+    class Accountant:
+        spent = 0
+
+        def state_dict(self):
+            return {"spent": self.spent}
+
+        def load_state_dict(self, state):
+            self.spent = state["spent"]
+
+    before, after = (SegmentAggregator(fixed(), set()) for _ in range(2))
+    before.strategy.accountant, after.strategy.accountant = Accountant(), Accountant()
+    before.strategy.accountant.spent = 7
+    after.load_state_dict(before.state_dict())
+    assert after.strategy.accountant.spent == 7
 
 
 def test_the_words_between_wrappers_and_mods_are_flower_s():

@@ -125,7 +125,7 @@ def wrong_value(value):
 OPTIONAL = {
     StepRequest: ("config", "arrays", "optimizer", "backward"),
     FinishRequest: ("backward",),
-    FinishReply: ("arrays", "optimizer"),
+    FinishReply: ("arrays", "optimizer", "clipping"),
     EvaluateRequest: ("arrays",),
 }
 REQUIRED = [
