@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import DifferentialPrivacyClientSideAdaptiveClipping, Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    Strategy,
+)
 from torch import Tensor
 
 from flsplit.carry.carrier import MessageGrid
@@ -69,6 +74,12 @@ _ONLY_CONFIGURES = (
 
 CLIENT_SEGMENTS, COPIES, JOINED = "client segments", "server segment's copies", "joined models"
 _BESIDE = {CLIENT_SEGMENTS: "the server segment, ", COPIES: "the client segments, ", JOINED: ""}
+
+_CLIPS_AT_SERVER = (
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
+_TINY = 1e-15  # its square is still a number in float32
 
 
 class SegmentAggregator:
@@ -175,6 +186,8 @@ class SegmentAggregator:
         self, server_round: int, uploads: Mapping[str, Upload], before: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return the aggregated state dict; ``before`` where the strategy returns nothing."""
+        if any(isinstance(one, _CLIPS_AT_SERVER) for one in self._layers):
+            uploads = self._changed(uploads, before)
         if not uploads:
             return dict(before)
         replies = [self._reply(name, upload) for name, upload in uploads.items()]
@@ -194,6 +207,23 @@ class SegmentAggregator:
         aggregated |= {name: before[name] for name in self.frozen if name in before}
         what = "the aggregated segment"
         return check_like(aggregated, before, what=what, free=self.buffers)
+
+    def _changed(
+        self, uploads: Mapping[str, Upload], before: Mapping[str, Tensor]
+    ) -> dict[str, Upload]:
+        """Return the uploads but those that are what they were: Flower divides by their length."""
+        start = self._parameters(before)
+        changed = {
+            name: one
+            for name, one in uploads.items()
+            if any((one.tensors[k].to(old) - old).norm() > _TINY for k, old in start.items())
+        }
+        for name in uploads.keys() - changed.keys():
+            logger.warning(
+                "client %r isn't aggregated: nothing of it has changed, and %s can't clip that",
+                name, type(self.strategy).__name__,
+            )  # fmt: skip
+        return changed
 
     def _reply(self, name: str, upload: Upload) -> Message:
         key = getattr(self._layers[-1], "weighted_by_key", "num-examples")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from carry.threaded import ThreadedGrid
 from client.test_mods import Travelling
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.client import mod as legacy
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
@@ -442,6 +442,34 @@ def test_a_client_whose_segment_did_not_change_is_left_out():
     (left,) = result.history[0].left_out
     assert left.client == "1"
     assert "fixedclipping_mod can't clip what has not changed" in left.reason
+
+
+@pytest.mark.parametrize("make", WRAPPERS[:2])
+def test_a_segment_that_did_not_change_does_not_end_the_others_run(make, said):
+    """Flower's wrappers divide by the length of an update."""
+
+    def give_back(request, reply):
+        arrays = fresh(plain_net).front.state_dict()
+        reply.content["arrays"] = ArrayRecord({f"{CUT}.{k}": Array(t) for k, t in arrays.items()})
+        return reply
+
+    result = run(client_strategy=make(), edit=of_client("1", FINISH, give_back))
+    assert said("client '1' isn't aggregated")
+    assert changed(result, run(client_strategy=make())) == {"front.0.weight", "front.0.bias"}
+
+
+def test_a_client_that_holds_no_start_is_given_the_segment_again(tmp_path):
+    """Its state was kept without mods."""
+    parts, results = make_parts(SIZES), []
+    for rounds, mods, options in ((1, None, {}), (2, [local_dp()], {"resume": True})):
+        strategy, _, arrays = set_up(
+            parts, PSL, share_client_segments=True, checkpoint_dir=str(tmp_path), **options
+        )
+        app = split_app(plain_net, parts, mods=mods)
+        grid = LocalGrid(app, 3, state_dir=tmp_path / "here", progress=False)
+        results.append(strategy.start(grid, arrays, num_rounds=rounds))
+    assert results[1].history[1].restarted == ["0", "1", "2"]
+    assert results[1].history[1].left_out == []
 
 
 def test_a_wrapper_does_not_hide_how_many_clients_its_strategy_waits_for():
