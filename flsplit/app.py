@@ -11,6 +11,7 @@ from torch import nn
 
 from flsplit.auxiliary import BuildAuxiliary
 from flsplit.carry.session.host import serve_session
+from flsplit.client.hand_over import sort_mods
 from flsplit.client.handlers import add_handlers, answering_errors
 from flsplit.client.spec import ClientSpec, OptimizerFactory, Unpack
 from flsplit.client_parts import ClientPart
@@ -80,9 +81,13 @@ def client_app(
         Classes of client parts that a strategy may ask for by name, beside those that are
         installed (entry-point group ``flsplit.client_parts``).
     mods : list of Mod, optional
-        Flower mods around every handler. They may read what is sent (``Array.numpy()``) and put
-        other arrays in its place. What a mod changes is no part of training: the gradient that
-        comes back is of what the server got, and goes on as if the mod hadn't been there.
+        Flower mods around every handler, but for Flower's own that make updates private
+        (``fixedclipping_mod``, ``adaptiveclipping_mod`` and ``LocalDpMod`` of
+        ``flwr.clientapp.mod``): these edit the parameters of the client segment where it is handed
+        over. Those that could not protect anything are refused. The others may read what is sent
+        (``Array.numpy()``) and put other arrays in its place. What a mod changes is no part of
+        training: the gradient that comes back is of what the server got, and goes on as if the mod
+        hadn't been there.
 
     Returns
     -------
@@ -91,6 +96,7 @@ def client_app(
         ``train.local``, ``evaluate.step`` and ``train.session``; other handlers can be added as
         to any ClientApp. A run-config key ``torch-threads`` above 0 sets torch's number of threads.
     """
+    around, privacy_mods = sort_mods(mods or ())
     spec = ClientSpec(
         model=model,
         cut=cut,
@@ -104,8 +110,9 @@ def client_app(
         auxiliary=auxiliary,
         loss=loss,
         client_parts=client_parts,
+        privacy_mods=privacy_mods,
     )
-    app = ClientApp(mods=[_readable, *mods] if mods else None)
+    app = ClientApp(mods=[_readable, *around] if around else None)
     add_handlers(app, spec)
 
     @app.train("session")

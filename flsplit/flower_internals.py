@@ -30,12 +30,15 @@ APP_ERRORS = (  # besides the first: Flower's runtime could not run the ClientAp
     ErrorCode.INVALID_FAB,
     ErrorCode.CLIENT_APP_CRASHED,
 )
+CLIPPING_NORM, NORM_BIT = "clipping_norm", "norm_bit"  # between its privacy wrappers and mods
 SERVER_NODE_ID = 1  # what Flower gives the ServerApp's node, too
 
 __all__ = [
     "APP_ERRORS",
     "CLIENT_RAISED",
+    "CLIPPING_NORM",
     "NODE_AWAY",
+    "NORM_BIT",
     "SERVER_NODE_ID",
     "Run",
     "ensure_task_identity",

@@ -13,7 +13,7 @@ from flsplit.message.steps import FinishReply
 from flsplit.run import ParallelStrategy, Round, Step
 from flsplit.run.options import of_kind
 from flsplit.seeds import derive_seed
-from flsplit.server.aggregate import SegmentAggregator
+from flsplit.server.aggregate import CLIENT_SEGMENTS, COPIES, JOINED, SegmentAggregator
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
 
@@ -53,7 +53,13 @@ class SplitFedV1(ParallelStrategy):
                 "different places: their copies of the server segment have different layers, which "
                 "only an average over whole models brings together"
             )
-        self.server_aggregator = self.aggregator_of(server_strategy) if server_strategy else None
+        self.server_aggregator = (
+            self.aggregator_of(server_strategy, COPIES) if server_strategy else None
+        )
+
+    def _make_aggregator(self) -> SegmentAggregator:
+        strategy = self.options.client_strategy or self._default_strategy()
+        return self.aggregator_of(strategy, CLIENT_SEGMENTS if self.server_strategy else JOINED)
 
     def _make_parts(self) -> Split:
         return self.parts_at(self.options.default_cut)
@@ -149,6 +155,11 @@ class SplitFedV1(ParallelStrategy):
             lambda: round_.participants,
             derive_seed(self.options.seed, "server-copies", server_round),
         )
+        if aggregator.clipping_norm:
+            raise ConfigError(
+                f"server_strategy is {type(aggregator.strategy).__name__}, but no client holds a "
+                "copy of the server segment to clip: take the wrapper whose name has ServerSide"
+            )
         if chosen != round_.participants:
             raise ConfigError(
                 f"server_strategy chose {len(chosen)} of the {len(round_.participants)} clients "

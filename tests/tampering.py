@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message
+from flwr.app import ConfigRecord, Error, Message
 from reference import CUT, LR, SEED, WrappedGrid, fresh, plain_net
 from torch import Tensor
 
 from flsplit import LocalGrid, client_app
+from flsplit.message.arrays import to_record
 from flsplit.strategies import PSL
 
 Edit = Callable[[Message, Message], Message | None]
@@ -77,7 +78,7 @@ def set_up(parts, strategy_class=PSL, *, build=plain_net, client=None, edit=None
 
     app = client.pop("app", None) or client_app(data=load, **client)
     grid = LocalGrid(app, len(parts), progress=False)
-    return strategy, TamperedGrid(grid, edit) if edit else grid, ArrayRecord(model.state_dict())
+    return strategy, TamperedGrid(grid, edit) if edit else grid, to_record(model.state_dict())
 
 
 def train(run, rounds: int = 1, **start):

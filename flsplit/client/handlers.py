@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from flsplit.client.cache import find_client, live_clients
+from flsplit.client.hand_over import check_mods, through_mods
 from flsplit.client.live_client import Client
 from flsplit.client.local_training import row_shapes, train_locally
 from flsplit.client.spec import ClientSpec, client_name
@@ -42,8 +43,13 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
         def handle(message: Message, context: Context) -> Message:
             request = request_type.from_content(message.content)
             client = find_client(spec, context)
+            if request.plan:
+                check_mods(spec.privacy_mods, request.plan)
             try:
-                return Message(compute(client, request).to_content(), reply_to=message)
+                reply = compute(client, request)
+                if spec.privacy_mods:
+                    reply = through_mods(client, message, reply)
+                return Message(reply.to_content(), reply_to=message)
             finally:  # also when a step fails
                 if live_clients.get() is None:
                     client.state().put(context.state)

@@ -184,6 +184,11 @@ class Client:
         if segment:
             self.replace_segment(segment)
         self.check_version(plan.segment_version)
+        if self.spec.privacy_mods and self.optimizer and not self._state.given:
+            raise StateLostError(
+                f"client {self.name!r} doesn't know what the server gave it last, where privacy "
+                "mods start: its state was kept without them"
+            )
         if optimizer is not None:
             set_state(self.optimizer, optimizer)
         if num_examples:
@@ -238,6 +243,14 @@ class Client:
         given = check_like(segment.tensors, expected, what=what, free=free)
         load_state(self.segment, given, strict=not missing)
         self._state.version = segment.version
+        if self.spec.privacy_mods:
+            named = self.segment.named_parameters(remove_duplicate=False)
+            self._state.given = {name: given[name] for name, p in named if p.requires_grad}
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """Trainable parameters as the server gave them last; kept for privacy mods alone."""
+        return self._state.given
 
     def handed_over(self) -> dict[str, Tensor]:
         """Return the client segment as it is handed over: without what never changes."""

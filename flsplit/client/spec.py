@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from flwr.app import Context
+from flwr.clientapp.typing import Mod
 from torch import nn
 from torch.optim import Optimizer
 
@@ -39,6 +40,7 @@ class ClientSpec:
     auxiliary: BuildAuxiliary | None = None
     loss: Loss | None = None
     client_parts: Sequence[type[ClientPart]] = ()
+    privacy_mods: Sequence[Mod] = ()  # of Flower, for what is handed over
 
     def __post_init__(self) -> None:
         """Refuse what can't be used."""

@@ -107,6 +107,8 @@ class ClientState(Content):
         What client parts remember, by their index.
     round_start : dict of str to torch.Tensor
         Trainable parameters when the round began, where a client part needs them.
+    given : dict of str to torch.Tensor
+        Trainable parameters as the server gave them last, where a privacy mod needs them.
     told : tuple of str
         Digests of the traces that were sent in this round.
     """
@@ -129,6 +131,7 @@ class ClientState(Content):
     round_start: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}round-start")] = field(
         default_factory=dict
     )
+    given: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}given")] = field(default_factory=dict)
     told: Annotated[tuple[str, ...], _TOLD] = ()
 
     def is_ahead_of(self, server_round: int, experiment: str) -> bool:

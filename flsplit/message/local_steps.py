@@ -27,6 +27,7 @@ from flsplit.message.request import (
     Request,
     SegmentArrays,
     check_batch,
+    check_clipped,
     check_handed_over,
     check_segment,
 )
@@ -150,6 +151,8 @@ class LocalReply(Reply):
         where step 0 was not among the steps).
     segment, auxiliary : dict of str to torch.Tensor or None
         State dicts, where they were asked for and the client's round has ended.
+    clipped : bool or None
+        Whether a privacy mod clipped the segment, where one does.
     """
 
     client: common.Client
@@ -170,6 +173,7 @@ class LocalReply(Reply):
     auxiliary: _State = None
     traces: common.Traces = None
     steps_before: common.StepsBefore = 0
+    clipped: common.Clipped = None
 
     @property
     def ends_round(self) -> bool:
@@ -313,5 +317,6 @@ class LocalRequest(Request):
             return
         if self.upload_segment:
             check_segment(reply.segment, self.like)
+            check_clipped(reply.clipped, self.planned)
         if self.upload_auxiliary:
             check_handed_over(reply.auxiliary, self.auxiliary_like, "auxiliary", "auxiliary model")

@@ -241,6 +241,12 @@ def check_segment(state: Mapping[str, Tensor] | None, given: SegmentArrays | Non
     check_handed_over(state, like, "arrays", "client segment", free=rest.buffers)
 
 
+def check_clipped(clipped: bool | None, planned: RoundPlan | None) -> None:
+    """Check that a client says whether it clipped its segment, where its plan asks for that."""
+    if planned and planned.norm_bit and clipped is None:
+        raise ProtocolError("record 'clipping' is missing, the plan asks for the norm bit")
+
+
 def check_handed_over(
     state: Mapping[str, Tensor] | None,
     like: Mapping[str, Tensor] | None,
@@ -290,6 +296,14 @@ class _BackwardFields(Content):
     update: Annotated[bool, In("backward")]
 
 
+def _put_clipped(records: dict[str, Record], clipped: bool) -> None:
+    records["clipping"] = ConfigRecord({"clipped": clipped})
+
+
+def _get_clipped(records: Records) -> bool:
+    return value(record(records, "clipping", ConfigRecord), "clipped", bool)
+
+
 def _put_backward(records: dict[str, Record], backward: Backward) -> None:
     update = backward.gradient is not None
     records["backward"] = made(ConfigRecord, {"step": backward.step, "update": update})
@@ -318,6 +332,7 @@ Frozen = Annotated[bool, FROZEN]
 StepsBefore = Annotated[int, In("metrics", 0)]
 Segment = Annotated[SegmentArrays | None, Slot("arrays", _put_segment, _get_segment)]
 State = Annotated[dict[str, Tensor] | None, _ARRAYS]
+Clipped = Annotated[bool | None, Slot("clipping", _put_clipped, _get_clipped)]
 Gradient = Annotated[Backward | None, Slot("backward", _put_backward, _get_backward)]
 Optimizer = Annotated[OptimizerState | None, indexed("optimizer")]
 Plan = Annotated[RoundPlan | None, nested("config", RoundPlan)]

@@ -45,6 +45,10 @@ class RoundPlan(Fields):
         the client sits out. Empty for ``batch_size`` everywhere. An epoch then ends within a batch.
     client_parts : str
         What the client does beside the plain step, as :mod:`flsplit.client_parts` describes it.
+    clipping_norm : float
+        To what length the client is to clip what becomes of its segment; 0 for not at all.
+    norm_bit : bool
+        Whether it then says if that was longer.
     """
 
     server_round: Annotated[int, In(least=1)]
@@ -60,6 +64,8 @@ class RoundPlan(Fields):
     experiment: str = ""
     batch_sizes: Annotated[tuple[int, ...], In(least=0)] = ()
     client_parts: str = ""
+    clipping_norm: Annotated[float, In(least=0.0)] = 0.0
+    norm_bit: bool = False
 
     def rows_at(self, step: int) -> int:
         """Return how many rows a step may have; 0 if the client sits it out."""

@@ -25,6 +25,7 @@ from flsplit.message.request import (
     Request,
     SegmentArrays,
     check_batch,
+    check_clipped,
     check_segment,
 )
 from flsplit.message.round_plan import RoundPlan
@@ -132,7 +133,10 @@ class StepRequest(Request):
 
 @dataclass(frozen=True)
 class FinishReply(Reply):
-    """A client's end of a round, with its segment and optimizer state where they were asked for."""
+    """A client's end of a round, with its segment and optimizer state where they were asked for.
+
+    ``clipped`` says whether a privacy mod clipped the segment, where one does.
+    """
 
     client: common.Client
     server_round: common.Round
@@ -140,6 +144,7 @@ class FinishReply(Reply):
     seconds: common.Seconds
     segment: common.State = None
     optimizer: common.Optimizer = None
+    clipped: common.Clipped = None
 
     @property
     def ends_round(self) -> bool:
@@ -155,8 +160,8 @@ class FinishReply(Reply):
 class FinishRequest(Request):
     """Ends a client's round: the last backward pass, and what to send back.
 
-    Two fields stay on the server: ``like``, the segment that the client was given, which what it
-    hands over must fit, and ``num_examples``, which it has said before.
+    What the client was told or has said before stays on the server: ``like``, the segment that
+    what it hands over must fit, ``num_examples``, and ``planned``, the plan of its round.
     """
 
     kind = FINISH
@@ -169,6 +174,7 @@ class FinishRequest(Request):
     upload_optimizer: Annotated[bool, In("finish")] = False
     like: SegmentArrays | None = None
     num_examples: int | None = None
+    planned: RoundPlan | None = None
 
     def check(self, reply: FinishReply) -> None:
         """Check what is handed over."""
@@ -182,3 +188,4 @@ class FinishRequest(Request):
                     raise NonFiniteError(f"optimizer: {place} is NaN or infinite")
         if self.upload_segment:
             check_segment(reply.segment, self.like)
+            check_clipped(reply.clipped, self.planned)

@@ -45,6 +45,8 @@ def make_plan(
         "seed": options.seed,
         "batch-sizes": [],
         "client-parts": client_parts,
+        "clipping-norm": 0.0,
+        "norm-bit": False,
     }
     try:
         plan = RoundPlan.from_config(ConfigRecord({**fields, **given, **fixed}))

@@ -426,4 +426,5 @@ def _finished(reply: LocalReply) -> FinishReply:
         num_examples=reply.num_examples,
         seconds=reply.seconds,
         segment=reply.segment,
+        clipped=reply.clipped,
     )

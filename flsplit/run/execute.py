@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -233,17 +233,18 @@ class Run:
         unusable = {one.client for one in lost if not one.away}
         participants = self._choose(server_round, partial(self._present, clients, unusable))
         several = options.several_cuts
+        plan = make_plan(
+            options,
+            server_round,
+            self.num_rounds,
+            config,
+            version,
+            self._experiment,
+            describe_parts(parts),
+        )
         round_ = Round(
             clients=clients,
-            plan=make_plan(
-                options,
-                server_round,
-                self.num_rounds,
-                config,
-                version,
-                self._experiment,
-                describe_parts(parts),
-            ),
+            plan=replace(plan, **strategy.clipping(participants)),
             client_parts=parts,
             segment=strategy.client_segment,
             participants=participants,

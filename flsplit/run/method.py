@@ -17,6 +17,7 @@ from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import Split, split
 from flsplit.cut.client_cuts import all_cuts, cut_of, joined
 from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, at, located
+from flsplit.flower_internals import NORM_BIT
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.steps import FinishReply
@@ -30,7 +31,7 @@ from flsplit.run.run_identity import (
     describe_optimizer,
 )
 from flsplit.run.step import Step, StepSettings
-from flsplit.server.aggregate import SegmentAggregator, Upload
+from flsplit.server.aggregate import CLIENT_SEGMENTS, SegmentAggregator, Upload
 from flsplit.server.cut_segment import CutServerSegment
 from flsplit.server.gradients import ClientBatch, culprits
 from flsplit.server.segment import ServerSegment
@@ -217,6 +218,8 @@ class SplitMethod(SaysPhases):
             metrics["train-loss"] = tally.mean_loss
         if tally and tally.accuracy is not None:
             metrics["train-accuracy"] = tally.accuracy
+        if round_.plan.norm_bit and reply.clipped is not None:
+            metrics[NORM_BIT] = int(reply.clipped)
         return Upload(tensors, reply.num_examples, metrics)
 
     def exchanges_per_round(self, steps: int, participants: int) -> int:
@@ -333,6 +336,26 @@ class SplitMethod(SaysPhases):
         """Return what the client strategy aggregates, as it is before the round."""
         return self.client_segment.tensors
 
+    def clipping(self, participants: Sequence[str]) -> dict[str, Any]:
+        """Return what plans say of clipping what is handed over, where the client strategy does.
+
+        Raises
+        ------
+        ConfigError
+            If something that is aggregated isn't at the clients, which would clip it.
+        """
+        aggregator = self.aggregator
+        if not (aggregator and aggregator.clipping_norm):
+            return {}
+        whole = self.aggregated_tensors().keys()
+        if any(self.segment_for(name).tensors.keys() != whole for name in participants):
+            raise ConfigError(
+                f"{type(aggregator.strategy).__name__} lets clients clip, but "
+                f"{type(self).__name__} also aggregates layers that are at the server, which "
+                "nobody would clip: take the wrapper whose name has ServerSide"
+            )
+        return {"clipping_norm": aggregator.clipping_norm, "norm_bit": aggregator.wants_norm_bit}
+
     def take_step(
         self,
         round_: Round,
@@ -444,11 +467,11 @@ class SplitMethod(SaysPhases):
             return None
         return self.aggregator_of(strategy or self._default_strategy())
 
-    def aggregator_of(self, strategy: Strategy) -> SegmentAggregator:
+    def aggregator_of(self, strategy: Strategy, sees: str = CLIENT_SEGMENTS) -> SegmentAggregator:
         """Return what lets a Flower strategy aggregate this model's segments."""
         model = self.options.model
         buffers = {name for name, _ in model.named_buffers()}
-        return SegmentAggregator(strategy, buffers, names_of_frozen(model))
+        return SegmentAggregator(strategy, buffers, names_of_frozen(model), sees)
 
     def _default_strategy(self) -> FedAvg:
         options = self.options

@@ -166,6 +166,7 @@ class Round:
             upload_optimizer,
             like=self.segments.get(reply.client, self.segment),
             num_examples=reply.num_examples,
+            planned=self.plan_of(reply.client),
         )
 
     def _edited(self, client: str, backward: Backward) -> Backward:

@@ -1,5 +1,6 @@
 """Aggregating segments with any Flower strategy: parameters through it, buffers beside it."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -9,12 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    Strategy,
+)
 from torch import Tensor
 
 from flsplit.carry.carrier import MessageGrid
 from flsplit.errors import ConfigError, NotEnoughClientsError
-from flsplit.flower_internals import Run
+from flsplit.flower_internals import CLIPPING_NORM, Run
 from flsplit.log import logger
 from flsplit.message.arrays import check_like, from_record, to_record
 
@@ -66,6 +72,16 @@ _ONLY_CONFIGURES = (
 )
 
 
+CLIENT_SEGMENTS, COPIES, JOINED = "client segments", "server segment's copies", "joined models"
+_BESIDE = {CLIENT_SEGMENTS: "the server segment, ", COPIES: "the client segments, ", JOINED: ""}
+
+_CLIPS_AT_SERVER = (
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
+_TINY = 1e-15  # its square is still a number in float32
+
+
 class SegmentAggregator:
     """Lets a Flower strategy choose a round's clients and aggregate what they upload.
 
@@ -79,29 +95,47 @@ class SegmentAggregator:
         maximum.
     frozen : set of str
         Names of parameters that nobody trains: they stay, where an average could differ in a bit.
+    sees : str
+        What is aggregated, in words.
     """
 
-    def __init__(self, strategy: Strategy, buffers: set[str], frozen: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        buffers: set[str],
+        frozen: Collection[str] = (),
+        sees: str = CLIENT_SEGMENTS,
+    ) -> None:
         self.strategy = strategy
+        self._layers = [strategy]  # those of differential privacy are wrapped around another
+        while isinstance(inner := getattr(self._layers[-1], "strategy", None), Strategy):
+            self._layers.append(inner)
+        self.clipping_norm = 0.0
+        """To what length the clients are to clip in this round; 0 for not at all."""
         self.buffers, self.frozen = buffers, frozenset(frozen)
         self.metrics = MetricRecord()
         """What the strategy's ``train_metrics_aggr_fn`` made of the last round's metrics."""
         self._messages: dict[str, Message] = {}
         if type(strategy).__name__.startswith("DifferentialPrivacy"):
             logger.warning(
-                "%s sees the client segments only: neither the server segment nor smashed data nor "
-                "gradients are clipped or get noise, so nothing of the run is differentially "
-                "private by it",
-                type(strategy).__name__,
-            )
+                "%s sees the %s only: %ssmashed data, labels, cut-layer gradients and buffers are "
+                "neither clipped nor get noise, so the run is not differentially private by it",
+                type(strategy).__name__, sees, _BESIDE[sees],
+            )  # fmt: skip
+
+    @property
+    def wants_norm_bit(self) -> bool:
+        """Whether clients that clip say if there was something to clip."""
+        adaptive = DifferentialPrivacyClientSideAdaptiveClipping
+        return any(isinstance(one, adaptive) for one in self._layers)
 
     @property
     def least_clients(self) -> int:
         """With fewer clients a Flower strategy waits for more, without an end."""
-        if getattr(self.strategy, "fraction_train", 1.0) == 0.0:
+        if getattr(self._layers[-1], "fraction_train", 1.0) == 0.0:
             return 0
         names = ("min_available_nodes", "min_train_nodes")
-        return max(getattr(self.strategy, name, 0) for name in names)
+        return max(getattr(self._layers[-1], name, 0) for name in names)
 
     def configure(
         self,
@@ -126,6 +160,7 @@ class SegmentAggregator:
             )
         finally:
             random.setstate(state)
+        self.clipping_norm = 0.0
         for message in messages:
             self._check_config(message)
         by_index = dict(enumerate(names_now))
@@ -135,7 +170,12 @@ class SegmentAggregator:
     def _check_config(self, message: Message) -> None:
         """Refuse what the strategy tells the clients and a split client would not heed."""
         for config in message.content.config_records.values():
-            if ignored := sorted(set(config) - {"server-round"}):
+            if CLIPPING_NORM in config:
+                norm = config[CLIPPING_NORM]
+                if not (isinstance(norm, int | float) and 0 < norm < math.inf):
+                    raise ConfigError(f"{CLIPPING_NORM} is {norm!r}, expected a finite number")
+                self.clipping_norm = float(norm)
+            if ignored := sorted(set(config) - {"server-round", CLIPPING_NORM}):
                 raise ConfigError(
                     f"{type(self.strategy).__name__} tells the clients {', '.join(ignored)}, which "
                     "a split client doesn't know (FedProx's proximal term, for instance, is not "
@@ -146,6 +186,8 @@ class SegmentAggregator:
         self, server_round: int, uploads: Mapping[str, Upload], before: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return the aggregated state dict; ``before`` where the strategy returns nothing."""
+        if any(isinstance(one, _CLIPS_AT_SERVER) for one in self._layers):
+            uploads = self._changed(uploads, before)
         if not uploads:
             return dict(before)
         replies = [self._reply(name, upload) for name, upload in uploads.items()]
@@ -166,11 +208,28 @@ class SegmentAggregator:
         what = "the aggregated segment"
         return check_like(aggregated, before, what=what, free=self.buffers)
 
+    def _changed(
+        self, uploads: Mapping[str, Upload], before: Mapping[str, Tensor]
+    ) -> dict[str, Upload]:
+        """Return the uploads but those that are what they were: Flower divides by their length."""
+        start = self._parameters(before)
+        changed = {
+            name: one
+            for name, one in uploads.items()
+            if any((one.tensors[k].to(old) - old).norm() > _TINY for k, old in start.items())
+        }
+        for name in uploads.keys() - changed.keys():
+            logger.warning(
+                "client %r isn't aggregated: nothing of it has changed, and %s can't clip that",
+                name, type(self.strategy).__name__,
+            )  # fmt: skip
+        return changed
+
     def _reply(self, name: str, upload: Upload) -> Message:
-        key = getattr(self.strategy, "weighted_by_key", "num-examples")
+        key = getattr(self._layers[-1], "weighted_by_key", "num-examples")
         content = RecordDict(
             {
-                getattr(self.strategy, "arrayrecord_key", "arrays"): to_record(
+                getattr(self._layers[-1], "arrayrecord_key", "arrays"): to_record(
                     self._parameters(upload.tensors)
                 ),
                 "metrics": MetricRecord({key: upload.num_examples, **upload.metrics}),
@@ -190,7 +249,7 @@ class SegmentAggregator:
         scores : mapping of str to mapping of str to float
             Each client's loss and metrics, ``num-examples`` among them.
         """
-        key = getattr(self.strategy, "weighted_by_key", "num-examples")
+        key = getattr(self._layers[-1], "weighted_by_key", "num-examples")
         replies = []
         for index, numbers in enumerate(scores.values()):
             metrics = MetricRecord({**numbers, key: int(numbers["num-examples"])})
@@ -199,23 +258,39 @@ class SegmentAggregator:
         return self.strategy.aggregate_evaluate(server_round, replies) or MetricRecord()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the arrays that the strategy remembers from round to round.
+        """Return what the strategy, and one that it is wrapped around, remember between rounds.
 
-        FedAdam, FedAvgM and their like keep them as dicts of NumPy arrays in attributes; Flower
-        has no interface for saving them.
+        FedAdam, FedAvgM and their like keep arrays as dicts of NumPy arrays in attributes; Flower
+        has no interface for saving them. Wrappers of differential privacy keep a norm that adapts,
+        and an accountant of what was spent.
         """
-        return {
-            name: {key: torch.from_numpy(np.array(array)) for key, array in value.items()}
-            for name, value in vars(self.strategy).items()
-            if isinstance(value, dict)
-            and value
-            and all(isinstance(one, np.ndarray) for one in value.values())
-        }
+        state: dict[str, Any] = {}
+        for depth, one in enumerate(self._layers):
+            for name, value in vars(one).items():
+                key = "strategy." * depth + name
+                if name == "clipping_norm" and hasattr(one, "clip_norm_lr"):
+                    state[key] = value
+                elif name == "accountant" and value is not None:
+                    state[key] = value.state_dict()
+                elif (
+                    isinstance(value, dict)
+                    and value
+                    and all(isinstance(array, np.ndarray) for array in value.values())
+                ):
+                    state[key] = {k: torch.from_numpy(np.array(v)) for k, v in value.items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`."""
-        for name, tensors in state.items():
-            setattr(self.strategy, name, {key: one.numpy() for key, one in tensors.items()})
+        for key, value in state.items():
+            *wrappers, name = key.split(".")
+            one = self._layers[len(wrappers)]
+            if name == "accountant":
+                one.accountant.load_state_dict(value)  # type: ignore[attr-defined]
+            elif name == "clipping_norm":
+                setattr(one, name, value)
+            else:
+                setattr(one, name, {k: tensor.numpy() for k, tensor in value.items()})
 
     def _parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in tensors.items() if name not in self.buffers}

@@ -60,7 +60,7 @@ MESSAGES = {
         FinishRequest(1),
     ),
     f"### `{FINISH}`: reply": (
-        FinishReply("0", 1, 9, 0.1, WEIGHTS, OPTIMIZER),
+        FinishReply("0", 1, 9, 0.1, WEIGHTS, OPTIMIZER, clipped=True),
         FinishReply("0", 1, 9, 0.1),
     ),
     f"### `{LOCAL}`: request": (
@@ -75,7 +75,9 @@ MESSAGES = {
         LocalRequest(server_round=1, step=0),
     ),
     f"### `{LOCAL}`: reply": (
-        LocalReply(**DONE, uploads={7: (ROWS, LABELS)}, segment=WEIGHTS, auxiliary=WEIGHTS),
+        LocalReply(
+            **DONE, uploads={7: (ROWS, LABELS)}, segment=WEIGHTS, auxiliary=WEIGHTS, clipped=True
+        ),
         LocalReply(**DONE, uploads={}),
     ),
     f"### `{SHAPE}`: request": 2 * (ShapeRequest(1, "conv"),),

@@ -47,6 +47,9 @@ MESSAGES = {
     "end that asks for nothing": FinishRequest(9),
     "end's reply": FinishReply("ä/ö", 2, 100, 0.5, SEGMENT.tensors, OPTIMIZER),
     "end's reply of an SGD without momentum": FinishReply("0", 2, 100, 0.5, SEGMENT.tensors, {}),
+    "end's reply of a client that clips": FinishReply(
+        "0", 2, 100, 0.5, SEGMENT.tensors, OPTIMIZER, clipped=False
+    ),
     "end's reply with nothing": FinishReply("0", 2, 100, 0.5),
     "evaluation": EvaluateRequest(2, 3, 512, 7, SEGMENT),
     "evaluation of one who holds the segment": EvaluateRequest(0, 0, 1, 0),
@@ -122,7 +125,7 @@ def wrong_value(value):
 OPTIONAL = {
     StepRequest: ("config", "arrays", "optimizer", "backward"),
     FinishRequest: ("backward",),
-    FinishReply: ("arrays", "optimizer"),
+    FinishReply: ("arrays", "optimizer", "clipping"),
     EvaluateRequest: ("arrays",),
 }
 REQUIRED = [
