@@ -46,7 +46,13 @@ from flsplit.message.round_plan import RoundPlan
 from flsplit.nested import as_arguments, num_rows, shapes_of, tensors_of, to_device
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
-from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put
+from flsplit.untrained import (
+    keeping_buffers,
+    load_state,
+    names_of_buffers,
+    names_of_frozen,
+    put,
+)
 
 
 @dataclass
@@ -453,8 +459,7 @@ class Client:
         # Seeded as a training step is: a transform that draws gives the same scores again.
         with seeded(derive_seed(0, "test", self.name, batch), self.device):
             inputs, labels = self.data.test.batch(rows)
-        self._evaluates()
-        return self._run_segment(inputs), labels, num_batches
+        return self._tested(inputs), labels, num_batches
 
     @torch.no_grad()
     def one_row(self, cut: str) -> tuple[Any, Tensor]:
@@ -472,8 +477,7 @@ class Client:
         self._undo_forward()
         with seeded(derive_seed(0, "shape", self.name), self.device):
             inputs, _ = examples.batch([examples.in_order("")[0]])
-        self._evaluates()
-        smashed = self._run_segment(inputs)
+        smashed = self._tested(inputs)
         if not isinstance(smashed, Tensor):
             raise SegmentMismatchError(
                 f"client {self.name!r}: the method needs smashed data that is one tensor, here "
@@ -481,9 +485,12 @@ class Client:
             )
         return inputs, smashed
 
-    def _evaluates(self) -> None:
+    def _tested(self, inputs: Any) -> Smashed:
+        """Run inputs through the segment, of which nothing changes, whatever forward does."""
         self.segment.eval()
         self._trains = False
+        with keeping_buffers(self.segment):
+            return self._run_segment(inputs)
 
     # --- computing -----------------------------------------------------------------------
 
