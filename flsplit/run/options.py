@@ -258,7 +258,14 @@ def at_round(rate: LearningRate, server_round: int) -> float:
     """Return the learning rate of a round."""
     if not callable(rate):
         return float(rate)
-    _rate(f"the learning rate of round {server_round}", found := rate(server_round))
+    try:
+        found = rate(server_round)
+    except Exception as error:  # a function of the user's may raise anything
+        raise ConfigError(
+            f"server_lr or client_lr is {rate!r}, which can't be called with the round "
+            f"{server_round}: {type(error).__name__}: {error}"
+        ) from error
+    _rate(f"the learning rate of round {server_round}", found)
     return float(found)
 
 
@@ -285,6 +292,8 @@ def of_kind(name: str, value: object, kind: type | UnionType) -> None:
 def _callable(name: str, value: object) -> None:
     if not callable(value):
         raise ConfigError(f"{name} is {value!r}, expected something to call")
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise ConfigError(f"{name} is the class {value.__name__} itself, expected an object of it")
 
 
 def _rate(name: str, value: object) -> None:
