@@ -1,14 +1,17 @@
-"""What of a module's state isn't trained: frozen parameters, and buffers.
+"""What of a module's state isn't trained: frozen parameters, buffers, and what is made of weights.
 
 Buffers are put back to what they were, and a forward may have changed their shapes: observers of
 quantisation-aware training, for one, get their size in the first forward.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @torch.no_grad()
@@ -65,6 +68,25 @@ def buffers_of(owners: Owners) -> list[Tensor]:
             if buffer is not None:
                 found[id(buffer)] = buffer
     return list(found.values())
+
+
+class _Detaching(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy of a module, also of one that keeps what it has computed.
+
+    Pruning and torch's older weight and spectral norms keep a weight that they compute anew before
+    each forward, others keep features; torch refuses to copy what is no leaf of a graph.
+    """
+    with _Detaching():
+        return copy.deepcopy(module, memo)
 
 
 @contextmanager

@@ -215,12 +215,14 @@ def _logit_gradients(step: Step, outputs: Any) -> list[Tensor]:
                 f"{type(outputs).__name__}, the labels a {type(labels).__name__}"
             )
         if outputs.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
-            raise DataError(
+            error = DataError(
                 f"client {batch.client!r}: EPSL aggregates a classifier's gradients, with logits "
                 f"(b, C) and class indices (b,); these are logits "
                 f"{(len(batch), *outputs.shape[1:])} and labels {tuple(labels.shape)} of "
                 f"{labels.dtype}"
             )
+            error.client = batch.client  # the others can go on
+            raise error
     return list(step.logit_gradients(outputs).values())
 
 

@@ -47,6 +47,7 @@ from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
 from flsplit.untrained import (
     buffers_of,
+    keeping_buffers,
     load_state,
     names_of_buffers,
     names_of_frozen,
@@ -478,8 +479,7 @@ class Client:
         # Seeded as a training step is: a transform that draws gives the same scores again.
         with seeded(derive_seed(0, "test", self.name, batch), self.device):
             inputs, labels = self.data.test.batch(rows)
-        self._evaluates()
-        return self._run_segment(inputs), labels, num_batches
+        return self._tested(inputs), labels, num_batches
 
     @torch.no_grad()
     def one_row(self, cut: str) -> tuple[Any, Tensor]:
@@ -497,8 +497,7 @@ class Client:
         self._undo_forward()
         with seeded(derive_seed(0, "shape", self.name), self.device):
             inputs, _ = examples.batch([examples.in_order("")[0]])
-        self._evaluates()
-        smashed = self._run_segment(inputs)
+        smashed = self._tested(inputs)
         if not isinstance(smashed, Tensor):
             raise SegmentMismatchError(
                 f"client {self.name!r}: the method needs smashed data that is one tensor, here "
@@ -506,9 +505,12 @@ class Client:
             )
         return inputs, smashed
 
-    def _evaluates(self) -> None:
+    def _tested(self, inputs: Any) -> Smashed:
+        """Run inputs through the segment, of which nothing changes, whatever forward does."""
         self.segment.eval()
         self._trains = False
+        with keeping_buffers(self.segment):
+            return self._run_segment(inputs)
 
     # --- computing -----------------------------------------------------------------------
 

@@ -52,10 +52,9 @@ class ClientSpec:
         for name in ("model", "data", "optimizer"):
             if not callable(found := getattr(self, name)):
                 raise ConfigError(f"{name} is {found!r}, expected a function")
-        if self.auxiliary is not None and not callable(self.auxiliary):
-            raise ConfigError(f"auxiliary is {self.auxiliary!r}, expected a function")
-        if self.loss is not None and not callable(self.loss):
-            raise ConfigError(f"loss is {self.loss!r}, expected a function")
+        for name in ("auxiliary", "loss", "unpack"):
+            if (found := getattr(self, name)) is not None and not callable(found):
+                raise ConfigError(f"{name} is {found!r}, expected a function")
         for one in self.client_parts:
             if not (isinstance(one, type) and issubclass(one, ClientPart) and one.name):
                 raise ConfigError(
@@ -64,8 +63,9 @@ class ClientSpec:
         check_cuts(self.cut)
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
             raise ConfigError(f"autocast is {self.autocast!r}, expected a dtype: torch.bfloat16")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ConfigError(f"max_grad_norm is {self.max_grad_norm}, expected more than 0")
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, int | float) and norm > 0):
+            raise ConfigError(f"max_grad_norm is {norm!r}, expected more than 0")
 
     def build_model(self, context: Context) -> nn.Module:
         """Return a new unsplit model; ``model`` gets the context if it has a parameter for it."""

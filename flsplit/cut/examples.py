@@ -10,7 +10,7 @@ from torch import Tensor, nn
 ROWS = 3
 """Rows of a made-up batch: neither one, which BatchNorm refuses, nor a size that layers have."""
 
-NEEDS_VALUES = (RuntimeError, NotImplementedError)
+NEEDS_VALUES = (RuntimeError, NotImplementedError, TypeError)
 """What torch raises where a tensor without data is asked for its values."""
 
 _SIZES = (224, 32, 28, 64, 8, 16, 299, 96, 128, *range(2, 65))
@@ -28,7 +28,8 @@ def likely_rows(model: nn.Module) -> tuple[Row, ...]:
 def needs_values(error: Exception) -> bool:
     """Tell whether a forward on the *meta* device failed for want of values."""
     scripted = "TorchScript" in str(error)  # whose weights stay where they are
-    return scripted or isinstance(error, NotImplementedError) or "meta" in str(error)
+    formatted = "passed to Tensor.__format__" in str(error)  # f"{x.mean():.3f}" is what asks
+    return scripted or formatted or isinstance(error, NotImplementedError) or "meta" in str(error)
 
 
 def with_values(leaf: Any) -> Any:

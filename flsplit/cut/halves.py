@@ -1,6 +1,5 @@
 """The client and the server segment: the whole model's forward, of which each computes a part."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from flsplit.cut.watch import (
     uninstrument,
 )
 from flsplit.errors import TORCH_ERRORS
-from flsplit.untrained import put_all
+from flsplit.untrained import copied, put_all
 
 
 @dataclass(frozen=True)
@@ -392,7 +391,7 @@ class ServerHalf(Half):
         """Tell whether it makes no difference which of several inputs it was."""
         outputs = []
         for derived in fitting if len(fitting) > 1 else ():
-            model = copy.deepcopy(vars(self)["_whole"])
+            model = copied(vars(self)["_whole"])
             crossing = Crossing({derived.name: given.detach()}, derived.trace)
             with undisturbed(given, {}), torch.no_grad():
                 outputs.append(run_from_cut(model, vars(self)["_cut"].name, crossing))
@@ -460,7 +459,7 @@ def one_side(model: nn.Module, mine: frozenset[str]) -> nn.Module:
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor):
-                memo[id(value)] = value
+                memo[id(value)] = value if value.is_leaf else value.detach()
     for state in (*model.parameters(), *model.buffers()):
         own = names.get(id(state), ())
         memo[id(state)] = state if not own or not mine.isdisjoint(own) else _ghost(state)

@@ -333,9 +333,21 @@ def verify(
             pairs.append((f"the gradient of {name}", tensor.grad, other.grad))
         elif not isinstance(tensor, nn.Parameter):
             pairs.append((name, tensor, other))
+    _check_frozen(model, whole)
     for what, a, b in pairs:
         if a is not b and (a is None or b is None or not _close(a, b)):
             raise CutError(f"cut at {cut!r}, the model computes something else: {what} differs")
+
+
+def _check_frozen(before: nn.Module, after: nn.Module) -> None:
+    """Refuse a forward that moves frozen parameters: they are sent once, and never averaged."""
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    for (name, old), new in pairs:
+        if not (old.requires_grad or torch.equal(old, new) or bool(old.isnan().any())):
+            raise CutError(
+                f"forward changes the frozen parameter {name!r} itself (a moving average?): make "
+                "it a buffer (register_buffer), which is kept and averaged as part of the state"
+            )
 
 
 def _backward(output: Any) -> None:

@@ -28,6 +28,7 @@ from torch.utils import swap_tensors
 from flsplit.cut.cut_errors import CrossingError, CutError, PathError, UnknownCutError
 from flsplit.cut.private import Unseen, is_innermost, no_torch_function, wrapper
 from flsplit.cut.trace import Number, Same, Spec, Trace, map_tree, tensors_in
+from flsplit.untrained import copied
 
 # Calls that ask a tensor for what an `Absent` knows, too. So do all properties but these VIEWS.
 # Every other call either computes or turns values into numbers, and so is written down.
@@ -252,7 +253,7 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
                     "made of"
                 )
             memo.setdefault(id(module), Scripted(module, hold=True))
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 class Scripted(nn.Module):

@@ -1,6 +1,5 @@
 """The decoupled schedule: clients train with auxiliary models and upload only now and then."""
 
-import copy
 import itertools
 import math
 from abc import abstractmethod
@@ -42,6 +41,7 @@ from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import one_of, whole
 from flsplit.server.gradients import ClientBatch
 from flsplit.storage import State
+from flsplit.untrained import copied
 from flsplit.wireless.phases import BITS, Phase, Stage, Where, Work, server_passes
 
 
@@ -215,7 +215,7 @@ class DecoupledStrategy(SplitStrategy):
                 self._row,
                 self._classes,
                 given=self._given,
-                parts=lambda: self.split(copy.deepcopy(self.options.model)),
+                parts=lambda: self.split(copied(self.options.model)),
             )
         return module.to(self.device)
 

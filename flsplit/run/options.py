@@ -20,6 +20,7 @@ from flsplit.carry.session import SessionSettings
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut.client_cuts import ClientCuts, check_cuts, default_cut
 from flsplit.errors import ConfigError
+from flsplit.log import logger
 from flsplit.losses import Loss
 from flsplit.run.callbacks import Callback
 from flsplit.server.arguments import one_of, whole
@@ -179,6 +180,12 @@ class SplitOptions:
         _check_metrics(self.metrics)
         for name in ("server_optimizer", "loss"):
             _callable(name, getattr(self, name))
+        if _reduction(self.loss) == "sum":
+            logger.warning(
+                "loss has reduction='sum', where a mean is expected: it is trained as it is, but "
+                "an evaluation's loss depends on evaluate_batch_size; a loss may return (sum, "
+                "weight)"
+            )
         if self.server_scheduler is not None:
             _callable("server_scheduler", self.server_scheduler)
         for callback in self.callbacks:
@@ -258,7 +265,14 @@ def at_round(rate: LearningRate, server_round: int) -> float:
     """Return the learning rate of a round."""
     if not callable(rate):
         return float(rate)
-    _rate(f"the learning rate of round {server_round}", found := rate(server_round))
+    try:
+        found = rate(server_round)
+    except Exception as error:  # a function of the user's may raise anything
+        raise ConfigError(
+            f"server_lr or client_lr is {rate!r}, which can't be called with the round "
+            f"{server_round}: {type(error).__name__}: {error}"
+        ) from error
+    _rate(f"the learning rate of round {server_round}", found)
     return float(found)
 
 
@@ -285,6 +299,13 @@ def of_kind(name: str, value: object, kind: type | UnionType) -> None:
 def _callable(name: str, value: object) -> None:
     if not callable(value):
         raise ConfigError(f"{name} is {value!r}, expected something to call")
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise ConfigError(f"{name} is the class {value.__name__} itself, expected an object of it")
+
+
+def _reduction(loss: Loss) -> object:
+    """Return what one of torch's losses, or a `functools.partial` of one, does with its rows."""
+    return getattr(loss, "reduction", getattr(loss, "keywords", {}).get("reduction"))
 
 
 def _rate(name: str, value: object) -> None:

@@ -75,7 +75,8 @@ def update_all(scores: Sequence[Scores], segment: ServerSegment, reply: Evaluate
     """Run a test batch through the server segment, and count it in all ``scores``."""
     segment.module.eval()
     labels = to_device(reply.labels, segment.device)
-    output = segment.forward(segment.receive(reply.smashed), labels)
+    # What is tested is trained on by nobody: buffers stay as they are, whatever forward does.
+    output = segment.forward(segment.receive(reply.smashed), labels, moves_buffers=False)
     loss, count = segment.criterion(output, labels)
     for one in scores:
         one.update(output, labels, float(loss), count)

@@ -18,7 +18,7 @@ from flsplit.finite import all_finite
 from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.message.request import Backward
-from flsplit.nested import cat_rows, map_tensors
+from flsplit.nested import map_tensors
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
 from flsplit.seeds import derive_seed, generator, seeded
@@ -34,6 +34,7 @@ from flsplit.server.gradients import (
     client_loss,
     named,
     pool,
+    pool_labels,
     pooled_gradients,
     separate_gradients,
 )
@@ -252,7 +253,7 @@ class Step:
             One batch without an owner, for :meth:`gradients`. The order follows the run's seed.
         """
         smashed = self.pooled()
-        labels = cat_rows([batch.labels for batch in self.batches])
+        labels = pool_labels(self.batches)
         order = torch.from_numpy(self.rng.permutation(len(smashed))).to(smashed.device)
         for rows in torch.split(order, batch_size):
             self._mixed = True

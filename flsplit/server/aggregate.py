@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,8 +178,8 @@ class SegmentAggregator:
             if ignored := sorted(set(config) - {"server-round", CLIPPING_NORM}):
                 raise ConfigError(
                     f"{type(self.strategy).__name__} tells the clients {', '.join(ignored)}, which "
-                    "a split client doesn't know (FedProx's proximal term, for instance, is not "
-                    "built); learning rates are set with server_lr and client_lr"
+                    "a split client doesn't know: of FedProx, take FedAvg and the client part "
+                    "Proximal(mu); learning rates are set with server_lr and client_lr"
                 )
 
     def aggregate(
@@ -190,7 +190,8 @@ class SegmentAggregator:
             uploads = self._changed(uploads, before)
         if not uploads:
             return dict(before)
-        replies = [self._reply(name, upload) for name, upload in uploads.items()]
+        known = _common([upload.metrics for upload in uploads.values()])
+        replies = [self._reply(name, upload, known) for name, upload in uploads.items()]
         arrays, metrics = self.strategy.aggregate_train(server_round, replies)
         self.metrics = metrics or MetricRecord()
         if arrays is None:
@@ -225,14 +226,17 @@ class SegmentAggregator:
             )  # fmt: skip
         return changed
 
-    def _reply(self, name: str, upload: Upload) -> Message:
+    def _reply(self, name: str, upload: Upload, known: Collection[str]) -> Message:
         key = getattr(self._layers[-1], "weighted_by_key", "num-examples")
+        metrics = {one: upload.metrics[one] for one in known}
+        if "train-loss" in metrics and (loss := getattr(self._layers[-1], "train_loss_key", "")):
+            metrics[loss] = metrics["train-loss"]  # QFedAvg weighs clients by it
         content = RecordDict(
             {
                 getattr(self._layers[-1], "arrayrecord_key", "arrays"): to_record(
                     self._parameters(upload.tensors)
                 ),
-                "metrics": MetricRecord({key: upload.num_examples, **upload.metrics}),
+                "metrics": MetricRecord({key: upload.num_examples, **metrics}),
             }
         )
         return Message(content, reply_to=self._messages[name])
@@ -250,9 +254,10 @@ class SegmentAggregator:
             Each client's loss and metrics, ``num-examples`` among them.
         """
         key = getattr(self._layers[-1], "weighted_by_key", "num-examples")
-        replies = []
+        replies, known = [], _common(list(scores.values()))
         for index, numbers in enumerate(scores.values()):
-            metrics = MetricRecord({**numbers, key: int(numbers["num-examples"])})
+            own = {one: numbers[one] for one in known}
+            metrics = MetricRecord({**own, key: int(numbers["num-examples"])})
             asked = Message(RecordDict(), index, "evaluate", group_id=str(server_round))
             replies.append(Message(RecordDict({"metrics": metrics}), reply_to=asked))
         return self.strategy.aggregate_evaluate(server_round, replies) or MetricRecord()
@@ -294,6 +299,14 @@ class SegmentAggregator:
 
     def _parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in tensors.items() if name not in self.buffers}
+
+
+def _common(metrics: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return the metrics that all clients have: Flower's strategies take no others.
+
+    One whose labels are no class indices, say, has no accuracy.
+    """
+    return [name for name in metrics[0] if all(name in one for one in metrics)] if metrics else []
 
 
 def average_buffers(buffers: list[dict[str, Tensor]], num_examples: list[int]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Everything here computes and changes no weight. BatchNorm's buffers move, as in 
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -22,6 +23,7 @@ from flsplit.cut.smashed import (
 )
 from flsplit.errors import (
     OF_A_BATCH,
+    DataError,
     FlsplitError,
     MethodError,
     NonFiniteError,
@@ -31,7 +33,7 @@ from flsplit.errors import (
 from flsplit.finite import all_finite, total_norm
 from flsplit.log import logger
 from flsplit.losses import Count
-from flsplit.nested import map_tensors, num_rows, to_device
+from flsplit.nested import cat_rows, described, leaves_of, map_tensors, num_rows, to_device
 from flsplit.server.products import (
     ClientGradients,
     KeptGradients,
@@ -341,6 +343,28 @@ def pool(smashed: Sequence[Tensor], batches: Sequence[ClientBatch]) -> Tensor:
                 "models and inputs differ?"
             )
     return torch.cat(list(smashed))
+
+
+def pool_labels(batches: Sequence[ClientBatch]) -> Any:
+    """Return the clients' labels, concatenated.
+
+    Raises
+    ------
+    DataError
+        If one client's differ from those of most in more than the number of rows; it names it.
+    """
+    kinds = [
+        tuple((place, leaf.shape[1:]) for place, leaf in leaves_of(batch.labels))
+        for batch in batches
+    ]
+    ((usual, _),) = Counter(kinds).most_common(1)
+    for kind, batch in zip(kinds, batches, strict=True):
+        if kind != usual:
+            error = DataError(
+                f"labels of {described(batch.labels)} can't be mixed with those of most clients"
+            )
+            raise _blamed(error, [batch])
+    return cat_rows([batch.labels for batch in batches])
 
 
 def client_loss(segment: ServerSegment, logits: Any, batch: ClientBatch) -> tuple[Tensor, Count]:

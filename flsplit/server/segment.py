@@ -168,7 +168,13 @@ class ServerSegment:
             with warnings.catch_warnings():
                 # Its rate follows the rounds, also while its client has been left out.
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-                self.scheduler.step()
+                try:
+                    self.scheduler.step()
+                except TORCH_ERRORS as error:  # OneCycleLR counts how often it may
+                    raise ConfigError(
+                        f"server_scheduler: {type(self.scheduler).__name__} can't step at the end "
+                        f"of the round: {error}; it steps once per round"
+                    ) from error
 
     def arrays(self) -> dict[str, Tensor]:
         """Return the segment's state dict."""

@@ -1,6 +1,5 @@
 """What a model costs on either side of every place where it can be cut."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -13,6 +12,7 @@ from flsplit.cut import CutError, cuts
 from flsplit.cut.examples import needs_values, with_values
 from flsplit.nested import as_arguments, map_tensors, tensors_of
 from flsplit.seeds import seeded
+from flsplit.untrained import copied
 
 BACKWARD_PER_FORWARD = 2
 """FLOPs of a backward pass by those of the forward pass: one product for the inputs' gradient and
@@ -246,7 +246,7 @@ def _kept_for_backward(model: nn.Module, sample: Any, names: Sequence[str]) -> _
 
 
 def _kept_on(device: str, model: nn.Module, batch: Any, names: Sequence[str]) -> _Kept:
-    ghost = copy.deepcopy(model).to(device).train()
+    ghost = copied(model).to(device).train()
     # Each storage counts once, parameters not at all. A storage's identity holds while it lives.
     known: dict[int, Tensor] = {_storage(one): one for one in ghost.parameters()}
     own = len(known)

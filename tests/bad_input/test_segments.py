@@ -212,6 +212,8 @@ def test_a_model_function_that_returns_none():
         ({"cut": 1}, "cut is 1, expected the name of a submodule"),
         ({"autocast": "bfloat16"}, "autocast is 'bfloat16', expected a dtype"),
         ({"max_grad_norm": -1.0}, r"max_grad_norm is -1\.0, expected more than 0"),
+        ({"max_grad_norm": "1"}, "max_grad_norm is '1', expected more than 0"),
+        ({"unpack": "img"}, "unpack is 'img', expected a function"),
     ],
 )
 def test_client_app_refuses_arguments_of_the_wrong_kind(wrong, said):

@@ -501,6 +501,29 @@ def test_a_buffer_that_forward_makes_needs_a_first_value(cut):
     assert_exact(build(torch.empty(0)), cut, (torch.randn(3, 4),))
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("cut", ["first", "second"])
+def test_a_forward_that_moves_frozen_parameters_is_refused(cut, in_place):
+    class Averages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+            self.slow = nn.Linear(4, 4).requires_grad_(False)
+
+        def forward(self, x):
+            x = self.first(x)
+            moved = 0.9 * self.slow.weight.detach() + 0.1 * self.second.weight.detach()
+            if in_place:
+                with torch.no_grad():
+                    self.slow.weight.copy_(moved)
+            else:
+                self.slow.weight.data = moved
+            return self.third(self.second(x + self.slow(x)))
+
+    with pytest.raises(CutError, match=r"changes the frozen parameter 'slow.weight' .*buffer"):
+        split(Averages(), cut, torch.randn(3, 4))
+
+
 def test_every_refusal_is_a_value_error():
     assert issubclass(CutError, ValueError)
 

@@ -189,6 +189,28 @@ def test_forward_may_ask_for_types():
     assert torch.equal(halves.server(halves.client(batch())), model(batch()))
 
 
+def test_forward_may_format_what_it_computes():
+    said = []
+
+    class Talks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.layer(x)
+            said.append(f"{x.mean():.3f}")
+            return self.head(x)
+
+    model = Talks()
+    halves = split(model, "layer")  # looked at without data, which can't be formatted
+    expected = model(batch())
+    said.clear()
+    smashed = halves.client(batch())
+    assert torch.equal(halves.server(smashed), expected)
+    assert said[-1] == f"{smashed.mean():.3f}"
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()

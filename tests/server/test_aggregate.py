@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import (
     FedTrimmedAvg,
     FedYogi,
     Krum,
+    QFedAvg,
 )
 
 from flsplit.errors import ConfigError, NotEnoughClientsError, SegmentMismatchError
@@ -61,6 +62,33 @@ def test_fedavg_weighs_by_the_number_of_examples():
 def test_a_strategy_that_tells_clients_what_they_do_not_heed_is_refused():
     with pytest.raises(ConfigError, match="FedProx tells the clients proximal-mu, which"):
         aggregate(FedProx(proximal_mu=0.1), {name: Upload(tensors(1.0), 10) for name in "01"})
+
+
+def test_qfedavg_gets_each_clients_training_loss():
+    uploads = {
+        name: Upload(tensors(weight), 1, {"train-loss": loss})
+        for name, weight, loss in (("0", 0.0, 2.0), ("1", 0.5, 0.5))
+    }
+    found = aggregate(QFedAvg(client_learning_rate=0.1, q=1.0), uploads)["w"]
+    # Δ = F (w - w_k) / η, and h = |w - w_k|² / η² + F / η, over all 5 numbers of w and b (10 w).
+    before, own, losses = 1.0, np.array([0.0, 0.5]), np.array([2.0, 0.5])
+    steps = (before - own) / 0.1
+    h = (4 + 100) * steps**2 + losses / 0.1
+    assert found[0, 0].item() == pytest.approx(before - (losses * steps).sum() / h.sum(), rel=1e-5)
+
+
+def test_metrics_that_a_client_lacks_are_of_nobody():
+    """Flower's strategies refuse replies whose metrics differ: it would be everybody's end."""
+    aggregator = SegmentAggregator(FedAvg(), BUFFERS)
+    metrics = [{"train-loss": 1.0, "train-accuracy": 0.5}, {"train-loss": 3.0}]
+    uploads = {str(i): Upload(tensors(1.0), 1, own) for i, own in enumerate(metrics)}
+    aggregate(aggregator.strategy, uploads, aggregator=aggregator)
+    assert dict(aggregator.metrics) == {"train-loss": 2.0}
+    scores = {
+        "0": {"loss": 1.0, "accuracy": 1.0, "num-examples": 3},
+        "1": {"loss": 5.0, "num-examples": 1},
+    }
+    assert dict(aggregator.evaluate(1, scores)) == {"loss": 2.0}
 
 
 def test_the_weight_may_go_by_another_key():

@@ -6,9 +6,10 @@ import pytest
 import torch
 from reference import OPTIMIZERS, assert_bit_equal, fresh, noisy_net, plain_net
 from torch.nn import functional
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from flsplit.cut import split
+from flsplit.errors import ConfigError
 from flsplit.server.segment import ServerSegment
 
 CPU = torch.device("cpu")
@@ -58,6 +59,14 @@ def test_learning_rate_is_set_for_all_groups():
     segment.step(gradients)
     for parameter, old, gradient in zip(segment.parameters, before, gradients, strict=True):
         torch.testing.assert_close(parameter.detach(), old - 0.5 * gradient)
+
+
+def test_a_scheduler_that_ends_before_the_run_says_so():
+    segment = segment_of(scheduler=lambda o: OneCycleLR(o, max_lr=0.1, total_steps=2))
+    for _ in range(2):
+        segment.end_round()
+    with pytest.raises(ConfigError, match="OneCycleLR can't step at the end of the round: Tried"):
+        segment.end_round()
 
 
 def test_a_scheduler_steps_at_each_rounds_end():

@@ -1,6 +1,5 @@
 """Weights of any dtype, and buffers that change shape, train as plain torch trains them."""
 
-import copy
 from functools import partial
 
 import pytest
@@ -9,6 +8,7 @@ from flwr.app import ArrayRecord
 from reference import half_base_net, quantised_net
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils.data import TensorDataset
 
 from flsplit import LocalGrid, client_app
@@ -54,6 +54,37 @@ def growing():
     )
 
 
+def renewed(change):
+    """Return a net whose weights are computed anew before each forward, and kept."""
+
+    def build():
+        net = dense()()
+        for layer in (net[0], net[2]):
+            change(layer)
+        return net
+
+    return build
+
+
+class Keeping(nn.Module):
+    """Keeps its features, as a model does that one wants to look into."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.features = dense()(), []
+
+    def forward(self, x):
+        self.features.append(self.net[1](self.net[0](x)))
+        return self.net[2](self.features[-1])
+
+
+def used_before():
+    """Return one that has been tried out."""
+    net = Keeping()
+    net(INPUTS[:2])
+    return net
+
+
 def loss(outputs, labels):
     return functional.cross_entropy(outputs.float(), labels)
 
@@ -65,9 +96,14 @@ KINDS = {
     "complex": (Complex, "first", INPUTS),
     "growing buffer": (growing, "1", INPUTS),
     "quantisation": (quantised_net, "1", INPUTS),
+    "older weight norm": (renewed(nn.utils.weight_norm), "1", INPUTS),
+    "older spectral norm": (renewed(nn.utils.spectral_norm), "1", INPUTS),
+    "pruned": (renewed(partial(l1_unstructured, name="weight", amount=0.5)), "1", INPUTS),
+    "kept features": (used_before, "net.1", INPUTS),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated")
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
 @pytest.mark.parametrize("strategy", [PSL, SplitFedV1, SplitFedV2])
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +111,8 @@ def test_one_client_is_plain_training(kind, strategy, cache):
     build, cut, inputs = KINDS[kind]
     torch.manual_seed(0)
     model = build()
-    plain = copy.deepcopy(model).train()
+    torch.manual_seed(0)
+    plain = build().train()
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()

@@ -16,6 +16,7 @@ from reference import (
     weights_of,
     whole_of,
 )
+from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
@@ -81,6 +82,37 @@ def test_evaluation_changes_nothing_in_training(strategy_class):
     assert [e.loss for e in evaluated.history] == [e.loss for e in not_evaluated.history]
     assert not_evaluated.history[0].evaluation == {}
     assert not not_evaluated.evaluate_metrics_clientapp
+
+
+class Counts(nn.Module):
+    """Counts its batches, also those of a test, and keeps a mean of what it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("batches", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x):
+        self.batches += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return x + self.mean
+
+
+def counting_net():
+    net = plain_net()
+    net.front.append(Counts())
+    net.middle.append(Counts())
+    return net
+
+
+@pytest.mark.parametrize("strategy_class", [PSL, SplitFedV1, SequentialSL])
+def test_evaluation_moves_no_buffers(strategy_class):
+    options = {"build": counting_net, "share_client_segments": True}
+    evaluated, _ = run(strategy_class, **options)
+    without, _ = run(strategy_class, fraction_evaluate=0.0, **options)
+    assert_bit_equal(weights_of(evaluated.arrays), weights_of(without.arrays))
+    for client, segment in evaluated.client_segments.items():
+        assert_bit_equal(weights_of(segment), weights_of(without.client_segments[client]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])

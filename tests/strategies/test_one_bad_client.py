@@ -92,6 +92,20 @@ def test_the_others_train_as_if_it_had_no_data(strategy, kind):
     assert [e.loss for e in found.history] == [e.loss for e in expected.history]
 
 
+def probabilities(inputs, labels):
+    return inputs, functional.one_hot(labels, 2).float()
+
+
+@pytest.mark.parametrize("strategy", METHODS)
+def test_class_probabilities_of_one_client(strategy):
+    """Cross-entropy takes them; what mixes labels, or needs classes, leaves their client out."""
+    found = run(strategy, probabilities)
+    left_out = {one.client for entry in found.history for one in entry.left_out}
+    assert left_out == ({BAD} if strategy in (CycleSL, EPSL) else set())
+    if left_out:
+        assert_bit_equal(weights_of(found.arrays), weights_of(without(strategy).arrays))
+
+
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind not in ("all ignored", "sentinel")]
 )

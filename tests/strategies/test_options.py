@@ -1,12 +1,16 @@
 """Options that can't be used are refused when the strategy is made, with name and value."""
 
+from functools import partial
+
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg
 from reference import CUT, plain_net
 from torch import nn
+from torch.nn import functional
 
 from flsplit.errors import ConfigError
+from flsplit.run.options import at_round
 from flsplit.strategies import PSL, SequentialSL, SplitFedV1
 
 WRONG = {
@@ -67,6 +71,11 @@ def test_a_value_that_cannot_be_used_is_refused_by_name(name, value):
             "client_strategy",
             FedAvg,
             "client_strategy is the class FedAvg itself, expected an object of type Strategy",
+        ),
+        (
+            "loss",
+            nn.CrossEntropyLoss,
+            "loss is the class CrossEntropyLoss itself, expected an object of it",
         ),
         ("model", plain_net, "model is of type function, expected an object of type Module"),
         (
@@ -132,6 +141,22 @@ def test_a_server_strategy_that_is_none():
 def test_sequential_split_learning_has_nothing_to_aggregate():
     with pytest.raises(ConfigError, match="there is nothing for client_strategy to aggregate"):
         make(SequentialSL, client_strategy=FedAvg())
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.MSELoss(reduction="sum"), partial(functional.mse_loss, reduction="sum")]
+)
+def test_a_loss_that_is_a_sum_is_warned_about(loss, caplog):
+    make(loss=loss)
+    assert "loss has reduction='sum', where a mean is expected" in caplog.text
+    caplog.clear()
+    make(loss=nn.MSELoss())
+    assert not caplog.text
+
+
+def test_a_learning_rate_that_does_not_take_the_round():
+    with pytest.raises(ConfigError, match=r"server_lr or client_lr is .* can't be called with the"):
+        at_round(lambda: 0.1, 1)
 
 
 def test_whatever_is_good_is_taken():
