@@ -1,9 +1,12 @@
 """What all tests share: one thread, and ``import reference`` from any folder."""
 
+import hypothesis
 import pytest
 import torch
 
 pytest_plugins = ["tests.chaos.table"]
+
+hypothesis.settings.register_profile("thorough", max_examples=1000)  # for `make fuzz`
 
 END_TO_END_TIMEOUT = 900  # seconds; a test takes one or two minutes unless the machine is slow
 
