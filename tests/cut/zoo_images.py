@@ -33,7 +33,10 @@ def torchvision_cases():
             ["conv_proj", "encoder.layers.encoder_layer_0",
              "encoder.layers.encoder_layer_0.self_attention"],
         ),
-        "densenet121": single(classifier("densenet121"), ["features.denseblock1.denselayer4"]),
+        "vgg11": single(classifier("vgg11"), ["features.7", "classifier.2"]),
+        "densenet121": single(
+            classifier("densenet121"), ["features.denseblock1.denselayer4", "features.transition1"]
+        ),
         "densenet121, checkpoints": single(
             classifier("densenet121", memory_efficient=True), ["features.denseblock1.denselayer4"]
         ),
@@ -41,10 +44,15 @@ def torchvision_cases():
             classifier("googlenet", init_weights=False), ["inception3a", "inception4c"]
         ),
         "inception": single(classifier("inception_v3", init_weights=False), ["Mixed_5b"], LARGE),
+        "mobilenet_v3_small": single(
+            classifier("mobilenet_v3_small"), ["features.4", "features.12.0"]
+        ),
         "mnasnet0_5": single(classifier("mnasnet0_5"), ["layers.8"]),
-        "efficientnet_b0": single(classifier("efficientnet_b0"), ["features.3"]),
-        "swin_t": single(classifier("swin_t"), ["features.1"]),
-        "convnext_tiny": single(classifier("convnext_tiny"), ["features.1"]),
+        "efficientnet_b0": single(
+            classifier("efficientnet_b0"), ["features.3", "features.2.0.block.1"]
+        ),
+        "swin_t": single(classifier("swin_t"), ["features.1", "features.2.norm"]),
+        "convnext_tiny": single(classifier("convnext_tiny"), ["features.1", "features.3.1"]),
         "shufflenet": single(classifier("shufflenet_v2_x0_5"), ["stage2.1"]),
         "deeplab": single(segmenter("deeplabv3_resnet50"), ["backbone.layer1"]),
         "fcn": single(segmenter("fcn_resnet50", aux_loss=True), ["backbone.layer3"]),
