@@ -26,7 +26,7 @@ GROUPS = {
     "transformers": transformers_cases,
     "peft": adapter_cases,
 }
-TIMEOUT = 300  # seconds; the slowest case takes ten
+TIMEOUT = 900  # seconds; the slowest case takes ten unless the machine is busy
 FORK = multiprocessing.get_context("fork")  # what is imported once stays imported
 
 
