@@ -9,18 +9,17 @@ NUM_CLIENTS = 3
 RUN_CONFIG = {"strategy": "psl", "batch-size": 64, "session-step-timeout": 10.0}
 
 
-@pytest.fixture(scope="module")
-def flower(tmp_path_factory):
-    path = tmp_path_factory.mktemp("faults")
+@pytest.fixture
+def flower(tmp_path):
     nodes = [
         {
             "partition-id": index,
             "num-partitions": NUM_CLIENTS,
-            "state-dir": str(path / f"state-{index}"),
+            "state-dir": str(tmp_path / f"state-{index}"),
         }
         for index in range(NUM_CLIENTS)
     ]
-    with deployment(path, NUM_CLIENTS, node_configs=nodes) as running:
+    with deployment(tmp_path, NUM_CLIENTS, node_configs=nodes) as running:
         yield running
 
 

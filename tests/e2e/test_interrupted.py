@@ -14,38 +14,17 @@ NUM_CLIENTS = 4
 CHANGES = {"strategy": "psl", "batch-size": 64}
 
 
-@pytest.fixture(scope="module")
-def flower(tmp_path_factory):
-    with simulation(tmp_path_factory.mktemp("interrupted"), NUM_CLIENTS) as running:
-        yield running
-
-
 @pytest.mark.e2e
-def test_a_run_that_is_stopped_ends_with_all_its_processes(flower, quickstart, tmp_path):
-    changes = CHANGES | {"num-server-rounds": 10_000, "output-dir": str(tmp_path / "out")}
-    run = flower.start_app(quickstart, changes)
-    run.wait_for_log("round 2/")
-    run.stop()
-    finished = run.finish()
-    assert finished.status == "finished:stopped"
-    names = ("ray::ClientAppActor", "flwr-simulation")
-    wait_until(
-        lambda: not any(flower.home.tree.find(name) for name in names) or None,
-        "the end of the simulation's processes",
-        timeout=120,
-    )
-
-
-@pytest.mark.e2e
-def test_clients_of_a_killed_actor_move_and_the_run_goes_on(flower, gates, tmp_path):
+def test_clients_of_a_killed_actor_move_and_the_run_goes_on(gates, tmp_path):
     changes = CHANGES | {"num-server-rounds": 6, "output-dir": str(tmp_path / "out")}
     gate = gates.before_step(0, server_round=3)
-    run = flower.start_app(gates.app, changes)
-    gate.wait()
-    actors = flower.home.tree.find("ray::ClientAppActor")
-    os.kill(actors[0], signal.SIGKILL)
-    gate.open()
-    finished = run.finish()
+    with simulation(tmp_path, NUM_CLIENTS) as flower:
+        run = flower.start_app(gates.app, changes)
+        gate.wait()
+        actors = flower.home.tree.find("ray::ClientAppActor")
+        os.kill(actors[0], signal.SIGKILL)
+        gate.open()
+        finished = run.finish()
 
     assert finished.completed, finished.log
     history = History.load(tmp_path / "out" / "history.jsonl")
@@ -59,9 +38,7 @@ def test_clients_of_a_killed_actor_move_and_the_run_goes_on(flower, gates, tmp_p
 
 
 @pytest.mark.e2e
-def test_a_server_that_was_killed_resumes_with_the_same_numbers(
-    flower, quickstart, gates, tmp_path
-):
+def test_a_server_that_was_killed_resumes_with_the_same_numbers(quickstart, gates, tmp_path):
     rounds = {"num-server-rounds": 6}
     changes = (
         CHANGES
@@ -72,16 +49,17 @@ def test_a_server_that_was_killed_resumes_with_the_same_numbers(
         }
     )
     gate = gates.before_step(0, server_round=4)
-    run = flower.start_app(gates.app, changes)
-    gate.wait()
-    # In a simulation the ServerApp and Flower's engine are one process.
-    assert flower.home.tree.signal(signal.SIGKILL, "flwr-simulation")
-    gate.open()
-    assert not run.finish().completed
+    with simulation(tmp_path, NUM_CLIENTS) as flower:
+        run = flower.start_app(gates.app, changes)
+        gate.wait()
+        # In a simulation the ServerApp and Flower's engine are one process.
+        assert flower.home.tree.signal(signal.SIGKILL, "flwr-simulation")
+        gate.open()
+        assert not run.finish().completed
 
-    finished = flower.run_app(gates.app, changes | {"resume": True})
-    assert finished.completed, finished.log
-    assert "resuming after round 3" in finished.log
+        finished = flower.run_app(gates.app, changes | {"resume": True})
+        assert finished.completed, finished.log
+        assert "resuming after round 3" in finished.log
 
     expected = run_locally(NUM_CLIENTS, CHANGES | rounds)
     history = History.load(tmp_path / "out" / "history.jsonl")
@@ -89,3 +67,20 @@ def test_a_server_that_was_killed_resumes_with_the_same_numbers(
     weights = load_file(tmp_path / "out" / "model.safetensors")
     for key, array in expected.arrays.items():
         assert weights[key].numpy().tobytes() == array.numpy().tobytes(), key
+
+
+@pytest.mark.e2e
+def test_a_run_that_is_stopped_ends_with_all_its_processes(quickstart, tmp_path):
+    changes = CHANGES | {"num-server-rounds": 10_000, "output-dir": str(tmp_path / "out")}
+    with simulation(tmp_path, NUM_CLIENTS) as flower:
+        run = flower.start_app(quickstart, changes)
+        run.wait_for_log("round 2/")
+        run.stop()
+        finished = run.finish()
+        assert finished.status == "finished:stopped"
+        names = ("ray::ClientAppActor", "flwr-simulation")
+        wait_until(
+            lambda: not any(flower.home.tree.find(name) for name in names) or None,
+            "the end of the simulation's processes",
+            timeout=120,
+        )
