@@ -60,12 +60,18 @@ compare-decoupled: $(STAMP) ## FSL-SAGE, CSE-FSL and what changes them, SplitFed
 
 .PHONY: test
 test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, several at a time
-	@$(BIN)/python -m pytest -m 'not e2e and not long' --numprocesses 2 --dist loadfile $(ARGS)
-	@$(BIN)/python -m pytest -m 'e2e and not long' --numprocesses 3 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -m 'not e2e and not long' --numprocesses 2 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -m 'e2e and not long' --numprocesses 3 --dist worksteal $(ARGS) \
+		$$(grep -rl --include 'test_*.py' pytest.mark.e2e tests)
 
 .PHONY: chaos
 chaos: $(STAMP) ## Disturb runs in every way we know; ends with a table of the faults
 	@$(BIN)/python -m pytest -m chaos --chaos-table $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(STAMP) ## Run the property tests with ten times as many examples
+	@$(BIN)/python -m pytest --hypothesis-profile thorough $(ARGS) \
+		$$(grep -rl --include 'test_*.py' '^@given' tests)
 
 # A tenth of it is among the tests. Some models come with the extra "zoo", which nothing else needs.
 .PHONY: zoo

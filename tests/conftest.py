@@ -2,12 +2,14 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 pytest_plugins = ["tests.chaos.table"]
 
 os.environ.pop("RAY_ADDRESS", None)  # tests bring a cluster of their own
+hypothesis.settings.register_profile("thorough", max_examples=1000)  # for `make fuzz`
 
 END_TO_END_TIMEOUT = 900  # seconds; a test takes one or two minutes unless the machine is slow
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flsplit.processes import (
-    FinishedRun,
     FlowerHome,
     FlowerRun,
     ProcessTree,
@@ -24,7 +23,6 @@ __all__ = [
     "deployment",
     "flower_home",
     "make_node_key",
-    "run_app",
     "simulation",
     "tree",
     "wait_until",
@@ -38,9 +36,3 @@ def flower_home(path: Path, env: Mapping[str, str] | None = None) -> Iterator[Fl
     """Give a Flower home in ``path/flwr-home`` with ports of its own; nothing runs in it yet."""
     with FlowerHome(path / "flwr-home", env) as home:
         yield home
-
-
-def run_app(app_dir: Path, path: Path, num_supernodes: int = 2) -> FinishedRun:
-    """Simulate one app on a SuperLink of its own, with its home in ``path``."""
-    with simulation(path, num_supernodes) as started:
-        return started.run_app(app_dir)

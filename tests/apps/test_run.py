@@ -322,7 +322,6 @@ def test_a_simulation_runs_one_app_after_the_other(app, tmp_path):
         assert first.run_id
 
         second = started.start_app(app, run_config={"end": "never"})
-        second.wait_for_log("ASKING")
         with pytest.raises(TimeoutError, match=r"has not ended after 0\.5 s"):
             second.finish(timeout=0.5)
     assert started.home.tree.find() == []

@@ -1,11 +1,13 @@
 """Models and cuts that `make zoo` compares with the uncut model; a tenth of them in `make test`.
 
 Each case is a function that returns a model, so that a case that would end the interpreter can run
-in a process of its own, and its cuts, arguments and what may be shared.
+in a process of its own, and its cuts, arguments and what may be shared. Here are models that show
+one thing each; those of libraries are in files of their own.
 """
 
+import random
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -209,9 +211,75 @@ def keeps(m, x):
     return m.c(torch.stack(hs).mean(0))
 
 
+def half(m, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = m.c(m.b(torch.relu(m.a(x))))
+    return h.float()
+
+
+def loops(m, x):
+    h = m.a(x)
+    while h.norm() < 20:
+        h = h * 2
+    return m.c(m.b(h))
+
+
+def sampled(m, x):
+    mean, deviation = m.a(x).chunk(2, 1)
+    z = mean + torch.randn_like(mean) * deviation.exp()
+    return m.b(torch.cat([z, z], 1)), mean, deviation
+
+
+def untracked(m, x):
+    with torch.no_grad():
+        h = torch.relu(m.a(x))
+    return m.c(m.b(h))
+
+
+def drawn(m, x):
+    scale = random.random() + 1
+    return m.c(m.b(m.a(x)) * scale)
+
+
+def remembers(m, x):
+    m.last = h = m.a(x) + getattr(m, "last", 0)
+    return m.c(m.b(h))
+
+
+def tied(m, x):
+    return functional.linear(m.b(m.a(x)), m.a.weight)
+
+
+def attending(m, x):
+    h = m.a(x)[None]
+    h = functional.scaled_dot_product_attention(h, h, h)[0]
+    return m.c(m.b(h) + h)
+
+
+def given_and_used(m, x):
+    h = m.a(x)
+    mask = (h > 0).to(h.dtype)
+    return m.c(checkpoint(m.both, h, mask, use_reentrant=False) * mask)
+
+
+def masked(m, x):
+    h = m.a(x)
+    g = torch.vmap(lambda row: torch.ones(4, dtype=x.dtype))(h)
+    return m.c(m.b(h * g))
+
+
+def quantized():
+    observer = torch.ao.quantization.MovingAverageMinMaxObserver
+    return torch.ao.quantization.FakeQuantize(observer, quant_min=0, quant_max=255)
+
+
+class Answer(NamedTuple):
+    scores: Any
+    features: Any
+
+
 X = (torch.randn(4, 4, generator=torch.Generator().manual_seed(1)),)
 IDS = torch.tensor([[3, 4, 5, 0, 0], [1, 2, 3, 4, 5], [2, 9, 0, 0, 0]])
-IMAGE = (torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)),)
 BATCH = {"x": torch.randn(3, 4), "y": torch.randn(3, 4)}
 
 OWN = {
@@ -220,6 +288,9 @@ OWN = {
     "graph, shared": Case(Graph, ["l1"], (torch.randn(6, 5), torch.rand(6, 6)), share=("adj",)),
     "lstm": Case(lambda: Recurrent(False), ["e", "a"], (IDS,)),
     "lstm, packed": Case(lambda: Recurrent(True), ["e", "a"], (IDS,), share=("x",)),
+    "lstm, packed, not shared": Case(
+        lambda: Recurrent(True), ["e", "a"], (IDS,), refused=("e",)
+    ),
     "gru cell": Case(Cell, ["c#4", "c#5"], (torch.randn(3, 5, 4),), refused=("c#4",)),
     "mask": Case(Masked, ["e", "t.layers.0", "t.layers.1.self_attn"], (IDS,), share=("x",)),
     "mask, not shared": Case(Masked, ["e"], (IDS,), refused=("e",)),
@@ -236,6 +307,15 @@ OWN = {
     "checkpoint": Case(
         around(lambda m, x: m.c(checkpoint(m.b, m.a(x), use_reentrant=False))), ["a", "b"], X,
     ),
+    "checkpoint, reentrant": Case(
+        around(lambda m, x: m.c(checkpoint(m.b, m.a(x), use_reentrant=True))), ["a", "b"], X,
+        refused=("b",),
+    ),
+    "checkpoint before, reentrant": Case(
+        around(lambda m, x: m.c(m.b(checkpoint(m.p, m.a(x), use_reentrant=True))),
+               p=lambda: nn.Linear(4, 4)),
+        ["b"], X,
+    ),
     "scripted": Case(around(lambda m, x: m.c(m.b(m.s(m.a(x)))), s=scripted), ["a", "s", "b"], X,
                      double=False),
     "compiled": Case(
@@ -249,115 +329,80 @@ OWN = {
         ["a", "w"], X,
     ),
     "vmap": Case(around(lambda m, x: m.c(m.b(torch.vmap(torch.sin)(m.a(x))))), ["a"], X),
-    "autocast": Case(
-        around(lambda m, x: m.c(m.b(m.a(x))).float()), ["a", "b"], X, double=False
-    ),
+    "autocast": Case(around(half), ["a", "b"], X, double=False),
     "complex": Case(
         around(lambda m, x: m.c(torch.fft.irfft(torch.fft.rfft(m.a(x)), n=4) + m.b(x))), ["b"], X
     ),
+    "complex weights": Case(
+        lambda: nn.Sequential(nn.Linear(4, 4, dtype=torch.cfloat), nn.Tanh(),
+                              nn.Linear(4, 2, dtype=torch.cfloat)),
+        ["0", "1"], (torch.randn(3, 4, dtype=torch.cfloat),), double=False,
+    ),
+    "spectral norm": Case(
+        around(lambda m, x: m.c(m.w(m.a(x))),
+               w=lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))),
+        ["a", "w"], X,
+    ),
+    "fake quantization": Case(
+        around(lambda m, x: m.c(m.q(m.b(m.p(m.a(x))))), p=quantized, q=quantized),
+        ["a", "p", "b"], X, double=False,
+    ),
+    "transformer": Case(
+        lambda: nn.Transformer(8, 2, 2, 2, 16, batch_first=True),
+        ["encoder.layers.0", "encoder", "decoder.layers.0"],
+        (torch.randn(2, 5, 8), torch.randn(2, 4, 8)), share=("tgt",),
+    ),
+    "siamese": Case(
+        around(lambda m, x, y: m.c(m.b(m.a(x) - m.a(y)))), ["a#1", "a#2"], (X[0], X[0] + 1),
+        refused=("a#1",),
+    ),
+    "sparse gradients": Case(
+        lambda: nn.Sequential(nn.Embedding(11, 6, sparse=True), nn.Linear(6, 3)), ["0"], (IDS,),
+    ),
+    "recurrent, both ways": Case(
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.GRU(6, 4, bidirectional=True)), ["0"],
+        (torch.randn(5, 3, 6),),
+    ),
+    "named outputs": Case(
+        around(lambda m, x: Answer(m.c(m.b(m.a(x))), m.a.weight.sum() + x.sum())), ["b"], X,
+        refused=("b",),
+    ),
+    "named tuple": Case(around(lambda m, x: Answer(m.c(m.b(h := m.a(x))), h)), ["a", "b"], X),
+    "attention": Case(around(attending), ["a", "b"], X),
+    "loop": Case(around(loops), ["a", "b"], X),
+    "sampled": Case(around(sampled), ["a", "b"], X),
+    "checkpoint around": Case(
+        around(lambda m, x: m.c(checkpoint(lambda x: m.b(m.a(x)), x, use_reentrant=False))),
+        ["a"], X, refused=("a",),
+    ),
+    "checkpoint around, reentrant": Case(
+        around(lambda m, x: m.c(checkpoint(lambda x: m.b(m.a(x)), x, use_reentrant=True))),
+        ["a"], X, refused=("a",),
+    ),
+    "checkpoint of what crosses": Case(
+        around(given_and_used, both=lambda: nn.Bilinear(4, 4, 4)), ["both"], X, refused=("both",),
+    ),
+    "vmap, mask": Case(around(masked), ["b"], X, refused=("b",)),
+    "vmap, crosses": Case(around(lambda m, x: m.c(m.b(h := torch.vmap(torch.sin)(m.a(x))) + h)),
+                          ["b"], X, refused=("b",)),
+    "not tracked": Case(around(untracked), ["a"], X, refused=("a",)),
+    "drawn by Python": Case(around(drawn), ["a"], X, refused=("a",)),
+    "remembers": Case(around(remembers), ["a"], X, refused=("a",)),
+    "tied": Case(around(tied), ["a"], X, refused=("a",)),
+    "scripted, inside": Case(
+        around(lambda m, x: m.c(m.b(m.s(m.a(x)))), s=scripted), ["s.0"], X, double=False,
+        refused=("s.0",),
+    ),
 }  # fmt: skip
 
-QUICK = ["unet", "branches", "experts", "lstm, packed"]
-
-
-def torchvision_cases():
-    from flsplit.vision import load_torchvision
-
-    tv = load_torchvision().models
-    names = {
-        "resnet18": ["conv1", "layer1.0.conv1", "layer2.0.downsample", "layer4.1.relu#2"],
-        "densenet121": ["features.denseblock1.denselayer4"],
-        "mnasnet0_5": ["layers.8"],
-        "efficientnet_b0": ["features.3"],
-        "swin_t": ["features.1"],
-        "convnext_tiny": ["features.1"],
-    }
-    cases = {
-        name: Case(lambda name=name: getattr(tv, name)(num_classes=5), cuts, IMAGE, double=False)
-        for name, cuts in names.items()
-    }
-    cases["googlenet"] = Case(
-        lambda: tv.googlenet(num_classes=5, init_weights=False), ["inception3a"], IMAGE,
-        double=False,
-    )  # fmt: skip
-    cases["deeplab"] = Case(
-        lambda: tv.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None),
-        ["backbone.layer1"], IMAGE, double=False,
-    )  # fmt: skip
-    return cases
-
-
-def transformers_cases():
-    from flsplit.vision import load_torchvision
-
-    load_torchvision()
-    import timm
-    import transformers as t
-    from peft import LoraConfig, get_peft_model
-
-    ids = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[0, 6:] = 0
-    batch, shared = {"input_ids": ids, "attention_mask": mask}, ("attention_mask",)
-    small = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 100, "n_positions": 32,
-             "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
-    size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-            "intermediate_size": 32}  # fmt: skip
-
-    def gpt2(**more):
-        return t.GPT2LMHeadModel(t.GPT2Config(**small, **more))
-
-    def frozen_gpt2():
-        model = gpt2()
-        model.transformer.wte.weight.requires_grad_(False)
-        return model
-
-    def lora():
-        config = LoraConfig(r=4, lora_dropout=0.1, target_modules=["c_attn"],
-                            task_type="CAUSAL_LM", init_lora_weights=False)  # fmt: skip
-        return get_peft_model(gpt2(), config)
-
-    def t5():
-        config = t.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=100,
-                            decoder_start_token_id=0, pad_token_id=0)  # fmt: skip
-        model = t.T5ForConditionalGeneration(config)
-        model.shared.weight.requires_grad_(False)
-        return model
-
-    labelled = {**batch, "labels": ids}
-    both = (*shared, "labels")
-    bert = {**size, "vocab_size": 100, "num_labels": 3}
-    llama = {**size, "vocab_size": 100, "num_key_value_heads": 2}
-    vit = {**size, "image_size": 32, "patch_size": 8, "num_labels": 3}
-    pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
-    h0, h1 = "transformer.h.0", "transformer.h.1.mlp"
-    cases = {
-        "gpt2, tied": Case(gpt2, [h0], (), batch, shared, refused=(h0,)),
-        "gpt2, frozen": Case(frozen_gpt2, [h0], (), batch, shared),
-        "gpt2": Case(lambda: gpt2(tie_word_embeddings=False), ["transformer.drop", h0, h1], (),
-                     batch, shared),
-        "gpt2, mask not shared": Case(lambda: gpt2(tie_word_embeddings=False), [h0], (), batch,
-                                      refused=(h0,)),
-        "gpt2, no mask": Case(lambda: gpt2(tie_word_embeddings=False), [h0], (),
-                              {"input_ids": ids}),
-        "gpt2, labels": Case(lambda: gpt2(tie_word_embeddings=False), [h0], (), labelled, both),
-        "gpt2, lora": Case(lora, [f"base_model.model.{h0}"], (), batch, shared),
-        "bert": Case(lambda: t.BertForSequenceClassification(t.BertConfig(**bert)),
-                     ["bert.embeddings", "bert.encoder.layer.0"], (), batch, shared),
-        "llama": Case(lambda: t.LlamaForCausalLM(t.LlamaConfig(**llama)),
-                      ["model.embed_tokens", "model.layers.0", "model.layers.1.self_attn"], (),
-                      batch, shared),
-        "vit": Case(lambda: t.ViTForImageClassification(t.ViTConfig(**vit)), ["vit.embeddings"], (),
-                    pixels),
-        "t5": Case(t5, ["encoder", "encoder.block.0"], (), labelled, both),
-    }  # fmt: skip
-    image = (torch.randn(2, 3, 224, 224),)
-    for name, cut in [
-        ("convnext_atto", "stages.0"),
-        ("vit_tiny_patch16_224", "blocks.1"),
-        ("mobilenetv3_small_050", "blocks.1"),
-    ]:
-        cases[f"timm {name}"] = Case(
-            lambda name=name: timm.create_model(name, num_classes=5), [cut], image, double=False
-        )
-    return cases
+QUICK = {
+    "own": [
+        "unet",
+        "branches",
+        "experts",
+        "lstm, packed",
+        "drawn by Python",
+    ],
+    "transformers": ["gpt2, labels"],
+    "peft": ["lora, labels"],
+}

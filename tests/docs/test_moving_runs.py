@@ -1,4 +1,4 @@
-"""A project of docs/moving/ under Flower itself: before its diff and after, in two places."""
+"""The README's program and a project of docs/moving/ under Flower itself."""
 
 import pytest
 import torch
@@ -20,16 +20,25 @@ def intersection(folder, output):
         return test(net, load_data(0, 2, 8)[1], "cpu")[1]
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize(
-    ("place", "projects"),
-    [(simulation, [PROJECT.before, PROJECT.after]), (deployment, [PROJECT.after])],
-)
-def test_the_unet_runs_by_its_page(place, projects, tmp_path):
-    with place(tmp_path, 2) as flower:
-        for i, files in enumerate(projects):
-            folder, output = write_files(files, tmp_path / f"app-{i}"), str(tmp_path / f"{i}.pt")
-            run = flower.run_app(folder, {"output": output})
-            assert run.completed, run.log
-            assert intersection(folder, output) > 0.6
+def assert_it_learns(flower, path):
+    """Run the U-Net's project, as its page leaves it."""
+    folder, output = write_files(PROJECT.after, path / "app"), str(path / "net.pt")
+    run = flower.run_app(folder, {"output": output})
+    assert run.completed, run.log
     assert "serve 2 clients" in run.log  # over a session
+    assert intersection(folder, output) > 0.6
+
+
+@pytest.mark.e2e
+def test_both_run_in_a_simulation(program, tmp_path):
+    with simulation(tmp_path, 2) as flower:
+        finished = flower.run_app(program)
+        assert finished.completed, finished.log
+        assert "round 1/3" in finished.log
+        assert_it_learns(flower, tmp_path)
+
+
+@pytest.mark.e2e
+def test_the_unet_runs_by_its_page_in_a_deployment(tmp_path):
+    with deployment(tmp_path, 2) as flower:
+        assert_it_learns(flower, tmp_path)

@@ -12,7 +12,6 @@ from pages import REPOSITORY, Page
 
 from flsplit import LocalGrid
 from flsplit.run import make_strategy, strategy_names
-from tests.flower_processes import run_app
 
 README = Page("README.md")
 MAX_LINES = 60
@@ -80,11 +79,3 @@ def test_links_between_the_pages_lead_somewhere():
     for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]*)#?[^)]*\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
-
-
-@pytest.mark.e2e
-def test_the_program_runs_under_flwr_run(program, tmp_path):
-    finished = run_app(program, tmp_path / "flower", num_supernodes=2)
-
-    assert finished.completed, finished.log
-    assert "round 1/3" in finished.log

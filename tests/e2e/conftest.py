@@ -6,6 +6,8 @@ import pytest
 
 from tests.e2e.gates import Gates
 from tests.e2e.local_quickstart import QUICKSTART
+from tests.e2e.strangers import ENTRY_POINTS, METHODS
+from tests.packages import installed
 
 
 @pytest.fixture
@@ -21,3 +23,10 @@ def quickstart(monkeypatch):
 def gates(tmp_path):
     """Give a copy of the quickstart that can be held at chosen places."""
     return Gates(tmp_path)
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Install a stranger's methods; give the folder."""
+    with installed(tmp_path / "site", "stranger", METHODS, ENTRY_POINTS) as folder:
+        yield folder

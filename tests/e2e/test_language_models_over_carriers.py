@@ -14,7 +14,7 @@ from tests.language_models import MODELS
 NUM_CLIENTS = 3
 METHODS = ["PSL", "SplitFedV1", "SplitFedV2", "SGLR", "GAPSL"]
 ROUNDS = {"SplitFedV1": 2}  # others one, which takes half the time
-CARRIERS = {"flower": "flower", "session-1": "session", "session-2": "session"}
+CARRIERS = {"flower": "flower", "session-2": "session"}
 
 PROJECT = """[project]
 name = "words"

@@ -1,6 +1,7 @@
 """All carriers give the same numbers: LocalGrid, Flower's messages, sessions of any size.
 
-One real run trains every method over every carrier, one after the other.
+One real run trains every method, one after the other: those that differ most over every carrier,
+and those of a stranger's package by name, in an app that knows nothing of them.
 """
 
 import json
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from flsplit import History
 from tests.e2e.local_quickstart import run_locally
+from tests.e2e.strangers import NAMES
 from tests.flower_processes import simulation
 
 NUM_CLIENTS = 4
@@ -37,6 +39,7 @@ METHODS = {
     # The second round begins with averaged auxiliary models.
     "cse-fsl": SIZES | {"strategy-args": "{upload-every = 2}"},
 }
+STRANGERS = dict.fromkeys(NAMES, SIZES)
 CARRIERS = {
     "flower": {"carrier": "flower"},
     **{
@@ -44,6 +47,14 @@ CARRIERS = {
         for hosts in (1, 2, 4)
     },
 }
+
+
+def carriers_of(method):
+    if method in STRANGERS:
+        return ["session-2"]
+    every = method in ("psl", "splitfed-v1", "fsl-sage")
+    return list(CARRIERS) if every else ["flower", "session-2"]
+
 
 SERVER_APP = '''"""Train every method over every carrier."""
 
@@ -86,9 +97,11 @@ def main(grid: Grid, context: Context) -> None:
 def app(quickstart, tmp_path):
     """Give a copy of the quickstart with a server that trains more than once."""
     trainings = {
-        str(tmp_path / f"{method}-over-{carrier}"): changes | over | {"strategy": method}
-        for method, changes in METHODS.items()
-        for carrier, over in CARRIERS.items()
+        str(tmp_path / f"{method}-over-{carrier}"): changes
+        | CARRIERS[carrier]
+        | {"strategy": method}
+        for method, changes in (METHODS | STRANGERS).items()
+        for carrier in carriers_of(method)
     }
     folder = tmp_path / "app"
     shutil.copytree(quickstart, folder)
@@ -102,16 +115,16 @@ def app(quickstart, tmp_path):
 
 
 @pytest.mark.e2e
-def test_all_carriers_give_the_same_numbers(app, tmp_path):
-    with simulation(tmp_path, NUM_CLIENTS) as flower:
+def test_all_carriers_give_the_same_numbers(app, package, tmp_path):
+    with simulation(tmp_path, NUM_CLIENTS, {"PYTHONPATH": str(package)}) as flower:
         run = flower.run_app(app, federation_config=["init-args-num-cpus=4"])
     assert run.completed, run.log
     for hosts in (1, 2, 4):
         assert f"{hosts} hosts serve {NUM_CLIENTS} clients" in run.log
 
-    for method, changes in METHODS.items():
+    for method, changes in (METHODS | STRANGERS).items():
         expected = run_locally(NUM_CLIENTS, changes | {"strategy": method})
-        for carrier in CARRIERS:
+        for carrier in carriers_of(method):
             folder = tmp_path / f"{method}-over-{carrier}"
             history = History.load(folder / "history.jsonl")
             assert history.numbers() == expected.history.numbers(), folder.name
@@ -125,3 +138,5 @@ def test_all_carriers_give_the_same_numbers(app, tmp_path):
         if method == "fsl-sage":
             aligned = ["cosine-after-alignment" in entry.metrics for entry in expected.history]
             assert aligned == [False, False, True]
+        if method == "stranger-careful":
+            assert expected.history[0].metrics["kept"] < NUM_CLIENTS

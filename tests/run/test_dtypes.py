@@ -58,8 +58,10 @@ def trained_in_one_piece(build, x, y, steps):
     return start, model.state_dict()
 
 
-@pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("strategy", [SplitFedV1, SplitFedV2])
+@pytest.mark.parametrize(
+    ("strategy", "cache"),
+    [(SplitFedV1, True), (SplitFedV1, False), (SplitFedV2, True), (PSL, False)],
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_one_client_is_the_model_in_one_piece(kind, strategy, cache):
     build, dtype = MODELS[kind]
@@ -70,14 +72,16 @@ def test_one_client_is_the_model_in_one_piece(kind, strategy, cache):
     app = client_app(model=build, cut="1", data=lambda context: TensorDataset(x, y))
     method = strategy(
         model=build(), cut="1", server_lr=LR, batch_size=1, loss=loss_in_float32,
-        fraction_evaluate=0.0,
+        fraction_evaluate=0.0, share_client_segments=strategy is PSL,
     )  # fmt: skip
     given = []
     result = method.start(
         LocalGrid(app, 1, cache=cache), start, num_rounds=3,
-        evaluate_fn=lambda server_round, arrays: given.append(arrays),
+        evaluate_fn=None if strategy is PSL else lambda server_round, arrays: given.append(arrays),
     )  # fmt: skip
     found = result.arrays.to_torch_state_dict()
+    for segment in result.client_segments.values():  # PSL's, which has no whole model
+        found = segment.to_torch_state_dict() | found
     assert list(found) == list(expected)
     model = build()
     model.load_state_dict(found)
@@ -88,8 +92,30 @@ def test_one_client_is_the_model_in_one_piece(kind, strategy, cache):
         start["2.weight" if kind != "lora" else "2.a"],
         expected["2.weight" if kind != "lora" else "2.a"],
     )
-    last = given[-1].to_torch_state_dict()
-    assert all(torch.equal(last[name], found[name]) for name in found)
+    for arrays in given[-1:]:
+        last = arrays.to_torch_state_dict()
+        assert all(torch.equal(last[name], found[name]) for name in found)
+
+
+def test_smashed_data_keep_their_dtype():
+    seen = []
+
+    class Looking(nn.Module):
+        def forward(self, x):
+            if torch.initial_seed():  # 0 while the model is looked at
+                seen.append(x.dtype)
+            return x
+
+    def build():
+        return nn.Sequential(*half_base_net(6)[:2], Looking(), *half_base_net(6)[2:])
+
+    model, part = build(), TensorDataset(torch.randn(16, 6).half(), torch.zeros(16).long())
+    app = client_app(model=build, cut="1", data=lambda _: part, device="cpu")
+    method = PSL(model=model, cut="1", loss=loss_in_float32, device="cpu", fraction_evaluate=0.0)
+    entry = method.start(LocalGrid(app, 2), model.state_dict(), num_rounds=1).history[0]
+    assert set(seen) == {torch.float16}
+    assert entry.traffic.logical["activations-up"] == 2 * 16 * 8 * 2
+    assert entry.traffic.logical["gradients-down-unicast"] == 2 * 16 * 8 * 2
 
 
 def test_client_segments_of_bfloat16_come_back():

@@ -1,5 +1,7 @@
 """Any Flower strategy aggregates client segments, end to end."""
 
+from itertools import cycle
+
 import numpy as np
 import pytest
 import torch
@@ -55,8 +57,9 @@ def uploads_of(strategy, client_strategy, **options):
 # --- all of them -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", [SplitFedV1, SplitFedV2, PSL])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    ("name", "strategy"), zip(STRATEGIES, cycle([SplitFedV1, SplitFedV2, PSL]), strict=False)
+)
 def test_a_whole_model_comes_out_that_a_second_run_repeats(strategy, name):
     first, again = (run(strategy, client_strategy=STRATEGIES[name]()) for _ in range(2))
     assert_bit_equal(weights_of(first.arrays), weights_of(again.arrays))

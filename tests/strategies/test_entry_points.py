@@ -1,8 +1,5 @@
 """Strategies and client parts of another package, found by name in a run config."""
 
-import sys
-import textwrap
-
 import pytest
 from flwr.app import ArrayRecord
 from reference import CUT, fresh, make_parts, plain_net, split_app
@@ -10,6 +7,7 @@ from reference import CUT, fresh, make_parts, plain_net, split_app
 from flsplit import LocalGrid
 from flsplit.errors import ConfigError
 from flsplit.run import ParallelStrategy, make_strategy
+from tests.packages import installed
 
 STRANGER = '''
 from flsplit.client_parts import ClientPart
@@ -67,16 +65,9 @@ not-a-part = stranger_split:Timid
 
 
 @pytest.fixture
-def stranger(tmp_path, monkeypatch):
-    """A package as pip would leave it."""
-    (tmp_path / "stranger_split.py").write_text(textwrap.dedent(STRANGER))
-    info = tmp_path / "stranger_split-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger-split\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    sys.modules.pop("stranger_split", None)
+def stranger(tmp_path):
+    with installed(tmp_path, "stranger_split", STRANGER, ENTRY_POINTS):
+        yield
 
 
 def make(name, args="{}", **options):

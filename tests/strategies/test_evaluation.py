@@ -115,16 +115,18 @@ def test_evaluation_moves_no_buffers(strategy_class):
         assert_bit_equal(weights_of(segment), weights_of(without.client_segments[client]))
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_the_batch_size_of_evaluation_is_of_no_account(batch_size):
+def test_the_batch_size_of_evaluation_is_of_no_account():
     whole, _ = run(PSL, evaluate_batch_size=512)
-    batched, _ = run(PSL, start={"evaluate_config": {"batch-size": batch_size}})
-    for one, other in zip(whole.history, batched.history, strict=True):
-        assert one.evaluation == pytest.approx(other.evaluation, rel=1e-5)
+    for batch_size in (1, 4):
+        batched, _ = run(PSL, start={"evaluate_config": {"batch-size": batch_size}})
+        for one, other in zip(whole.history, batched.history, strict=True):
+            assert one.evaluation == pytest.approx(other.evaluation, rel=1e-5)
 
 
-@pytest.mark.parametrize("how", ["option", "config"])
-@pytest.mark.parametrize(("batches", "rows"), [(1, (3, 4, 4)), (2, (3, 8, 6)), (3, TEST_SIZES)])
+@pytest.mark.parametrize(
+    ("how", "batches", "rows"),
+    [("option", 1, (3, 4, 4)), ("config", 2, (3, 8, 6)), ("option", 3, TEST_SIZES)],
+)
 def test_each_client_evaluates_no_more_than_so_many_batches(how, batches, rows):
     """Batches have 4 examples, so the clients evaluate their first 4 or 8, if they have as many."""
     limit = {"evaluate_batches": batches}

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from reference import assert_bit_equal, client_then_server_noise, epoch_batches, weights_of
+from reference import (
+    assert_bit_equal,
+    assert_close,
+    client_then_server_noise,
+    epoch_batches,
+    weights_of,
+)
+from torch.nn import functional
 from torch.utils.data import default_collate
 
 from flsplit import LocalGrid, ModelLoss, client_app
@@ -50,6 +57,24 @@ def test_methods_train_them_with_and_without_cache(strategy, kind):
     assert right == pytest.approx(round(right))
     assert_bit_equal(weights_of(results[0].arrays), weights_of(results[1].arrays))
     assert results[0].history.numbers() == results[1].history.numbers()
+
+
+def next_word(output, words):
+    """What GPT-2 computes itself from labels."""
+    return functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), words[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("strategy", METHODS)
+def test_a_loss_of_ones_own_trains_as_the_models_own(strategy):
+    sizes = [8, 7] if strategy is PSL else [8, 8]
+    own, models = (train(strategy, "gpt", sizes, loss=loss) for loss in (next_word, ModelLoss()))
+    losses = [[entry.loss for entry in result.history] for result in (own, models)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert_close(weights_of(own.arrays), weights_of(models.arrays), 1e-6)
+    if strategy in (PSL, SGLR, GAPSL):  # clients keep their segments
+        first, second = (entry.traffic.logical for entry in own.history)
+        assert first["client-segments-down"] > 20 * GPT_ADAPTER_BYTES
+        assert second["client-segments-down"] == second["client-segments-up"] == 0
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -80,8 +80,9 @@ def lose(client, at):
 # --- lost replies ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
-@pytest.mark.parametrize("strategy_class", ALL)
+@pytest.mark.parametrize(
+    ("strategy_class", "cache"), [*((one, True) for one in ALL), (SequentialSL, False)]
+)
 def test_the_others_go_on_as_if_the_lost_client_had_not_been_there(strategy_class, cache):
     options = {"optimizer": MOMENTUM, "build": noisy_net, "cache": cache, "rounds": 1}
     options |= {"share_client_segments": True, "fraction_evaluate": 0.0}
@@ -178,8 +179,10 @@ def test_a_client_lost_in_evaluation_is_named_and_the_others_count():
 # --- order of arrival ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy_class", [PSL, SplitFedV1, SplitFedV2])
-@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+@pytest.mark.parametrize(
+    ("strategy_class", "order"),
+    [(PSL, "shuffled"), (SplitFedV1, "reversed"), (SplitFedV2, "shuffled")],
+)
 def test_the_order_of_arrival_does_not_change_a_bit(strategy_class, order):
     rng = random.Random(1)
     arrange = {

@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-import textwrap
 from dataclasses import replace
 
 import pytest
@@ -14,6 +12,7 @@ from flsplit.cli import app
 from flsplit.run import make_strategy
 from flsplit.strategies import PSL
 from flsplit.wireless import Device, Fleet, Radio, Server
+from tests.packages import installed
 
 STRANGER = '''
 from torch import nn
@@ -93,16 +92,9 @@ FLEET = Fleet(
 
 
 @pytest.fixture(autouse=True)
-def stranger(tmp_path, monkeypatch):
-    """A package as pip would leave it."""
-    (tmp_path / "stranger_cycle.py").write_text(textwrap.dedent(STRANGER))
-    info = tmp_path / "stranger_cycle-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger-cycle\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    sys.modules.pop("stranger_cycle", None)
+def stranger(tmp_path):
+    with installed(tmp_path, "stranger_cycle", STRANGER, ENTRY_POINTS):
+        yield
 
 
 def plan(tmp_path, *arguments):

@@ -1,8 +1,5 @@
 """Strategies by name, those of other packages included."""
 
-import sys
-import textwrap
-
 import pytest
 from flwr.serverapp.strategy import FedAvg
 from reference import CUT, make_parts, plain_net
@@ -11,6 +8,7 @@ from tampering import set_up, train
 from flsplit.errors import ConfigError
 from flsplit.run import make_strategy, strategy_names
 from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
+from tests.packages import installed
 
 OWN = {
     "psl": PSL,
@@ -45,22 +43,18 @@ def make(name, strategy_args="{}", **options):
     return make_strategy(name, strategy_args, model=plain_net(), cut=CUT, **options)
 
 
+ENTRY_POINTS = """
+[flsplit.strategies]
+lazy = lazy_split:Lazy
+lazy-function = lazy_split:not_a_strategy
+lazy-module = lazy_split
+"""
+
+
 @pytest.fixture
-def stranger(tmp_path, monkeypatch):
-    """Install a package that registers strategies, as pip would leave it."""
-    (tmp_path / "lazy_split.py").write_text(textwrap.dedent(STRANGER))
-    dist = tmp_path / "lazy_split-1.0.dist-info"
-    dist.mkdir()
-    (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: lazy-split\nVersion: 1.0\n")
-    (dist / "entry_points.txt").write_text(
-        "[flsplit.strategies]\n"
-        "lazy = lazy_split:Lazy\n"
-        "lazy-function = lazy_split:not_a_strategy\n"
-        "lazy-module = lazy_split\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    sys.modules.pop("lazy_split", None)
+def stranger(tmp_path):
+    with installed(tmp_path, "lazy_split", STRANGER, ENTRY_POINTS):
+        yield
 
 
 # --- by name ---------------------------------------------------------------------------------

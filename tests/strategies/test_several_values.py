@@ -131,13 +131,13 @@ def test_one_client_is_bit_equal_to_training_the_whole_model(net, cache):
     "strategy", [SplitFedV1, SplitFedV2, SequentialSL, SGLR, GAPSL, SFLGA, PSL]
 )
 def test_methods_train_on_them_with_and_without_cache(strategy, net):
-    sizes = [10, 8, 9]
+    sizes = [6, 4, 5]
     results = [
         train(strategy, net, sizes, tests=parts_of(net, [4, 4, 4]), cache=cache)
         for cache in (True, False)
     ]
     entry = results[0].history[-1]
-    assert (entry.left_out, entry.rows) == ([], 27)
+    assert (entry.left_out, entry.rows) == ([], 15)
     assert entry.evaluation["num-examples"] == 12
     assert_bit_equal(weights_of(results[0].arrays), weights_of(results[1].arrays))
     assert results[0].history.numbers() == results[1].history.numbers()
