@@ -4,6 +4,7 @@ Gradients may be sparse, as an Embedding's are that says so.
 """
 
 import cmath
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,6 +18,19 @@ def all_finite(tensor: Tensor) -> bool:
     the time; only where it overflows are the elements looked at one by one.
     """
     return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(dense_values(tensor)).all())
+
+
+def can_be_squared(tensor: Tensor) -> bool:
+    """Return whether all elements are finite, and their squares, which norms and variances need.
+
+    One larger value makes weights of a step that no later step can be computed with.
+    """
+    if not tensor.numel():
+        return True
+    least, most = torch.aminmax(tensor.abs() if tensor.is_complex() else tensor)
+    # float16 is added up in float32.
+    largest = math.sqrt(torch.finfo(torch.promote_types(least.dtype, torch.float32)).max)
+    return -largest < least.item() and most.item() < largest  # false of NaN
 
 
 def dense_values(tensor: Tensor) -> Tensor:

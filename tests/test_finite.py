@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flsplit.finite import all_finite
+from flsplit.finite import all_finite, can_be_squared
 
 MAX = torch.finfo(torch.float32).max
 
@@ -27,3 +27,15 @@ def test_one_element_that_is_not_is_found(values):
 
 def test_integers_are_finite():
     assert all_finite(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_values_whose_squares_overflow_are_found(dtype):
+    fits = torch.tensor([[60000.0, -60000.0, 3.0]] * 9).to(dtype)
+    assert can_be_squared(fits)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert not can_be_squared(torch.cat([fits, torch.full_like(fits, bad)]))
+    if dtype is not torch.float16:  # it has none that is so large
+        large = torch.tensor([1e20, -1e20]).to(dtype)  # a sum of 0
+        assert can_be_squared(large) is (dtype is torch.float64)
+    assert not can_be_squared(torch.tensor([1e200], dtype=torch.float64))

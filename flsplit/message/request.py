@@ -12,7 +12,7 @@ from flsplit.account.clock import Leg
 from flsplit.cut import Trace
 from flsplit.cut.smashed import CutGradient, Smashed, gradients_in, learning_in
 from flsplit.errors import NonFiniteError, ProtocolError
-from flsplit.finite import all_finite
+from flsplit.finite import all_finite, can_be_squared
 from flsplit.flower_internals import made
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.crossings import FROZEN, TRACES, one_gradient, one_smashed
@@ -227,11 +227,16 @@ def check_batch(smashed: Smashed, labels: Any, most: int | None = None) -> None:
         raise ProtocolError(f"labels: shape is {shapes_of(labels)}, expected one row or more")
     if most is not None and rows > most:
         raise ProtocolError(f"smashed-data: {rows} rows came, at most {most} were planned")
-    # A mask that crosses may be -inf on purpose; what the client computed may not.
+    # Among several values there may be scores that a mask has made as small as can be, and a mask
+    # that crosses may be -inf on purpose; what the client computed may not.
+    if isinstance(smashed, Tensor) and can_be_squared(smashed):
+        return
     computed = [smashed] if isinstance(smashed, Tensor) else learning_in(smashed)
     for tensor in computed:
         if not all_finite(tensor):
             raise NonFiniteError("smashed-data: there are values that are NaN or infinite")
+    if isinstance(smashed, Tensor):
+        raise NonFiniteError("smashed-data: there are values whose squares overflow")
 
 
 def check_segment(state: Mapping[str, Tensor] | None, given: SegmentArrays | None) -> None:

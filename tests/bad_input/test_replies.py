@@ -164,6 +164,7 @@ TENSORS = {
     "one label": (tensor("labels", lambda t: t[0]), "labels: shape is (), expected 4 rows"),
     "NaN": (tensor("smashed-data", with_nan), "values that are NaN or infinite"),
     "infinity": (tensor("smashed-data", with_infinity), "values that are NaN or infinite"),
+    "1e20": (tensor("smashed-data", lambda t: t + 1e20), "values whose squares overflow"),
 }
 
 MISFITS = {
