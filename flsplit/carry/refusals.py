@@ -45,8 +45,8 @@ class Refusals:
         """Return how many nodes can't take part now."""
         return len(self._of)
 
-    def note(self, node: int, error: Error | Exception) -> None:
-        """Keep why a node can't take part."""
+    def note(self, node: int, error: Error | Exception, *, at_once: bool = False) -> None:
+        """Keep why a node can't take part, and ask it again after a pause, or `at_once`."""
         broken = isinstance(error, Error) and is_broken(error)
         reason = brief(error) if isinstance(error, Error) else _one_line(str(error))
         if broken:
@@ -55,7 +55,9 @@ class Refusals:
         if earlier is None or earlier.reason != reason:
             logger.warning("node %d is left out: %s", node, reason)
         pause = min(2 * earlier.pause, _LONGEST_PAUSE) if earlier else _FIRST_PAUSE
-        self._of[node] = _Refusal(reason, broken, pause, time.monotonic() + pause)
+        self._of[node] = _Refusal(
+            reason, broken, pause, time.monotonic() + (0.0 if at_once else pause)
+        )
 
     def forget(self, node: int) -> None:
         """Forget that a node could not take part: it can."""

@@ -118,8 +118,11 @@ class Directory:
             try:
                 self._take_in(node, _described(found[node]))
             except FlsplitError as error:
-                message = found[node]
-                self._unusable.note(node, message.error if message.has_error() else error)
+                answer = found[node]
+                if answer.has_error():
+                    self._unusable.note(node, answer.error)
+                else:  # it is well, but for its name, which its operator may mend
+                    self._unusable.note(node, error, at_once=True)
 
     def _take_in(self, node: int, name: str) -> None:
         """Take a node for the client that it says it is, if it may be."""
@@ -133,7 +136,7 @@ class Directory:
         if node not in (first, now):
             raise twins
         if now != node:
-            self._unusable.note(now, twins)
+            self._unusable.note(now, twins, at_once=True)
         self._unusable.forget(node)
         self.node_of[name], self._names[node] = node, name
 

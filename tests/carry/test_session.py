@@ -62,6 +62,7 @@ def simulated(monkeypatch):
     def believe(hosts):
         monkeypatch.setattr(session_host, "count_simulated_hosts", lambda: hosts)
         monkeypatch.setattr(session_grid, "simulates", lambda grid: hosts > 0)
+        monkeypatch.setattr(session_grid, "running_ray", lambda timeout: None)
 
     return believe
 
@@ -421,7 +422,7 @@ def test_another_node_may_come_that_can_run_the_app():
 
 
 def test_of_a_simulation_no_more_nodes_are_invited_than_there_are_processes(simulated, monkeypatch):
-    monkeypatch.setattr(session_grid, "simulates", lambda grid: True)
+    simulated(3)  # each takes less than a core
     monkeypatch.setattr(session_grid, "running_ray", lambda timeout: "ray")
     monkeypatch.setattr(session_grid, "count_places", lambda ray, needed: 2)
     monkeypatch.setattr(session_grid, "cluster_address", lambda ray: "")
@@ -431,7 +432,6 @@ def test_of_a_simulation_no_more_nodes_are_invited_than_there_are_processes(simu
     assert len(broken.pushed) == 2
 
     monkeypatch.setattr(session_grid, "cluster_address", lambda ray: "127.0.0.3")
-    simulated(3)  # each takes less than a core
     grid = ThreadedGrid(make_app(), len(SIZES))
     result = start(make_strategy(), grid, num_rounds=1)
     assert result.history[0].participants == ["0", "1", "2", "3"]
