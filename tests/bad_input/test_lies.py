@@ -92,6 +92,10 @@ def told(strategy):
     return lies.heard
 
 
+@pytest.mark.chaos(
+    "any answer of one client",
+    "the others do the same steps",
+)
 @pytest.mark.parametrize("strategy", METHODS)
 @settings(
     max_examples=5, deadline=None, phases=[Phase.generate]

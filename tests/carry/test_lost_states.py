@@ -82,6 +82,10 @@ def arrays_of(result):
     return {name: array.data for name, array in result.arrays.items()}
 
 
+@pytest.mark.chaos(
+    "a client loses its state",
+    "the ledger has it under restarted",
+)
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
 @pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.__name__)
 def test_a_client_that_lost_its_state_is_told_for_every_method(cls, cache):
@@ -104,6 +108,10 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
+@pytest.mark.chaos(
+    "the newest state file is cut short",
+    "it is set aside, the one before is taken, the ledger says so",
+)
 @pytest.mark.parametrize("cls", [PSL, SplitFedV2, CSEFSL], ids=lambda cls: cls.__name__)
 def test_a_client_whose_newest_state_is_broken_goes_on_from_the_one_before(cls, tmp_path, caplog):
     def break_newest(grid):
@@ -121,6 +129,10 @@ def test_a_client_whose_newest_state_is_broken_goes_on_from_the_one_before(cls, 
     assert "of its 4 steps in this run it goes on after step 2" in caplog.text
 
 
+@pytest.mark.chaos(
+    "a client's process loses its state, over a session",
+    "from state-dir nothing is lost; without, the ledger says so",
+)
 @pytest.mark.parametrize("keeps", [True, False], ids=["state-dir", "none"])
 def test_over_a_session_too(keeps, tmp_path):
     """Deployed: each node has a folder, which is in use as long as the session lasts."""
@@ -152,6 +164,10 @@ def test_over_a_session_too(keeps, tmp_path):
     assert [len(entry.notes) for entry in result.history] == [0, 0, int(keeps)]
 
 
+@pytest.mark.chaos(
+    "all state files are broken",
+    "the client starts anew, the ledger says so",
+)
 def test_a_client_without_any_state_that_can_be_read_starts_anew(tmp_path):
     def break_all(grid):
         kill(grid)
@@ -163,6 +179,10 @@ def test_a_client_without_any_state_that_can_be_read_starts_anew(tmp_path):
     assert result.history[2].notes[0].endswith("; no earlier one is left")
 
 
+@pytest.mark.chaos(
+    "a state folder is removed",
+    "the client starts anew, the ledger says so",
+)
 def test_a_client_whose_folder_is_gone_starts_anew(tmp_path):
     def remove(grid):
         kill(grid)
@@ -171,6 +191,10 @@ def test_a_client_whose_folder_is_gone_starts_anew(tmp_path):
     assert restarted(train(SplitFedV2, state_dir=tmp_path, meanwhile=remove)) == [[], [], ["1"], []]
 
 
+@pytest.mark.chaos(
+    "a state file can't be read",
+    "its client is left out with the reason",
+)
 def test_a_state_that_cannot_be_read_leaves_its_client_out_with_the_reason(tmp_path):
     def make_unreadable(grid):
         kill(grid)
@@ -185,6 +209,10 @@ def test_a_state_that_cannot_be_read_leaves_its_client_out_with_the_reason(tmp_p
     assert "round-2.safetensors can't be read: " in out.reason
 
 
+@pytest.mark.chaos(
+    "a client's disk is full",
+    "the ledger says so, the numbers are the same",
+)
 def test_a_full_disk_is_in_the_ledger_and_changes_nothing_else(tmp_path, monkeypatch):
     whole = train(SplitFedV2)
     fsync = os.fsync
@@ -205,6 +233,10 @@ def test_a_full_disk_is_in_the_ledger_and_changes_nothing_else(tmp_path, monkeyp
     assert list((tmp_path / "1").iterdir()) == []
 
 
+@pytest.mark.chaos(
+    "the newest checkpoint is broken",
+    "the one before it is taken, the ledger says so",
+)
 def test_a_server_whose_newest_checkpoint_is_broken_goes_on_from_the_one_before(tmp_path):
     folder, states = tmp_path / "server", tmp_path / "states"
     whole = train(SplitFedV2)
@@ -217,6 +249,10 @@ def test_a_server_whose_newest_checkpoint_is_broken_goes_on_from_the_one_before(
     assert "round-3.safetensors is broken" in note
 
 
+@pytest.mark.chaos(
+    "the server's disk is full",
+    "the run ends with the reason",
+)
 def test_a_server_that_cannot_write_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(StorageError, match=r"can't be written: \[Errno 28\] No space left"):

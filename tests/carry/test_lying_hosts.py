@@ -42,6 +42,10 @@ def introduced(hello):
     return serve
 
 
+@pytest.mark.chaos(
+    "a deployed host's hello claims other partitions, peers or nodes",
+    "it serves its own node; the same numbers",
+)
 @pytest.mark.parametrize(
     "hello",
     [
@@ -58,6 +62,10 @@ def test_a_deployed_host_serves_its_own_node_whatever_it_says(hello):
     assert outcome(result) == outcome(start(make_strategy(), LocalGrid(make_app(), len(SIZES))))
 
 
+@pytest.mark.chaos(
+    "a malformed hello",
+    "that host is sent away with the reason, the others go on",
+)
 @pytest.mark.parametrize("hosts", [0, 4])
 def test_a_host_whose_hello_is_malformed_is_sent_away_and_the_others_go_on(
     hosts,
@@ -74,6 +82,10 @@ def test_a_host_whose_hello_is_malformed_is_sent_away_and_the_others_go_on(
     assert result.history[0].participants == expected
 
 
+@pytest.mark.chaos(
+    "a simulated host's hello claims 2³¹ - 1 partitions",
+    "there are as many clients as Flower says",
+)
 def test_the_number_of_simulated_clients_is_what_flower_says(simulated):  # noqa: F811
     simulated(2)
     hello = {"peers": 2, "num-partitions": 2**31 - 1}
@@ -83,6 +95,10 @@ def test_the_number_of_simulated_clients_is_what_flower_says(simulated):  # noqa
     assert result.history[0].participants == ["0", "1", "2", "3"]
 
 
+@pytest.mark.chaos(
+    "a server asks a deployed node for another client",
+    "the node refuses",
+)
 @pytest.mark.parametrize(("told", "ray"), [(True, 0), (False, 2), (False, 0)])
 def test_no_server_makes_a_deployed_node_serve_another_client(told, ray, monkeypatch):
     monkeypatch.setattr(session_host, "count_simulated_hosts", lambda: ray)
@@ -111,6 +127,10 @@ HELLOS = st.dictionaries(
 )
 
 
+@pytest.mark.chaos(
+    "any hello",
+    "the other nodes' clients are where they were",
+)
 @settings(max_examples=60, deadline=None)
 @given(HELLOS)
 def test_no_hello_changes_where_another_node_is_served(hello):
@@ -156,6 +176,10 @@ def claims(message, source):
 NAMES = st.sampled_from(["", "0", "1", "101", "102"]) | st.text(max_size=3)
 
 
+@pytest.mark.chaos(
+    "any lie in an envelope",
+    "it is taken for nobody else's answer",
+)
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(

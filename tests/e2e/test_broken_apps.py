@@ -35,6 +35,10 @@ def check(run):
     assert run.log.count("\n") < 1000
 
 
+@pytest.mark.chaos(
+    "a ClientApp that can't be imported, simulated",
+    "the run ends with the import error",
+)
 @pytest.mark.e2e
 def test_what_simulated_clients_cannot_import_ends_the_run(broken_app, tmp_path):
     app = broken_app("task.py", ONLY_BESIDE_CLIENTS)
@@ -42,6 +46,10 @@ def test_what_simulated_clients_cannot_import_ends_the_run(broken_app, tmp_path)
         check(flower.run_app(app, timeout=SECONDS))
 
 
+@pytest.mark.chaos(
+    "a ClientApp that can't be imported, deployed",
+    "the run ends with the import error",
+)
 @pytest.mark.e2e
 def test_what_supernodes_cannot_import_ends_the_run(broken_app, tmp_path):
     app = broken_app("client_app.py", "import absent_here\n")

@@ -53,6 +53,10 @@ def reason(history, client, server_round):
     return next(o.reason for o in history[server_round - 1].left_out if o.client == client)
 
 
+@pytest.mark.chaos(
+    "SIGKILL of one ClientApp, SIGSTOP of another",
+    "they are left out with the reason, the others do all their steps",
+)
 @pytest.mark.e2e
 def test_the_others_go_on_without_clients_that_die_or_hang(flower, gates, start, tmp_path):
     dying, hanging = gates.before_step(0, server_round=3), gates.before_step(1, server_round=5)
@@ -80,6 +84,10 @@ def test_the_others_go_on_without_clients_that_die_or_hang(flower, gates, start,
     assert history[-1].evaluation["num-examples"] >= 100
 
 
+@pytest.mark.chaos(
+    "ClientApps and SuperNodes die, hang, come back",
+    "the run waits for them, and they go on from their states",
+)
 @pytest.mark.e2e
 def test_the_run_waits_for_clients_that_come_back_and_go_on_from_their_own_state(
     flower, gates, start, tmp_path

@@ -14,6 +14,10 @@ NUM_CLIENTS = 4
 CHANGES = {"strategy": "psl", "batch-size": 64}
 
 
+@pytest.mark.chaos(
+    "SIGKILL of a Ray actor",
+    "its clients move to another host",
+)
 @pytest.mark.e2e
 def test_clients_of_a_killed_actor_move_and_the_run_goes_on(gates, tmp_path):
     changes = CHANGES | {"num-server-rounds": 6, "output-dir": str(tmp_path / "out")}
@@ -37,6 +41,10 @@ def test_clients_of_a_killed_actor_move_and_the_run_goes_on(gates, tmp_path):
     assert all(entry.restarted == [] for entry in history)
 
 
+@pytest.mark.chaos(
+    "SIGKILL of a simulation's server, and resume",
+    "the run ends as if nothing had happened",
+)
 @pytest.mark.e2e
 def test_a_server_that_was_killed_resumes_with_the_same_numbers(quickstart, gates, tmp_path):
     rounds = {"num-server-rounds": 6}
@@ -69,6 +77,10 @@ def test_a_server_that_was_killed_resumes_with_the_same_numbers(quickstart, gate
         assert weights[key].numpy().tobytes() == array.numpy().tobytes(), key
 
 
+@pytest.mark.chaos(
+    "flwr stop",
+    "all processes end",
+)
 @pytest.mark.e2e
 def test_a_run_that_is_stopped_ends_with_all_its_processes(quickstart, tmp_path):
     changes = CHANGES | {"num-server-rounds": 10_000, "output-dir": str(tmp_path / "out")}

@@ -11,6 +11,10 @@ NUM_CLIENTS = 4
 CHANGES = {"strategy": "psl", "batch-size": 64, "num-server-rounds": 4}
 
 
+@pytest.mark.chaos(
+    "a machine of a Ray cluster dies",
+    "its clients miss a round",
+)
 @pytest.mark.e2e
 def test_two_machines_give_the_numbers_of_one_and_a_lost_one_loses_only_its_step(
     quickstart, gates, tmp_path

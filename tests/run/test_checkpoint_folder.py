@@ -179,6 +179,10 @@ def test_a_train_config_is_part_of_a_run(tmp_path):
         run(tmp_path, rounds=2, resume=True)
 
 
+@pytest.mark.chaos(
+    "a run begins in another one's checkpoint folder",
+    "it is refused, and told what differs",
+)
 def test_a_run_of_another_kind_does_not_begin_in_a_used_folder(tmp_path):
     run(tmp_path)
     kept = (tmp_path / "server" / "round-1.safetensors").read_bytes()
@@ -210,6 +214,10 @@ def test_checkpoints_of_nobody_are_left_alone(tmp_path):
             run(tmp_path, resume=resume)
 
 
+@pytest.mark.chaos(
+    "two runs in one checkpoint folder",
+    "the second is refused",
+)
 def test_two_runs_in_one_folder_at_once_are_refused(tmp_path):
     lock = FolderLock(tmp_path)
     assert lock.take()
@@ -220,6 +228,10 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path):
     assert lock.take()  # the run has let go of it
 
 
+@pytest.mark.chaos(
+    "two runs in one state folder",
+    "the second is refused",
+)
 def test_two_grids_in_one_state_dir_at_once_are_refused(tmp_path):
     def grid():
         return LocalGrid(split_app(plain_net, PARTS), 2, state_dir=tmp_path, progress=False)

@@ -81,6 +81,10 @@ def numbers(result):
     ]
 
 
+@pytest.mark.chaos(
+    "a round loses too many clients",
+    "it is done again, and the run ends as if nothing had happened",
+)
 @pytest.mark.parametrize("strategy", METHODS)
 def test_a_redone_round_leaves_what_one_without_a_loss_leaves(strategy, tmp_path, caplog):
     options = {"min_available_nodes": 3, "local_steps": 2}
@@ -99,6 +103,10 @@ def test_a_redone_round_leaves_what_one_without_a_loss_leaves(strategy, tmp_path
     assert caplog.text.count("round 2 is done again") == 1
 
 
+@pytest.mark.chaos(
+    "a round loses its clients again and again",
+    "the run ends after some attempts",
+)
 def test_a_round_is_not_begun_for_ever():
     with pytest.raises(NotEnoughClientsError, match=r"round 2: 2 of 3 clients .*\(attempt 3\)"):
         run(PSL, lambda count: count > 3, min_available_nodes=3)

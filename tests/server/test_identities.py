@@ -44,6 +44,10 @@ def directory(said):
     return Directory(FlowerCarrier(nodes), timeout=1.0), nodes
 
 
+@pytest.mark.chaos(
+    "a twin joins",
+    "it is not used, and the log says why",
+)
 def test_of_two_nodes_of_one_name_the_first_is_used(caplog):
     who, nodes = directory({7: "a", 8: "b"})
     who.discover()
@@ -65,6 +69,10 @@ def test_twins_from_the_start_cost_one_of_them_its_place():
     assert who.discover() == ["a", "b", "c"]
 
 
+@pytest.mark.chaos(
+    "a node changes its name",
+    "it is left out",
+)
 def test_a_client_cannot_become_another():
     who, nodes = directory({7: "a", 8: "b"})
     who.discover()
@@ -75,6 +83,10 @@ def test_a_client_cannot_become_another():
     assert "it calls itself client 'a', and was client 'b'" in who._refusals()
 
 
+@pytest.mark.chaos(
+    "a name of 5000 digits, or none",
+    "its node is left out with the reason",
+)
 @pytest.mark.parametrize(
     "name", ["", "1" * 5000, "x" * (MAX_NAME + 1), "a\nWARNING", "\x1b[2J", "\udc80"]
 )

@@ -54,6 +54,10 @@ def fill_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
 
 
+@pytest.mark.chaos(
+    "a file is cut short anywhere",
+    "it is noticed",
+)
 def test_a_file_that_is_cut_short_is_broken_wherever_it_ends(tmp_path):
     path = tmp_path / "r"
     save_records(path, make_records())
@@ -64,6 +68,10 @@ def test_a_file_that_is_cut_short_is_broken_wherever_it_ends(tmp_path):
             load_records(path)
 
 
+@pytest.mark.chaos(
+    "a bit of a file is flipped",
+    "it is noticed",
+)
 def test_a_changed_bit_is_noticed(tmp_path):
     path = tmp_path / "r"
     save_records(path, make_records())
@@ -136,6 +144,10 @@ def test_every_name_has_a_folder_of_its_own(one, other):
     assert (folder_name(one) == folder_name(other)) == (one == other)
 
 
+@pytest.mark.chaos(
+    "any name of an experiment or client",
+    "no path leaves the state folder",
+)
 @settings(max_examples=100)
 @given(experiment=NAMES, client=NAMES)
 def test_no_name_leads_out_of_the_state_folder(experiment, client):
@@ -173,6 +185,10 @@ def test_no_round_leads_out_of_it_either(group, client, tmp_path):
         assert len(where) == 1 or re.fullmatch(r"round-[0-9]{1,9}\.safetensors", where[1])
 
 
+@pytest.mark.chaos(
+    "a process that uses a folder is killed",
+    "the folder is free",
+)
 def test_a_process_that_is_killed_leaves_no_lock(tmp_path):
     path = str(tmp_path / LOCK_FILE)
     program = f"import filelock; lock = filelock.FileLock({path!r}); lock.acquire(); print()"

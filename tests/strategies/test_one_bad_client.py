@@ -79,6 +79,10 @@ def without(strategy):
     return run(strategy, nothing)
 
 
+@pytest.mark.chaos(
+    "one client's labels or inputs can't be computed with",
+    "it is left out with the reason; the others train as without it",
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strategy", METHODS)
 def test_the_others_train_as_if_it_had_no_data(strategy, kind):
@@ -107,6 +111,10 @@ def test_class_probabilities_of_one_client(strategy):
         assert_bit_equal(weights_of(found.arrays), weights_of(without(strategy).arrays))
 
 
+@pytest.mark.chaos(
+    "one client's test data can't be computed with",
+    "the others are evaluated as without it",
+)
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind not in ("all ignored", "sentinel", "large")]
 )
