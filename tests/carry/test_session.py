@@ -710,5 +710,5 @@ def test_a_node_that_was_away_when_invited_again_is_invited_until_it_comes():
 
     grid = ThreadedGrid(make_app(), len(SIZES), serve={1: serve})
     result = start(make_strategy(min_available_nodes=4), grid, num_rounds=3)
-    assert [[one.client for one in entry.left_out] for entry in result.history] == [["1"], [], []]
+    assert [[one.client for one in entry.redone] for entry in result.history] == [["1"], [], []]
     assert len(calls) == 3
