@@ -480,6 +480,21 @@ class TestSignatures:
         assert torch.equal(halves.server(halves.client(x), labels=y), model(x, labels=y))
 
 
+def test_a_random_number_that_another_thread_draws_is_none_of_forwards():
+    """It draws in the second of the forwards that are looked at, and in no other."""
+    forwards = []
+
+    class Disturbed(Between):
+        def forward(self, x):
+            forwards.append(x)
+            if len(forwards) == 2:
+                random.random()
+            return self.last(self.first(x))
+
+    split(Disturbed(), "first", torch.randn(2, 4))
+    assert len(forwards) > 2
+
+
 class Keeps(nn.Module):
     def __init__(self, first):
         super().__init__()
