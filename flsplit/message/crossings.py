@@ -168,7 +168,7 @@ def _put_frozen(records: dict[str, Record], frozen: bool) -> None:
     records["frozen"] = ConfigRecord({"frozen": frozen})
 
 
-FROZEN = Slot("frozen", _put_frozen, lambda records: True)
+FROZEN = Slot("frozen", _put_frozen, lambda records: True, absent=False)
 """How a client says that it needs no cut-layer gradient."""
 
 

@@ -59,19 +59,22 @@ class Slot:
     Attributes
     ----------
     record : str
-        The record that tells whether it is there, for None and False by its absence.
+        The record that tells whether it is there.
     put : callable
         Takes a message's records and the value, and adds what it is written in.
     get : callable
         Takes the records by name and returns the value.
     required : bool
         Whether every message has it; the value is None otherwise.
+    absent : object
+        Another value that isn't written: the field's default.
     """
 
     record: str
     put: Callable[[dict[str, Record], Any], None]
     get: Callable[[Records], Any]
     required: bool = False
+    absent: object = None
 
 
 class _FieldAt(NamedTuple):
@@ -137,7 +140,7 @@ class Content:
             records[record_name] = made(make, fields)
         for name, slot in self._slots:
             found = getattr(self, name)
-            if found is not None and found is not False:
+            if found is not None and found is not slot.absent:
                 slot.put(records, found)
         return made(RecordDict, records)
 

@@ -64,7 +64,7 @@ def test_fewer_nodes_than_a_server_strategy_waits_for():
 
 def test_nodes_of_an_app_that_knows_nothing_of_flsplit_are_named_with_the_reason():
     run = set_up(PARTS, client={"app": ClientApp()})
-    expected = r"0 clients are connected.*; node \d+: .*describe"
+    expected = r"0 clients are connected.*; node \d+ and 1 more: .*describe"
     with pytest.raises(NotEnoughClientsError, match=expected):
         train(run, timeout=0)
 

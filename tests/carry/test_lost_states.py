@@ -66,12 +66,13 @@ def kill(grid, index=1):
     cohort, context = grid._cohort, list(grid._contexts.values())[index]
     context.state = RecordDict()
     kept = {name: one for name, one in cohort._contexts.items() if name != str(index)}
-    clients = dict(cohort._cache.clients) if cohort._cache else {}
+    cached = cohort._cache is not None
+    clients = dict(cohort._cache) if cached else {}
     clients.pop(str(index), None)
-    grid._cohort = Cohort(cohort._app, store=cohort._store, cache=bool(cohort._cache))
+    grid._cohort = Cohort(cohort._app, store=cohort._store, cache=cached)
     grid._cohort._contexts |= kept
-    if grid._cohort._cache:
-        grid._cohort._cache.clients |= clients
+    if cached:
+        grid._cohort._cache |= clients
 
 
 def restarted(result):

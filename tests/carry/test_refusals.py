@@ -35,7 +35,7 @@ FROM_RAY = (
         ),
         (Error(1, "could not load"), "could not load"),
         (Error(8, None), "no reason given"),
-        (Error(2, "x" * 10_000), "x" * 499 + "…"),
+        (Error(2, "x" * 10_000), "x" * 500 + "… (10000 characters)"),
     ],
 )
 def test_a_reason_is_one_short_line(error, expected):

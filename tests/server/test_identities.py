@@ -54,7 +54,7 @@ def test_of_two_nodes_of_one_name_the_first_is_used(caplog):
     nodes.said |= {5: "a"}
     assert who.discover() == ["a", "b"]
     assert who.node_of == {"a": 7, "b": 8}
-    assert "node 5 can't be used: two nodes call themselves client 'a'; give each" in caplog.text
+    assert "node 5 is left out: two nodes call themselves client 'a'; give each" in caplog.text
     del nodes.said[7]
     assert (who.discover(), who.node_of["a"]) == (["a", "b"], 5)
     nodes.said[7] = "a"  # who had the name first has it whenever it is there
