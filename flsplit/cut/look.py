@@ -107,7 +107,7 @@ def undisturbed(args: Any, kwargs: Any) -> Iterator[None]:
     """Leave all random generators as they are, and measurements of memory."""
     device = next((t.device for t in tensors_in((args, kwargs))), None)
     # Whoever measures what autograd keeps is not to measure this.
-    unmeasured = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    unmeasured = torch.autograd.graph.saved_tensors_hooks(lambda t: (t, t._version), _unchanged)
     with seeded(0, device), unmeasured:
         yield
 
@@ -162,6 +162,14 @@ def check_call(call: Call) -> None:
             f"before the cut {call.name!r}, forward draws a random number in Python or NumPy, "
             "which the other side can't repeat: draw it with torch"
         )
+
+
+def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
+    """Do what autograd leaves out where there are hooks: refuse what was changed in place."""
+    tensor, version = kept
+    if tensor._version != version:
+        raise RuntimeError("a variable needed for gradients has been modified in place")
+    return tensor
 
 
 # ----------------------------------------------------------------------------------- clean cuts

@@ -267,6 +267,15 @@ def test_a_cut_layer_may_return_a_dict(assert_same_step):
     assert_same_step(model, "0", batch(), torch.tensor([0, 1, 2, 0, 1]))
 
 
+def test_what_cannot_be_trained_in_one_piece_is_compared_without_gradients():
+    """Dropout overwrites what tanh needs; behind a cut it has a copy."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(inplace=True), nn.Linear(4, 2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(batch()).sum().backward()
+    halves = split(model, "1")
+    assert halves.server(halves.client(batch()).detach()).shape == (5, 2)
+
+
 class TestDivideAndJoin:
     def test_join_undoes_divide_in_the_models_order(self):
         model = Net()
