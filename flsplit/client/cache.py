@@ -28,3 +28,10 @@ def find_client(spec: ClientSpec, context: Context) -> Client:
         if cache is not None:  # at once: it is kept also when its first step fails
             cache[name] = client
     return client
+
+
+# A function of this module: Ray pickles the handlers, with all that they name, and no ContextVar.
+def keep_client(client: Client, context: Context) -> None:
+    """Write a client's state back, where there is no cache that keeps the client."""
+    if live_clients.get() is None:
+        client.state().put(context.state)

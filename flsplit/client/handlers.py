@@ -9,7 +9,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from flsplit.client.cache import find_client, live_clients
+from flsplit.client.cache import find_client, keep_client
 from flsplit.client.hand_over import check_mods, through_mods
 from flsplit.client.live_client import Client
 from flsplit.client.local_training import row_shapes, train_locally
@@ -51,8 +51,7 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
                     reply = through_mods(client, message, reply)
                 return Message(reply.to_content(), reply_to=message)
             finally:  # also when a step fails
-                if live_clients.get() is None:
-                    client.state().put(context.state)
+                keep_client(client, context)
 
     serve(app.train("step"), StepRequest, take_step)
     serve(app.train("finish"), FinishRequest, finish_round)
