@@ -22,8 +22,8 @@ FOLDER = Path({folder!r})
 def pass_gate(name):
     """Wait if there is a gate of that name."""
     try:
-        with (FOLDER / name).open():
-            pass
+        with (FOLDER / name).open() as gate:
+            gate.read()
     except FileNotFoundError:
         pass
 
