@@ -14,12 +14,15 @@ from flsplit.cut.look import Look, fresh, look, undisturbed, verify
 from flsplit.cut.remembering import remembered
 from flsplit.cut.stretch import (
     Crossing,
+    Returning,
     aliases,
+    for_tail,
     record,
     run_from_cut,
     run_to_cut,
     run_to_layer,
     script_for,
+    tensor_at,
 )
 from flsplit.cut.survey import Passage
 from flsplit.cut.trace import Spec, Trace, leaves_in, map_tree, tensors_in
@@ -28,7 +31,7 @@ from flsplit.cut.watch import (
     Script,
     eager,
     instrument,
-    place_of,
+    places_of,
     plain_copy,
     uninstrument,
 )
@@ -43,7 +46,7 @@ class Cut:
     Attributes
     ----------
     name : str
-        The cut layer, as the user gave it.
+        The cut layer, as the user gave it; or the two of a U-shaped split.
     share : set of str
         Inputs that may be sent to the server.
     found : Look
@@ -160,6 +163,7 @@ class ClientHalf(Half):
     def __init__(self, whole: nn.Module, cut: Cut) -> None:
         super().__init__(whole, cut)
         vars(self)["_passages"] = dict[Any, tuple[Passage, ...]]()
+        vars(self)["_scripts"] = _Scripts()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the smashed data.
@@ -181,10 +185,46 @@ class ClientHalf(Half):
         key = batch_key(args, kwargs, self.training)
         known = own["_passages"].get(key) or self._look(key, args, kwargs)
         item = known[0].item
-        if item is None:
+        if item is None or known[0].kept:
             return self.crossing(*args, **kwargs)
         output = run_to_layer(own["_whole"], own["_cut"].name, args, kwargs)
-        return output if type(output) is Tensor else tensors_in(output)[item]
+        return tensor_at(item, output)
+
+    def returning(
+        self, given: Tensor, head: Tensor | Crossing, args: Any, kwargs: Mapping[str, Any]
+    ) -> Returning:
+        """Return what :meth:`tail` takes: what the server segment of a U-shaped split returned.
+
+        Parameters
+        ----------
+        given : Tensor
+            That.
+        head : Tensor or Crossing
+            What :meth:`forward` returned for the same batch.
+        args, kwargs
+            That batch.
+        """
+        known: tuple[Passage, ...] = vars(self)["_passages"][batch_key(args, kwargs, self.training)]
+        passage = known[0]
+        if isinstance(head, Crossing):
+            passage = next(one for one in known if one.trace == head.trace)
+        return for_tail(passage, given, head)
+
+    def tail(self, returning: Returning, /, **extra: Any) -> Any:
+        """Return the model's output, computed by the last layers of a U-shaped split.
+
+        Parameters
+        ----------
+        returning : Returning
+            From :meth:`returning`. It is worked on in a copy.
+        **extra
+            Arguments of the model that only these layers need, such as ``labels``.
+        """
+        own = vars(self)
+        second = places_of(own["_cut"].name)[1]
+        with eager() if own["_cut"].compiled else nullcontext():
+            script = own["_scripts"].script(returning)
+            return run_from_cut(own["_whole"], second, returning, extra, script)
 
     def crossing(self, *args: Any, **kwargs: Any) -> Crossing:
         """Return all that crosses, whether a single tensor or many."""
@@ -204,12 +244,13 @@ class ClientHalf(Half):
             self._look(key, args, kwargs)
             return self.crossing(*args, **kwargs)
         values = {key: held[key] for key in passage.values}
+        kept = {key: held[key] for key in passage.kept}
         raw = frozenset(
             key
             for key, value in passage.values.items()
             if not value.learnt and value.inputs <= cut.share
         )
-        return Crossing(values, trace, aliases(values), raw)
+        return Crossing(values, trace, aliases(values), raw, kept)
 
     def _kept(self) -> Any:
         return [buffer.clone() for buffer in self.buffers()], torch.get_rng_state()
@@ -222,7 +263,7 @@ class ClientHalf(Half):
         own = vars(self)
         cut: Cut = own["_cut"]
 
-        def find() -> Passage:
+        def find() -> Look:
             # The server's weights aren't here. Whether cut and uncut agree, any weights can tell.
             device = next((t.device for t in tensors_in((args, kwargs))), torch.device("cpu"))
             model = _filled(own["_whole"], device)
@@ -237,7 +278,7 @@ class ClientHalf(Half):
                 with undisturbed(args, kwargs):
                     own_args, own_kwargs = fresh(args, kwargs)
                     run_to_layer(model, cut.name, own_args, own_kwargs)
-                return cut.found.passage
+                return cut.found
             missing = [n for n in found.client if n not in cut.found.client]
             if missing:
                 raise CutError(
@@ -245,14 +286,14 @@ class ClientHalf(Half):
                     f"{missing[0]!r}, which was found to be the server's: give split() an example"
                 )
             verify(model, cut.name, found, args, kwargs)
-            return found.passage
+            return found
 
         known: tuple[Passage, ...] = own["_passages"].get(key, ())
         seen = [passage.trace.digest for passage in known]
         found = find() if known else remembered((cut.key, key), find)
-        if found.trace.digest in seen:
+        if found.passage.trace.digest in seen:
             raise CutError(f"forward takes another way before {cut.name!r} when it is run again")
-        own["_passages"][key] = (*known, found)
+        own["_passages"][key] = (*known, found.passage)
         return own["_passages"][key]  # type: ignore[no-any-return]
 
 
@@ -266,6 +307,17 @@ class _Scripts(dict[Any, Script]):
         """Pickle and copy as an empty one."""
         return _Scripts, ()
 
+    def script(self, given: Crossing) -> Script:
+        """Return what was made ready for the same trace before."""
+        values = given.values
+        device = next(iter(values.values())).device if values else None
+        key = id(given.trace.calls), device, *values
+        if key not in self:
+            if len(self) >= _MOST_SCRIPTS:
+                self.clear()
+            self[key] = script_for(given)  # holds the calls, so that their id stays theirs
+        return self[key]
+
 
 @dataclass(frozen=True)
 class _Derived:
@@ -277,7 +329,7 @@ class _Derived:
 
 
 class ServerHalf(Half):
-    """The server segment: turns what crosses into the model's output."""
+    """The server segment: turns what crosses into the model's output, or the second cut's."""
 
     side = "server"
 
@@ -287,7 +339,7 @@ class ServerHalf(Half):
         vars(self)["_scripts"] = _Scripts()
 
     def forward(self, given: Tensor | Crossing, /, **extra: Any) -> Any:
-        """Return the model's output for smashed data.
+        """Return the model's output for smashed data; of a U-shaped split, the second cut's.
 
         It works on copies of what it is given: a network's first operation after the cut may be
         one in place.
@@ -310,19 +362,10 @@ class ServerHalf(Half):
             derived = self._trace_for(given)
             given = Crossing({derived.name: given}, derived.trace)
         with eager() if own["_cut"].compiled else nullcontext():
-            return run_from_cut(own["_whole"], own["_cut"].name, given, extra, self._script(given))
-
-    def _script(self, given: Crossing) -> Script:
-        """Return what was made ready for the same trace before."""
-        scripts: _Scripts = vars(self)["_scripts"]
-        values = given.values
-        device = next(iter(values.values())).device if values else None
-        key = id(given.trace.calls), device, *values
-        if key not in scripts:
-            if len(scripts) >= _MOST_SCRIPTS:
-                scripts.clear()
-            scripts[key] = script_for(given)  # holds the calls, so that their id stays theirs
-        return scripts[key]
+            name, script = own["_cut"].name, own["_scripts"].script(given)
+            output = run_from_cut(own["_whole"], name, given, extra, script)
+        found: Look = own["_cut"].found
+        return tensor_at(found.item, output) if found.passage.tail else output
 
     def _trace_for(self, given: Tensor) -> _Derived:
         known: dict[Any, _Derived] = vars(self)["_derived"]
@@ -364,7 +407,7 @@ class ServerHalf(Half):
         """Follow the client's forward on the *meta* device, or with made-up weights and values."""
         ghost, solid = without_data(vars(self)["_whole"]), None
         for batch in self._batches(rows):
-            recording = Recording(None, cut.found.passage.whole, place_of(cut.name)[1])
+            recording = Recording(None, cut.found.passage.whole, cut.name)
             try:
                 try:
                     with torch.device("meta"):
@@ -373,7 +416,7 @@ class ServerHalf(Half):
                     if not needs_values(error):
                         raise
                     solid = solid or self._solid(cut)
-                    recording = Recording(None, cut.found.passage.whole, place_of(cut.name)[1])
+                    recording = Recording(None, cut.found.passage.whole, cut.name)
                     with undisturbed((), {}):
                         filled = map_tree(with_values, batch)
                         record(recording, solid, cut.name, *filled)
