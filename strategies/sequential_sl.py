@@ -30,6 +30,7 @@ class SequentialSL(SplitStrategy):
     """
 
     hands_on = True
+    keeps_labels = True
     one_cut = "it hands one client segment on from client to client"
     pools = False
 
@@ -86,7 +87,7 @@ class SequentialSL(SplitStrategy):
 
     def exchanges_per_round(self, steps: int, participants: int) -> int:
         """Count every client's turn."""
-        return participants * (steps + 1)
+        return participants * super().exchanges_per_round(steps, 1)
 
     def _take_turn(self, round_: Round, name: str) -> dict[str, FinishReply]:
         round_.begin_with(self.client_segment)

@@ -41,6 +41,7 @@ class SplitFedV1(ParallelStrategy):
 
     aggregates = True
     pools = False
+    keeps_labels = True
     several_cuts = True  # whole models are averaged, wherever each is cut
 
     def __init__(self, *, server_strategy: Strategy | None = None, **options: Any) -> None:

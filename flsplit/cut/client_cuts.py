@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from flsplit.cut.splitting import Split
+from flsplit.cut.splitting import Split, cut_name
 from flsplit.errors import ConfigError
 
-ClientCuts = str | Mapping[str, str] | Callable[[str], str]
-"""A cut layer; or cut layers by patterns of clients' names (``"weak-*"``), of which the first that
-fits counts, and ``"default"`` for all others; or a function of a client's name."""
+ClientCuts = str | tuple[str, str] | Mapping[str, str] | Callable[[str], str]
+"""A cut layer; or the two of a U-shaped split; or cut layers by patterns of clients' names
+(``"weak-*"``), of which the first that fits counts, and ``"default"`` for all others; or a function
+of a client's name."""
 
 DEFAULT = "default"
 
@@ -21,6 +22,8 @@ def check_cuts(cuts: ClientCuts) -> None:
     ConfigError
         If it is no name, no mapping of names to names, and no function.
     """
+    if isinstance(cuts, tuple) and len(cuts) == 2 and all(isinstance(cut, str) for cut in cuts):
+        return
     if isinstance(cuts, str) or callable(cuts):
         return
     names = isinstance(cuts, Mapping) and all(
@@ -28,8 +31,9 @@ def check_cuts(cuts: ClientCuts) -> None:
     )
     if not (names and cuts):
         raise ConfigError(
-            f"cut is {cuts!r}, expected the name of a submodule, a dict of such names by patterns "
-            "of clients' names, or a function of a client's name"
+            f"cut is {cuts!r}, expected the name of a submodule, two of them (a tuple) for a "
+            "U-shaped split, a dict of such names by patterns of clients' names, or a function of "
+            "a client's name"
         )
 
 
@@ -41,8 +45,8 @@ def cut_of(cuts: ClientCuts, client: str) -> str:
     ConfigError
         If there is none for this client.
     """
-    if isinstance(cuts, str):
-        return cuts
+    if isinstance(cuts, str | tuple):
+        return cut_name(cuts)
     found: str | None
     if callable(cuts):
         found = cuts(client)
@@ -69,8 +73,8 @@ def all_cuts(cuts: ClientCuts) -> list[str]:
     ConfigError
         If a function says it: of whom it will be asked isn't known.
     """
-    if isinstance(cuts, str):
-        return [cuts]
+    if isinstance(cuts, str | tuple):
+        return [cut_name(cuts)]
     if not isinstance(cuts, Mapping):
         raise ConfigError(
             "cut is a function, but one server segment for all clients begins at the earliest cut "

@@ -400,7 +400,7 @@ def verify(
         if learns:
             _backward(output)
             if found.passage.tail and (gradient := tail.given.grad) is not None:
-                middle.backward(gradient)  # type: ignore[no-untyped-call]
+                middle.backward(gradient)
         if learns and (crossing.learning or kept):
             gradients = {key: sent.values[key].grad for key in crossing.learning}
             crossing.backward(gradients, tail.gradients if kept else {})

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Self
 
+from flsplit.cut.watch import places_of
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.message.fields import Fields, In
 
@@ -22,7 +23,7 @@ class RoundPlan(Fields):
     num_rounds : int
         How many rounds the run has.
     cut : str
-        The cut layer. A client that is cut elsewhere refuses the round.
+        The cut layer, or two. A client that is cut elsewhere refuses the round.
     segment_version : int
         Which of the server's client segments the client must hold.
     seed : int
@@ -66,6 +67,11 @@ class RoundPlan(Fields):
     client_parts: str = ""
     clipping_norm: Annotated[float, In(least=0.0)] = 0.0
     norm_bit: bool = False
+
+    @property
+    def keeps_labels(self) -> bool:
+        """Whether the client has the last layers, too, and so keeps its labels."""
+        return bool(places_of(self.cut)[1])
 
     def rows_at(self, step: int) -> int:
         """Return how many rows a step may have; 0 if the client sits it out."""

@@ -58,11 +58,14 @@ class StepSettings:
         Σ λ_i L_i, or S times that for S clients.
     pools : bool
         Whether the clients' rows go through the server segment together.
+    keeps_labels : bool
+        Whether the clients have the last layers, the labels and the loss.
     """
 
     shares: Shares
     reduction: Reduction
     pools: bool
+    keeps_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,11 @@ class Step:
         """From 0 at the run's first step towards 1 at its end."""
         done = self.round - 1 + self.index / max(self.num_steps, self.index + 1)
         return done / self.num_rounds
+
+    @property
+    def keeps_labels(self) -> bool:
+        """Whether the clients have labels and loss, which then nobody knows here: losses are 0."""
+        return self._settings.keeps_labels
 
     @cached_property
     def groups(self) -> list[list[str]]:
@@ -230,12 +238,13 @@ class Step:
     ) -> StepGradients:
         if len(batches) < len(weights):  # the others are cut elsewhere
             weights = {batch.client: weights[batch.client] for batch in batches}
+        ask = partial(self._round.ask_tails, self.index) if self.keeps_labels else None
         if per_client:
-            found = client_gradients(segment, batches, weights, low_memory=low_memory)
+            found = client_gradients(segment, batches, weights, ask, low_memory=low_memory)
         elif self._settings.pools and (len(batches) == 1 or can_be_pooled(segment, batches)):
-            found = pooled_gradients(segment, batches, weights)
+            found = pooled_gradients(segment, batches, weights, ask)
         else:
-            found = separate_gradients(segment, batches, weights)
+            found = separate_gradients(segment, batches, weights, ask)
         check_finite(found, segment, batches, self.where)
         return found
 
@@ -252,6 +261,7 @@ class Step:
         list of ClientBatch
             One batch without an owner, for :meth:`gradients`. The order follows the run's seed.
         """
+        self._expect_labels("mixes rows of clients")
         smashed = self.pooled()
         labels = pool_labels(self.batches)
         order = torch.from_numpy(self.rng.permutation(len(smashed))).to(smashed.device)
@@ -293,6 +303,7 @@ class Step:
         outputs : torch.Tensor
             Logits of all rows of the step, in the clients' order.
         """
+        self._expect_labels("asked for gradients by logits")
         started = time.perf_counter()
         split = torch.split(outputs.detach(), [len(batch) for batch in self.batches])
         gradients = {}
@@ -553,6 +564,10 @@ class Step:
     def _expect_one_cut(self, what: str) -> None:
         if isinstance(self._segment, CutServerSegment):
             raise self._error(f"{what}, but clients may be cut at different places")
+
+    def _expect_labels(self, what: str) -> None:
+        if self.keeps_labels:
+            raise self._error(f"{what}, but the clients keep their labels and the last layers")
 
     def _error(self, what: str) -> MethodError:
         return MethodError(f"{self._method}.step {what}")

@@ -5,7 +5,7 @@ Everything here computes and changes no weight. BatchNorm's buffers move, as in 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -35,6 +35,7 @@ from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.nested import cat_rows, described, leaves_of, map_tensors, num_rows, to_device
 from flsplit.server.products import (
+    Calls,
     ClientGradients,
     KeptGradients,
     LinearRecorder,
@@ -143,24 +144,71 @@ class StepGradients:
         return self._server
 
 
-def pooled_gradients(
-    segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
-) -> StepGradients:
-    """Return gradients by one pass over the concatenated smashed data of all clients."""
-    leaves, learning, terms = [], [], []
-    for batch in batches:
-        leaves.append(as_leaves(batch.smashed))
-        learning.append(learning_in(leaves[-1]))
-    sizes = list(map(len, batches))
-    result = StepGradients({}, {}, {}, dict(weights), rows=sum(sizes))
+AskTails = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Takes what the server segment of a U-shaped split gives for each client's rows, and returns the
+gradients of the clients' own mean losses by it."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Rows of a client, or of several, that went forward through the server segment."""
+
+    batches: Sequence[ClientBatch]
+    leaves: list[Smashed]
+    outputs: list[Any]  # each client's
+
+
+def forward(segment: ServerSegment, batches: Sequence[ClientBatch]) -> Passed:
+    """Run the concatenated smashed data of clients through the server segment."""
+    leaves = [as_leaves(batch.smashed) for batch in batches]
     try:
         if len(batches) == 1:
             outputs = [segment.forward(leaves[0], batches[0].labels)]
         else:
             pooled = pool([leaf for leaf in leaves if isinstance(leaf, Tensor)], batches)
-            outputs = list(torch.split(segment.forward(pooled), sizes))
+            outputs = list(torch.split(segment.forward(pooled), list(map(len, batches))))
     except FlsplitError as error:
         raise _blamed(error, batches) from error
+    return Passed(batches, leaves, outputs)
+
+
+def with_tails(passes: Iterable[Passed], ask: AskTails | None) -> Iterable[Passed]:
+    """Let clients that have the last layers say the gradients, which come in the labels' place.
+
+    All forward passes are done before, so that clients are asked once; otherwise each is done when
+    it is needed.
+    """
+    if ask is None:
+        return passes
+    passes = list(passes)
+    outputs = {
+        batch.client: output.detach()
+        for one in passes
+        for batch, output in zip(one.batches, one.outputs, strict=True)
+    }
+    found = ask(outputs)
+    return [
+        replace(one, batches=[replace(own, labels=found[own.client]) for own in one.batches])
+        for one in passes
+    ]
+
+
+def pooled_gradients(
+    segment: ServerSegment,
+    batches: Sequence[ClientBatch],
+    weights: Mapping[str, float],
+    ask: AskTails | None = None,
+) -> StepGradients:
+    """Return gradients by one pass over the concatenated smashed data of all clients."""
+    (passed,) = with_tails([forward(segment, batches)], ask)
+    return backward(segment, passed, weights)
+
+
+def backward(segment: ServerSegment, passed: Passed, weights: Mapping[str, float]) -> StepGradients:
+    """Return the gradients of the clients' losses after a forward pass."""
+    batches, leaves, outputs = passed.batches, passed.leaves, passed.outputs
+    learning, terms = list(map(learning_in, leaves)), []
+    result = StepGradients({}, {}, {}, dict(weights), rows=sum(map(len, batches)))
     for batch, logits in zip(batches, outputs, strict=True):
         loss, count = client_loss(segment, logits, batch)
         terms.append(weights[batch.client] * loss)
@@ -230,16 +278,20 @@ def _problem_of_pooling(segment: ServerSegment, tensors: Sequence[Tensor]) -> st
 
 
 def separate_gradients(
-    segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
+    segment: ServerSegment,
+    batches: Sequence[ClientBatch],
+    weights: Mapping[str, float],
+    ask: AskTails | None = None,
 ) -> StepGradients:
     """Return the same by one pass per client: BatchNorm sees one client at a time."""
     result = StepGradients({}, {}, {}, dict(weights), rows=0)
     total: ServerGradients = [None] * len(segment.parameters)
-    for batch in batches:
-        own = _add_client(result, segment, batch)
+    for passed in with_tails((forward(segment, [batch]) for batch in batches), ask):
+        client = passed.batches[0].client
+        own = _add_client(result, segment, passed)
         for index, gradient in enumerate(own):
             if gradient is not None:
-                sum_, weight = total[index], weights[batch.client]
+                sum_, weight = total[index], weights[client]
                 total[index] = (
                     gradient * weight if sum_ is None else sum_.add_(gradient, alpha=weight)
                 )
@@ -251,6 +303,7 @@ def client_gradients(
     segment: ServerSegment,
     batches: Sequence[ClientBatch],
     weights: Mapping[str, float],
+    ask: AskTails | None = None,
     *,
     low_memory: bool = False,
 ) -> StepGradients:
@@ -262,12 +315,19 @@ def client_gradients(
     thrown away, and their combination by another backward pass.
     """
     if low_memory:
-        return _twice_computed(segment, batches, weights)
+        return _twice_computed(segment, batches, weights, ask)
     result, kept = StepGradients({}, {}, {}, dict(weights), rows=0), []
     recorder = LinearRecorder(segment.module, segment.parameters)
-    for batch in batches:
-        with recorder.recording():
-            own = _add_client(result, segment, batch)
+    records: list[Calls] = [{} for _ in batches]
+
+    def recorded(batch: ClientBatch, record: Calls) -> Passed:
+        with recorder.recording(record):
+            return forward(segment, [batch])
+
+    passes = with_tails(map(recorded, batches, records), ask)
+    for passed, record in zip(passes, records, strict=True):
+        with recorder.recording(record):
+            own = _add_client(result, segment, passed)
         pairs = zip(segment.parameters, own, strict=True)
         kept.append([recorder.gradient(parameter, found) for parameter, found in pairs])
     result.clients = KeptGradients([batch.client for batch in batches], kept)
@@ -275,16 +335,15 @@ def client_gradients(
 
 
 def _twice_computed(
-    segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
+    segment: ServerSegment,
+    batches: Sequence[ClientBatch],
+    weights: Mapping[str, float],
+    ask: AskTails | None,
 ) -> StepGradients:
     leaves, losses, counts, logits = [], [], [], {}
-    for batch in batches:
-        leaf = as_leaves(batch.smashed)
-        try:
-            own = segment.forward(leaf, batch.labels)
-        except FlsplitError as error:
-            raise _blamed(error, [batch]) from error
-        leaves.append(leaf)
+    for passed in with_tails((forward(segment, [batch]) for batch in batches), ask):
+        (batch,), (own,) = passed.batches, passed.outputs
+        leaves += passed.leaves
         loss, count = client_loss(segment, own, batch)
         losses.append(loss)
         counts.append(count)
@@ -306,11 +365,9 @@ def _twice_computed(
     )
 
 
-def _add_client(
-    result: StepGradients, segment: ServerSegment, batch: ClientBatch
-) -> ServerGradients:
+def _add_client(result: StepGradients, segment: ServerSegment, passed: Passed) -> ServerGradients:
     """Add all of one client's gradients to ``result`` but the server's, which are returned."""
-    own = pooled_gradients(segment, [batch], {batch.client: 1.0})
+    own = backward(segment, passed, {passed.batches[0].client: 1.0})
     result.losses |= own.losses
     result.counts |= own.counts
     result.logits |= own.logits
