@@ -238,7 +238,7 @@ def test_a_batch_of_an_evaluation_tells_nothing_and_the_last_gives_sums():
 
 
 def test_a_step_takes_one_exchange_more_and_the_ledger_counts_it():
-    grid, result = train((8, 8), rounds=1, fraction_evaluate=0.0)
+    _, result = train((8, 8), rounds=1, fraction_evaluate=0.0)
     logical = result.history[0].traffic.logical
     assert logical["labels-up"] == 0
     assert logical["activations-up"] == logical["gradients-down-unicast"] == 16 * 6 * 4
