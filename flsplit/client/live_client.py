@@ -19,7 +19,6 @@ from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
 from flsplit.client.tail import Tail
 from flsplit.client_parts.chain import ClientStep, PartChain
 from flsplit.cut import Crossing, CutError, ExampleError, Split, Trace, split
-from flsplit.cut.client_cuts import cut_of
 from flsplit.cut.halves import ClientHalf
 from flsplit.cut.smashed import (
     CutGradient,
@@ -86,7 +85,7 @@ class Client:
         self.spec = spec
         self.context = context
         self.name = client_name(context)
-        self.cut = cut_of(spec.cut, self.name)
+        self.cut = spec.cut_for(context)
         self.device = pick_device(spec.device)
         # Seeded: a client that is built anew for a message must get the same data again, also
         # from a data function that splits at random.

@@ -6,10 +6,12 @@ from fnmatch import fnmatchcase
 from flsplit.cut.splitting import Split, cut_name
 from flsplit.errors import ConfigError
 
-ClientCuts = str | tuple[str, str] | Mapping[str, str] | Callable[[str], str]
-"""A cut layer; or the two of a U-shaped split; or cut layers by patterns of clients' names
-(``"weak-*"``), of which the first that fits counts, and ``"default"`` for all others; or a function
-of a client's name."""
+Place = str | tuple[str, str]
+"""A cut layer, or the two of a U-shaped split, which can also be one text: ``"conv2,fc1"``."""
+
+ClientCuts = Place | Mapping[str, str] | Callable[..., Place]
+"""A place to cut; or places by patterns of clients' names (``"weak-*"``), of which the first that
+fits counts, and ``"default"`` for all others; or a function of a client's name."""
 
 DEFAULT = "default"
 
@@ -47,15 +49,15 @@ def cut_of(cuts: ClientCuts, client: str) -> str:
     """
     if isinstance(cuts, str | tuple):
         return cut_name(cuts)
-    found: str | None
+    found: Place | None
     if callable(cuts):
         found = cuts(client)
     else:
         fitting = (cut for name, cut in cuts.items() if fnmatchcase(client, name))
         found = next(fitting, cuts.get(DEFAULT))
-    if not isinstance(found, str):
+    if not isinstance(found, str | tuple):
         raise ConfigError(f"cut: there is {found!r} for client {client!r}, expected a submodule")
-    return found
+    return cut_name(found)
 
 
 def default_cut(cuts: ClientCuts) -> str:

@@ -24,19 +24,23 @@ from flsplit.run.round import Round
 from flsplit.seeds import derive_seed, generator, seeded
 from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, grouped_by_cut
 from flsplit.server.gradients import (
+    AskTails,
     ClientBatch,
     StepGradients,
+    backward,
     can_be_pooled,
     check_finite,
     check_loss,
     check_server_gradients,
     client_gradients,
     client_loss,
+    forward,
     named,
     pool,
     pool_labels,
     pooled_gradients,
     separate_gradients,
+    with_tails,
 )
 from flsplit.server.segment import ServerGradients, ServerSegment
 
@@ -221,12 +225,50 @@ class Step:
         else:
             of_all = partial(compute, segment, batches)
         found = self._computed(segment, names, of_all)
+        self._take_note(batches, found, started)
+        return found
+
+    def one_by_one(
+        self, segment_of: Mapping[str, ServerSegment]
+    ) -> Iterator[tuple[ClientBatch, StepGradients]]:
+        """Yield each client's gradients of a server segment of its own; no weight changes.
+
+        That is :meth:`gradients` of one batch after the other; but clients that keep their labels
+        are asked for what is theirs all at once.
+
+        Parameters
+        ----------
+        segment_of : mapping of str to ServerSegment
+            Server segments by client.
+        """
+        if not self.keeps_labels:
+            for batch in self.batches:
+                yield batch, self.gradients([batch], segment=segment_of[batch.client])
+            return
+        passes = [
+            self._computed(segment, [batch.client], partial(forward, segment, [batch]))
+            for batch in self.batches
+            for segment in [segment_of[batch.client]]
+        ]
+        for batch, passed in zip(self.batches, with_tails(passes, self._ask), strict=True):
+            started, segment = time.perf_counter(), segment_of[batch.client]
+            found = backward(segment, passed, {batch.client: 1.0})
+            check_finite(found, segment, [batch], self.where)
+            self._take_note([batch], found, started)
+            yield batch, found
+
+    def _take_note(
+        self, batches: Sequence[ClientBatch], found: StepGradients, started: float
+    ) -> None:
         self._count(started, forward=found.rows, backward=found.rows, logits=found.rows)
         self._round.entry.rows += found.rows
         for batch in batches:
             name = batch.client
             self._record_loss(batch, found.losses[name], found.counts[name])
-        return found
+
+    @property
+    def _ask(self) -> AskTails | None:
+        return partial(self._round.ask_tails, self.index) if self.keeps_labels else None
 
     def _of_one_cut(
         self,
@@ -238,7 +280,7 @@ class Step:
     ) -> StepGradients:
         if len(batches) < len(weights):  # the others are cut elsewhere
             weights = {batch.client: weights[batch.client] for batch in batches}
-        ask = partial(self._round.ask_tails, self.index) if self.keeps_labels else None
+        ask = self._ask
         if per_client:
             found = client_gradients(segment, batches, weights, ask, low_memory=low_memory)
         elif self._settings.pools and (len(batches) == 1 or can_be_pooled(segment, batches)):
