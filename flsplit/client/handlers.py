@@ -23,7 +23,7 @@ from flsplit.message.local_steps import LocalRequest
 from flsplit.message.raised import raised
 from flsplit.message.shape import ShapeRequest
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
-from flsplit.message.tail import (
+from flsplit.message.u_shape import (
     EvaluateTailReply,
     EvaluateTailRequest,
     TailReply,

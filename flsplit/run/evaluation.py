@@ -7,7 +7,7 @@ from flsplit.account.ledger import RoundEntry
 from flsplit.errors import OF_A_BATCH, FlsplitError, located
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.request import SegmentArrays
-from flsplit.message.tail import EvaluateTailReply, EvaluateTailRequest
+from flsplit.message.u_shape import EvaluateTailReply, EvaluateTailRequest
 from flsplit.nested import num_rows
 from flsplit.run.scores import Scores, run_test_batch, update_all
 from flsplit.server.clients import Clients

@@ -19,7 +19,7 @@ from flsplit.message.optimizer_state import OptimizerState
 from flsplit.message.request import Backward, Reply, Request, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
-from flsplit.message.tail import TailReply, TailRequest
+from flsplit.message.u_shape import TailReply, TailRequest
 from flsplit.server.clients import Clients, Sent
 from flsplit.server.gradients import ClientBatch
 from flsplit.server.misfits import Fits, leave_out_misfits

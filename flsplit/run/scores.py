@@ -11,7 +11,7 @@ from torch import Tensor
 from flsplit.errors import TORCH_ERRORS, ConfigError
 from flsplit.losses import Count, logits_of
 from flsplit.message.evaluate import EvaluateReply
-from flsplit.message.tail import EvaluateTailReply
+from flsplit.message.u_shape import EvaluateTailReply
 from flsplit.nested import num_rows, shapes_of, tensors_of, to_device
 from flsplit.server.segment import ServerSegment
 

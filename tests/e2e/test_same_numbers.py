@@ -42,7 +42,7 @@ METHODS = {
 }
 STRANGERS = dict.fromkeys(NAMES, SIZES)
 PRIVATE = {"label-private": True}
-KEEPING_LABELS = {method: SIZES | PRIVATE for method in ("psl", "splitfed-v1", "sequential-sl")}
+KEEPING_LABELS = dict.fromkeys(("psl", "splitfed-v1", "sequential-sl"), SIZES | PRIVATE)
 CARRIERS = {
     "flower": {"carrier": "flower"},
     **{
