@@ -8,7 +8,7 @@ from flsplit.message.request import Backward
 from flsplit.message.steps import FinishReply
 from flsplit.run import Round, SplitStrategy, Step
 from flsplit.storage import State
-from flsplit.wireless.phases import Phase, Stage, Where, Work
+from flsplit.wireless.phases import Phase, Stage, Where, Work, tail_stages
 
 
 class SequentialSL(SplitStrategy):
@@ -49,13 +49,14 @@ class SequentialSL(SplitStrategy):
         A client's turn is, ``steps`` times, client forward :math:`b F_c`, uplink :math:`b \Gamma`,
         server forward :math:`b F_s`, server backward :math:`b B_s`, unicast :math:`b \Gamma`,
         client backward :math:`b B_c` (FLOPs and bits), and once :math:`|w_c|` (bits) up and down
-        again.
+        again. A U-shaped split has its last layers between the server's passes.
         """
         place, rows = work.place, work.training.batch_size
         turn = (
             Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
             Stage("uplink", Where.UPLINK, rows * work.activation_bits),
             Stage("server forward", Where.SERVER, rows * place.server_flops_forward),
+            *tail_stages(work),
             Stage("server backward", Where.SERVER, rows * place.server_flops_backward),
             Stage("unicast", Where.DOWNLINK, rows * work.gradient_bits),
             Stage("client backward", Where.DEVICE, rows * place.client_flops_backward),
