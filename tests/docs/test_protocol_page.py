@@ -20,7 +20,22 @@ from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
-from flsplit.message.types import DESCRIBE, EVALUATE, FINISH, LOCAL, SHAPE, STEP
+from flsplit.message.types import (
+    DESCRIBE,
+    EVALUATE,
+    EVALUATE_TAIL,
+    FINISH,
+    LOCAL,
+    SHAPE,
+    STEP,
+    TAIL,
+)
+from flsplit.message.u_shape import (
+    EvaluateTailReply,
+    EvaluateTailRequest,
+    TailReply,
+    TailRequest,
+)
 
 PAGE = Page("docs/protocol.md")
 
@@ -55,6 +70,10 @@ MESSAGES = {
         StepReply("0", 1, 0, CROSSING, LABELS, 9, 5, 0.1, {TRACE.digest: TRACE}),
         StepReply("0", 1, 0, CROSSING, LABELS, 9, 5, 0.1),
     ),
+    f"### `{TAIL}`: request": 2 * (TailRequest(1, 0, ROWS),),
+    f"### `{TAIL}`: reply": 2 * (TailReply("0", 1, 0, ROWS, 0.1),),
+    f"### `{EVALUATE_TAIL}`: request": 2 * (EvaluateTailRequest(1, 0, 2, True, ROWS),),
+    f"### `{EVALUATE_TAIL}`: reply": 2 * (EvaluateTailReply("0", 1, 0, 0.5, 2.0, 1, 2, 2, 0.1),),
     f"### `{FINISH}`: request": (
         FinishRequest(1, Backward(0, ROWS), upload_segment=True, upload_optimizer=True),
         FinishRequest(1),

@@ -1,4 +1,4 @@
-"""The client: trains the layers up to the cut on its own data."""
+"""The client: trains its layers on its own data."""
 
 from functools import partial
 
