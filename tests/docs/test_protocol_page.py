@@ -209,8 +209,26 @@ def decoupled_run_of_two_rounds(program):
     return grid.seen
 
 
-def test_a_real_run_sends_nothing_else(run_of_two_rounds, decoupled_run_of_two_rounds):
-    for message_type, side, message in run_of_two_rounds + decoupled_run_of_two_rounds:
+@pytest.fixture
+def run_that_keeps_labels(program):
+    from digits.client_app import build_model, load_partition
+
+    from flsplit import client_app
+    from flsplit.strategies import PSL
+
+    model, cut = build_model(), ("stage1", "stage2")
+    app = client_app(model=build_model, cut=cut, data=load_partition)
+    grid = Recording(app, num_clients=2)
+    strategy = PSL(model=model, cut=cut, local_steps=3)
+    strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=1)
+    return grid.seen
+
+
+def test_a_real_run_sends_nothing_else(
+    run_of_two_rounds, decoupled_run_of_two_rounds, run_that_keeps_labels
+):
+    seen = run_of_two_rounds + decoupled_run_of_two_rounds + run_that_keeps_labels
+    for message_type, side, message in seen:
         rows = PAGE.table(f"### `{message_type}`: {side}")
         found = {(name, field) for name, _, field, _ in sent(message.content)}
         known = {(row["record"], row["field"]) for row in rows}
@@ -219,11 +237,13 @@ def test_a_real_run_sends_nothing_else(run_of_two_rounds, decoupled_run_of_two_r
         assert {n for n, _ in found} <= {n for n, _ in known}
 
 
-def test_all_message_types_are_on_the_page(run_of_two_rounds, decoupled_run_of_two_rounds):
+def test_all_message_types_are_on_the_page(
+    run_of_two_rounds, decoupled_run_of_two_rounds, run_that_keeps_labels
+):
     listed = {row["message type"] for row in PAGE.table("# The protocol")}
 
-    assert listed == {DESCRIBE, SHAPE, STEP, FINISH, LOCAL, EVALUATE}
-    seen = run_of_two_rounds + decoupled_run_of_two_rounds
+    assert listed == {DESCRIBE, SHAPE, STEP, TAIL, FINISH, LOCAL, EVALUATE, EVALUATE_TAIL}
+    seen = run_of_two_rounds + decoupled_run_of_two_rounds + run_that_keeps_labels
     assert listed == {message_type for message_type, _, _ in seen}
 
 
