@@ -220,7 +220,8 @@ def for_tail(passage: Passage, given: Tensor, head: Tensor | Crossing) -> Return
         learns = name not in kept or kept[name].requires_grad
         values[name] = value.requires_grad_(learns and torch.is_grad_enabled())
     (name,) = values.keys() - kept.keys()
-    trace = Trace(passage.tail.trace.calls, numbers)
+    found = passage.tail.trace  # with numbers that depend on nothing but shapes
+    trace = Trace(found.calls, (*numbers, *found.numbers[len(numbers) :]))
     return Returning(values, trace, aliases(values), name=name)
 
 
