@@ -35,7 +35,8 @@ class Tail:
 
     def __init__(self, segment: ClientHalf, spec: ClientSpec, device: torch.device) -> None:
         self._segment, self._device, self._autocast = segment, device, spec.autocast
-        self._criterion = Criterion(spec.loss or functional.cross_entropy, device)
+        loss = functional.cross_entropy if spec.loss is None else spec.loss
+        self._criterion = Criterion(loss, device)
         self._named = {n: p for n, p in segment.named_parameters() if p.requires_grad}
 
     def loss(

@@ -211,6 +211,7 @@ class AtCut:
         return None if run is None else run.layer_returned(self.name, output)
 
 
+@cache
 def places_of(cut: str) -> tuple[str, str]:
     """Return the cut, and of two in ``"conv1,fc1"`` the second one, which is empty otherwise."""
     first, _, second = cut.partition(",")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Self
 
-from flsplit.cut.watch import places_of
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.message.fields import Fields, In
 
@@ -71,7 +70,7 @@ class RoundPlan(Fields):
     @property
     def keeps_labels(self) -> bool:
         """Whether the client has the last layers, too, and so keeps its labels."""
-        return bool(places_of(self.cut)[1])
+        return "," in self.cut
 
     def rows_at(self, step: int) -> int:
         """Return how many rows a step may have; 0 if the client sits it out."""

@@ -107,6 +107,8 @@ class Step:
         The clients' learning rate in this round.
     where : str
         Round and step, for errors.
+    keeps_labels : bool
+        Whether the clients have labels and loss, which then nobody knows here: losses are 0.
     """
 
     def __init__(
@@ -130,6 +132,10 @@ class Step:
         self.shares = client_shares(self.batches, settings.shares)
         self._method, self._segment, self._settings = method, segment, settings
         self._round, self._seed = round_, plan.seed
+        self.keeps_labels = settings.keeps_labels
+        self._ask: AskTails | None = None
+        if settings.keeps_labels:
+            self._ask = partial(round_.ask_tails, index)
         self._told: dict[str, Backward] = {}
         self._unrecorded = set(map(id, self.batches))
         self._losses: list[tuple[ClientBatch, float, Count]] = []
@@ -145,11 +151,6 @@ class Step:
         """From 0 at the run's first step towards 1 at its end."""
         done = self.round - 1 + self.index / max(self.num_steps, self.index + 1)
         return done / self.num_rounds
-
-    @property
-    def keeps_labels(self) -> bool:
-        """Whether the clients have labels and loss, which then nobody knows here: losses are 0."""
-        return self._settings.keeps_labels
 
     @cached_property
     def groups(self) -> list[list[str]]:
@@ -265,10 +266,6 @@ class Step:
         for batch in batches:
             name = batch.client
             self._record_loss(batch, found.losses[name], found.counts[name])
-
-    @property
-    def _ask(self) -> AskTails | None:
-        return partial(self._round.ask_tails, self.index) if self.keeps_labels else None
 
     def _of_one_cut(
         self,

@@ -200,7 +200,9 @@ def pooled_gradients(
     ask: AskTails | None = None,
 ) -> StepGradients:
     """Return gradients by one pass over the concatenated smashed data of all clients."""
-    (passed,) = with_tails([forward(segment, batches)], ask)
+    passed = forward(segment, batches)
+    if ask:
+        (passed,) = with_tails([passed], ask)
     return backward(segment, passed, weights)
 
 

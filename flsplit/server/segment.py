@@ -63,7 +63,7 @@ class ServerSegment:
         self.module = module.to(device).train()
         self._owners = owners_of_buffers(module)
         self.device = device
-        self.criterion = Criterion(loss, device) if loss else ClientsCriterion()
+        self.criterion = ClientsCriterion() if loss is None else Criterion(loss, device)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         if not self.parameters:
