@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
 from flsplit.cut.look import Look, fresh, look, undisturbed, verify
+from flsplit.cut.plain_chain import PlainChain
 from flsplit.cut.remembering import remembered
 from flsplit.cut.stretch import (
     Crossing,
@@ -82,18 +83,27 @@ class Half(nn.Module):
 
     def __init__(self, whole: nn.Module, cut: Cut) -> None:
         super().__init__()
-        instrument(whole, cut.name, cut.found.before)
         own = vars(self)
         # The same dictionaries: what is moved or loaded here is so in the whole model, too.
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             own[name] = vars(whole)[name]
-        own["_whole"], own["_cut"] = whole, cut
+        own["_whole"], own["_cut"], own["_reports"] = whole, cut, False
+        layer, nth = place_of(cut.name)
+        own["_chain"] = PlainChain(whole, layer) if nth == 1 else None
         own["_foreign"] = [
             f"{path}.{name}".lstrip(".")
             for path, module in whole.named_modules()
             for name in vars(module).get(_AWAY, ())
         ]
         self.training = whole.training
+
+    def _watched(self) -> nn.Module:
+        """Return the model, with all that runs of a part of it need; a loop doesn't."""
+        own = vars(self)
+        if not own["_reports"]:
+            own["_reports"] = True
+            instrument(own["_whole"], own["_cut"].name, own["_cut"].found.before)
+        return own["_whole"]  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> "Half":
         """Set the mode, as the whole model does it."""
@@ -183,7 +193,11 @@ class ClientHalf(Half):
         item = known[0].item
         if item is None:
             return self.crossing(*args, **kwargs)
-        output = run_to_layer(own["_whole"], own["_cut"].name, args, kwargs)
+        chain: PlainChain | None = own["_chain"]
+        if chain and len(args) == 1 and not kwargs and chain.plain:
+            output = chain.to_cut(args[0])
+        else:
+            output = run_to_layer(self._watched(), own["_cut"].name, args, kwargs)
         return output if type(output) is Tensor else tensors_in(output)[item]
 
     def crossing(self, *args: Any, **kwargs: Any) -> Crossing:
@@ -195,7 +209,7 @@ class ClientHalf(Half):
         )
         before = self._kept() if any(passage.reads for passage in known) else None
         with eager() if cut.compiled else nullcontext():
-            trace, held = run_to_cut(vars(self)["_whole"], cut.name, args, kwargs, known)
+            trace, held = run_to_cut(self._watched(), cut.name, args, kwargs, known)
         passage = next((p for p in known if p.trace == trace), None)
         if passage is None:  # another way through forward than any batch of this shape so far
             if before is None:
@@ -274,6 +288,7 @@ class _Derived:
     trace: Trace
     name: str
     asks_sizes: bool
+    is_loop: bool
 
 
 class ServerHalf(Half):
@@ -308,9 +323,12 @@ class ServerHalf(Half):
         own = vars(self)
         if isinstance(given, Tensor):
             derived = self._trace_for(given)
+            if derived.is_loop and not extra and own["_chain"].plain:
+                return own["_chain"].from_cut(given.clone())
             given = Crossing({derived.name: given}, derived.trace)
+        whole, name = self._watched(), own["_cut"].name
         with eager() if own["_cut"].compiled else nullcontext():
-            return run_from_cut(own["_whole"], own["_cut"].name, given, extra, self._script(given))
+            return run_from_cut(whole, name, given, extra, self._script(given))
 
     def _script(self, given: Crossing) -> Script:
         """Return what was made ready for the same trace before."""
@@ -348,7 +366,10 @@ class ServerHalf(Half):
             name = next((k for k, t in recording.held.items() if t is smashed), None)
             if name is None or (recording.asked and smashed.shape != given.shape):
                 continue
-            derived = _Derived(recording.trace, name, recording.asked)
+            chain: PlainChain | None = vars(self)["_chain"]
+            is_loop = recording.output is smashed and chain is not None
+            is_loop = is_loop and chain.is_all_of(recording.trace)
+            derived = _Derived(recording.trace, name, recording.asked, is_loop)
             fitting[derived.trace.digest] = derived
             if not recording.asked or not cut.rows or len(fitting) > 1:
                 break
@@ -362,7 +383,7 @@ class ServerHalf(Half):
 
     def _recordings(self, cut: Cut, rows: int) -> Iterator[Recording]:
         """Follow the client's forward on the *meta* device, or with made-up weights and values."""
-        ghost, solid = without_data(vars(self)["_whole"]), None
+        ghost, solid = without_data(self._watched()), None
         for batch in self._batches(rows):
             recording = Recording(None, cut.found.passage.whole, place_of(cut.name)[1])
             try:
@@ -391,7 +412,7 @@ class ServerHalf(Half):
         """Tell whether it makes no difference which of several inputs it was."""
         outputs = []
         for derived in fitting if len(fitting) > 1 else ():
-            model = copied(vars(self)["_whole"])
+            model = copied(self._watched())
             crossing = Crossing({derived.name: given.detach()}, derived.trace)
             with undisturbed(given, {}), torch.no_grad():
                 outputs.append(run_from_cut(model, vars(self)["_cut"].name, crossing))
@@ -425,7 +446,7 @@ def batch_key(args: Any, kwargs: Mapping[str, Any], training: bool) -> Any:
     mode = training, torch.is_grad_enabled(), _autocast()
     if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
         x = args[0]
-        return x.shape, x.dtype, x.requires_grad, x.device.type, mode
+        return x.shape, x.dtype, x.requires_grad, x.device, mode
     shapes = map_tree(_shape, (args, dict(kwargs)))
     return repr(shapes), mode
 
