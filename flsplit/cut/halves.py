@@ -367,8 +367,8 @@ class ServerHalf(Half):
             if name is None or (recording.asked and smashed.shape != given.shape):
                 continue
             chain: PlainChain | None = vars(self)["_chain"]
-            is_loop = recording.output is smashed and chain is not None
-            is_loop = is_loop and chain.is_all_of(recording.trace)
+            alone = chain is not None and recording.output is smashed
+            is_loop = alone and chain.is_all_of(recording.trace)  # type: ignore[union-attr]
             derived = _Derived(recording.trace, name, recording.asked, is_loop)
             fitting[derived.trace.digest] = derived
             if not recording.asked or not cut.rows or len(fitting) > 1:

@@ -31,6 +31,7 @@ class PlainChain:
             self._levels.append((module, place))
             done += _children(module)[:place]
             module = _children(module)[place]
+        self._of_sequentials = all(_runs_as_sequential(type(one)) for one, _ in self._levels)
         names = {id(module): name for name, module in model.named_modules()}
         self._calls = [
             f"module {names[id(one)]}"
@@ -41,7 +42,18 @@ class PlainChain:
     @property
     def plain(self) -> bool:
         """Whether a loop does what the modules do: anybody may add a hook at any time."""
-        return all(_is_plain(module) for module, _ in self._levels) and not has_any_global_hook()
+        if not self._of_sequentials:
+            return False
+        for module, _ in self._levels:
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+                or "forward" in vars(module)
+            ):
+                return False
+        return not has_any_global_hook()
 
     def is_all_of(self, trace: Trace) -> bool:
         """Tell whether nothing that these modules did was needed later, but their output."""
@@ -50,7 +62,7 @@ class PlainChain:
     def to_cut(self, value: Any) -> Any:
         """Return what the cut layer returns for the model's input."""
         for module, place in self._levels:
-            children = _children(module)
+            children: Any = list(module._modules.values())
             for child in children[:place]:
                 value = child(value)
         return children[place](value)
@@ -58,29 +70,16 @@ class PlainChain:
     def from_cut(self, value: Any) -> Any:
         """Return the model's output for what the cut layer returned."""
         for module, place in reversed(self._levels):
-            for child in _children(module)[place + 1 :]:
+            children: Any = list(module._modules.values())
+            for child in children[place + 1 :]:
                 value = child(value)
         return value
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
-    return list(module._modules.values())  # type: ignore[arg-type]  # None can't be called
+    return list(module._modules.values())  # type: ignore[arg-type]  # one of None isn't called
 
 
-def _is_plain(module: nn.Module) -> bool:
-    kind = type(module)
-    return (
-        (kind is nn.Sequential or _inherits_all(kind))
-        and "forward" not in vars(module)
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        )
-    )
-
-
-def _inherits_all(kind: type[nn.Module]) -> bool:
+def _runs_as_sequential(kind: type[nn.Module]) -> bool:
     names = ("__call__", "forward", "__iter__", "__getattr__")
     return all(getattr(kind, name, None) is getattr(nn.Sequential, name) for name in names)
