@@ -53,7 +53,7 @@ class PlainChain:
                 or "forward" in vars(module)
             ):
                 return False
-        return not has_any_global_hook()
+        return not has_any_global_hook()  # type: ignore[no-untyped-call]
 
     def is_all_of(self, trace: Trace) -> bool:
         """Tell whether nothing that these modules did was needed later, but their output."""
