@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
 from flsplit.cut.look import Look, fresh, look, undisturbed, verify
+from flsplit.cut.plain_chain import PlainChain
 from flsplit.cut.remembering import remembered
 from flsplit.cut.stretch import (
     Crossing,
@@ -31,6 +32,7 @@ from flsplit.cut.watch import (
     Script,
     eager,
     instrument,
+    place_of,
     places_of,
     plain_copy,
     uninstrument,
@@ -85,18 +87,28 @@ class Half(nn.Module):
 
     def __init__(self, whole: nn.Module, cut: Cut) -> None:
         super().__init__()
-        instrument(whole, cut.name, cut.found.before)
         own = vars(self)
         # The same dictionaries: what is moved or loaded here is so in the whole model, too.
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             own[name] = vars(whole)[name]
-        own["_whole"], own["_cut"] = whole, cut
+        own["_whole"], own["_cut"], own["_reports"] = whole, cut, False
+        first, second = places_of(cut.name)
+        layer, nth = place_of(first)
+        own["_chain"] = PlainChain(whole, layer) if nth == 1 and not second else None
         own["_foreign"] = [
             f"{path}.{name}".lstrip(".")
             for path, module in whole.named_modules()
             for name in vars(module).get(_AWAY, ())
         ]
         self.training = whole.training
+
+    def _watched(self) -> nn.Module:
+        """Return the model, with all that runs of a part of it need; a loop doesn't."""
+        own = vars(self)
+        if not own["_reports"]:
+            own["_reports"] = True
+            instrument(own["_whole"], own["_cut"].name, own["_cut"].found.before)
+        return own["_whole"]  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> "Half":
         """Set the mode, as the whole model does it."""
@@ -187,8 +199,10 @@ class ClientHalf(Half):
         item = known[0].item
         if item is None or known[0].kept:
             return self.crossing(*args, **kwargs)
-        output = run_to_layer(own["_whole"], own["_cut"].name, args, kwargs)
-        return tensor_at(item, output)
+        chain: PlainChain | None = own["_chain"]
+        if chain and len(args) == 1 and not kwargs and chain.plain:
+            return tensor_at(item, chain.to_cut(args[0]))
+        return tensor_at(item, run_to_layer(self._watched(), own["_cut"].name, args, kwargs))
 
     def returning(
         self, given: Tensor, head: Tensor | Crossing, args: Any, kwargs: Mapping[str, Any]
@@ -224,7 +238,7 @@ class ClientHalf(Half):
         second = places_of(own["_cut"].name)[1]
         with eager() if own["_cut"].compiled else nullcontext():
             script = own["_scripts"].script(returning)
-            return run_from_cut(own["_whole"], second, returning, extra, script)
+            return run_from_cut(self._watched(), second, returning, extra, script)
 
     def crossing(self, *args: Any, **kwargs: Any) -> Crossing:
         """Return all that crosses, whether a single tensor or many."""
@@ -235,7 +249,7 @@ class ClientHalf(Half):
         )
         before = self._kept() if any(passage.reads for passage in known) else None
         with eager() if cut.compiled else nullcontext():
-            trace, held = run_to_cut(vars(self)["_whole"], cut.name, args, kwargs, known)
+            trace, held = run_to_cut(self._watched(), cut.name, args, kwargs, known)
         passage = next((p for p in known if p.trace == trace), None)
         if passage is None:  # another way through forward than any batch of this shape so far
             if before is None:
@@ -326,6 +340,7 @@ class _Derived:
     trace: Trace
     name: str
     asks_sizes: bool
+    is_loop: bool
 
 
 class ServerHalf(Half):
@@ -360,10 +375,12 @@ class ServerHalf(Half):
         own = vars(self)
         if isinstance(given, Tensor):
             derived = self._trace_for(given)
+            if derived.is_loop and not extra and own["_chain"].plain:
+                return own["_chain"].from_cut(given.clone())
             given = Crossing({derived.name: given}, derived.trace)
+        whole, name = self._watched(), own["_cut"].name
         with eager() if own["_cut"].compiled else nullcontext():
-            name, script = own["_cut"].name, own["_scripts"].script(given)
-            output = run_from_cut(own["_whole"], name, given, extra, script)
+            output = run_from_cut(whole, name, given, extra, own["_scripts"].script(given))
         found: Look = own["_cut"].found
         return tensor_at(found.item, output) if found.passage.tail else output
 
@@ -391,7 +408,10 @@ class ServerHalf(Half):
             name = next((k for k, t in recording.held.items() if t is smashed), None)
             if name is None or (recording.asked and smashed.shape != given.shape):
                 continue
-            derived = _Derived(recording.trace, name, recording.asked)
+            chain: PlainChain | None = vars(self)["_chain"]
+            alone = chain is not None and recording.output is smashed
+            is_loop = alone and chain.is_all_of(recording.trace)  # type: ignore[union-attr]
+            derived = _Derived(recording.trace, name, recording.asked, is_loop)
             fitting[derived.trace.digest] = derived
             if not recording.asked or not cut.rows or len(fitting) > 1:
                 break
@@ -405,7 +425,7 @@ class ServerHalf(Half):
 
     def _recordings(self, cut: Cut, rows: int) -> Iterator[Recording]:
         """Follow the client's forward on the *meta* device, or with made-up weights and values."""
-        ghost, solid = without_data(vars(self)["_whole"]), None
+        ghost, solid = without_data(self._watched()), None
         for batch in self._batches(rows):
             recording = Recording(None, cut.found.passage.whole, cut.name)
             try:
@@ -434,7 +454,7 @@ class ServerHalf(Half):
         """Tell whether it makes no difference which of several inputs it was."""
         outputs = []
         for derived in fitting if len(fitting) > 1 else ():
-            model = copied(vars(self)["_whole"])
+            model = copied(self._watched())
             crossing = Crossing({derived.name: given.detach()}, derived.trace)
             with undisturbed(given, {}), torch.no_grad():
                 outputs.append(run_from_cut(model, vars(self)["_cut"].name, crossing))
@@ -468,7 +488,7 @@ def batch_key(args: Any, kwargs: Mapping[str, Any], training: bool) -> Any:
     mode = training, torch.is_grad_enabled(), _autocast()
     if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
         x = args[0]
-        return x.shape, x.dtype, x.requires_grad, x.device.type, mode
+        return x.shape, x.dtype, x.requires_grad, x.device, mode
     shapes = map_tree(_shape, (args, dict(kwargs)))
     return repr(shapes), mode
 

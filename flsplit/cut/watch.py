@@ -541,11 +541,11 @@ class Replaying(TorchFunctionMode, PartialForward):
             raise PathError(
                 f"the cut came after {calls} calls on the other side, after {self._place} here"
             )
-        with Unseen(), torch.enable_grad():  # these are none of forward's calls
-            if self._script.layer is not None:
-                if self._watching:
-                    self._end()
+        if self._script.layer is not None:
+            self._end()
+            with Unseen():  # it is none of forward's calls
                 return next(iter(self._values.values())).clone()
+        with Unseen(), torch.enable_grad():
             for key, value in self._values.items():
                 if key not in self._held:
                     raise PathError(f"value {key} came, which no call before the cut returned")

@@ -85,15 +85,15 @@ class RoundPlan(Fields):
 
     def steps_of(self, num_examples: int) -> int:
         """Return how many steps a client with so many examples has, those it sits out included."""
-        if self.num_steps is not None:
-            return self.num_steps
+        if steps := self.num_steps:
+            return steps
         full, rest = divmod(num_examples, self.batch_size)
         return self.local_epochs * (full + (1 if rest and not self.drop_last else 0))
 
     def check_steps(self, num_steps: int, num_examples: int) -> None:
         """Refuse another number of steps than that, or one that nobody has; ProtocolError."""
         expected = self.steps_of(num_examples)
-        if num_steps == expected and (self.num_steps or num_steps <= MOST_BATCHES):
+        if num_steps == expected and (num_steps <= MOST_BATCHES or self.num_steps):
             return
         wanted = f"at most {MOST_BATCHES}" if num_steps == expected else str(expected)
         raise ProtocolError(

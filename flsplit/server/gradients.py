@@ -213,12 +213,13 @@ def backward(segment: ServerSegment, passed: Passed, weights: Mapping[str, float
     result = StepGradients({}, {}, {}, dict(weights), rows=sum(map(len, batches)))
     for batch, logits in zip(batches, outputs, strict=True):
         loss, count = client_loss(segment, logits, batch)
-        terms.append(weights[batch.client] * loss)
+        weight = weights[batch.client]
+        terms.append(loss if weight == 1.0 else weight * loss)
         result.losses[batch.client], result.counts[batch.client] = loss.item(), count
         result.logits[batch.client] = (
             logits.detach() if isinstance(logits, Tensor) else map_tensors(torch.detach, logits)
         )
-    total = torch.stack(terms).sum()
+    total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
     wanted = [*segment.parameters, *chain.from_iterable(learning)]
     found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     result._server = list(islice(found, len(segment.parameters)))
