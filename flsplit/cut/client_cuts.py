@@ -9,7 +9,7 @@ from flsplit.errors import ConfigError
 Place = str | tuple[str, str]
 """A cut layer, or the two of a U-shaped split, which can also be one text: ``"conv2,fc1"``."""
 
-ClientCuts = Place | Mapping[str, str] | Callable[..., Place]
+ClientCuts = Place | Mapping[str, Place] | Callable[..., Place]
 """A place to cut; or places by patterns of clients' names (``"weak-*"``), of which the first that
 fits counts, and ``"default"`` for all others; or a function of a client's name."""
 
@@ -29,7 +29,7 @@ def check_cuts(cuts: ClientCuts) -> None:
     if isinstance(cuts, str) or callable(cuts):
         return
     names = isinstance(cuts, Mapping) and all(
-        isinstance(key, str) and isinstance(value, str) for key, value in cuts.items()
+        isinstance(key, str) and isinstance(value, str | tuple) for key, value in cuts.items()
     )
     if not (names and cuts):
         raise ConfigError(
@@ -63,7 +63,7 @@ def cut_of(cuts: ClientCuts, client: str) -> str:
 def default_cut(cuts: ClientCuts) -> str:
     """Return the cut of clients of which nothing else is said."""
     if isinstance(cuts, Mapping) and DEFAULT not in cuts:
-        return next(iter(cuts.values()))
+        return cut_name(next(iter(cuts.values())))
     return cut_of(cuts, DEFAULT)
 
 
@@ -82,7 +82,7 @@ def all_cuts(cuts: ClientCuts) -> list[str]:
             "cut is a function, but one server segment for all clients begins at the earliest cut "
             "and needs to know them all: give a dict of cuts by patterns of clients' names"
         )
-    return list(dict.fromkeys(cuts.values()))
+    return list(dict.fromkeys(map(cut_name, cuts.values())))
 
 
 def joined(splits: Sequence[Split], cut: str) -> Split:

@@ -246,8 +246,8 @@ class SplitOptions:
     def _check_kept_labels(self) -> None:
         """Refuse what needs labels at the server."""
         where = f"cut is {self.cut!r}, so labels stay at the clients:"
-        if self.several_cuts:
-            raise ConfigError(f"{where} then all clients have to be cut at the same two places")
+        if not all(places_of(cut)[1] for cut in all_cuts(self.cut)):
+            raise ConfigError(f"{where} then those of all clients do, and all are cut twice")
         if self.metrics:
             raise ConfigError(
                 f"{where} metrics can't be computed here, loss and accuracy are there"

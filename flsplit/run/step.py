@@ -26,6 +26,7 @@ from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, group
 from flsplit.server.gradients import (
     AskTails,
     ClientBatch,
+    Computation,
     StepGradients,
     backward,
     can_be_pooled,
@@ -220,11 +221,16 @@ class Step:
         names = self.clients if whole else [batch.client for batch in batches]
         weights = self._weights(batches)
         compute = partial(self._of_one_cut, weights, per_client, low_memory)
-        if isinstance(segment, CutServerSegment):
-            means = self._settings.reduction == "mean"
-            of_all = partial(gradients_by_cut, segment, batches, compute, means=means)
-        else:
-            of_all = partial(compute, segment, batches)
+
+        def of_all() -> StepGradients:
+            if isinstance(segment, CutServerSegment):
+                means = self._settings.reduction == "mean"
+                found = gradients_by_cut(segment, batches, compute, self._ask, means=means)
+            else:
+                found = compute(segment, batches).result(self._ask)
+            check_finite(found, segment, batches, self.where)
+            return found
+
         found = self._computed(segment, names, of_all)
         self._take_note(batches, found, started)
         return found
@@ -274,18 +280,14 @@ class Step:
         low_memory: bool,
         segment: ServerSegment,
         batches: Sequence[ClientBatch],
-    ) -> StepGradients:
+    ) -> Computation:
         if len(batches) < len(weights):  # the others are cut elsewhere
             weights = {batch.client: weights[batch.client] for batch in batches}
-        ask = self._ask
         if per_client:
-            found = client_gradients(segment, batches, weights, ask, low_memory=low_memory)
-        elif self._settings.pools and (len(batches) == 1 or can_be_pooled(segment, batches)):
-            found = pooled_gradients(segment, batches, weights, ask)
-        else:
-            found = separate_gradients(segment, batches, weights, ask)
-        check_finite(found, segment, batches, self.where)
-        return found
+            return client_gradients(segment, batches, weights, low_memory=low_memory)
+        if self._settings.pools and (len(batches) == 1 or can_be_pooled(segment, batches)):
+            return pooled_gradients(segment, batches, weights)
+        return separate_gradients(segment, batches, weights)
 
     def shuffled_rows(self, batch_size: int) -> Iterator[list[ClientBatch]]:
         """Yield mini-batches of all clients' rows, mixed: what a method trains the server on.

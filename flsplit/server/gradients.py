@@ -7,8 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -193,17 +194,39 @@ def with_tails(passes: Iterable[Passed], ask: AskTails | None) -> Iterable[Passe
     ]
 
 
+class Computation(NamedTuple):
+    """Forward passes, each done when it is needed, and what makes gradients of them."""
+
+    passes: Iterable[Passed]
+    finish: Callable[[Iterable[Passed]], StepGradients]
+
+    def result(self, ask: AskTails | None = None) -> StepGradients:
+        """Return the gradients."""
+        return self.finish(with_tails(self.passes, ask))
+
+
+def results(computations: Sequence[Computation], ask: AskTails | None) -> list[StepGradients]:
+    """Return the gradients of several computations whose clients are asked all at once."""
+    if ask is None:
+        return [one.result() for one in computations]
+    passes = [list(one.passes) for one in computations]
+    asked = iter(with_tails(list(chain.from_iterable(passes)), ask))
+    return [
+        one.finish(list(islice(asked, len(own))))
+        for one, own in zip(computations, passes, strict=True)
+    ]
+
+
 def pooled_gradients(
-    segment: ServerSegment,
-    batches: Sequence[ClientBatch],
-    weights: Mapping[str, float],
-    ask: AskTails | None = None,
-) -> StepGradients:
+    segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
+) -> Computation:
     """Return gradients by one pass over the concatenated smashed data of all clients."""
-    passed = forward(segment, batches)
-    if ask:
-        (passed,) = with_tails([passed], ask)
-    return backward(segment, passed, weights)
+
+    def finish(passes: Iterable[Passed]) -> StepGradients:
+        (passed,) = passes
+        return backward(segment, passed, weights)
+
+    return Computation((forward(segment, own) for own in [batches]), finish)
 
 
 def backward(segment: ServerSegment, passed: Passed, weights: Mapping[str, float]) -> StepGradients:
@@ -281,35 +304,34 @@ def _problem_of_pooling(segment: ServerSegment, tensors: Sequence[Tensor]) -> st
 
 
 def separate_gradients(
-    segment: ServerSegment,
-    batches: Sequence[ClientBatch],
-    weights: Mapping[str, float],
-    ask: AskTails | None = None,
-) -> StepGradients:
+    segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
+) -> Computation:
     """Return the same by one pass per client: BatchNorm sees one client at a time."""
-    result = StepGradients({}, {}, {}, dict(weights), rows=0)
-    total: ServerGradients = [None] * len(segment.parameters)
-    for passed in with_tails((forward(segment, [batch]) for batch in batches), ask):
-        client = passed.batches[0].client
-        own = _add_client(result, segment, passed)
-        for index, gradient in enumerate(own):
-            if gradient is not None:
-                sum_, weight = total[index], weights[client]
-                total[index] = (
-                    gradient * weight if sum_ is None else sum_.add_(gradient, alpha=weight)
-                )
-    result._server = total
-    return result
+
+    def finish(passes: Iterable[Passed]) -> StepGradients:
+        result = StepGradients({}, {}, {}, dict(weights), rows=0)
+        total: ServerGradients = [None] * len(segment.parameters)
+        for passed in passes:
+            weight = weights[passed.batches[0].client]
+            for index, gradient in enumerate(_add_client(result, segment, passed)):
+                if gradient is not None:
+                    sum_ = total[index]
+                    total[index] = (
+                        gradient * weight if sum_ is None else sum_.add_(gradient, alpha=weight)
+                    )
+        result._server = total
+        return result
+
+    return Computation((forward(segment, [batch]) for batch in batches), finish)
 
 
 def client_gradients(
     segment: ServerSegment,
     batches: Sequence[ClientBatch],
     weights: Mapping[str, float],
-    ask: AskTails | None = None,
     *,
     low_memory: bool = False,
-) -> StepGradients:
+) -> Computation:
     """Return each client's own server gradients, to compare and to combine.
 
     All are kept, those of large Linear layers as the two factors whose product they are: that
@@ -318,8 +340,8 @@ def client_gradients(
     thrown away, and their combination by another backward pass.
     """
     if low_memory:
-        return _twice_computed(segment, batches, weights, ask)
-    result, kept = StepGradients({}, {}, {}, dict(weights), rows=0), []
+        passes = (forward(segment, [batch]) for batch in batches)
+        return Computation(passes, partial(_twice_computed, segment, weights))
     recorder = LinearRecorder(segment.module, segment.parameters)
     records: list[Calls] = [{} for _ in batches]
 
@@ -327,31 +349,32 @@ def client_gradients(
         with recorder.recording(record):
             return forward(segment, [batch])
 
-    passes = with_tails(map(recorded, batches, records), ask)
-    for passed, record in zip(passes, records, strict=True):
-        with recorder.recording(record):
-            own = _add_client(result, segment, passed)
-        pairs = zip(segment.parameters, own, strict=True)
-        kept.append([recorder.gradient(parameter, found) for parameter, found in pairs])
-    result.clients = KeptGradients([batch.client for batch in batches], kept)
-    return result
+    def finish(passes: Iterable[Passed]) -> StepGradients:
+        result, kept = StepGradients({}, {}, {}, dict(weights), rows=0), []
+        for passed, record in zip(passes, records, strict=True):
+            with recorder.recording(record):
+                own = _add_client(result, segment, passed)
+            pairs = zip(segment.parameters, own, strict=True)
+            kept.append([recorder.gradient(parameter, found) for parameter, found in pairs])
+        result.clients = KeptGradients([batch.client for batch in batches], kept)
+        return result
+
+    return Computation(map(recorded, batches, records), finish)
 
 
 def _twice_computed(
-    segment: ServerSegment,
-    batches: Sequence[ClientBatch],
-    weights: Mapping[str, float],
-    ask: AskTails | None,
+    segment: ServerSegment, weights: Mapping[str, float], passes: Iterable[Passed]
 ) -> StepGradients:
-    leaves, losses, counts, logits = [], [], [], {}
-    for passed in with_tails((forward(segment, [batch]) for batch in batches), ask):
+    leaves, losses, counts, logits = list[Smashed](), [], {}, {}
+    rows = 0
+    for passed in passes:
         (batch,), (own,) = passed.batches, passed.outputs
         leaves += passed.leaves
-        loss, count = client_loss(segment, own, batch)
+        loss, counts[batch.client] = client_loss(segment, own, batch)
         losses.append(loss)
-        counts.append(count)
         logits[batch.client] = map_tensors(torch.detach, own)
-    names = [batch.client for batch in batches]
+        rows += len(batch)
+    names = list(logits)
     learning = [learning_in(leaf) for leaf in leaves]
     products = TwiceComputedGradients(names, segment.parameters, losses, learning)
     return StepGradients(
@@ -362,8 +385,8 @@ def _twice_computed(
             for name, leaf, found in zip(names, leaves, products.by_leaves, strict=True)
         },
         weights=dict(weights),
-        rows=sum(len(batch) for batch in batches),
-        counts=dict(zip(names, counts, strict=True)),
+        rows=rows,
+        counts=counts,
         clients=products,
     )
 
@@ -451,7 +474,7 @@ def culprits(
         segment = server_for(batch.client)
         try:
             with segment.trying():  # BatchNorm takes one row then
-                own = pooled_gradients(segment, [batch], {batch.client: 1.0})
+                own = pooled_gradients(segment, [batch], {batch.client: 1.0}).result()
                 check_finite(own, segment, [batch], "alone")
         except OF_A_BATCH as error:
             found[batch.client] = error
@@ -508,7 +531,7 @@ def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[
         part = segment.part_for(batch.client)
         try:
             with keeping_buffers(part.module):
-                own = pooled_gradients(part, [batch], {batch.client: 1.0})
+                own = pooled_gradients(part, [batch], {batch.client: 1.0}).result()
         except FlsplitError:  # BatchNorm can't train on one row
             continue
         if not math.isfinite(total_norm(own.server_gradients).item()):

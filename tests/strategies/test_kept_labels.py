@@ -133,6 +133,29 @@ def test_sequential_clients_are_bit_equal_to_training_in_turn_on_one_model():
     assert_bit_equal(weights_of(result.arrays), model.state_dict())
 
 
+PLACES = {"0": ("front.0", "middle"), "2": "front.1,middle.0", "default": ("front", "middle")}
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
+@pytest.mark.parametrize("method", EXACT, ids=lambda one: one[0].__name__)
+def test_clients_that_are_cut_at_different_places_are_too(method, cache):
+    rounds, (kind, options) = 4, method
+    sizes = (4, 8, 12)
+    _, found = train(
+        sizes, method=kind, rounds=rounds, local_steps=1, cuts=PLACES, cache=cache, **options
+    )
+    _, expected = train(sizes, method=kind, rounds=rounds, local_steps=1, **options)
+    assert_close(weights_of(found.arrays), weights_of(expected.arrays), 1e-5)
+    evaluations = [run.history[-1].evaluation for run in (found, expected)]
+    assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5)
+
+
+def test_clients_of_different_places_are_asked_at_once():
+    seen = watched(make_parts((8, 8, 8)), cuts=PLACES, rounds=1, fraction_evaluate=0.0)
+    kinds = [kind for kind, _ in seen if kind.startswith("train") and "reply" not in kind]
+    assert kinds == ["train.step"] * 3 + ["train.tail"] * 3 + ["train.finish"] * 3
+
+
 # --- evaluation ------------------------------------------------------------------------------
 
 
@@ -365,7 +388,7 @@ def test_sfl_ga_trains():
     [
         ({"loss": functional.mse_loss}, "give the loss to them"),
         ({"metrics": {"f1": nn.Module()}}, "metrics can't be computed here"),
-        ({"cut": {"1": CUTS, "default": ("front", "middle")}}, "cut is"),
+        ({"cut": {"1": CUTS, "default": "front"}}, "all are cut twice"),
         ({"cut": ("front", "middle", "head")}, "two of them"),
     ],
 )  # fmt: skip
