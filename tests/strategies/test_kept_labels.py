@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from flsplit import LocalGrid, client_app
+from flsplit.client_parts import Clip, Noise, Proximal
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.message.arrays import to_tensor
 from flsplit.strategies import (
@@ -154,6 +155,27 @@ def test_clients_of_different_places_are_asked_at_once():
     seen = watched(make_parts((8, 8, 8)), cuts=PLACES, rounds=1, fraction_evaluate=0.0)
     kinds = [kind for kind, _ in seen if kind.startswith("train") and "reply" not in kind]
     assert kinds == ["train.step"] * 3 + ["train.tail"] * 3 + ["train.finish"] * 3
+
+
+@pytest.mark.parametrize(
+    "app_options",
+    [{}, {"max_grad_norm": 0.1}, {"autocast": torch.bfloat16}],
+    ids=["plain", "clipped", "bfloat16"],
+)
+def test_what_else_a_client_does_is_the_same_without_a_cache(app_options):
+    """Client parts, clipping, low precision, two epochs with ragged batches, and Adam."""
+    parts = [Clip(1.0, per="batch"), Noise(0.1), Proximal(0.5)]
+    runs = [
+        train(
+            (7, 10), build=noisy_net, rounds=2, local_epochs=2, cache=cache, client_parts=parts,
+            share_client_segments=True, app_options=app_options | {"optimizer": torch.optim.Adam},
+        )[1]
+        for cache in (True, False)
+    ]  # fmt: skip
+    for name in "01":
+        assert_bit_equal(*(weights_of(run.client_segments[name]) for run in runs))
+    assert_bit_equal(*(weights_of(run.arrays) for run in runs))
+    assert runs[0].history.numbers() == runs[1].history.numbers()
 
 
 # --- evaluation ------------------------------------------------------------------------------
