@@ -1,0 +1,24 @@
+"""What smashed data and gradients give away: attacks and estimators, on arrays and on runs."""
+
+from flsplit.client_parts.distance import distance_correlation
+from flsplit.privacy.dependence import dcor_unbiased, mutual_information
+from flsplit.privacy.inversion import invert
+from flsplit.privacy.label_inference import auc, cluster_attack, cosine_attack, norm_attack
+from flsplit.privacy.membership import loss_membership, nearest_membership
+from flsplit.privacy.reconstruction import Reconstruction, reconstruct, ssim
+
+__all__ = [
+    "Reconstruction",
+    "auc",
+    "cluster_attack",
+    "cosine_attack",
+    "dcor_unbiased",
+    "distance_correlation",
+    "invert",
+    "loss_membership",
+    "mutual_information",
+    "nearest_membership",
+    "norm_attack",
+    "reconstruct",
+    "ssim",
+]
