@@ -6,9 +6,17 @@ from flsplit.privacy.inversion import invert
 from flsplit.privacy.label_inference import auc, cluster_attack, cosine_attack, norm_attack
 from flsplit.privacy.membership import loss_membership, nearest_membership
 from flsplit.privacy.reconstruction import Reconstruction, reconstruct, ssim
+from flsplit.privacy.recording import Record, RecordedRun, RecordedStep, read_recording
+from flsplit.privacy.replay import Smashing, attack_inputs, attack_labels
 
 __all__ = [
     "Reconstruction",
+    "Record",
+    "RecordedRun",
+    "RecordedStep",
+    "Smashing",
+    "attack_inputs",
+    "attack_labels",
     "auc",
     "cluster_attack",
     "cosine_attack",
@@ -19,6 +27,7 @@ __all__ = [
     "mutual_information",
     "nearest_membership",
     "norm_attack",
+    "read_recording",
     "reconstruct",
     "ssim",
 ]

@@ -257,6 +257,7 @@ class Run:
             ),
             min_clients=options.min_available_nodes,
             fits=self._fits,
+            callbacks=self.callbacks,
         )
         if several:
             round_.overrides |= {n: {"cut": strategy.parts_for(n).cut} for n in participants}

@@ -18,6 +18,7 @@ from flsplit.message.optimizer_state import OptimizerState
 from flsplit.message.request import Backward, Reply, Request, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
+from flsplit.run.callbacks import Callback
 from flsplit.server.clients import Clients, Sent
 from flsplit.server.gradients import ClientBatch
 from flsplit.server.misfits import Fits, leave_out_misfits
@@ -75,6 +76,8 @@ class Round:
     exchanges_left : callable, optional
         In the first round of a run: takes how many steps the clients have, and returns how many
         exchanges the run takes from here on.
+    callbacks : sequence of Callback
+        What looks at every exchange.
     problem : str
         Why the round has ended early and is to be done again: too few clients are left, or nobody
         who trains, though others are there or may come back. Empty as long as it goes on.
@@ -91,6 +94,7 @@ class Round:
     segments: Mapping[str, SegmentArrays] = field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     exchanges_left: Callable[[int], int] | None = None
+    callbacks: Sequence[Callback] = ()
     entry: RoundEntry = field(init=False)
     problem: str = field(default="", init=False)
     _plans: dict[str, RoundPlan] = field(default_factory=dict)
@@ -215,6 +219,7 @@ class Round:
     def receive_local(self, sent: Sent) -> dict[str, LocalReply]:
         """Return the replies to what was sent; fewer clients as in `exchange`."""
         replies: Mapping[str, Reply] = self.clients.receive(sent, self.entry)
+        self._show(sent.requests, replies)
         return self._local(
             leave_out_misfits(self.fits, self.clients, sent.requests, replies, self.entry)
         )
@@ -228,6 +233,7 @@ class Round:
         """Exchange; after the run's first, let the carrier say if it is too slow for the rest."""
         before = self.entry.waiting_seconds
         replies = self.clients.exchange(requests, self.entry)
+        self._show(requests, replies)
         if self.exchanges_left:
             steps = [r.num_steps for r in replies.values() if isinstance(r, StepReply | LocalReply)]
             if steps:
@@ -235,6 +241,10 @@ class Round:
                 self.clients.carrier.check_speed(self.entry.waiting_seconds - before, exchanges)
                 self.exchanges_left = None
         return leave_out_misfits(self.fits, self.clients, requests, replies, self.entry)
+
+    def _show(self, requests: Mapping[str, Request], replies: Mapping[str, Reply]) -> None:
+        for one in self.callbacks:
+            one.on_exchange(requests, replies)
 
     def enough_are_left(self) -> bool:
         """Tell whether the round can go on.
