@@ -1,6 +1,7 @@
 """What smashed data and gradients give away: attacks and estimators, on arrays and on runs."""
 
 from flsplit.client_parts.distance import distance_correlation
+from flsplit.privacy.accountant import epsilon, gaussian_epsilon
 from flsplit.privacy.dependence import dcor_unbiased, mutual_information
 from flsplit.privacy.inversion import invert
 from flsplit.privacy.label_inference import auc, cluster_attack, cosine_attack, norm_attack
@@ -22,6 +23,8 @@ __all__ = [
     "cosine_attack",
     "dcor_unbiased",
     "distance_correlation",
+    "epsilon",
+    "gaussian_epsilon",
     "invert",
     "loss_membership",
     "mutual_information",

@@ -10,6 +10,7 @@ import numpy as np
 from flsplit.account.ledger import RoundEntry
 from flsplit.client_parts import ClientPart
 from flsplit.client_parts.chain import sent_down
+from flsplit.client_parts.compression import compressing
 from flsplit.errors import FlsplitError, NotEnoughClientsError, located
 from flsplit.log import logger
 from flsplit.losses import Count
@@ -153,7 +154,7 @@ class Round:
     ) -> StepRequest | FinishRequest:
         """Return the request after ``reply``: the next step, or the end of the client's round."""
         if self.client_parts:
-            backward = self._edited(reply.client, backward)
+            backward = self._edited(reply, backward)
         if backward.step + 1 < reply.num_steps:
             return StepRequest(
                 self.plan.server_round,
@@ -173,15 +174,16 @@ class Round:
             planned=self.plan_of(reply.client),
         )
 
-    def _edited(self, client: str, backward: Backward) -> Backward:
+    def _edited(self, reply: StepReply, backward: Backward) -> Backward:
         """Return what is told to a client, after the client parts' ``down``."""
         if (gradient := backward.gradient) is None:
             return backward
         plan = self.plan
-        where = (plan.seed, client, plan.server_round, backward.step)
-        edited = sent_down(self.client_parts, *where, gradient)
+        where = (plan.seed, reply.client, plan.server_round, backward.step)
+        edited = sent_down(self.client_parts, *where, gradient, reply.labels)
+        alone = edited is not gradient or compressing(self.client_parts, "cut-gradient")
         # What was edited is this client's alone: nothing of it is sent to several at once.
-        return backward if edited is gradient else Backward(backward.step, edited)
+        return Backward(backward.step, edited) if alone else backward
 
     def exchange(
         self, requests: Mapping[str, Request]
