@@ -83,7 +83,7 @@ def cosine_attack(gradients: Tensor, positive: Tensor, *, known: int = 1) -> flo
 
 
 def cluster_attack(
-    gradients: Tensor, labels: Tensor, *, num_classes: int, restarts: int = 8, seed: int = 0
+    gradients: Tensor, labels: Tensor, *, num_classes: int, restarts: int = 4, seed: int = 0
 ) -> float:
     """Return the share of labels found by clustering the directions of gradients.
 

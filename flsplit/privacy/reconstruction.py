@@ -194,9 +194,9 @@ def _build(smashed: tuple[int, ...], inputs: tuple[int, ...]) -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(smashed[0], 32, 3, padding=1),
             nn.ReLU(),
-            nn.Upsample(inputs[1:], mode="bilinear"),
             nn.Conv2d(32, 32, 3, padding=1),
             nn.ReLU(),
+            nn.Upsample(inputs[1:], mode="bilinear"),
             nn.Conv2d(32, 16, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(16, inputs[0], 3, padding=1),

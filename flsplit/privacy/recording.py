@@ -13,8 +13,9 @@ from torch import Tensor
 from flsplit.cut.smashed import CutGradient, Smashed
 from flsplit.errors import ConfigError
 from flsplit.log import logger
+from flsplit.message.local_steps import LocalReply
 from flsplit.message.request import Reply, Request
-from flsplit.message.steps import FinishReply, FinishRequest
+from flsplit.message.steps import FinishReply
 from flsplit.nested import leaves_of
 from flsplit.run.callbacks import Callback
 from flsplit.storage.record_file import StorageError, write_atomically
@@ -87,12 +88,13 @@ class Record(Callback):
 
     def _take(self, client: str, request: Request, reply: Reply) -> None:
         round_ = request.server_round
-        if isinstance(reply, FinishReply) and reply.segment and isinstance(request, FinishRequest):
-            whole = request.like.completed(reply.segment) if request.like else reply.segment
+        if isinstance(reply, FinishReply | LocalReply) and reply.segment:
+            segment, like = reply.segment, getattr(request, "like", None)
+            whole = like.completed(segment) if like else segment
             self._save(f"{_SEGMENTS}/{self._number(client)}", whole, client, round_, 0)
         if round_ % self.every and round_ > 1:
             return
-        uploads = getattr(reply, "uploads", None)  # those of local steps know their gradient
+        uploads = reply.uploads if isinstance(reply, LocalReply) else None  # no gradient follows
         batches = uploads or dict.fromkeys([request.step or 0], *reply.batches()[:1])
         for step, batch in batches.items():
             if batch is None or step >= self.steps:

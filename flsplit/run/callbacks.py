@@ -87,6 +87,11 @@ class Callback:
         """Go on from a :meth:`state_dict`."""
 
 
+def may_stop(callback: Callback) -> bool:
+    """Tell whether a callback may end the run: whether it looks at rounds at all."""
+    return type(callback).on_round_end is not Callback.on_round_end
+
+
 class _Best(Callback):
     """Knows the best value so far of a metric."""
 

@@ -22,7 +22,7 @@ from flsplit.errors import NotEnoughClientsError
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
 from flsplit.message.steps import FinishReply
-from flsplit.run.callbacks import Callback, FinishedRound
+from flsplit.run.callbacks import Callback, FinishedRound, may_stop
 from flsplit.run.checkpoint import Checkpoints
 from flsplit.run.configs import evaluate_amounts, make_plan
 from flsplit.run.evaluation import evaluate_clients
@@ -253,7 +253,7 @@ class Run:
             or (
                 options.share_client_segments
                 # any round may be the last where a callback can end the run
-                and (server_round == self.num_rounds or bool(self.callbacks))
+                and (server_round == self.num_rounds or any(map(may_stop, self.callbacks)))
             ),
             min_clients=options.min_available_nodes,
             fits=self._fits,

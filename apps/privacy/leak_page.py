@@ -1,0 +1,5 @@
+"""The page."""
+
+
+def write_page(path, runs, size):
+    """Later."""
