@@ -66,7 +66,6 @@ METHODS = {
 DEFENCES = {
     "no-peek-1": _psl("NoPeek 1", lambda: NoPeek(1.0)),
     "no-peek-10": _psl("NoPeek 10", lambda: NoPeek(10.0)),
-    "noise-0.1": _psl("clip 10, noise 0.1", lambda: Clip(10.0), lambda: Noise(0.1)),
     "noise-0.5": _psl("clip 10, noise 0.5", lambda: Clip(10.0), lambda: Noise(0.5)),
     "noise-2": _psl("clip 10, noise 2", lambda: Clip(10.0), lambda: Noise(2.0)),
     "half": _psl("float16 both ways", Half, lambda: Half("cut-gradient")),
