@@ -49,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
             spent = (time.perf_counter() - started) / 60
             left = spent / done * (len(missing) - done)
             said = f"accuracy {runs[key]['accuracy']:.3f}, explained {runs[key]['explained']:.3f}"
-            print(f"{spent:5.1f} min, about {left:.0f} left: {' '.join(map(str, key))}: {said}", flush=True)
+            print(
+                f"{spent:5.1f} min, about {left:.0f} left: {' '.join(map(str, key))}: {said}",
+                flush=True,
+            )
     write_page(options.page or options.out / "privacy.md", {k: runs[k] for k in wanted}, size)
     return 0
 
