@@ -53,7 +53,7 @@ class Numbers:
         """Return mean ± standard deviation, or a dash."""
         values = [one * scale for one in self.all(row, cut, what)]
         if not values:
-            return "–"
+            return "-"
         mean = f"{statistics.fmean(values):{form}}"
         return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
 
@@ -92,7 +92,7 @@ them. The page and its pictures are written by `make privacy ARGS="--data-dir /p
 
 MNIST, {CLIENTS} clients with {size.examples} images each, evenly dealt; {size.rounds} rounds of
 {size.steps} steps, batches of {size.batch_size}; a network of two convolutions and two dense
-layers, cut after the first (`conv1`, 8 × 14 × 14 numbers) or the second (`conv2`, 16 × 7 × 7).
+layers, cut after the first (`conv1`, 8 by 14 by 14 numbers) or the second (`conv2`, 16 by 7 by 7).
 Learning rates are those of `apps/privacy/rows.py`, chosen once and not tuned for any row. Mean ±
 standard deviation over seeds {", ".join(map(str, numbers.seeds))}. The attacker has {size.known}
 other images of MNIST **and client 0's segment at the end**, which PSL, SGLR, EPSL and GAPSL do not
@@ -103,7 +103,7 @@ hand over: for these it is an upper bound of what a server with data of its own 
 | accuracy | on test images, mean over clients with their own segments |
 | up, down | MB of smashed data and of cut-layer gradients in the whole run, all clients |
 | explained | share of the variance of private images that the decoder finds: 1 all, 0 none |
-| SSIM, cross-entropy | of reconstructions; more cross-entropy is better hidden. With itself: {floor:.4f} |
+| SSIM, cross-entropy | of reconstructions; more cross-entropy is better. With itself: {floor:.4f} |
 | dcor² | bias-corrected squared distance correlation of images and smashed data |
 | MI | mutual information between two principal components of each, nats |
 | member | AUC of telling client 0's images from others by the nearest recorded smashed data |
@@ -208,8 +208,8 @@ def _averaging(numbers: Numbers) -> str:
     lines = [
         "## SGLR's claim",
         "",
-        "Its abstract says that averaging cut-layer gradients leaks less; the paper's measure is the "
-        "cross-entropy of reconstructions of FashionMNIST by a decoder that was trained on CIFAR-10 "
+        "Its abstract says that averaging cut-layer gradients leaks less; the paper's measure is "
+        "the cross-entropy of reconstructions of FashionMNIST by a decoder trained on CIFAR-10 "
         "(more is less leakage). Ours is that of a decoder trained on other images of MNIST: its "
         "size can't be compared with theirs, its course over φ can.",
         "",
@@ -259,8 +259,8 @@ def _end(numbers: Numbers) -> str:
         "* Smashed data in evaluation leave without any defence.",
         "* The attacker of this table is honest and has data of the same kind. A malicious server "
         "does more (`flsplit.privacy.Hijack`).",
-        f"* Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, no "
-        "GPU; no number depends on how many processes there are.",
+        f"* Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
+        "no GPU; no number depends on how many processes there are.",
     ]
     return "\n".join(lines)
 

@@ -60,8 +60,8 @@ def test_what_crosses_is_what_the_table_says(name):
         return wires[-1]
 
     run_split(
-        getattr(strategies, name), plain_net, PARTS, tests=TESTS, rounds=3, wrap=wrap, local_steps=2,
-        optimizer=MOMENTUM,
+        getattr(strategies, name), plain_net, PARTS, tests=TESTS, rounds=3, wrap=wrap,
+        local_steps=2, optimizer=MOMENTUM,
     )  # fmt: skip
     (wire,) = wires
     seen = {record for record, number in wire.seen.items() if number}

@@ -111,8 +111,8 @@ def test_a_server_that_hijacks_clients_reads_their_inputs():
     ]
     model = fresh(spots)
     strategy = Hijack(
-        model=model, cut=CUT, public=KNOWN, local_steps=300, batch_size=20, device="cpu", client_lr=0.01,
-        share_client_segments=True, fraction_evaluate=0.0,
+        model=model, cut=CUT, public=KNOWN, local_steps=300, batch_size=20, device="cpu",
+        client_lr=0.01, share_client_segments=True, fraction_evaluate=0.0,
     )  # fmt: skip
     grid = LocalGrid(split_app(spots, data, optimizer=torch.optim.Adam), 2, progress=False)
     result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=1)
