@@ -38,7 +38,12 @@ class Numbers:
         self.runs = runs
         self.cuts = [cut for cut in CUTS if any(key[1] == cut for key in runs)]
         self.rows = [row for row in ROWS if any(key[0] == row for key in runs)]
+        """Those that were run with any cut."""
         self.seeds = sorted({key[2] for key in runs})
+
+    def rows_at(self, cut: str) -> list[str]:
+        """Return the rows that were run with a cut."""
+        return [row for row in self.rows if any(key[:2] == (row, cut) for key in self.runs)]
 
     def all(self, row: str, cut: str, what: str) -> list[float]:
         """Return the numbers of all seeds."""
@@ -118,8 +123,9 @@ def _table(numbers: Numbers, cut: str) -> str:
         f"| | {' | '.join(COLUMNS)} |",
         "|---|" + "---|" * len(COLUMNS),
     ]
-    for row in numbers.rows:
-        if row == next((one for one in numbers.rows if one in DEFENCES), ""):
+    rows = numbers.rows_at(cut)
+    for row in rows:
+        if row == next((one for one in rows if one in DEFENCES), ""):
             lines.append("| *PSL with a defence* |" + " |" * len(COLUMNS))
         cells = [
             numbers.shown(row, cut, "accuracy", ".1f", 100),
@@ -149,9 +155,9 @@ def _findings(numbers: Numbers) -> str:
 
 
 def _methods(numbers: Numbers) -> list[str]:
-    methods = [row for row in METHODS if row in numbers.rows]
     found = []
     for cut in numbers.cuts:
+        methods = [row for row in METHODS if row in numbers.rows_at(cut)]
         means = {row: numbers.mean(row, cut, "explained") for row in methods}
         least, most = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
         found.append(
@@ -166,16 +172,16 @@ def _defences(numbers: Numbers, cut: str) -> list[str]:
         values = (numbers.mean(one, cut, what) * scale for one in ("psl", row))
         return "{:{form}} → {:{form}}".format(*values, form=form)
 
-    found = []
+    found, rows = [], numbers.rows_at(cut)
     for row in ("no-peek-1", "no-peek-10"):
-        if row in numbers.rows:
+        if row in rows:
             found.append(
                 f"{ROWS[row].title} (`{cut}`): dcor² {both(row, 'dcor-unbiased', '.2f')}, which it "
                 f"minimises; explained {both(row, 'explained')}, accuracy "
                 f"{both(row, 'accuracy', '.1f', 100)} %."
             )
     for row in ("noise-0.5", "noise-2"):
-        if row in numbers.rows:
+        if row in rows:
             eps = numbers.all(row, cut, "epsilon")
             bought = f", for ε = {eps[0]:.3g}, which promises nothing" if eps else ""
             found.append(
@@ -183,7 +189,7 @@ def _defences(numbers: Numbers, cut: str) -> list[str]:
                 f"{both(row, 'accuracy', '.1f', 100)} %{bought}."
             )
     for row in ("half", "int8", "top-k", "top-k-feedback", "low-rank", "difference"):
-        if row in numbers.rows:
+        if row in rows:
             sent = [
                 sum(numbers.mean(one, cut, way) for way in ("up", "down")) for one in ("psl", row)
             ]
@@ -192,7 +198,7 @@ def _defences(numbers: Numbers, cut: str) -> list[str]:
                 f"{ROWS[row].title} (`{cut}`): {sent[1] / sent[0]:.3f} of the bytes, accuracy "
                 f"{points:+.1f} points, explained {both(row, 'explained')}."
             )
-    if "label-noise" in numbers.rows:
+    if "label-noise" in rows:
         found.append(
             f"Noise on gradients (`{cut}`): labels found by clustering "
             f"{both('label-noise', 'label-clusters', '.2f')}, accuracy "
@@ -203,7 +209,7 @@ def _defences(numbers: Numbers, cut: str) -> list[str]:
 
 def _averaging(numbers: Numbers) -> str:
     rows = [f"sglr-{phi:g}" for phi in PHIS]
-    if not set(rows) <= set(numbers.rows):
+    if any(not set(rows) <= set(numbers.rows_at(cut)) for cut in numbers.cuts):
         return "## SGLR's claim\n\nNot all φ were run."
     lines = [
         "## SGLR's claim",
@@ -258,7 +264,7 @@ def _end(numbers: Numbers) -> str:
         "decoder finds more, also where noise was added.",
         "* Smashed data in evaluation leave without any defence.",
         "* The attacker of this table is honest and has data of the same kind. A malicious server "
-        "does more (`flsplit.privacy.Hijack`).",
+        "can do more (FSHA), one without such data but with time, too (SDAR); neither is measured.",
         f"* Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
         "no GPU; no number depends on how many processes there are.",
     ]

@@ -2,8 +2,8 @@
 
     python apps/privacy/privacy.py --data-dir /path/to/data --out runs/privacy
 
-Finished runs are kept in the output folder and not run again. The page is written anew each time;
---page puts it and its pictures elsewhere.
+Finished runs are kept in the output folder and not run again. The page is written anew each time, of
+all runs that are there; --page puts it and its pictures elsewhere.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{spent:5.1f} min, about {left:.0f} left: {' '.join(map(str, key))}: {said}",
                 flush=True,
             )
-    write_page(options.page or options.out / "privacy.md", {k: runs[k] for k in wanted}, size)
+    write_page(options.page or options.out / "privacy.md", runs, size)
     return 0
 
 

@@ -3,7 +3,6 @@
 from flsplit.client_parts.distance import distance_correlation
 from flsplit.privacy.accountant import epsilon, gaussian_epsilon
 from flsplit.privacy.dependence import dcor_unbiased, mutual_information
-from flsplit.privacy.hijacking import Hijack
 from flsplit.privacy.inversion import invert
 from flsplit.privacy.label_inference import auc, cluster_attack, cosine_attack, norm_attack
 from flsplit.privacy.membership import loss_membership, nearest_membership
@@ -12,7 +11,6 @@ from flsplit.privacy.recording import Record, RecordedRun, RecordedStep, read_re
 from flsplit.privacy.replay import Smashing, attack_inputs, attack_labels
 
 __all__ = [
-    "Hijack",
     "Reconstruction",
     "Record",
     "RecordedRun",
