@@ -2,8 +2,8 @@
 
     python apps/privacy/privacy.py --data-dir /path/to/data --out runs/privacy
 
-Finished runs are kept in the output folder and not run again. The page is written anew each time, of
-all runs that are there; --page puts it and its pictures elsewhere.
+Finished runs are kept in the output folder and not run again. The page is written anew each time,
+of all runs that are there; --page puts it and its pictures elsewhere.
 """
 
 import argparse
