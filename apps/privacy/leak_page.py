@@ -64,8 +64,12 @@ class Numbers:
 
     def gap(self, one: str, other: str, cut: str, what: str) -> tuple[float, float]:
         """Return by how much ``one`` is above ``other`` with the same seeds: mean and deviation."""
-        pairs = zip(self.all(one, cut, what), self.all(other, cut, what), strict=True)
-        gaps = [a - b for a, b in pairs]
+        runs = self.runs
+        gaps = [
+            runs[one, cut, seed][what] - runs[other, cut, seed][what]
+            for seed in self.seeds
+            if (one, cut, seed) in runs and (other, cut, seed) in runs
+        ]
         return statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else 0.0
 
 
