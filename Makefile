@@ -58,6 +58,15 @@ compare-decoupled: $(STAMP) ## FSL-SAGE, CSE-FSL and what changes them, SplitFed
 	@$(BIN)/python apps/compare/compare.py --methods decoupled ablations --alpha 1 \
 		--out runs/compare-decoupled $(ARGS)
 
+# MNIST as torchvision keeps it: ARGS="--data-dir /path/to/data".
+.PHONY: privacy
+privacy: $(STAMP) ## Accuracy against leakage against bytes: all rows, 2 cuts, 3 seeds (docs/privacy.md)
+	@$(BIN)/python apps/privacy/privacy.py --out runs/privacy $(ARGS)
+
+.PHONY: privacy-quick
+privacy-quick: $(STAMP) ## The same, shorter: some rows, one cut, one seed
+	@$(BIN)/python apps/privacy/privacy.py --quick --out runs/privacy-quick $(ARGS)
+
 .PHONY: test
 test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, several at a time
 	@$(BIN)/python -m pytest -m 'not e2e and not long' --numprocesses 2 --dist worksteal $(ARGS)

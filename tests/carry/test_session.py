@@ -20,6 +20,7 @@ from flsplit.carry.session import session_grid
 from flsplit.carry.session.host import serve_session
 from flsplit.carry.session.invitation import Invitation
 from flsplit.carry.session.session_grid import NoHostError
+from flsplit.client_parts import Int8, TopK
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SplitFedV1
 from flsplit.wire import DialError, Envelope, HostStream, SessionServer
@@ -91,6 +92,18 @@ def test_number_of_simulated_hosts_changes_no_number(hosts, simulated):
     grid.join()
     assert outcome(result) == outcome(start(make_strategy(), LocalGrid(make_app(), len(SIZES))))
     assert len(grid.pushed) == hosts
+
+
+def test_what_is_compressed_crosses_as_it_is_counted():
+    parts = {"client_parts": [Int8(), TopK(0.3, "cut-gradient", feedback=True)], "local_steps": 3}
+    grid = ThreadedGrid(make_app(), len(SIZES))
+    result = start(make_strategy(**parts), grid)
+    grid.join()
+    local = start(make_strategy(**parts), LocalGrid(make_app(), len(SIZES)))
+    assert outcome(result) == outcome(local)
+    for entry in result.history:
+        for category in ("activations-up", "gradients-down-unicast"):
+            assert 0 < entry.traffic.logical[category] == entry.traffic.wire[category]
 
 
 def test_plain_text_gives_the_same_numbers():
