@@ -12,8 +12,8 @@ from tests.flower_processes import deployment
 
 NUM_CLIENTS = 3
 SEED = 0
-SETTINGS = {"strategy": "psl", "batch-size": 64, "alpha": float("inf")}
-ALL_CLIENTS = {"strategy-args": f"{{min-available-nodes = {NUM_CLIENTS}}}"}
+SETTINGS = {"strategy": "psl", "batch-size": 64}
+ALL_CLIENTS = {"strategy-args": f"{{min-available-nodes = {NUM_CLIENTS}, local-steps = 4}}"}
 
 
 @pytest.fixture
