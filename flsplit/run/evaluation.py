@@ -1,13 +1,14 @@
 """Federated evaluation: test data through each client's own segment and the server's."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from flsplit.account.ledger import RoundEntry
-from flsplit.errors import OF_A_BATCH, FlsplitError, located
+from flsplit.errors import OF_A_BATCH, FlsplitError, NonFiniteError, located
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.request import SegmentArrays
-from flsplit.run.scores import Scores, update_all
+from flsplit.run.scores import Scores, tested
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits, leave_out_misfits
 from flsplit.server.segment import ServerSegment
@@ -62,6 +63,7 @@ def evaluate_clients(
     """
     scores, remaining, batch = Scores(metrics), list(names), 0
     of_client: dict[str, Scores] = {}
+    odd, odd_losses = Scores(metrics), dict[str, float]()  # of clients whose loss isn't finite
     failed: list[FlsplitError] = []
     said: dict[str, int] = {}  # how many batches there are
     while remaining:
@@ -82,19 +84,31 @@ def evaluate_clients(
                     f"client {name!r} answered an evaluation with {type(reply).__name__}"
                 )
             if reply.num_batches:
-                wanted = [scores]
-                if each:
-                    wanted.append(of_client.setdefault(name, Scores(metrics)))
                 try:
                     with located(f"evaluation of round {entry.round}, client {name!r}"):
-                        update_all(wanted, server_for(name), reply)
+                        output, labels, loss, count = tested(server_for(name), reply)
+                        if count.weight and not math.isfinite(loss):
+                            odd_losses.setdefault(name, loss)
+                        wanted = [odd if name in odd_losses else scores]
+                        if each:
+                            wanted.append(of_client.setdefault(name, Scores(metrics)))
+                        for one in wanted:
+                            one.update(output, labels, loss, count)
                 except OF_A_BATCH as error:
                     failed.append(error)
+                    odd_losses.pop(name, None)
                     clients.leave_out(name, None, error, entry)
                     continue
             said[name] = reply.num_batches
             if batch < reply.num_batches and batch != batches:
                 remaining.append(name)
-    if failed and not scores.compute():
+    found = scores.compute()
+    if not found:  # where no client's loss is finite it is the model's, and is told
+        found, odd_losses = odd.compute(), {}
+    if failed and not found:
         raise failed[0]
-    return scores.compute(), {name: own.compute() for name, own in of_client.items()}
+    for name, loss in odd_losses.items():
+        error = NonFiniteError(f"its test loss is {loss}, and those of other clients are finite")
+        clients.leave_out(name, None, error, entry)
+        of_client.pop(name, None)
+    return found, {name: own.compute() for name, own in of_client.items()}

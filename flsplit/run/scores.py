@@ -1,7 +1,7 @@
 """Loss, accuracy and metrics of an evaluation, over all samples however they come in batches."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -71,15 +71,14 @@ class Scores:
 
 
 @torch.no_grad()
-def update_all(scores: Sequence[Scores], segment: ServerSegment, reply: EvaluateReply) -> None:
-    """Run a test batch through the server segment, and count it in all ``scores``."""
+def tested(segment: ServerSegment, reply: EvaluateReply) -> tuple[Any, Any, float, Count]:
+    """Run a test batch through the server segment; return what :meth:`Scores.update` takes."""
     segment.module.eval()
     labels = to_device(reply.labels, segment.device)
     # What is tested is trained on by nobody: buffers stay as they are, whatever forward does.
     output = segment.forward(segment.receive(reply.smashed), labels, moves_buffers=False)
     loss, count = segment.criterion(output, labels)
-    for one in scores:
-        one.update(output, labels, float(loss), count)
+    return output, labels, float(loss), count
 
 
 def _numbers(name: str, value: Any) -> dict[str, float]:
