@@ -108,7 +108,7 @@ def evaluate_clients(
     if failed and not found:
         raise failed[0]
     for name, loss in odd_losses.items():
-        error = NonFiniteError(f"its test loss is {loss}, and those of other clients are finite")
-        clients.leave_out(name, None, error, entry)
+        why = NonFiniteError(f"its test loss is {loss}, and those of other clients are finite")
+        clients.leave_out(name, None, why, entry)
         of_client.pop(name, None)
     return found, {name: own.compute() for name, own in of_client.items()}
