@@ -7,7 +7,7 @@ from flsplit import LocalGrid, client_app
 from flsplit.cut.trace import Spec, Trace
 from flsplit.message.crossings import MOST_TRACES
 from flsplit.server import clients as of_server
-from flsplit.server.clients import MOST_TRACE_BYTES, Clients
+from flsplit.server.clients import Clients
 
 
 def known_of(*clients):
