@@ -48,11 +48,13 @@ class Workers:
 
 
 def run_one(job: Job, setting: Setting) -> Run:
-    """Return a run; one that diverges has no accuracy, and is a result."""
+    """Return a run; one that diverges has no accuracy, and is a result; another error is told."""
     try:
-        return train(setting, job.method, job.rates, job.alpha, job.seed, tuning=job.tuning)
+        return train(setting, job.method, job.rates, job.partition, job.seed, job.kind)
     except ArithmeticError as error:
         return {"accuracy": [0.0], "failed": str(error), "cpu-seconds": 0.0}
+    except Exception as error:  # of a model or of data that are not ours
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _prepare() -> None:
