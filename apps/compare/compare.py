@@ -2,7 +2,7 @@
 
     python apps/compare/compare.py --dataset digits
     python apps/compare/compare.py --dataset mnist --data-dir /path/to/data --alpha 0.1 inf
-    python apps/compare/compare.py --dataset mine.py --partition iid shard:num_shards_per_partition=2
+    python apps/compare/compare.py --dataset mine.py --partition iid dirichlet:alpha=0.3
 
 Every method first takes one step, which shows what doesn't fit. Then its learning rates are tuned
 on validation data (tuning.py), and it is run with every seed. Finished runs are kept in the
@@ -217,7 +217,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(name, nargs="+", metavar="RATE=VALUE", default=[], help=what)
     parser.add_argument("--fleet", default="", help="simulate the time on it: a TOML file")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto")
-    parser.add_argument("--workers", type=int, default=2, help="processes; results are the same")
+    parser.add_argument("--workers", type=int, default=2, help="processes, 0 for none")
     parser.add_argument(
         "--checkpoints", action="store_true", help="go on within runs, too, after an interruption"
     )

@@ -11,6 +11,7 @@ import inspect
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import lru_cache, partial
@@ -27,6 +28,7 @@ from torch.utils.data import TensorDataset
 from flsplit.client.batches import Examples
 from flsplit.errors import ConfigError
 from flsplit.nested import as_arguments
+from flsplit.vision import load_torchvision
 
 MOMENTUM = partial(SGD, momentum=0.9)
 
@@ -178,8 +180,9 @@ def as_dataset(name: str, given: Any) -> Any:
         inputs, labels = map(torch.as_tensor, given)
         if len(inputs) != len(labels):
             raise ConfigError(f"{name} has {len(inputs)} inputs and {len(labels)} labels")
-        return TensorDataset(inputs, labels.long() if labels.ndim == 1 else labels)
-    if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")) or isinstance(given, dict):
+        return TensorDataset(inputs, labels if labels.is_floating_point() else labels.long())
+    map_style = hasattr(given, "__len__") and hasattr(given, "__getitem__")
+    if not map_style or _is_array(given) or isinstance(given, dict | tuple):
         raise ConfigError(
             f"{name} is {_shown(given)}, expected (inputs, labels) as arrays or a data set"
         )
@@ -197,6 +200,8 @@ def _from_file(path: Path, data_dir: str) -> Experiment:
     spec = importlib.util.spec_from_file_location(f"compared_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--dataset: {path} is no Python file")
+    with suppress(ImportError):
+        load_torchvision()  # first: torchmetrics imports it, too
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its classes can be pickled, then
     spec.loader.exec_module(module)

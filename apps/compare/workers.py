@@ -20,13 +20,13 @@ class Workers:
     setting : Setting
         What the jobs have in common.
     count : int
-        How many processes. What comes of a job does not depend on it.
+        How many processes, 0 for this one. What comes of a job does not depend on it.
     """
 
     def __init__(self, setting: Setting, count: int) -> None:
-        self.setting = setting
+        self.setting, self._count = setting, count
         context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(count, context, initializer=_prepare)
+        self._executor = ProcessPoolExecutor(max(count, 1), context, initializer=_prepare)
 
     def __enter__(self) -> "Workers":
         """Return itself."""
@@ -41,6 +41,13 @@ class Workers:
 
     def run(self, jobs: list[Job]) -> Iterator[tuple[Job, Run]]:
         """Yield each job with what came of it, in the order in which they finish."""
+        if not self._count:
+            threads = torch.get_num_threads()
+            _prepare()
+            for job in jobs:
+                yield job, run_one(job, self.setting)
+            torch.set_num_threads(threads)
+            return
         with _workers_ignore_interrupts():
             waiting = {self._executor.submit(run_one, job, self.setting): job for job in jobs}
         for done in as_completed(waiting):
