@@ -6,8 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from task import build_model, load
+from experiment import find_experiment
 
+from flsplit.cut import split
+from flsplit.errors import ConfigError
 from flsplit.vision import load_torchvision
 
 CIFAR10 = load_torchvision().datasets.CIFAR10
@@ -38,7 +40,8 @@ def cifar10(tmp_path, monkeypatch):
 
 
 def test_cifar10_is_read(cifar10):
-    images, labels, test_images, test_labels = load("cifar10", str(cifar10))
+    found = find_experiment("cifar10", str(cifar10))
+    (images, labels), (test_images, test_labels) = found.train, found.test
 
     assert images.shape == (10, 3, 32, 32)
     assert test_images.shape == (2, 3, 32, 32)
@@ -46,17 +49,29 @@ def test_cifar10_is_read(cifar10):
     assert images.max() <= 1
     assert labels.tolist() == [3, 7] * 5
     assert test_labels.tolist() == [3, 7]
-    assert build_model("cifar10")(images).shape == (10, 10)
+    assert found.model()(images).shape == (10, 10)
 
 
-@pytest.mark.parametrize(("dataset", "shape"), [("digits", (1, 8, 8)), ("mnist", (1, 28, 28))])
-def test_the_model_fits_the_images(dataset, shape):
-    assert build_model(dataset)(torch.zeros(2, *shape)).shape == (2, 10)
+def test_the_papers_network_is_cut_after_four_convolutions(cifar10):
+    found = find_experiment("gapsl-cifar10", str(cifar10))
+    parts = split(found.model(), found.cut)
+
+    for half, convolutions in ((parts.client, 4), (parts.server, 9)):
+        assert [one.ndim for one in half.state_dict().values()].count(4) == convolutions
+    assert found.model()(found.train[0][:2]).shape == (2, 10)
 
 
-@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
-def test_missing_data_is_named(dataset, tmp_path):
-    with pytest.raises(SystemExit, match=f"has no {dataset}"):
-        load(dataset, str(tmp_path))
-    with pytest.raises(SystemExit, match="is no folder"):
-        load(dataset, str(tmp_path / "nowhere"))
+def test_the_model_fits_the_digits():
+    found = find_experiment("digits", "")
+    assert found.model()(found.test[0]).shape == (397, 10)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind"),
+    [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("gapsl-cifar10", "CIFAR10")],
+)
+def test_missing_data_is_named(dataset, kind, tmp_path):
+    with pytest.raises(ConfigError, match=f"has no {kind}"):
+        find_experiment(dataset, str(tmp_path))
+    with pytest.raises(ConfigError, match="is no folder"):
+        find_experiment(dataset, str(tmp_path / "nowhere"))
