@@ -5,7 +5,6 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
 from experiment import find_experiment
 
 from flsplit.cut import split
