@@ -18,7 +18,7 @@ from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.nested import shapes_of
 from flsplit.optimizers import UserOptimizer
 from flsplit.run import DecoupledStrategy, Round
-from flsplit.run.decoupled import AuxiliarySent
+from flsplit.run.decoupled import CLIENTS, AuxiliarySent
 from flsplit.run.options import LearningRate, at_round, of_kind
 from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import number, one_of, whole
@@ -121,6 +121,16 @@ class FSLSAGE(DecoupledStrategy):
             Phase((Stage("auxiliary down", Where.DOWNLINK, share * work.auxiliary_bits),)),
             *cls.aggregation_phases(work, **arguments),
         )
+
+    @classmethod
+    def plan_note(cls, **arguments: Any) -> str:
+        """Say what of a round with an alignment inside is not counted."""
+        inside = arguments["align"] == IN_ROUND and arguments["align_every"]
+        what = "the first batch's forward pass before an alignment"
+        if inside and arguments["order"] == CLIENTS:
+            what += " and that clients take turns there"
+        notes = [super().plan_note(**arguments), f"{what} is not counted" if inside else ""]
+        return "; ".join(filter(None, notes))
 
     def begin_run(self) -> None:
         """Forget an earlier run's auxiliary models and buffers."""

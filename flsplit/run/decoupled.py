@@ -72,7 +72,7 @@ class DecoupledStrategy(SplitStrategy):
         (shape of one row, number of classes), which ``client_app`` must be given, too.
     order : {'batches', 'clients'}
         The order in which the server takes a round's uploads: batch by batch, and by client within
-        a batch; or all of a client's before the next one's, as FSL-SAGE's authors' code has it.
+        a batch; or all of a client's before the next one's.
     overlap : bool
         Over a session, let uploads come up while clients go on with their local steps, and work
         on them meanwhile. The numbers are the same. Only in the order of batches.
