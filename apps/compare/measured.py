@@ -21,7 +21,7 @@ SERIES = (COSINE, BEFORE, AFTER, CLIENT_MEMORY, WHOLE_MEMORY)
 
 
 def measured(
-    history: History, spent: Mapping[int, float], clients: int, metrics: Sequence[str]
+    history: History, spent: Mapping[int, float], metrics: Sequence[str]
 ) -> dict[str, Any]:
     """Return what is kept; ``spent`` are the server's CPU seconds by round."""
     logical = [entry.traffic.logical for entry in history]
@@ -35,7 +35,6 @@ def measured(
         "metrics": {k: v for k, v in history[-1].metrics.items() if k.count(".") == 1},
         "series": _series(history),
         **_simulated(history),
-        "auxiliary-bytes": logical[0].get("auxiliary-down", 0) // clients,
     }
 
 

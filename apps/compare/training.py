@@ -150,8 +150,10 @@ def _train_split(task: Task, model: nn.Module) -> dict[str, Any]:
         raise FlsplitError(f"client {lost[0].client} was left out: {lost[0].reason}")
     names = list(experiment.metrics)
     reduction = getattr(strategy, "loss_reduction", strategy.options.reduction)  # GAPSL's own
-    return measured(result.history, spent, setting.clients, names) | {
-        "weights": f"{strategy.options.shares}, {reduction}"
+    auxiliary = getattr(strategy, "initial", {})  # a decoupled method's
+    return measured(result.history, spent, names) | {
+        "auxiliary-bytes": sum(tensor.nbytes for tensor in auxiliary.values()),
+        "weights": f"{strategy.options.shares}, {reduction}",
     }
 
 

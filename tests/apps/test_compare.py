@@ -16,7 +16,7 @@ METHODS = ["psl", "fedavg"]
 ARGUMENTS = [
     "--methods", *METHODS, "--alpha", "inf", "--seeds", "0", "1", "--clients", "2",
     "--rounds", "2", "--local-steps", "1", "--train-size", "200", "--test-size", "40",
-    "--grid", "client_lr=0.01,0.03", "server_lr=0.03",
+    "--grid", "client_lr=0.01", "server_lr=0.03",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 ARGUMENTS = [
     "--methods", "psl", "fedavg", "fsl-sage", "--alpha", "inf", "--seeds", "0", "--clients", "2",
     "--rounds", "2", "--local-steps", "2", "--train-size", "200", "--test-size", "40",
-    "--target", "1", "--workers", "0", "--grid", "client_lr=0.01,0.03", "server_lr=0.03",
+    "--target", "1", "--workers", "0", "--grid", "client_lr=0.01", "server_lr=0.03",
 ]  # fmt: skip
 
 
