@@ -28,7 +28,7 @@ from simulated import check_fleet
 from task import DATASETS
 from training import FINAL, REHEARSAL, Setting
 from tuning import Choice, parse_grid
-from verdict import MATTERS
+from verdict import LEAST_SEEDS, MATTERS
 from workers import Workers
 
 from flsplit.errors import ConfigError, FlsplitError
@@ -256,8 +256,21 @@ def complete(options: argparse.Namespace) -> None:
         check_fleet(options.fleet, options.clients)
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else 20)
     options.methods = expand(options.methods or ["quick" if options.quick else "all"])
+    for name in ("seeds", "alpha", "partition"):
+        values = getattr(options, name) or []
+        if len(set(values)) < len(values):
+            raise ConfigError(f"--{name} names {max(values, key=values.count)} twice")
+    if used := set(options.seeds) & set(sum(TUNING_SEEDS.values(), ())):
+        raise ConfigError(f"--seeds: {min(used)} is a seed of the tuning, take another")
     for name in ("grid", "rates"):
         setattr(options, name, parse_grid(f"--{name}", getattr(options, name)))
+    if options.rates and not {"client_lr", "server_lr"} <= options.rates.keys():
+        raise ConfigError(
+            f"--rates are {', '.join(options.rates)}, expected client_lr and server_lr"
+        )
+    if len(options.seeds) < LEAST_SEEDS:
+        print(f"compare: {len(options.seeds)} seeds are too few for a verdict, which takes "
+              f"{LEAST_SEEDS}", file=sys.stderr)  # fmt: skip
     experiment = find_experiment(options.dataset, options.data_dir)
     if experiment.data is not None and options.partition:
         raise ConfigError(f"--partition: {options.dataset} deals its data out itself: leave it out")

@@ -120,14 +120,15 @@ def parts_of(
         train = [chosen(whole, own) for own in dealt]
         test_order = rng.permutation(len(tests))[: test_size or experiment.test_size or None]
         test = chosen(tests, test_order)
-    classes = check(experiment, train[0], test)
-    counts = [torch.bincount(labels_of(experiment, one), minlength=classes) for one in train]
+    labels = [labels_of(experiment, one) for one in train]
+    known = {"training": torch.cat(labels), "test": labels_of(experiment, test, "test")}
+    classes = check(experiment, train[0], known)
     if (fewest := min(map(len, train))) < least:
         raise ConfigError(
             f"--partition: {partition} leaves a client with {fewest} training examples, expected "
             f"at least {least} (--batch-size)"
         )
-    counts = torch.stack(counts).double()
+    counts = torch.stack([torch.bincount(one, minlength=classes) for one in labels]).double()
     return Parts(train, validation, test, counts / counts.sum(1, keepdim=True))
 
 

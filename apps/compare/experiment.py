@@ -112,7 +112,7 @@ def find_experiment(source: str, data_dir: str) -> Experiment:
     return found
 
 
-def check(experiment: Experiment, train: Any, test: Any) -> int:
+def check(experiment: Experiment, train: Any, labels: Mapping[str, Tensor]) -> int:
     """Return the number of classes; refuse what doesn't fit the model.
 
     Raises
@@ -128,20 +128,19 @@ def check(experiment: Experiment, train: Any, test: Any) -> int:
         with torch.no_grad():
             logits = call(model.eval(), inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ConfigError(
-            f"the model can't take the data: {type(error).__name__}: {error}"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the model can't take the data: {why}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ConfigError(f"the model gives {_shown(logits)}, expected logits (b, classes)")
-    for what, dataset in (("training", train), ("test", test)):
-        labels = labels_of(experiment, dataset, what)
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= logits.shape[1]:
+    classes = int(logits.shape[1])
+    for what, one in labels.items():
+        low, high = int(one.min()), int(one.max())
+        if low < 0 or high >= classes:
             raise ConfigError(
-                f"{what} labels are {low} to {high}, but the model has {logits.shape[1]} classes "
-                f"(0 to {logits.shape[1] - 1})"
+                f"{what} labels are {low} to {high}, but the model has {classes} classes "
+                f"(0 to {classes - 1})"
             )
-    return int(logits.shape[1])
+    return classes
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -152,9 +151,11 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 def labels_of(experiment: Experiment, dataset: Any, what: str = "training") -> Tensor:
     """Return the labels (N,) of a data set."""
-    if isinstance(dataset, TensorDataset) and not experiment.unpack:
+    plain = not (experiment.unpack or getattr(dataset, "target_transform", None))
+    targets = getattr(dataset, "targets", None)
+    if isinstance(dataset, TensorDataset) and plain:
         labels = dataset.tensors[1]
-    elif isinstance(targets := getattr(dataset, "targets", None), list | Tensor):
+    elif isinstance(targets, list | Tensor) and plain:
         labels = torch.as_tensor(targets)  # torchvision's, without reading every image
     else:
         examples, size = experiment.examples(dataset, what), len(dataset)
@@ -192,7 +193,9 @@ def as_dataset(name: str, given: Any) -> Any:
 def digest(source: str) -> str:
     """Return what tells a file, or an app's files, from others; nothing for a data set's name."""
     path = Path(source)
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path] if path.is_file() else []
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        files = [path / "pyproject.toml", *sorted(path.rglob("*.py"))]
     return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()[:12] if files else ""
 
 
@@ -241,11 +244,8 @@ def _from_app(folder: Path) -> Experiment:
     if not attribute:
         raise ConfigError(f"--dataset: {folder}/pyproject.toml names no clientapp")
     config = flower.get("config", {})
-    sys.path.insert(0, str(folder.resolve()))
-    try:
-        app = getattr(importlib.import_module(name), attribute)
-    finally:
-        sys.path.remove(str(folder.resolve()))
+    sys.path.append(str(folder.resolve()))  # for good: its functions may import more of it
+    app = getattr(importlib.import_module(name), attribute)
     spec = getattr(app, "flsplit", None)
     if spec is None:
         raise ConfigError(f"--dataset: {place} of {folder} was not made by flsplit.client_app")

@@ -71,6 +71,7 @@ class Setting:
         places = ("data_dir", "fleet", "device", "checkpoints")
         kept = {name: value for name, value in vars(self).items() if name not in places}
         found = digest(self.dataset)
+        kept["dataset"] = Path(self.dataset).name
         return kept | ({"dataset-digest": found} if found else {})
 
 
@@ -101,11 +102,13 @@ def train(
     steps = 1 if kind == REHEARSAL else setting.local_steps
     found, rounds = find_method(method), setting.rounds_of(kind)
     task = Task(setting, found, rates, seed, rounds, steps, parts, parts.validation)
+    if kind in (FINAL, REHEARSAL):
+        task = replace(task, fleet=setting.fleet)
     if kind == FINAL:
         key = repr((method, rates, partition, seed, setting.identity()))
         folder = Path(setting.checkpoints) / hashlib.sha256(key.encode()).hexdigest()[:16]
         checkpoints = folder if setting.checkpoints else None
-        task = replace(task, judged=parts.test, fleet=setting.fleet, checkpoints=checkpoints)
+        task = replace(task, judged=parts.test, checkpoints=checkpoints)
     with seeded(seed):
         model = setting.experiment().model()
     started = time.process_time()

@@ -173,7 +173,7 @@ def test_one_model_serves_all_clients():
 def test_the_metric_keeps_clients_in_their_order(tmp_path):
     """Ten clients and more: with names sorted as texts, client 10 would come before client 2."""
     runs, *_ = compared(
-        tmp_path, "--methods", "psl", "--clients", "11", "--rounds", "4", "--local-steps", "10",
+        tmp_path, "--methods", "psl", "--clients", "11", "--rounds", "2", "--local-steps", "10",
         "--partition", "pathological:num_classes_per_partition=1",
     )  # fmt: skip
 
@@ -203,6 +203,10 @@ def test_the_metric_keeps_clients_in_their_order(tmp_path):
         (["--partition", "dirichlet:alpha"], "name:key=value"),
         (["--rates", "klient_lr=0.1"], "client_lr"),
         (["--rates", "client_lr=0"], "above 0"),
+        (["--rates", "client_lr=0.1"], "expected client_lr and server_lr"),
+        (["--seeds", "0", "0"], "--seeds names 0 twice"),
+        (["--seeds", "1001"], "1001 is a seed of the tuning"),
+        (["--alpha", "0.1", "0.1"], "--alpha names 0.1 twice"),
         (["--batch-size", "900"], "--batch-size"),
         (["--against", "psll", "--methods", "psl", "fedavg"], "did you mean 'psl'?"),
         (["--dataset", QUICKSTART, "--partition", "iid"], "deals its data out itself"),
@@ -275,11 +279,12 @@ def test_a_file_that_has_changed_is_another_setting(tmp_path, capsys):
     assert "dataset-digest was" in capsys.readouterr().err
 
 
-def test_fewer_seeds_than_a_verdict_needs_are_told(tmp_path):
+def test_fewer_seeds_than_a_verdict_needs_are_told(tmp_path, capsys):
     _, text, page = compared(
         tmp_path, "--methods", "psl", "fedavg", "--alpha", "inf", "--seeds", "0", "1"
     )
 
+    assert "2 seeds are too few for a verdict, which takes 3" in capsys.readouterr().err
     assert "With 2 seeds there is no verdict: it takes 3." in text
     assert "too few seeds" in page
 
