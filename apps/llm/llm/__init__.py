@@ -1,0 +1,5 @@
+"""Language models fine-tuned by split learning: devices hold the first blocks, a server the rest."""
+
+from flsplit.vision import load_torchvision
+
+load_torchvision()  # transformers imports it, also where its wheel doesn't fit torch's

@@ -1,0 +1,30 @@
+"""The client: trains the embedding and the first blocks on its own text."""
+
+from functools import lru_cache
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from torch.optim import AdamW
+
+from flsplit import client_app
+from llm.data import load_partition
+from llm.generating import add_generation
+from llm.models import build_model, cut_name
+
+
+class ConfiguredApp(ClientApp):
+    """The app of the run config's model and cut, which are not known before a message comes."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Let the configured app answer."""
+        return _app(cut_name(context.run_config))(message, context)
+
+
+@lru_cache
+def _app(cut: str) -> ClientApp:
+    app = client_app(model=build_model, cut=cut, data=load_partition, optimizer=AdamW)
+    add_generation(app)
+    return app
+
+
+app = ConfiguredApp()

@@ -1,0 +1,148 @@
+"""The server: trains the other blocks, and says what the model was worth before and after."""
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from flsplit import ModelLoss, SessionSettings, split
+from flsplit.carry.choose import open_carrier
+from flsplit.run import SplitResult, make_strategy
+from llm.base import perplexity, train_base
+from llm.data import client_data
+from llm.generating import generate
+from llm.models import RunConfig, add_adapters, cut_name, is_small, load_base, load_tokenizer
+from llm.output import output_folder, save_model
+
+logger = logging.getLogger("flwr")
+app = ServerApp()
+
+Weights = dict[str, Tensor]
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Make the base, fine-tune it with the clients, generate with one of them, and save."""
+    config, folder = context.run_config, output_folder(context)
+    if (threads := int(config["torch-threads"])) > 0:
+        torch.set_num_threads(threads)
+    cut = cut_name(config)
+    model = prepared_model(config)
+    describe(model, cut)
+    initial = copied(model.state_dict())
+    before = perplexity_of_clients(model, config, len(list(grid.get_node_ids())))
+
+    strategy = make_strategy(
+        str(config["strategy"]),
+        str(config["strategy-args"]),
+        model=model,
+        cut=cut,
+        **strategy_options(config),
+    )
+    result = strategy.start(
+        grid, ArrayRecord(model.state_dict()), num_rounds=int(config["num-server-rounds"])
+    )
+    result.history.save(folder / "history.jsonl")
+    trained = whole_models(result)
+
+    show_texts(grid, context, model, {"before": initial, "after": next(iter(trained.values()))})
+    after = math.exp(result.history[-1].evaluation["loss"])
+    logger.info("held-out perplexity: %.1f -> %.1f", before, after)
+    for name, state in trained.items():
+        tokenizer = load_tokenizer(config)
+        for what, where in save_model(model, state, tokenizer, folder / name).items():
+            logger.info("%s: %s", what, where)
+
+
+def prepared_model(config: RunConfig) -> nn.Module:
+    """Return the base with its adapters; a small one has learnt the server's text before."""
+    torch.manual_seed(int(config["seed"]))
+    base, steps = load_base(config), int(config["base-steps"])
+    if is_small(config) and steps:
+        started = time.perf_counter()
+        train_base(base, load_tokenizer(config), steps, int(config["seed"]))
+        logger.info(
+            "base: %d steps on the server's own text, %.0f s", steps, time.perf_counter() - started
+        )
+    return add_adapters(base, config)
+
+
+def describe(model: nn.Module, cut: str) -> None:
+    """Say how much is trained on which side."""
+    halves = split(model, cut)
+    for side, segment in (("client", halves.client), ("server", halves.server)):
+        trained = sum(p.numel() for p in segment.parameters() if p.requires_grad)
+        logger.info(
+            "%s segment: %d parameters, of which %s trained",
+            side, sum(p.numel() for p in segment.parameters()), trained or "none is",
+        )  # fmt: skip
+
+
+def perplexity_of_clients(model: nn.Module, config: RunConfig, num_clients: int) -> float:
+    """Return the perplexity of the text that clients hold out, which is public here."""
+    loaders = [client_data(config, client, num_clients)[1] for client in range(num_clients)]
+    return perplexity(model, itertools.chain.from_iterable(loaders))
+
+
+def strategy_options(config: RunConfig) -> dict[str, Any]:
+    """Take the strategy's options from the run config."""
+    return {
+        "loss": ModelLoss(),
+        "server_optimizer": AdamW,
+        "server_lr": float(config["learning-rate"]),
+        "batch_size": int(config["batch-size"]),
+        "local_steps": int(config["local-steps"]),
+        "evaluate_batch_size": 64,
+        "seed": int(config["seed"]),
+        "carrier": str(config["carrier"]),
+        "session": SessionSettings.from_run_config(config),
+        "share_client_segments": True,  # where they stay apart, each client's model is saved
+    }
+
+
+def whole_models(result: SplitResult) -> dict[str, Weights]:
+    """Return the whole model's weights; where clients keep their segments, by client."""
+    shared = result.arrays.to_torch_state_dict()
+    own = {
+        f"client-{name}": {**shared, **segment.to_torch_state_dict()}
+        for name, segment in result.client_segments.items()
+    }
+    return own or {"": shared}
+
+
+def show_texts(
+    grid: Grid, context: Context, model: nn.Module, weights: Mapping[str, Weights]
+) -> None:
+    """Let the first client write a text together with the server, with each of some weights."""
+    config, cut = context.run_config, cut_name(context.run_config)
+    if not (tokens := int(config["generate-tokens"])):
+        return
+    if config["carrier"] == "flower":
+        logger.info("no text is generated: that needs a session, which keeps clients' processes")
+        return
+    settings = SessionSettings.from_run_config(config)
+    with open_carrier(grid, "session", settings, 600.0, experiment="texts", state_dir="") as open_:
+        node = next(iter(open_.get_node_ids()))
+        for when, state in weights.items():
+            model.load_state_dict(state)
+            segment, _ = split(model, cut).divide(state)
+            started = time.perf_counter()
+            found = generate(
+                open_, node, model, cut, segment, str(config["prompt"]), tokens=tokens,
+                temperature=float(config["temperature"]), seed=int(config["seed"]),
+            )  # fmt: skip
+            rate = found.num_new / (time.perf_counter() - started)
+            logger.info("text %s, %.1f tokens/s:\n%s", when, rate, found.text)
+
+
+def copied(state: Mapping[str, Tensor]) -> Weights:
+    """Return weights that training won't change."""
+    return {name: tensor.clone() for name, tensor in state.items()}
