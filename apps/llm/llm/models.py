@@ -1,5 +1,6 @@
 """The model: a causal language model of transformers, with adapters of peft, and where it is cut."""
 
+import copy
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -47,16 +48,16 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return trained_tokenizer() if is_small(config) else tokenizer_at(str(config["model"]))
 
 
-def load_base(config: RunConfig, *, weights: bool = True) -> nn.Module:
+def load_base(config: RunConfig, *, of_client: bool = False) -> nn.Module:
     """Return the model without adapters.
 
     Parameters
     ----------
     config : mapping
         The run config: ``model``, ``precision``, ``rank``, ``seq-length``, ``checkpointing``.
-    weights : bool
-        Whether those of a hub or folder are needed; a client gets them from the server, so it
-        loads none.
+    of_client : bool
+        A client gets its weights from the server, so it loads none, and what is more than one
+        block behind the cut it never needs: it has no room for that.
 
     Raises
     ------
@@ -67,11 +68,13 @@ def load_base(config: RunConfig, *, weights: bool = True) -> nn.Module:
     _check_sequences(config, model_config)
     check_fits(load_tokenizer(config), model_config.vocab_size)
     dtype = PRECISIONS[one_of(config, "precision", PRECISIONS)]
-    if weights and not is_small(config):
+    if of_client:
+        _shorten(model_config, num_client_blocks(config) + 1)
+    elif not is_small(config):
         model = AutoModelForCausalLM.from_pretrained(
             str(config["model"]), config=model_config, dtype=dtype
         )
-    else:
+    if of_client or is_small(config):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     if bool(config["checkpointing"]):
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -97,8 +100,8 @@ def add_adapters(model: nn.Module, config: RunConfig) -> nn.Module:
 
 
 def build_model(context: Context) -> nn.Module:
-    """Return the whole model as a client knows it: its own part of the weights comes later."""
-    return add_adapters(load_base(context.run_config, weights=False), context.run_config)
+    """Return the model as a client knows it: its own blocks, whose weights come, and one more."""
+    return add_adapters(load_base(context.run_config, of_client=True), context.run_config)
 
 
 # --- where it is cut ---------------------------------------------------------------------------
@@ -174,12 +177,18 @@ def one_of(config: RunConfig, key: str, known: Mapping[str, object] | tuple[str,
 
 def _config_of(config: RunConfig) -> PretrainedConfig:
     name = str(config["model"])
-    found = type(SMALL[name])(**SMALL[name].to_dict()) if name in SMALL else None
-    found = found or AutoConfig.from_pretrained(name)
+    found = copy.deepcopy(SMALL[name]) if name in SMALL else AutoConfig.from_pretrained(name)
     found.use_cache = False  # in training; a run that generates asks for one
     if int(config["rank"]) == 0:
         found.tie_word_embeddings = False  # two machines can't train one tensor
     return found
+
+
+def _shorten(config: PretrainedConfig, num_blocks: int) -> None:
+    """Let a model have its first blocks only."""
+    config.num_hidden_layers = num_blocks
+    if kinds := getattr(config, "layer_types", None):  # where blocks differ
+        config.layer_types = kinds[:num_blocks]
 
 
 def _check_sequences(config: RunConfig, model_config: PretrainedConfig) -> None:

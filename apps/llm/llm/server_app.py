@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Context
@@ -15,7 +14,7 @@ from torch.optim import AdamW
 
 from flsplit import ModelLoss, SessionSettings, split
 from flsplit.carry.choose import open_carrier
-from flsplit.run import SplitResult, make_strategy
+from flsplit.run import SplitResult, SplitStrategy, make_strategy
 from llm.base import perplexity, train_base
 from llm.data import client_data
 from llm.generating import generate
@@ -40,14 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     initial = copied(model.state_dict())
     before = perplexity_of_clients(model, config, len(list(grid.get_node_ids())))
 
-    strategy = make_strategy(
-        str(config["strategy"]),
-        str(config["strategy-args"]),
-        model=model,
-        cut=cut,
-        **strategy_options(config),
-    )
-    result = strategy.start(
+    result = strategy_of(config, model).start(
         grid, ArrayRecord(model.state_dict()), num_rounds=int(config["num-server-rounds"])
     )
     result.history.save(folder / "history.jsonl")
@@ -92,20 +84,24 @@ def perplexity_of_clients(model: nn.Module, config: RunConfig, num_clients: int)
     return perplexity(model, itertools.chain.from_iterable(loaders))
 
 
-def strategy_options(config: RunConfig) -> dict[str, Any]:
-    """Take the strategy's options from the run config."""
-    return {
-        "loss": ModelLoss(),
-        "server_optimizer": AdamW,
-        "server_lr": float(config["learning-rate"]),
-        "batch_size": int(config["batch-size"]),
-        "local_steps": int(config["local-steps"]),
-        "evaluate_batch_size": 64,
-        "seed": int(config["seed"]),
-        "carrier": str(config["carrier"]),
-        "session": SessionSettings.from_run_config(config),
-        "share_client_segments": True,  # where they stay apart, each client's model is saved
-    }
+def strategy_of(config: RunConfig, model: nn.Module) -> SplitStrategy:
+    """Return the strategy that the run config names, with its options."""
+    return make_strategy(
+        str(config["strategy"]),
+        str(config["strategy-args"]),
+        model=model,
+        cut=cut_name(config),
+        loss=ModelLoss(),
+        server_optimizer=AdamW,
+        server_lr=float(config["learning-rate"]),
+        batch_size=int(config["batch-size"]),
+        local_steps=int(config["local-steps"]),
+        evaluate_batch_size=64,
+        seed=int(config["seed"]),
+        carrier=str(config["carrier"]),
+        session=SessionSettings.from_run_config(config),
+        share_client_segments=True,  # where they stay apart, each client's model is saved
+    )
 
 
 def whole_models(result: SplitResult) -> dict[str, Weights]:
