@@ -3,12 +3,12 @@
 import tomllib
 
 import torch
-from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.app import Context, RecordDict
 from llm.client_app import app
-from llm.models import add_adapters, build_model, load_base
+from llm.models import add_adapters, load_base
 from llm.server_app import strategy_of, whole_models
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from flsplit import LocalGrid
 from tests.flower_processes import REPOSITORY
@@ -38,8 +38,6 @@ def bytewise_tokenizer():
 def save_tiny(family, folder):
     """Write a model with random weights, and a tokenizer, as ``save_pretrained`` does."""
     torch.manual_seed(3)
-    from transformers import AutoModelForCausalLM
-
     AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(folder)
     bytewise_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -79,12 +77,7 @@ def trained(config, num_clients):
     model = new_model(config)
     result = strategy_of(config, model).start(
         local_grid(config, num_clients),
-        ArrayRecord(model.state_dict()),
+        model.state_dict(),
         num_rounds=int(config["num-server-rounds"]),
     )
     return result, whole_models(result)
-
-
-__all__ = [
-    "build_model", "config_of", "context_of", "local_grid", "new_model", "save_tiny", "trained",
-]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Language models fine-tuned by split learning: devices hold the first blocks, a server the rest."""
+"""Fine-tune language models: devices hold the first blocks, a server the rest."""
 
 from flsplit.vision import load_torchvision
 

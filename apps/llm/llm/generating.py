@@ -1,4 +1,4 @@
-"""Split generation: the client embeds, computes its blocks and picks tokens; the server does the rest.
+"""Split generation: the client embeds and picks tokens, the server computes the other blocks.
 
 An exchange is a token: logits come down, the smashed data of the token picked goes up. Both sides
 keep the keys and values of their blocks, so each computes one position per token. They live in the

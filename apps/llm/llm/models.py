@@ -1,4 +1,4 @@
-"""The model: a causal language model of transformers, with adapters of peft, and where it is cut."""
+"""The model, a causal language model of transformers, with adapters of peft, and its cut."""
 
 import copy
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from llm.tokenizing import VOCABULARY, check_fits, tokenizer_at, trained_tokenizer
 
@@ -70,31 +71,52 @@ def load_base(config: RunConfig, *, of_client: bool = False) -> nn.Module:
     dtype = PRECISIONS[one_of(config, "precision", PRECISIONS)]
     if of_client:
         _shorten(model_config, num_client_blocks(config) + 1)
-    elif not is_small(config):
+    if of_client or is_small(config):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    else:
         model = AutoModelForCausalLM.from_pretrained(
             str(config["model"]), config=model_config, dtype=dtype
         )
-    if of_client or is_small(config):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    if trains_head(config):
+        _untie(model)
+    if of_client and not _is_tied(model):  # else it is the embedding, which the client has
+        model.set_output_embeddings(nn.Identity())
     if bool(config["checkpointing"]):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
+def trains_head(config: RunConfig) -> bool:
+    """Tell whether the last layer is trained as a whole, and not left as it is."""
+    return int(config["rank"]) == 0 or bool(config["train-head"])
+
+
 def add_adapters(model: nn.Module, config: RunConfig) -> nn.Module:
-    """Return the model with adapters at every linear layer of its blocks; as it is, if rank is 0."""
+    """Return the model with adapters at all linear layers of its blocks; as it is at rank 0.
+
+    With ``train-head``, what is saved with the adapters is a whole last layer, too: text of
+    another kind has its words in other numbers, and low ranks can't say that.
+    """
     rank = int(config["rank"])
     if rank == 0:
         return model
     where = one_of(config, "adapt", ADAPT)
     blocks, num_client = range(model.config.num_hidden_layers), num_client_blocks(config)
-    chosen = {"both": None, "client": blocks[:num_client], "server": blocks[num_client:]}[where]
+    chosen = {"both": blocks, "client": blocks[:num_client], "server": blocks[num_client:]}[where]
+    adapted = tuple(f"{_blocks(config)[0]}.{index}." for index in chosen)
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(adapted) and isinstance(module, nn.Linear | Conv1D)
+    ]
+    head = model.get_output_embeddings()  # nothing, where it is a client's model
+    whole = [name for name, m in model.named_modules() if m is head and trains_head(config)]
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=2 * rank,
-        target_modules="all-linear",
-        layers_to_transform=None if chosen is None else list(chosen),
+        target_modules=targets,
+        modules_to_save=whole if [*head.parameters()] else None,
     )
     return get_peft_model(model, lora)
 
@@ -179,9 +201,19 @@ def _config_of(config: RunConfig) -> PretrainedConfig:
     name = str(config["model"])
     found = copy.deepcopy(SMALL[name]) if name in SMALL else AutoConfig.from_pretrained(name)
     found.use_cache = False  # in training; a run that generates asks for one
-    if int(config["rank"]) == 0:
-        found.tie_word_embeddings = False  # two machines can't train one tensor
     return found
+
+
+def _is_tied(model: nn.Module) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _untie(model: nn.Module) -> None:
+    """Give the last layer weights of its own: two machines can't train one tensor."""
+    if _is_tied(model):
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
 
 
 def _shorten(config: PretrainedConfig, num_blocks: int) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 import torch
-from flwr.app import ArrayRecord, Context
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -40,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     before = perplexity_of_clients(model, config, len(list(grid.get_node_ids())))
 
     result = strategy_of(config, model).start(
-        grid, ArrayRecord(model.state_dict()), num_rounds=int(config["num-server-rounds"])
+        grid, model.state_dict(), num_rounds=int(config["num-server-rounds"])
     )
     result.history.save(folder / "history.jsonl")
     trained = whole_models(result)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
-PACKAGES = ("numpy", "scipy", "matplotlib", "torch")
+PACKAGES = ("numpy", "scipy.signal", "matplotlib", "torch.nn")
 CHARACTERS = 200_000  # of each package
 SHORTEST = 400  # docstrings below that are mostly names
 HELD_OUT_EVERY = 10
@@ -51,7 +51,7 @@ def docstrings(package: str) -> list[Document]:
     size = 0
     for path in _sources(package):
         for document in _docstrings_in(path):
-            if found.setdefault(document.text[:100], document) is document:
+            if found.setdefault(document.text[:SHORTEST], document) is document:
                 size += len(document.text)
         if size >= CHARACTERS:
             break
