@@ -58,7 +58,7 @@ def optimizer_of(model, config):
         {"data": "instructions", "precision": "bf16"},
         {"data": "packed", "rank": 0},
         {"data": "padded", "adapt": "server", "train-head": False},
-        {"data": "packed", "adapt": "client", "train-head": False},
+        {"data": "packed", "adapt": "client"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

@@ -1,12 +1,13 @@
 """The client: trains the embedding and the first blocks on its own text."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch.optim import AdamW
 
 from flsplit import client_app
+from llm.auxiliary import SequenceHead, next_token
 from llm.data import load_partition
 from llm.generating import add_generation
 from llm.models import build_model, cut_name
@@ -17,12 +18,20 @@ class ConfiguredApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Let the configured app answer."""
-        return _app(cut_name(context.run_config))(message, context)
+        config = context.run_config
+        return _app(cut_name(config), int(config["auxiliary-blocks"]))(message, context)
 
 
 @lru_cache
-def _app(cut: str) -> ClientApp:
-    app = client_app(model=build_model, cut=cut, data=load_partition, optimizer=AdamW)
+def _app(cut: str, auxiliary_blocks: int) -> ClientApp:
+    app = client_app(
+        model=build_model,
+        cut=cut,
+        data=load_partition,
+        optimizer=AdamW,
+        auxiliary=partial(SequenceHead, num_blocks=auxiliary_blocks),
+        loss=next_token,
+    )
     add_generation(app)
     return app
 

@@ -34,6 +34,7 @@ SMALL = {
 """Small models that begin with random weights, and share a tokenizer."""
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+DECOUPLED = ("fsl-sage", "cse-fsl")  # whose clients train without waiting for the server
 ADAPT = ("both", "client", "server")
 
 RunConfig = Mapping[str, UserConfigValue]
@@ -200,7 +201,9 @@ def one_of(config: RunConfig, key: str, known: Mapping[str, object] | tuple[str,
 def _config_of(config: RunConfig) -> PretrainedConfig:
     name = str(config["model"])
     found = copy.deepcopy(SMALL[name]) if name in SMALL else AutoConfig.from_pretrained(name)
-    found.use_cache = False  # in training; a run that generates asks for one
+    # Training needs no keys and values. But without them models look whether positions are those of
+    # packed sequences, which the server then has to know; auxiliary models take one tensor only.
+    found.use_cache = config["strategy"] in DECOUPLED
     return found
 
 

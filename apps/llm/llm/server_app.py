@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from flwr.app import Context
@@ -12,13 +13,22 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from flsplit import ModelLoss, SessionSettings, split
+from flsplit import SessionSettings, split
 from flsplit.carry.choose import open_carrier
 from flsplit.run import SplitResult, SplitStrategy, make_strategy
+from llm.auxiliary import SequenceHead, next_token
 from llm.base import perplexity, train_base
 from llm.data import client_data
 from llm.generating import generate
-from llm.models import RunConfig, add_adapters, cut_name, is_small, load_base, load_tokenizer
+from llm.models import (
+    DECOUPLED,
+    RunConfig,
+    add_adapters,
+    cut_name,
+    is_small,
+    load_base,
+    load_tokenizer,
+)
 from llm.output import output_folder, save_model
 
 logger = logging.getLogger("flwr")
@@ -86,12 +96,15 @@ def perplexity_of_clients(model: nn.Module, config: RunConfig, num_clients: int)
 
 def strategy_of(config: RunConfig, model: nn.Module) -> SplitStrategy:
     """Return the strategy that the run config names, with its options."""
+    name, own = str(config["strategy"]), {}
+    if name in DECOUPLED:
+        own["auxiliary"] = partial(SequenceHead, num_blocks=int(config["auxiliary-blocks"]))
     return make_strategy(
-        str(config["strategy"]),
+        name,
         str(config["strategy-args"]),
         model=model,
         cut=cut_name(config),
-        loss=ModelLoss(),
+        loss=next_token,
         server_optimizer=AdamW,
         server_lr=float(config["learning-rate"]),
         batch_size=int(config["batch-size"]),
@@ -101,6 +114,7 @@ def strategy_of(config: RunConfig, model: nn.Module) -> SplitStrategy:
         carrier=str(config["carrier"]),
         session=SessionSettings.from_run_config(config),
         share_client_segments=True,  # where they stay apart, each client's model is saved
+        **own,
     )
 
 
