@@ -33,7 +33,8 @@ def test_no_position_of_an_auxiliary_model_sees_a_later_one():
 
 
 def test_alignment_brings_emulated_gradients_nearer_to_the_true_ones(tiny):
-    arguments = "{align-every = 1, align-epochs = 20, buffer-size = 8, upload-every = 2}"
+    alignment = "align-every = 1, align-epochs = 80, auxiliary-lr = 0.02"
+    arguments = f"{{{alignment}, buffer-size = 8, upload-every = 2}}"
     config = config_of(
         tiny, strategy="fsl-sage", strategy_args=arguments, learning_rate=0.001, local_steps=4
     )

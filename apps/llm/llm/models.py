@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llm.tokenizing import VOCABULARY, check_fits, tokenizer_at, trained_tokenizer
 
-SMALL = {
+RANDOM = {
     "gpt2-small": GPT2Config(
         vocab_size=VOCABULARY, n_positions=256, n_embd=128, n_layer=4, n_head=4, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
@@ -30,8 +30,11 @@ SMALL = {
         num_attention_heads=4, num_key_value_heads=2, intermediate_size=352, bos_token_id=0,
         eos_token_id=0,
     ),
+    # In GPT-2's own sizes, to measure with.
+    "gpt2-124m": GPT2Config(n_embd=768, n_layer=12, n_head=12, bos_token_id=0, eos_token_id=0),
+    "gpt2-355m": GPT2Config(n_embd=1024, n_layer=24, n_head=16, bos_token_id=0, eos_token_id=0),
 }  # fmt: skip
-"""Small models that begin with random weights, and share a tokenizer."""
+"""Models that begin with random weights, and share a tokenizer."""
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 DECOUPLED = ("fsl-sage", "cse-fsl")  # whose clients train without waiting for the server
@@ -40,14 +43,14 @@ ADAPT = ("both", "client", "server")
 RunConfig = Mapping[str, UserConfigValue]
 
 
-def is_small(config: RunConfig) -> bool:
-    """Tell whether the model is one of those that begin with random weights."""
-    return str(config["model"]) in SMALL
+def begins_random(config: RunConfig) -> bool:
+    """Tell whether the model is one of those above."""
+    return str(config["model"]) in RANDOM
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer."""
-    return trained_tokenizer() if is_small(config) else tokenizer_at(str(config["model"]))
+    return trained_tokenizer() if begins_random(config) else tokenizer_at(str(config["model"]))
 
 
 def load_base(config: RunConfig, *, of_client: bool = False) -> nn.Module:
@@ -72,7 +75,7 @@ def load_base(config: RunConfig, *, of_client: bool = False) -> nn.Module:
     dtype = PRECISIONS[one_of(config, "precision", PRECISIONS)]
     if of_client:
         _shorten(model_config, num_client_blocks(config) + 1)
-    if of_client or is_small(config):
+    if of_client or begins_random(config):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(
@@ -169,7 +172,7 @@ def _blocks(config: RunConfig) -> tuple[str, int]:
 @lru_cache
 def _blocks_of(name: str) -> tuple[str, int]:
     """Return the name of a model's list of blocks, and its length."""
-    config = SMALL.get(name) or AutoConfig.from_pretrained(name)
+    config = RANDOM.get(name) or AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     number = config.num_hidden_layers
@@ -200,7 +203,7 @@ def one_of(config: RunConfig, key: str, known: Mapping[str, object] | tuple[str,
 
 def _config_of(config: RunConfig) -> PretrainedConfig:
     name = str(config["model"])
-    found = copy.deepcopy(SMALL[name]) if name in SMALL else AutoConfig.from_pretrained(name)
+    found = copy.deepcopy(RANDOM[name]) if name in RANDOM else AutoConfig.from_pretrained(name)
     # Training needs no keys and values. But without them models look whether positions are those of
     # packed sequences, which the server then has to know; auxiliary models take one tensor only.
     found.use_cache = config["strategy"] in DECOUPLED

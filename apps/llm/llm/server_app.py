@@ -24,8 +24,8 @@ from llm.models import (
     DECOUPLED,
     RunConfig,
     add_adapters,
+    begins_random,
     cut_name,
-    is_small,
     load_base,
     load_tokenizer,
 )
@@ -68,7 +68,7 @@ def prepared_model(config: RunConfig) -> nn.Module:
     """Return the base with its adapters; a small one has learnt the server's text before."""
     torch.manual_seed(int(config["seed"]))
     base, steps = load_base(config), int(config["base-steps"])
-    if is_small(config) and steps:
+    if begins_random(config) and steps:
         started = time.perf_counter()
         train_base(base, load_tokenizer(config), steps, int(config["seed"]))
         logger.info(
