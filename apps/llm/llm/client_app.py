@@ -10,7 +10,7 @@ from flsplit import client_app
 from llm.auxiliary import SequenceHead, next_token
 from llm.data import load_partition
 from llm.generating import add_generation
-from llm.models import build_model, cut_name
+from llm.models import RunConfig, build_model, cut_name
 
 
 class ConfiguredApp(ClientApp):
@@ -18,17 +18,22 @@ class ConfiguredApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Let the configured app answer."""
-        config = context.run_config
-        return _app(cut_name(config), int(config["auxiliary-blocks"]))(message, context)
+        return client_app_for(context.run_config)(message, context)
+
+
+def client_app_for(config: RunConfig, device: str = "auto") -> ClientApp:
+    """Return the ClientApp of a run config."""
+    return _app(cut_name(config), int(config["auxiliary-blocks"]), device)
 
 
 @lru_cache
-def _app(cut: str, auxiliary_blocks: int) -> ClientApp:
+def _app(cut: str, auxiliary_blocks: int, device: str) -> ClientApp:
     app = client_app(
         model=build_model,
         cut=cut,
         data=load_partition,
         optimizer=AdamW,
+        device=device,
         auxiliary=partial(SequenceHead, num_blocks=auxiliary_blocks),
         loss=next_token,
     )
