@@ -1,6 +1,6 @@
 """What fine-tuning takes on a device, as the operating system sees it: a process of its own.
 
-    python apps/llm/device_memory.py --model gpt2-124m --steps 3
+    python apps/llm/device_memory.py --model gpt2-40m --steps 3
 
 A client of the split model trains in a new process, with the server in this one, and beside it
 somebody who holds the whole model, as FedAvg asks of everybody. What counts is the most memory
@@ -153,7 +153,7 @@ def measure_whole(config: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="gpt2-124m")
+    parser.add_argument("--model", default="gpt2-40m")
     parser.add_argument("--cut", default="1")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=4)

@@ -30,8 +30,8 @@ RANDOM = {
         num_attention_heads=4, num_key_value_heads=2, intermediate_size=352, bos_token_id=0,
         eos_token_id=0,
     ),
-    # In GPT-2's own sizes, to measure with.
-    "gpt2-124m": GPT2Config(n_embd=768, n_layer=12, n_head=12, bos_token_id=0, eos_token_id=0),
+    # To measure with; the larger one has the size of GPT-2 medium.
+    "gpt2-40m": GPT2Config(n_embd=384, n_layer=12, n_head=6, bos_token_id=0, eos_token_id=0),
     "gpt2-355m": GPT2Config(n_embd=1024, n_layer=24, n_head=16, bos_token_id=0, eos_token_id=0),
 }  # fmt: skip
 """Models that begin with random weights, and share a tokenizer."""
