@@ -58,6 +58,10 @@ compare-decoupled: $(STAMP) ## FSL-SAGE, CSE-FSL and what changes them, SplitFed
 	@$(BIN)/python apps/compare/compare.py --methods decoupled ablations --alpha 1 \
 		--out runs/compare-decoupled $(ARGS)
 
+.PHONY: compare-llm
+compare-llm: $(STAMP) ## Compare the methods on language models: 3 seeds
+	@$(BIN)/python apps/llm/methods.py --out runs/llm $(ARGS)
+
 .PHONY: test
 test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, several at a time
 	@$(BIN)/python -m pytest -m 'not e2e and not long' --numprocesses 2 --dist worksteal $(ARGS)

@@ -100,3 +100,14 @@ def test_a_client_holds_one_block_more_than_it_computes(tiny):
         if ".h." in name or ".layers." in name
     }
     assert blocks == {"0", "1"}
+
+
+def test_a_text_longer_than_the_models_positions_is_refused(tiny):
+    config = config_of(tiny)
+    model, name = adapted(config), cut_name(config)
+    segment, _ = split(model, name).divide(model.state_dict())
+    grid = local_grid(config, 1)
+    (node,) = grid.get_node_ids()
+    with pytest.raises(RuntimeError, match="4 tokens, and 61 are to follow: the model has 64"):
+        generate(grid, node, model, name, segment, "four", tokens=61)
+    assert generate(grid, node, model, name, segment, "", tokens=2).num_new <= 2

@@ -100,6 +100,7 @@ class LastBlocks:
     @torch.no_grad()
     def logits(self, smashed: Tensor) -> Tensor:
         """Return the logits ``(1, vocabulary)`` of what follows the last position."""
+        smashed = smashed.to(next(self._model.parameters()).device)
         for one in self._received:
             one.smashed = smashed
         ids = torch.zeros(smashed.shape[:2], dtype=torch.long, device=smashed.device)
@@ -194,11 +195,18 @@ def _begin(config: ConfigRecord, arrays: ArrayRecord, context: Context) -> _Gene
     if unknown := model.load_state_dict(segment, strict=False).unexpected_keys:
         raise ValueError(f"arrays hold {unknown[0]!r}, which the model has not")
     tokenizer = load_tokenizer(context.run_config)
+    ids = tokenizer(str(config["prompt"]))["input_ids"] or [tokenizer.eos_token_id]
+    most, tokens = model.config.max_position_embeddings, int(config["tokens"])
+    if len(ids) + tokens > most:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, and {tokens} are to follow: the model has {most} "
+            "positions"
+        )
     return _Generation(
         FirstBlocks(model, cut_name(context.run_config)),
         tokenizer,
-        torch.tensor([tokenizer(str(config["prompt"]))["input_ids"]]),
-        int(config["tokens"]),
+        torch.tensor([ids]),
+        tokens,
         float(config["temperature"]),
         torch.Generator().manual_seed(int(config["seed"])),
     )

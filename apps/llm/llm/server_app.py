@@ -13,8 +13,9 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from flsplit import SessionSettings, split
+from flsplit import FlsplitError, SessionSettings, split
 from flsplit.carry.choose import open_carrier
+from flsplit.carry.polling import polling
 from flsplit.run import SplitResult, SplitStrategy, make_strategy
 from llm.auxiliary import SequenceHead, next_token
 from llm.base import perplexity, train_base
@@ -43,25 +44,38 @@ def main(grid: Grid, context: Context) -> None:
     config, folder = context.run_config, output_folder(context)
     if (threads := int(config["torch-threads"])) > 0:
         torch.set_num_threads(threads)
-    cut = cut_name(config)
     model = prepared_model(config)
-    describe(model, cut)
-    initial = copied(model.state_dict())
-    before = perplexity_of_clients(model, config, len(list(grid.get_node_ids())))
+    describe(model, cut_name(config))
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    num_clients = number_of(grid)
+    before = perplexity_of_clients(model, config, num_clients)
 
     result = strategy_of(config, model).start(
         grid, model.state_dict(), num_rounds=int(config["num-server-rounds"])
     )
     result.history.save(folder / "history.jsonl")
-    trained = whole_models(result)
-
-    show_texts(grid, context, model, {"before": initial, "after": next(iter(trained.values()))})
-    after = math.exp(result.history[-1].evaluation["loss"])
-    logger.info("held-out perplexity: %.1f -> %.1f", before, after)
+    trained, tokenizer, written = whole_models(result), load_tokenizer(config), []
+    model.cpu()  # on a GPU a part of it is there now
     for name, state in trained.items():
-        tokenizer = load_tokenizer(config)
-        for what, where in save_model(model, state, tokenizer, folder / name).items():
-            logger.info("%s: %s", what, where)
+        written += save_model(model, state, tokenizer, folder / name).items()
+
+    try:
+        show_texts(grid, context, model, {"before": initial, "after": next(iter(trained.values()))})
+    except (FlsplitError, RuntimeError) as error:  # what was trained is worth more than a text
+        logger.warning("no text: %s", error)
+    found = result.history[-1].evaluation.get("loss")
+    after = perplexity_of_clients(model, config, num_clients) if found is None else math.exp(found)
+    logger.info("held-out perplexity: %.1f -> %.1f", before, after)
+    for what, where in written:
+        logger.info("%s: %s", what, where)
+
+
+def number_of(grid: Grid) -> int:
+    """Return how many clients there are; wait for a first one."""
+    for _ in polling(600.0):
+        if found := len(list(grid.get_node_ids())):
+            return found
+    raise RuntimeError("no client is connected after 600 s")
 
 
 def prepared_model(config: RunConfig) -> nn.Module:
@@ -151,8 +165,3 @@ def show_texts(
             )  # fmt: skip
             rate = found.num_new / (time.perf_counter() - started)
             logger.info("text %s, %.1f tokens/s:\n%s", when, rate, found.text)
-
-
-def copied(state: Mapping[str, Tensor]) -> Weights:
-    """Return weights that training won't change."""
-    return {name: tensor.clone() for name, tensor in state.items()}
