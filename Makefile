@@ -67,6 +67,10 @@ privacy: $(STAMP) ## Accuracy against leakage against bytes: all rows, 2 cuts, 3
 privacy-quick: $(STAMP) ## The same, shorter: some rows, one cut, one seed
 	@$(BIN)/python apps/privacy/privacy.py --quick --out runs/privacy-quick $(ARGS)
 
+.PHONY: compare-llm
+compare-llm: $(STAMP) ## Compare the methods on language models: 3 seeds
+	@$(BIN)/python apps/llm/methods.py --out runs/llm $(ARGS)
+
 .PHONY: test
 test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, several at a time
 	@$(BIN)/python -m pytest -m 'not e2e and not long' --numprocesses 2 --dist worksteal $(ARGS)

@@ -26,7 +26,7 @@ from flsplit.errors import (
     located,
 )
 from flsplit.log import logger
-from flsplit.losses import ModelLoss, is_plain_cross_entropy
+from flsplit.losses import ModelLoss, is_plain_cross_entropy, logits_of
 from flsplit.message.local_steps import AuxiliaryPlan, LocalReply, LocalRequest
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.message.steps import FinishReply
@@ -257,14 +257,15 @@ class DecoupledStrategy(SplitStrategy):
     def _num_classes(self, row: tuple[int, ...]) -> int:
         segment = self.server
         segment.module.eval()
-        logits = segment.forward(segment.receive(torch.zeros(1, *row)))
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
+        logits = logits_of(segment.forward(segment.receive(torch.zeros(1, *row))))
+        most = 3 if self._kind == GIVEN else 2  # of a sequence only a model of the user's knows
+        if not isinstance(logits, Tensor) or not 2 <= logits.ndim <= most:
             raise ConfigError(
-                f"{type(self).__name__} needs a model that gives logits (b, classes), but the "
-                f"server segment turns smashed data of shape {(1, *row)} into "
-                f"{shapes_of(logits)}"
+                f"{type(self).__name__} needs a model that gives logits (b, classes), or (b, T, "
+                "classes) with an auxiliary model of your own, but the server segment turns "
+                f"smashed data of shape {(1, *row)} into {shapes_of(logits)}"
             )
-        return int(logits.shape[1])
+        return int(logits.shape[-1])
 
     # --- a round -------------------------------------------------------------------------
 

@@ -5,4 +5,4 @@ from pathlib import Path
 
 APPS = Path(__file__).resolve().parents[2] / "apps"
 
-sys.path[:0] = [str(APPS / "quickstart"), str(APPS / "compare"), str(APPS / "privacy")]
+sys.path[:0] = [str(APPS / app) for app in ("quickstart", "compare", "llm", "privacy")]
