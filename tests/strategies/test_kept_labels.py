@@ -28,6 +28,7 @@ from flsplit import LocalGrid, client_app
 from flsplit.client_parts import Clip, Noise, Proximal
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.message.arrays import to_tensor
+from flsplit.privacy import Record, attack_labels, read_recording
 from flsplit.strategies import (
     CSEFSL,
     EPSL,
@@ -301,6 +302,24 @@ def test_training_has_no_loss_to_show():
     assert entry.accuracy is None
     assert "leader-alignment.loss" not in entry.metrics
     assert entry.evaluation["loss"] > 0
+
+
+def test_a_recording_has_the_gradient_at_the_second_cut_and_no_labels(tmp_path):
+    parts = make_parts((12,))
+    train((12,), parts=parts, rounds=1, callbacks=[Record(tmp_path, steps=1)])
+    recording = read_recording(tmp_path)
+    (step,) = recording.steps
+    inputs, labels = parts[0].tensors
+    rows = next(numbered_batches(parts[0], "0", 4))
+    model = fresh(plain_net)
+    outputs = model.middle(model.front(inputs[rows])).detach().requires_grad_()
+    functional.cross_entropy(model.head(outputs), labels[rows]).backward()
+    assert torch.equal(step.output_gradient, outputs.grad)
+    assert step.labels.shape == (4, 0)
+    with pytest.raises(ConfigError, match="truth"):
+        attack_labels(recording)
+    found = attack_labels(recording, lambda step: labels[rows])
+    assert found["label-clusters"] == 1.0  # four rows, and nothing but their labels differs much
 
 
 # --- faults ----------------------------------------------------------------------------------
