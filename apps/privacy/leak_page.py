@@ -252,14 +252,14 @@ def _u_shape(numbers: Numbers) -> str:
         if "u-shape" not in numbers.rows_at(cut):
             lines.append(f"Not measured at `{cut}`.")
             continue
-        shown = [
+        found, guess = (
             numbers.shown("u-shape", cut, f"label-{one}", ".2f") for one in ("clusters", "guess")
-        ]
+        )
         lines.append(
-            f"* `{cut}`: labels never leave the clients, but clustering the last round's gradients at "
-            f"the second cut (64 numbers a row) finds {shown[0]} of them, where guessing finds "
-            f"{shown[1]}. **A U-shaped split is not label privacy.** What the smashed data gives away "
-            "is as without it."
+            f"* `{cut}`: labels never leave the clients, but clustering the last round's gradients "
+            f"at the second cut (64 numbers a row) finds {found} of them, where guessing finds "
+            f"{guess}. **A U-shaped split is not label privacy.** What the smashed data gives "
+            "away is as without it."
         )
     return "\n".join(lines)
 
