@@ -4,7 +4,7 @@ from flsplit.client_parts.client_part import ClientPart, ClientWhere, PartWhere
 from flsplit.client_parts.compression import (
     Compression,
     Difference,
-    Half,
+    HalfPrecision,
     Int8,
     LowRank,
     TopK,
@@ -19,7 +19,7 @@ __all__ = [
     "Clip",
     "Compression",
     "Difference",
-    "Half",
+    "HalfPrecision",
     "Int8",
     "LabelNoise",
     "LowRank",

@@ -7,7 +7,14 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from flsplit.client_parts.client_part import ClientPart
-from flsplit.client_parts.compression import Difference, Half, Int8, LowRank, TopK, compressing
+from flsplit.client_parts.compression import (
+    Difference,
+    HalfPrecision,
+    Int8,
+    LowRank,
+    TopK,
+    compressing,
+)
 from flsplit.client_parts.defences import LabelNoise, NoPeek, Shuffle
 from flsplit.client_parts.stock import Clip, Noise, Proximal
 from flsplit.errors import ConfigError, ProtocolError
@@ -21,7 +28,7 @@ _STOCK: dict[str, type[ClientPart]] = {
     one.name: one
     for one in (
         *(Clip, Noise, Proximal, NoPeek, Shuffle, LabelNoise),
-        *(Int8, Half, TopK, LowRank, Difference),
+        *(Int8, HalfPrecision, TopK, LowRank, Difference),
     )
 }
 

@@ -293,7 +293,10 @@ def test_a_table_of_names_and_arguments():
     [
         ('{client-parts = "clip"}', "client-parts is 'clip', expected a list as"),
         ("{client-parts = [3]}", "client part is 3, expected a name or a table"),
-        ('{client-parts = ["clap"]}', r"there is no client part 'clap' \(there are clip, noise, p"),
+        (
+            '{client-parts = ["clap"]}',
+            r"there is no client part 'clap' \(there are clip, difference, ",
+        ),
         ('{client-parts = ["noise"]}', "client part 'noise': .*missing 1 required .*'sigma'"),
         (
             '{client-parts = [{name = "clip", nrm = 1}]}',
