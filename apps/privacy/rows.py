@@ -8,6 +8,7 @@ from flsplit.client_parts import (
     ClientPart,
     Clip,
     Difference,
+    HalfPrecision,
     Int8,
     LabelNoise,
     LowRank,
@@ -72,7 +73,7 @@ DEFENCES = {
     "no-peek-10": _psl("NoPeek 10", lambda: NoPeek(10.0)),
     "noise-0.5": _psl("clip 10, noise 0.5", lambda: Clip(10.0), lambda: Noise(0.5)),
     "noise-2": _psl("clip 10, noise 2", lambda: Clip(10.0), lambda: Noise(2.0)),
-    "half": _psl("float16 both ways", TwoBytes, lambda: TwoBytes("cut-gradient")),
+    "half": _psl("float16 both ways", HalfPrecision, lambda: HalfPrecision("cut-gradient")),
     "int8": _psl("int8 both ways", Int8, lambda: Int8("cut-gradient")),
     "top-k": _psl("top tenth both ways", TopK, lambda: TopK(place="cut-gradient")),
     "top-k-feedback": _psl(

@@ -4,6 +4,7 @@ from flsplit.client_parts.client_part import ClientPart, ClientWhere, PartWhere
 from flsplit.client_parts.compression import (
     Compression,
     Difference,
+    HalfPrecision,
     Int8,
     LowRank,
     TopK,
@@ -19,6 +20,7 @@ __all__ = [
     "Clip",
     "Compression",
     "Difference",
+    "HalfPrecision",
     "Int8",
     "LabelNoise",
     "LowRank",

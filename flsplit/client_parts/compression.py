@@ -216,7 +216,7 @@ class Int8(Compression):
         return (low + steps * step).reshape(shape)
 
 
-class TwoBytes(Compression):
+class HalfPrecision(Compression):
     """Send two bytes for each number: float16, or bfloat16, which has float32's range.
 
     Parameters

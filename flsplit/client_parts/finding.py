@@ -9,10 +9,10 @@ from typing import Any
 from flsplit.client_parts.client_part import ClientPart
 from flsplit.client_parts.compression import (
     Difference,
+    HalfPrecision,
     Int8,
     LowRank,
     TopK,
-    TwoBytes,
     compressing,
 )
 from flsplit.client_parts.defences import LabelNoise, NoPeek, Shuffle
@@ -28,7 +28,7 @@ _STOCK: dict[str, type[ClientPart]] = {
     one.name: one
     for one in (
         *(Clip, Noise, Proximal, NoPeek, Shuffle, LabelNoise),
-        *(Int8, TwoBytes, TopK, LowRank, Difference),
+        *(Int8, HalfPrecision, TopK, LowRank, Difference),
     )
 }
 

@@ -295,7 +295,7 @@ def test_a_table_of_names_and_arguments():
         ("{client-parts = [3]}", "client part is 3, expected a name or a table"),
         (
             '{client-parts = ["clap"]}',
-            r"no client part 'clap' \(there are clip, difference",
+            r"there is no client part 'clap' \(there are clip, difference, ",
         ),
         ('{client-parts = ["noise"]}', "client part 'noise': .*missing 1 required .*'sigma'"),
         (

@@ -25,6 +25,7 @@ from flsplit import LocalGrid
 from flsplit.client_parts import (
     Clip,
     Difference,
+    HalfPrecision,
     Int8,
     LowRank,
     Noise,
@@ -41,7 +42,7 @@ from flsplit.strategies import EPSL, FSLSAGE, PSL, SplitFedV2
 ROWS = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0))
 ALL = [
     Int8(),
-    TwoBytes(),
+    HalfPrecision(),
     TopK(0.3),
     LowRank(2),
     Int8("cut-gradient"),
@@ -70,9 +71,11 @@ def test_what_has_256_steps_is_exact():
 
 
 def test_two_bytes_each():
-    assert torch.equal(there_and_back(TwoBytes(), ROWS), ROWS.half().float())
-    assert torch.equal(there_and_back(TwoBytes(dtype="bfloat16"), ROWS), ROWS.bfloat16().float())
-    assert there_and_back(TwoBytes(), torch.tensor([[1e6]])).item() == 65504
+    assert torch.equal(there_and_back(HalfPrecision(), ROWS), ROWS.half().float())
+    assert torch.equal(
+        there_and_back(HalfPrecision(dtype="bfloat16"), ROWS), ROWS.bfloat16().float()
+    )
+    assert there_and_back(HalfPrecision(), torch.tensor([[1e6]])).item() == 65504
 
 
 def test_the_largest_by_hand():
@@ -149,7 +152,7 @@ def test_whole_numbers_are_refused(part):
     [
         (lambda: Int8("gradients"), "place is 'gradients', expected 'smashed' or 'cut-gradient'"),
         (lambda: Int8(feedback=1), "feedback is 1"),
-        (lambda: TwoBytes(dtype="int8"), "dtype is 'int8'"),
+        (lambda: HalfPrecision(dtype="int8"), "dtype is 'int8'"),
         (lambda: TopK(0), "share is 0"),
         (lambda: TopK(1.5), "share is 1.5"),
         (lambda: LowRank(0), "rank is 0"),
@@ -176,7 +179,7 @@ def lie(part, **pieces):
         (Int8(), {"steps": torch.zeros(5, 21)}),
         (Int8(), {"steps": torch.zeros(5, 20, dtype=torch.uint8)}),
         (Int8(), {"low": torch.zeros(5, 1, dtype=torch.int64)}),
-        (TwoBytes(), {"numbers": torch.zeros(5, 3, 7)}),
+        (HalfPrecision(), {"numbers": torch.zeros(5, 3, 7)}),
         (TopK(0.3), {"bits": torch.full((5, 3), 255, dtype=torch.uint8)}),
         (TopK(0.3), {"numbers": torch.zeros(5, 7)}),
         (LowRank(2), {"right": torch.zeros(3, 21)}),
@@ -221,10 +224,10 @@ def test_what_is_said_of_pieces_is_checked(said, error):
     arrays["0|numbers"] = to_array(torch.zeros(5, 3, 7).half())
     content = RecordDict({"smashed-data": arrays, PACKED: ConfigRecord({"0": said})})
     with pytest.raises(ProtocolError, match=error):
-        unpacked(content, "smashed-data", lambda _, packed: TwoBytes().unpack(packed, {}))
+        unpacked(content, "smashed-data", lambda _, packed: HalfPrecision().unpack(packed, {}))
     content[PACKED] = ConfigRecord({"1": "float32 5 3 7"})
     with pytest.raises(ProtocolError, match="no pieces of '1'"):
-        unpacked(content, "smashed-data", lambda _, packed: TwoBytes().unpack(packed, {}))
+        unpacked(content, "smashed-data", lambda _, packed: HalfPrecision().unpack(packed, {}))
 
 
 # --- whole runs ------------------------------------------------------------------------------

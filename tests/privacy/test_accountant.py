@@ -49,6 +49,13 @@ def test_epsilon_of_several_is_the_accountants():
     assert one == pytest.approx(found, rel=1e-9)
 
 
+def test_the_example_in_the_documentation():
+    """16 rows of sensitivity 2 in 20 steps: a ratio of 100 / (2 √320)."""
+    found = epsilon([Clip(1.0), Noise(100.0)], releases=20, delta=1e-5, batch_size=16)
+    assert found == pytest.approx(exact(100 / (2 * math.sqrt(320)), 1e-5), rel=1e-3)
+    assert f"{found:.3f}" == "1.374"
+
+
 def test_what_follows_the_noise_changes_nothing():
     plain = epsilon([Clip(1.0), Noise(9.0)], releases=1, delta=1e-5, adjacency="example")
     more = [NoPeek(0.1), Clip(1.0), Noise(9.0), Int8()]
