@@ -16,7 +16,6 @@ from flsplit.client_parts import (
     NoPeek,
     Shuffle,
     TopK,
-    TwoBytes,
 )
 from flsplit.strategies import EPSL, FSLSAGE, GAPSL, PSL, SGLR, SplitFedV2
 

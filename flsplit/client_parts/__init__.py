@@ -8,7 +8,6 @@ from flsplit.client_parts.compression import (
     Int8,
     LowRank,
     TopK,
-    TwoBytes,
 )
 from flsplit.client_parts.defences import LabelNoise, NoPeek, Shuffle
 from flsplit.client_parts.finding import describe_parts, make_part, part_names
@@ -30,7 +29,6 @@ __all__ = [
     "Proximal",
     "Shuffle",
     "TopK",
-    "TwoBytes",
     "describe_parts",
     "make_part",
     "part_names",

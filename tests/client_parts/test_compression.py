@@ -30,7 +30,6 @@ from flsplit.client_parts import (
     LowRank,
     Noise,
     TopK,
-    TwoBytes,
     describe_parts,
 )
 from flsplit.client_parts.compression import Packed
