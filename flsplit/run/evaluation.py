@@ -8,7 +8,9 @@ from flsplit.account.ledger import RoundEntry
 from flsplit.errors import OF_A_BATCH, FlsplitError, NonFiniteError, located
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.request import SegmentArrays
-from flsplit.run.scores import Scores, tested
+from flsplit.message.u_shape import EvaluateTailReply, EvaluateTailRequest
+from flsplit.nested import num_rows
+from flsplit.run.scores import Scores, run_test_batch, score_test_batch
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits, leave_out_misfits
 from flsplit.server.segment import ServerSegment
@@ -29,6 +31,7 @@ def evaluate_clients(
     metrics: "Mapping[str, Metric]",
     fits: Fits,
     each: bool = False,
+    keeps_labels: bool = False,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Return loss and metrics over the test samples of the clients ``names``.
 
@@ -54,6 +57,8 @@ def evaluate_clients(
         Tells whose smashed data and labels the server segment can't take.
     each : bool
         Whether each client's scores are wanted, too.
+    keeps_labels : bool
+        Whether clients have the last layers, and compute the scores.
 
     Returns
     -------
@@ -66,18 +71,26 @@ def evaluate_clients(
     odd, odd_losses = Scores(metrics), dict[str, float]()  # of clients whose loss isn't finite
     failed: list[FlsplitError] = []
     said: dict[str, int] = {}  # how many batches there are
+    rows: dict[str, int] = {}  # how many a client has had
     while remaining:
         requests = {}
         for name in remaining:
             segment = segment_for(name)
             whole = segment if batch == 0 else None
             requests[name] = EvaluateRequest(
-                entry.round, batch, batch_size, segment.version, whole, said.get(name)
+                entry.round,
+                batch,
+                batch_size,
+                segment.version,
+                whole,
+                said.get(name),
+                keeps_labels,
             )
         replies = clients.exchange(requests, entry)
         replies = leave_out_misfits(fits, clients, requests, replies, entry)
         batch += 1
         remaining = []
+        outputs: dict[str, EvaluateTailRequest] = {}
         for name, reply in replies.items():
             if not isinstance(reply, EvaluateReply):
                 raise FlsplitError(
@@ -86,14 +99,22 @@ def evaluate_clients(
             if reply.num_batches:
                 try:
                     with located(f"evaluation of round {entry.round}, client {name!r}"):
-                        output, labels, loss, count = tested(server_for(name), reply)
-                        if count.weight and not math.isfinite(loss):
-                            odd_losses.setdefault(name, loss)
-                        wanted = [odd if name in odd_losses else scores]
-                        if each:
-                            wanted.append(of_client.setdefault(name, Scores(metrics)))
-                        for one in wanted:
-                            one.update(output, labels, loss, count)
+                        if keeps_labels:
+                            rows[name] = rows.get(name, 0) + num_rows(reply.labels)
+                            last = batch in (reply.num_batches, batches)
+                            output = run_test_batch(server_for(name), reply, None)
+                            outputs[name] = EvaluateTailRequest(
+                                entry.round, batch - 1, batch_size, last, output, rows[name]
+                            )
+                        else:
+                            found = score_test_batch(server_for(name), reply)
+                            if found.counted.weight and not math.isfinite(found.loss):
+                                odd_losses.setdefault(name, found.loss)
+                            wanted = [odd if name in odd_losses else scores]
+                            if each:
+                                wanted.append(of_client.setdefault(name, Scores(metrics)))
+                            for one in wanted:
+                                one.update(*found)
                 except OF_A_BATCH as error:
                     failed.append(error)
                     odd_losses.pop(name, None)
@@ -102,13 +123,23 @@ def evaluate_clients(
             said[name] = reply.num_batches
             if batch < reply.num_batches and batch != batches:
                 remaining.append(name)
-    found = scores.compute()
-    if not found:  # where no client's loss is finite it is the model's, and is told
-        found, odd_losses = odd.compute(), {}
-    if failed and not found:
+        if outputs:
+            tails = clients.exchange(outputs, entry)
+            remaining = [name for name in remaining if name in tails]
+            for name, sums in tails.items():
+                if isinstance(sums, EvaluateTailReply) and outputs[name].last:
+                    if not math.isfinite(sums.loss):
+                        odd_losses[name] = sums.loss
+                    of_client[name] = Scores(metrics)
+                    for one in (odd if name in odd_losses else scores, of_client[name]):
+                        one.add(sums)
+    totals = scores.compute()
+    if not totals:  # where no client's loss is finite it is the model's, and is told
+        totals, odd_losses = odd.compute(), {}
+    if failed and not totals:
         raise failed[0]
     for name, loss in odd_losses.items():
         why = NonFiniteError(f"its test loss is {loss}, and those of other clients are finite")
         clients.leave_out(name, None, why, entry)
         of_client.pop(name, None)
-    return found, {name: own.compute() for name, own in of_client.items()}
+    return totals, {name: own.compute() for name, own in of_client.items()}
