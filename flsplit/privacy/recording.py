@@ -16,6 +16,7 @@ from flsplit.log import logger
 from flsplit.message.local_steps import LocalReply
 from flsplit.message.request import Reply, Request
 from flsplit.message.steps import FinishReply
+from flsplit.message.u_shape import TailReply
 from flsplit.nested import leaves_of
 from flsplit.run.callbacks import Callback
 from flsplit.storage.record_file import StorageError, write_atomically
@@ -26,8 +27,9 @@ _RUN, _SEGMENTS = "run.json", "segments"
 class Record(Callback):
     """Writes what the server sees in training to a folder, for attacks on it.
 
-    A file of each client and step holds ``smashed``, ``gradient`` (what the server sent for it) and
-    ``labels``, where they went up; a file of each client its segment, where it was handed over, as
+    A file of each client and step holds ``smashed``, ``gradient`` (what the server sent for it),
+    ``labels``, where they went up, and ``output-gradient``, where the client has the last layers;
+    a file of each client its segment, where it was handed over, as
     of the last time. All are safetensors files. Whoever has the folder knows what the server knows:
     keep it as you would keep the data.
 
@@ -94,6 +96,10 @@ class Record(Callback):
             self._save(f"{_SEGMENTS}/{self._number(client)}", whole, client, round_, 0)
         if round_ % self.every and round_ > 1:
             return
+        if isinstance(reply, TailReply):  # the labels stay with the client, this is made of them
+            if found := self._open.get((client, reply.step)):
+                found["output-gradient"] = reply.gradient
+            return
         uploads = reply.uploads if isinstance(reply, LocalReply) else None  # no gradient follows
         batches = uploads or dict.fromkeys([request.step or 0], *reply.batches()[:1])
         for step, batch in batches.items():
@@ -158,6 +164,8 @@ class RecordedStep:
         ``(b, ...)``; None where several values cross, or no gradient was sent.
     labels : torch.Tensor or None
         ``(b, ...)``; None where they did not go up, or are no single tensor.
+    output_gradient : torch.Tensor or None
+        ``(b, ...)``, at the second cut of a U-shaped split.
     """
 
     client: str
@@ -166,6 +174,7 @@ class RecordedStep:
     smashed: Tensor | None
     gradient: Tensor | None
     labels: Tensor | None
+    output_gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +227,8 @@ def read_recording(folder: str | Path) -> RecordedRun:
     about = _about(place / _RUN)
     steps = []
     for tensors, said in map(_read, sorted(place.glob("round-*/*.safetensors"))):
-        one = [tensors.get(name) for name in ("smashed", "gradient", "labels")]
+        names = ("smashed", "gradient", "labels", "output-gradient")
+        one = [tensors.get(name) for name in names]
         steps.append(RecordedStep(said["client"], int(said["round"]), int(said["step"]), *one))
     segments = {
         said["client"]: tensors

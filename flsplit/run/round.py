@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.client_parts import ClientPart
 from flsplit.client_parts.chain import sent_down
 from flsplit.client_parts.compression import compressing
-from flsplit.errors import FlsplitError, NotEnoughClientsError, located
+from flsplit.errors import FlsplitError, LostClientsError, NotEnoughClientsError, located
 from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.message.local_steps import LocalReply, LocalRequest
@@ -19,6 +20,7 @@ from flsplit.message.optimizer_state import OptimizerState
 from flsplit.message.request import Backward, Reply, Request, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
+from flsplit.message.u_shape import TailReply, TailRequest
 from flsplit.run.callbacks import Callback
 from flsplit.server.clients import Clients, Sent
 from flsplit.server.gradients import ClientBatch
@@ -235,7 +237,8 @@ class Round:
         """Exchange; after the run's first, let the carrier say if it is too slow for the rest."""
         before = self.entry.waiting_seconds
         replies = self.clients.exchange(requests, self.entry)
-        self._show(requests, replies)
+        if self.callbacks:
+            self._show(requests, replies)
         if self.exchanges_left:
             steps = [r.num_steps for r in replies.values() if isinstance(r, StepReply | LocalReply)]
             if steps:
@@ -243,6 +246,31 @@ class Round:
                 self.clients.carrier.check_speed(self.entry.waiting_seconds - before, exchanges)
                 self.exchanges_left = None
         return leave_out_misfits(self.fits, self.clients, requests, replies, self.entry)
+
+    def ask_tails(self, step: int, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients of clients' own mean losses by the server segment's outputs.
+
+        Parameters
+        ----------
+        step : int
+            The step.
+        outputs : mapping of str to torch.Tensor
+            By client, who has the layers that come after them.
+
+        Raises
+        ------
+        LostClientsError
+            If not all clients answer; those that don't are left out of the round.
+        """
+        requests = {
+            name: TailRequest(self.plan.server_round, step, one) for name, one in outputs.items()
+        }
+        replies = self.clients.exchange(requests, self.entry)
+        self._show(requests, replies)
+        if lost := sorted(outputs.keys() - replies.keys()):
+            raise LostClientsError(f"step {step}: no gradient came from {', '.join(lost)}")
+        found = {n: one.gradient for n, one in replies.items() if isinstance(one, TailReply)}
+        return {name: one.to(outputs[name].device) for name, one in found.items()}
 
     def _show(self, requests: Mapping[str, Request], replies: Mapping[str, Reply]) -> None:
         for one in self.callbacks:
