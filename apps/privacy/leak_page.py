@@ -22,7 +22,7 @@ PAPER = (0.2153, 0.2142, 0.2166, 0.2296, 0.2759)
 
 COLUMNS = (
     "accuracy, %", "up", "down", "explained", "SSIM", "cross-entropy", "dcor²", "MI", "member",
-    "labels", "ε",
+    "labels", "ε", "seeds",
 )  # fmt: skip
 
 SHOWN = [
@@ -117,7 +117,8 @@ hand over: for these it is an upper bound of what a server with data of its own 
 | MI | mutual information between two principal components of each, nats |
 | member | AUC of telling client 0's images from others by the nearest recorded smashed data |
 | labels | share found by clustering the last round's cut-layer gradients; guessing: {guess:.2f} |
-| ε | of a client's smashed data, δ = {DELTA:g}, adjacency `client` |"""
+| ε | of a client's smashed data, δ = {DELTA:g}, adjacency `client` |
+| seeds | how many runs the row has |"""
 
 
 def _table(numbers: Numbers, cut: str) -> str:
@@ -143,6 +144,7 @@ def _table(numbers: Numbers, cut: str) -> str:
             numbers.shown(row, cut, "membership", ".2f"),
             numbers.shown(row, cut, "label-clusters", ".2f"),
             f"{numbers.mean(row, cut, 'epsilon'):.3g}" if numbers.all(row, cut, "epsilon") else "",
+            str(len(numbers.all(row, cut, "accuracy"))),
         ]
         lines.append(f"| {ROWS[row].title} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -442,7 +442,9 @@ class Client:
                     smashed = self._parts.smashed(at, smashed)
                     leaving = smashed.values if isinstance(smashed, Crossing) else smashed
                     loss = self._parts.loss(at, to_device(inputs, self.device), leaving, labels)
-                    smashed, labels, rows = self._parts.shuffled(at, smashed, labels, indices)
+                    smashed, inputs, labels, rows = self._parts.shuffled(
+                        at, smashed, inputs, labels, indices
+                    )
             self._check_smashed(smashed, step)
             if self._parts.parts and sent:
                 packed = self._parts.pack(smashed, rows)

@@ -105,9 +105,13 @@ class PartChain:
         return torch.stack(terms).sum() if terms else None
 
     def shuffled(
-        self, step: ClientStep, smashed: Smashed, labels: Any, rows: Sequence[int]
-    ) -> tuple[Smashed, Any, Tensor]:
-        """Return smashed data and labels as they leave, and which examples the rows are."""
+        self, step: ClientStep, smashed: Smashed, inputs: Any, labels: Any, rows: Sequence[int]
+    ) -> tuple[Smashed, Any, Any, Tensor]:
+        """Return smashed data and all that goes with it in another order of rows.
+
+        These are the inputs, of which last layers at the client may need some, the labels, and
+        which examples the rows are.
+        """
         examples = torch.tensor(rows)
         for index, part in enumerate(self.parts):
             if isinstance(part, Shuffle):
@@ -118,9 +122,9 @@ class PartChain:
                     )
                 order = part.order(step.at(index, "order"), len(rows))
                 smashed = smashed[order.to(smashed.device)]
-                labels = map_tensors(lambda one: one[order.to(one.device)], labels)  # noqa: B023
+                inputs, labels = (_in_order(one, order) for one in (inputs, labels))
                 examples = examples[order]
-        return smashed, labels, examples
+        return smashed, inputs, labels, examples
 
     def pack(self, smashed: Smashed, rows: Tensor) -> dict[str, Packed]:
         """Return what is sent in fewer bytes, by value; ``""`` is smashed data that is one."""
@@ -198,6 +202,16 @@ class PartChain:
         for old, new in zip(before.parts, self.parts, strict=False):
             if old.name == new.name:
                 new.load_state_dict(old.state_dict())
+
+
+def _in_order(tree: Any, order: Tensor) -> Any:
+    """Return a nesting with the rows of its tensors in another order."""
+
+    def ordered(one: Tensor) -> Tensor:
+        has_rows = one.ndim and len(one) == len(order)
+        return one[order.to(one.device)] if has_rows else one
+
+    return map_tensors(ordered, tree)
 
 
 def sent_down(

@@ -22,16 +22,15 @@ from flsplit.run.callbacks import Callback
 from flsplit.storage.record_file import StorageError, write_atomically
 
 _RUN, _SEGMENTS = "run.json", "segments"
-_TENSORS = ("smashed", "gradient", "labels", "output_gradient")
 
 
 class Record(Callback):
     """Writes what the server sees in training to a folder, for attacks on it.
 
-    A file of each client and step holds ``smashed``, ``gradient`` (what the server sent for it) and
-    ``labels``, where they went up, else ``output_gradient``, which came in their place; a file of
-    each client its segment, where it was handed over, as of the last time. All are safetensors
-    files. Whoever has the folder knows what the server knows:
+    A file of each client and step holds ``smashed``, ``gradient`` (what the server sent for it),
+    ``labels``, where they went up, and ``output-gradient``, where the client has the last layers;
+    a file of each client its segment, where it was handed over, as
+    of the last time. All are safetensors files. Whoever has the folder knows what the server knows:
     keep it as you would keep the data.
 
     Parameters
@@ -67,11 +66,7 @@ class Record(Callback):
             if request.plan:
                 self._begin(request)
         for client, reply in replies.items():
-            if isinstance(reply, TailReply):
-                if (found := self._open.get((client, reply.step))) is not None:
-                    found["output_gradient"] = reply.gradient
-            else:
-                self._take(client, requests[client], reply)
+            self._take(client, requests[client], reply)
 
     def state_dict(self) -> dict[str, Any]:
         """Return whom it knows by which number, and how much it has written."""
@@ -100,6 +95,10 @@ class Record(Callback):
             whole = like.completed(segment) if like else segment
             self._save(f"{_SEGMENTS}/{self._number(client)}", whole, client, round_, 0)
         if round_ % self.every and round_ > 1:
+            return
+        if isinstance(reply, TailReply):  # the labels stay with the client, this is made of them
+            if found := self._open.get((client, reply.step)):
+                found["output-gradient"] = reply.gradient
             return
         uploads = reply.uploads if isinstance(reply, LocalReply) else None  # no gradient follows
         batches = uploads or dict.fromkeys([request.step or 0], *reply.batches()[:1])
@@ -164,10 +163,9 @@ class RecordedStep:
     smashed, gradient : torch.Tensor or None
         ``(b, ...)``; None where several values cross, or no gradient was sent.
     labels : torch.Tensor or None
-        ``(b, ...)``; none, ``(b, 0)``, where they stayed with the client; None if they are no
-        single tensor.
+        ``(b, ...)``; None where they did not go up, or are no single tensor.
     output_gradient : torch.Tensor or None
-        Where they stayed: the gradient at the second cut ``(b, ...)``.
+        ``(b, ...)``, at the second cut of a U-shaped split.
     """
 
     client: str
@@ -229,7 +227,8 @@ def read_recording(folder: str | Path) -> RecordedRun:
     about = _about(place / _RUN)
     steps = []
     for tensors, said in map(_read, sorted(place.glob("round-*/*.safetensors"))):
-        one = [tensors.get(name) for name in _TENSORS]
+        names = ("smashed", "gradient", "labels", "output-gradient")
+        one = [tensors.get(name) for name in names]
         steps.append(RecordedStep(said["client"], int(said["round"]), int(said["step"]), *one))
     segments = {
         said["client"]: tensors

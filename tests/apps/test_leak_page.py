@@ -37,9 +37,9 @@ def test_a_line_of_the_table(tmp_path):
     write_page(tmp_path / "page.md", runs, Size())
     text = (tmp_path / "page.md").read_text()
     cells = "91.0 ± 1.0 | 8.0 | 8.0 | 0.800 ± 0.000 | 0.700 ± 0.000 | 0.1100 ± 0.0100 | 0.90 | 1.50"
-    assert f"| PSL | {cells} | 0.90 ± 0.00 | 0.50 ± 0.00 |  |" in text
+    assert f"| PSL | {cells} | 0.90 ± 0.00 | 0.50 ± 0.00 |  | 3 |" in text
     assert "| int8 both ways | 91.0 ± 1.0 | 2.0 | 2.0 |" in text
-    assert "| 0.90 ± 0.00 | - |  |" in text
+    assert "| 0.90 ± 0.00 | - |  | 3 |" in text
     assert "int8 both ways (`conv1`): 0.250 of the bytes, accuracy +0.0 points" in text
     assert "Not all φ were run" in text
     assert (tmp_path / "page-conv1.png").stat().st_size > 1000
