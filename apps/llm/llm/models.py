@@ -81,9 +81,8 @@ def load_base(config: RunConfig, *, of_client: bool = False) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(
             str(config["model"]), config=model_config, dtype=dtype
         )
-    if trains_head(config):
-        _untie(model)
-    if of_client and not _is_tied(model):  # else it is the embedding, which the client has
+    _untie(model)
+    if of_client:
         model.set_output_embeddings(nn.Identity())
     if bool(config["checkpointing"]):
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -210,14 +209,13 @@ def _config_of(config: RunConfig) -> PretrainedConfig:
     return found
 
 
-def _is_tied(model: nn.Module) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
 def _untie(model: nn.Module) -> None:
-    """Give the last layer weights of its own: two machines can't train one tensor."""
-    if _is_tied(model):
-        head = model.get_output_embeddings()
+    """Give the last layer weights of its own.
+
+    Two machines can't train one tensor, and a frozen one would go to the clients a second time.
+    """
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
 
