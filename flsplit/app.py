@@ -43,9 +43,11 @@ def client_app(
     model : callable
         Returns a new unsplit model. Called without arguments, or with ``context=`` if it has
         a parameter of that name.
-    cut : str, mapping or callable
-        Name of the submodule after which the model is cut, as in ``model.named_modules()``; or
-        such names by patterns of clients' names, or a function of a client's name.
+    cut : str, (str, str), mapping or callable
+        Name of the submodule after which the model is cut, as in ``model.named_modules()``. Two of
+        them, of which the server has what lies between, keep the labels here: the client has the
+        last layers, and the loss. Or such names by patterns of clients' names, or a function of a
+        client's name, or of its ``context``.
     data : callable
         Takes the ``Context`` (``node_config`` holds ``partition-id`` and ``num-partitions`` in
         a simulation) and returns the client's data: a map-style ``Dataset`` or a ``DataLoader``
@@ -74,9 +76,9 @@ def client_app(
         data and the number of classes; the strategy gets the same function. Not needed for those
         that flsplit builds.
     loss : callable, optional
-        The loss with which decoupled methods train here, on the auxiliary model's logits: the same
-        as the strategy's, where that is another than plain cross-entropy. All other methods
-        compute the loss at the server.
+        The loss, where the client has the last layers; and that with which decoupled methods train
+        here, on the auxiliary model's logits: the same as the strategy's, where that is another
+        than plain cross-entropy. Otherwise the server computes the loss.
     client_parts : sequence of type, optional
         Classes of client parts that a strategy may ask for by name, beside those that are
         installed (entry-point group ``flsplit.client_parts``).

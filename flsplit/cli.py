@@ -107,6 +107,9 @@ def plan(
     classes: Classes = None,
     shape: Sample = "3x224x224",
     share: Share = None,
+    second_cut: Annotated[
+        str, typer.Option(help="Keep labels and the layers after this one at the devices.")
+    ] = "",
     batch_size: Annotated[int, typer.Option(help="Samples per device and mini-batch.")] = 64,
     steps: Annotated[int, typer.Option(help="Mini-batches per device and round.")] = 1,
     optimizer_slots: Annotated[
@@ -131,6 +134,8 @@ def plan(
         devices = load_fleet(fleet)
         network = load_model(model, classes)
         found = profile_model(network, example_input(shape), model, share=share or ())
+        if second_cut:
+            found = found.cut_twice(second_cut)
         method, training = plan_method(strategy, strategy_args, network, found, training)
         made = make_plan(Problem(devices, found, method, training))
         print(json.dumps(plan_to_json(made), indent=2) if as_json else format_plan(made))

@@ -51,6 +51,10 @@ OF_A_BATCH = (DataError, SegmentMismatchError, NonFiniteError, ConfigError)
 """What a client's batch can be the cause of: also of a loss or a metric that fails."""
 
 
+class LostClientsError(FlsplitError):
+    """Clients that a step needed once more didn't answer: it is done again without them."""
+
+
 class NotEnoughClientsError(FlsplitError, RuntimeError):
     """Fewer clients are left than ``min_available_nodes``."""
 

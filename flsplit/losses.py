@@ -153,6 +153,37 @@ class Criterion:
         return mean, Count(float(num_rows(labels)) if weight is None else weight, *right)
 
 
+class _Given(torch.autograd.Function):
+    """A loss of which nothing is known but its gradient by the output."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        """Return 0."""
+        ctx.save_for_backward(gradient)
+        return output.new_zeros((), dtype=output.real.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient."""
+        (gradient,) = ctx.saved_tensors
+        return factor * gradient, None
+
+
+class ClientsCriterion(Criterion):
+    """In place of a loss, at the server of a U-shaped split: clients say the gradients of theirs.
+
+    They come in the labels' place. As long as they haven't, there are none ``(b, 0)``.
+    """
+
+    def __init__(self) -> None:
+        self.argument = None
+
+    def __call__(self, output: Any, labels: Any) -> tuple[Tensor, Count]:
+        """Return a scalar that has the given gradient; the loss itself isn't known."""
+        gradient = labels if labels.shape == output.shape else torch.zeros_like(output)
+        return _Given.apply(output, gradient), Count(0.0)  # type: ignore[no-untyped-call]
+
+
 class _Call(NamedTuple):
     """A call of one of torch's own losses."""
 

@@ -35,6 +35,8 @@ class CycleSL(ParallelStrategy):
        https://arxiv.org/abs/2511.18611
     """
 
+    needs_labels = "its server trains on the mixed rows of all clients"
+
     def __init__(
         self, *, server_epochs: int = 1, server_batch_size: int = 32, **options: Any
     ) -> None:

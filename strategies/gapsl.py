@@ -138,6 +138,7 @@ class GAPSL(ParallelStrategy):
        https://arxiv.org/abs/2603.18540
     """
 
+    keeps_labels = True
     several_cuts = True
     pools = False
 
@@ -322,6 +323,8 @@ class GAPSL(ParallelStrategy):
             "score-mean": float(alignment.scores.mean()),
             "kept": float(alignment.kept.sum()),
         }
+        if step.keeps_labels:
+            del numbers["loss"]
         for name, angle, kept in zip(step.clients, alignment.angles, alignment.kept, strict=True):
             numbers[f"angle.{name}"] = float(angle)
             numbers[f"kept.{name}"] = float(kept)

@@ -27,6 +27,7 @@ class PSL(ParallelStrategy):
        Scalable Split Learning, https://arxiv.org/abs/2112.05929
     """
 
+    keeps_labels = True
     several_cuts = True
     pools = False  # rows of several shapes go through the server segment client by client
 

@@ -8,7 +8,7 @@ from flsplit.message.request import Backward
 from flsplit.message.steps import FinishReply
 from flsplit.run import Round, SplitStrategy, Step
 from flsplit.storage import State
-from flsplit.wireless.phases import Phase, Stage, Where, Work
+from flsplit.wireless.phases import Phase, Stage, Where, Work, tail_stages
 
 
 class SequentialSL(SplitStrategy):
@@ -30,6 +30,7 @@ class SequentialSL(SplitStrategy):
     """
 
     hands_on = True
+    keeps_labels = True
     one_cut = "it hands one client segment on from client to client"
     pools = False
 
@@ -48,13 +49,14 @@ class SequentialSL(SplitStrategy):
         A client's turn is, ``steps`` times, client forward :math:`b F_c`, uplink :math:`b \Gamma`,
         server forward :math:`b F_s`, server backward :math:`b B_s`, unicast :math:`b \Gamma`,
         client backward :math:`b B_c` (FLOPs and bits), and once :math:`|w_c|` (bits) up and down
-        again.
+        again. A U-shaped split has its last layers between the server's passes.
         """
         place, rows = work.place, work.training.batch_size
         turn = (
             Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
             Stage("uplink", Where.UPLINK, rows * work.activation_bits),
             Stage("server forward", Where.SERVER, rows * place.server_flops_forward),
+            *tail_stages(work),
             Stage("server backward", Where.SERVER, rows * place.server_flops_backward),
             Stage("unicast", Where.DOWNLINK, rows * work.gradient_bits),
             Stage("client backward", Where.DEVICE, rows * place.client_flops_backward),
@@ -86,7 +88,7 @@ class SequentialSL(SplitStrategy):
 
     def exchanges_per_round(self, steps: int, participants: int) -> int:
         """Count every client's turn."""
-        return participants * (steps + 1)
+        return participants * super().exchanges_per_round(steps, 1)
 
     def _take_turn(self, round_: Round, name: str) -> dict[str, FinishReply]:
         round_.begin_with(self.client_segment)

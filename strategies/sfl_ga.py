@@ -37,6 +37,8 @@ class SFLGA(ParallelStrategy):
        and Resource Management, https://arxiv.org/abs/2501.01078
     """
 
+    keeps_labels = True
+
     def step(self, step: Step) -> None:
         """Update as PSL does; reply with the λ-weighted mean of the cut-layer gradients."""
         found = step.gradients()

@@ -68,6 +68,7 @@ class SGLR(ParallelStrategy):
        Scalable Split Learning, https://arxiv.org/abs/2112.05929
     """
 
+    keeps_labels = True
     several_cuts = True
 
     def __init__(

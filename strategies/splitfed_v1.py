@@ -41,6 +41,7 @@ class SplitFedV1(ParallelStrategy):
 
     aggregates = True
     pools = False
+    keeps_labels = True
     several_cuts = True  # whole models are averaged, wherever each is cut
 
     def __init__(self, *, server_strategy: Strategy | None = None, **options: Any) -> None:
@@ -108,10 +109,8 @@ class SplitFedV1(ParallelStrategy):
 
     def step(self, step: Step) -> None:
         """Step each client's copy with that client's batch."""
-        for batch in step.batches:
-            copy = self.copies[batch.client]
-            found = step.gradients([batch], segment=copy)
-            step.update(found, segment=copy)
+        for batch, found in step.one_by_one(self.copies):
+            step.update(found, segment=self.copies[batch.client])
             step.reply(found.cut_gradients)
 
     def end_round(self, round_: Round, finished: Mapping[str, FinishReply]) -> None:

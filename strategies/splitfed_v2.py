@@ -25,6 +25,7 @@ class SplitFedV2(ParallelStrategy):
     """
 
     aggregates = True
+    keeps_labels = True
     several_cuts = True
     pools = False
 

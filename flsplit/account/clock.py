@@ -15,6 +15,8 @@ class Leg:
         Rows that go forward and backward through its segment.
     auxiliary_rows : int
         Rows that go forward and backward through its auxiliary model.
+    tail_rows : int
+        Rows that go forward and backward through the last layers of a U-shaped split.
     up_bytes : int
         What it sends then.
     step : int or None
@@ -24,6 +26,7 @@ class Leg:
     forward_rows: int = 0
     backward_rows: int = 0
     auxiliary_rows: int = 0
+    tail_rows: int = 0
     up_bytes: int = 0
     step: int | None = None
 

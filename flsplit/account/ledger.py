@@ -9,6 +9,8 @@ from flwr.app import MetricRecord
 CATEGORIES = (
     "activations-up",
     "labels-up",
+    "outputs-down",
+    "output-gradients-up",
     "gradients-down-unicast",
     "gradients-down-broadcast",
     "client-segments-up",
@@ -18,9 +20,11 @@ CATEGORIES = (
     "auxiliary-up",
     "auxiliary-down",
     "evaluation-up",
+    "evaluation-down",
 )
-"""What is counted. Up is from a client to the server. ``evaluation-up`` (smashed data and labels
-of test batches) is kept apart because papers don't count it."""
+"""What is counted. Up is from a client to the server. ``outputs-down`` and ``output-gradients-up``
+are those of a U-shaped split. What evaluation takes (smashed data and labels of test batches, a
+U-shaped split's outputs) is kept apart because papers don't count it."""
 
 
 class Traffic:
@@ -64,7 +68,11 @@ class Traffic:
     @property
     def down_bytes(self) -> int:
         """Logical bytes from the server to clients."""
-        return sum(n for name, n in self.logical.items() if "-down" in name)
+        return sum(
+            n
+            for name, n in self.logical.items()
+            if "-down" in name and not name.startswith("evaluation")
+        )
 
 
 @dataclass

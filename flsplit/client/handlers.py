@@ -23,6 +23,12 @@ from flsplit.message.local_steps import LocalRequest
 from flsplit.message.raised import raised
 from flsplit.message.shape import ShapeRequest
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
+from flsplit.message.u_shape import (
+    EvaluateTailReply,
+    EvaluateTailRequest,
+    TailReply,
+    TailRequest,
+)
 from flsplit.nested import num_rows
 
 Handler = Callable[[Message, Context], Message]
@@ -54,10 +60,12 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
                 keep_client(client, context)
 
     serve(app.train("step"), StepRequest, take_step)
+    serve(app.train("tail"), TailRequest, take_tail)
     serve(app.train("finish"), FinishRequest, finish_round)
     serve(app.train("local"), LocalRequest, train_locally)
     serve(app.query("shape"), ShapeRequest, row_shapes)
     serve(app.evaluate("step"), EvaluateRequest, evaluate_batch)
+    serve(app.evaluate("tail"), EvaluateTailRequest, evaluate_tail)
 
 
 def take_step(client: Client, request: StepRequest) -> StepReply:
@@ -79,8 +87,22 @@ def take_step(client: Client, request: StepRequest) -> StepReply:
         num_steps=client.num_steps,
         seconds=time.perf_counter() - started,
         traces=client.untold([smashed]) if isinstance(smashed, Crossing) else None,
-        frozen=not learning_in(smashed) and bool(num_rows(labels)),
+        frozen=not (learning_in(smashed) or client.tail) and bool(num_rows(labels)),
         steps_before=client.steps_before,
+    )
+
+
+def take_tail(client: Client, request: TailRequest) -> TailReply:
+    """Run the last layers of a U-shaped split forward and backward."""
+    started = time.perf_counter()
+    client.check_round(request.server_round)
+    gradient = client.tail_gradient(request.step, request.outputs)
+    return TailReply(
+        client=client.name,
+        server_round=request.server_round,
+        step=request.step,
+        gradient=gradient,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -116,6 +138,24 @@ def evaluate_batch(client: Client, request: EvaluateRequest) -> EvaluateReply:
         labels=labels,
         seconds=time.perf_counter() - started,
         traces=client.untold([smashed]),
+    )
+
+
+def evaluate_tail(client: Client, request: EvaluateTailRequest) -> EvaluateTailReply:
+    """Run one test batch through the last layers of a U-shaped split."""
+    started = time.perf_counter()
+    sums = client.evaluate_tail(request.batch, request.batch_size, request.outputs)
+    if not request.last:  # a batch's loss would tell of its labels
+        sums = dict.fromkeys(sums, 0.0)
+    loss, weight = sums.pop("loss"), sums.pop("weight")
+    return EvaluateTailReply(
+        client=client.name,
+        server_round=request.server_round,
+        batch=request.batch,
+        loss=loss,
+        weight=weight,
+        **{name: int(number) for name, number in sums.items()},
+        seconds=time.perf_counter() - started,
     )
 
 

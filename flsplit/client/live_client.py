@@ -16,9 +16,10 @@ from flsplit.client.data import ClientData
 from flsplit.client.order import Order, begun_anew, steps_per_round
 from flsplit.client.spec import ClientSpec, client_name, pick_device
 from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
+from flsplit.client.tail import Tail
 from flsplit.client_parts.chain import ClientStep, PartChain
 from flsplit.cut import Crossing, CutError, ExampleError, Split, Trace, split
-from flsplit.cut.client_cuts import cut_of
+from flsplit.cut.halves import ClientHalf
 from flsplit.cut.smashed import (
     CutGradient,
     Smashed,
@@ -28,6 +29,7 @@ from flsplit.cut.smashed import (
     learning_in,
     values_of,
 )
+from flsplit.cut.watch import places_of
 from flsplit.errors import (
     DataError,
     NonFiniteError,
@@ -35,6 +37,7 @@ from flsplit.errors import (
     SegmentMismatchError,
     StateLostError,
     at,
+    located,
 )
 from flsplit.finite import all_finite, clip_gradients
 from flsplit.message.arrays import check_like
@@ -42,7 +45,7 @@ from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
-from flsplit.nested import as_arguments, shapes_of, tensors_of, to_device
+from flsplit.nested import as_arguments, num_rows, shapes_of, tensors_of, to_device
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
 from flsplit.untrained import (
@@ -63,10 +66,12 @@ class _Pending:
 
     step: int
     smashed: Smashed
+    inputs: Any
     labels: Any
     buffers: list[Tensor]  # as they were before the forward pass
     drawn: int  # examples drawn when the step is done
     loss: Tensor | None = None  # what client parts add
+    passed_tail: bool = False  # whether the last layers have computed, too
 
 
 class Client:
@@ -80,7 +85,7 @@ class Client:
         self.spec = spec
         self.context = context
         self.name = client_name(context)
-        self.cut = cut_of(spec.cut, self.name)
+        self.cut = spec.cut_for(context)
         self.device = pick_device(spec.device)
         # Seeded: a client that is built anew for a message must get the same data again, also
         # from a data function that splits at random.
@@ -88,6 +93,10 @@ class Client:
             model = spec.build_model(context)
             self.data = ClientData.load(spec, context)
             self.segment = self._split(model).client.to(self.device)
+        self.tail: Tail | None = None
+        """The last layers of a U-shaped split, if that is one."""
+        if places_of(self.cut)[1] and isinstance(self.segment, ClientHalf):
+            self.tail = Tail(self.segment, spec, self.device)
         named = [(name, p) for name, p in self.segment.named_parameters() if p.requires_grad]
         self._parameters = [p for _, p in named]
         self._owners = owners_of_buffers(self.segment)
@@ -107,6 +116,7 @@ class Client:
         self._parts = PartChain("", (), self.name)
         self._state = ClientState({})
         self._pending: _Pending | None = None
+        self._last_test: tuple[int, int, Smashed, Any, Any] | None = None
         self._trains = False  # whether the segment is known to be in training mode
 
     def split_anew(self) -> Split:
@@ -317,8 +327,45 @@ class Client:
         if self._pending:  # asked twice for a step: the buffers move once
             self._undo_forward()
         self._pending = self._compute(plan, step)
-        self._state.pending = step
-        return detached(self._pending.smashed), self._pending.labels
+        self._state.pending, self._state.tail = step, {}
+        return detached(self._pending.smashed), self._leaving(self._pending.labels)
+
+    def _leaving(self, labels: Any) -> Any:
+        """Return the labels that are sent: none ``(b, 0)`` if the last layers are here."""
+        return torch.empty(num_rows(labels), 0) if self.tail else labels
+
+    def tail_gradient(self, step: int, outputs: Tensor) -> Tensor:
+        """Return the gradient of the pending step's loss by what the server segment gave for it.
+
+        Raises
+        ------
+        ProtocolError
+            If no such step is pending, or the model isn't cut twice.
+        DataError, SegmentMismatchError, NonFiniteError
+            If the last layers or the loss can't take the batch.
+        """
+        if self.tail is None or step != self._state.pending:
+            raise ProtocolError(
+                f"outputs of step {step} came, client {self.name!r} "
+                + ("has no layers after them" if self.tail is None else self._awaits())
+            )
+        if self._pending and self._pending.passed_tail:  # asked twice for a step
+            self._undo_forward()
+        self._pending = pending = self._pending or self._compute(self.plan, step)
+        pending.passed_tail = True
+        seed = derive_seed(self.plan.seed, "tail", self.name, self.plan.server_round, step)
+        try:
+            with seeded(seed, self.device), located(f"client {self.name!r}, step {step}"):
+                gradient, self._state.tail = self.tail.gradients(
+                    outputs, pending.smashed, pending.inputs, pending.labels
+                )
+        except Exception:
+            self._undo_forward()
+            raise
+        return gradient
+
+    def _awaits(self) -> str:
+        return f"awaits {'none' if self._state.pending == NO_STEP else self._state.pending}"
 
     def untold(self, smashed: Iterable[Smashed]) -> dict[str, Trace] | None:
         """Return the traces, if any, of what crosses that were not sent in this round yet."""
@@ -342,8 +389,7 @@ class Client:
         """
         if request.step != self._state.pending:
             raise ProtocolError(
-                f"gradient of step {request.step} came, client {self.name!r} awaits "
-                f"{'none' if self._state.pending == NO_STEP else self._state.pending}"
+                f"gradient of step {request.step} came, client {self.name!r} {self._awaits()}"
             )
         # Without a cache the forward pass is gone: compute it again, with the same batch, the
         # same random numbers and the buffers of before.
@@ -351,10 +397,12 @@ class Client:
             self._pending = self._compute(self.plan, request.step)
         if request.gradient is not None:
             self._update(self._pending, request.gradient)
+        if self.tail:  # now: the backward pass may need what the first layers' pass left in them
+            self.tail.put_buffers(self._state.tail)
         self._state.drawn = self._pending.drawn
         self._state.steps_done += 1
         self._state.trained += 1
-        self._pending, self._state.pending = None, NO_STEP
+        self._pending, self._state.pending, self._state.tail = None, NO_STEP, {}
         if self._parts.parts:
             self._parts.check_state()
             self._state.parts = self._parts.state()
@@ -362,7 +410,9 @@ class Client:
     def _compute(self, plan: RoundPlan, step: int) -> _Pending:
         indices, drawn = self._order.batch(plan, step, self._state.drawn)
         if not indices:
-            return _Pending(step, torch.empty(0), torch.empty(0, dtype=torch.int64), [], drawn)
+            return _Pending(
+                step, torch.empty(0), None, torch.empty(0, dtype=torch.int64), [], drawn
+            )
         seed = derive_seed(plan.seed, "client", self.name, plan.server_round, step)
         buffers = list(map(torch.clone, buffers_of(self._owners)))
         if not self._trains:  # it walks over all modules
@@ -384,7 +434,7 @@ class Client:
             # A part may have remembered something of a step that never happened.
             self._parts.load(self._state.parts)
             raise
-        return _Pending(step, smashed, labels, buffers, drawn, loss)
+        return _Pending(step, smashed, inputs, labels, buffers, drawn, loss)
 
     def _part_step(self, step: int) -> ClientStep:
         plan, start = self.plan, self._state.round_start
@@ -402,9 +452,16 @@ class Client:
             if not all_finite(one):
                 raise self._not_finite(f"cut-layer gradient of step {pending.step}")
         wanted = learning_in(pending.smashed)
-        if self.optimizer is None or not wanted:
+        if self.optimizer is None or not (wanted or self.tail):
             return
-        if isinstance(gradient, Tensor):
+        if self.tail and not self._state.tail:
+            raise ProtocolError(
+                f"the cut-layer gradient of step {pending.step} came before the outputs (client "
+                f"{self.name!r})"
+            )
+        if not wanted:  # the first layers have nothing to learn
+            gradient = {}
+        elif isinstance(gradient, Tensor):
             gradient = gradient.to(wanted[0])
         else:
             gradient = {
@@ -417,7 +474,12 @@ class Client:
         gradients: list[Tensor | None] = list(gradients_in(gradient))
         if pending.loss is not None:
             outputs, gradients = [*outputs, pending.loss], [*gradients, None]
-        torch.autograd.backward(outputs, gradients)
+        if self.tail:
+            self.tail.put_gradients(self._state.tail)
+            for kept, own in self.tail.of_kept(pending.smashed, self._state.tail):
+                outputs, gradients = [*outputs, kept], [*gradients, own]
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
         if self._parts.parts:
             self._parts.gradients(self._part_step(pending.step), self._parameters)
         # One number for all: it is finite only if they are. Only what isn't is looked at closer.
@@ -436,7 +498,7 @@ class Client:
 
     def _discard_pending(self) -> None:
         self._undo_forward()
-        self._state.pending = NO_STEP
+        self._state.pending, self._state.tail = NO_STEP, {}
 
     def _undo_forward(self) -> None:
         """Be as before the pending forward pass, which is computed again if its gradient comes."""
@@ -473,13 +535,46 @@ class Client:
                 f"examples, now there are {len(order)}"
             )
         if batch == 0:
-            self._state.told = ()
+            self._state.told, self._state.tested = (), {}
         self._undo_forward()
         rows = order[batch * batch_size : min((batch + 1) * batch_size, self._state.num_tests)]
         # Seeded as a training step is: a transform that draws gives the same scores again.
         with seeded(derive_seed(0, "test", self.name, batch), self.device):
             inputs, labels = self.data.test.batch(rows)
-        return self._tested(inputs), labels, num_batches
+        smashed = self._tested(inputs)
+        if self.tail:
+            self._last_test = batch, batch_size, smashed, inputs, labels
+        return smashed, self._leaving(labels), num_batches
+
+    @torch.no_grad()
+    def evaluate_tail(self, batch: int, batch_size: int, outputs: Tensor) -> dict[str, float]:
+        """Count a test batch, of which the server segment gave ``outputs``; return the sums.
+
+        They are called as the fields of `EvaluateTailReply`.
+        """
+        if self.tail is None:
+            raise ProtocolError(f"outputs came, client {self.name!r} has no layers after them")
+        last = self._last_test
+        if last is None or last[:2] != (batch, batch_size):
+            before = self._state.tested
+            self.evaluate(batch, batch_size)
+            self._state.tested = before
+            last = self._last_test
+        assert last is not None
+        self.segment.eval()
+        self._trains = False
+        seed = derive_seed(0, "test tail", self.name, batch)
+        with keeping_buffers(self.segment), seeded(seed, self.device):
+            loss, count, _ = self.tail.loss(outputs, *last[2:])
+        counted = loss * count.weight if count.weight else 0.0  # else there is no mean
+        rows = num_rows(last[-1])
+        now = (counted, count.weight, count.correct, count.classified, rows)
+        names = ("loss", "weight", "correct", "classified", "num_examples")
+        before = self._state.tested
+        for name, number in zip(names, now, strict=True):
+            own = torch.as_tensor(number, dtype=torch.float64).cpu()
+            before[name] = before[name] + own if name in before else own
+        return {name: float(one) for name, one in before.items()}
 
     @torch.no_grad()
     def one_row(self, cut: str) -> tuple[Any, Tensor]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from flsplit.auxiliary import BuildAuxiliary
 from flsplit.client_parts import ClientPart
-from flsplit.cut.client_cuts import ClientCuts, check_cuts
+from flsplit.cut.client_cuts import ClientCuts, check_cuts, cut_of
 from flsplit.errors import ConfigError
 from flsplit.losses import Loss
 
@@ -74,6 +74,14 @@ class ClientSpec:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model returned a {type(model).__name__}, expected an nn.Module")
         return model
+
+    def cut_for(self, context: Context) -> str:
+        """Return where this client is cut; a function of the context is asked for that."""
+        if callable(self.cut) and "context" in inspect.signature(self.cut).parameters:
+            found = self.cut(context=context)
+            check_cuts(found)
+            return cut_of(found, client_name(context))
+        return cut_of(self.cut, client_name(context))
 
 
 def pick_device(device: str) -> torch.device:

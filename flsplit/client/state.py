@@ -111,6 +111,10 @@ class ClientState(Content):
         Trainable parameters as the server gave them last, where a privacy mod needs them.
     told : tuple of str
         Digests of the traces that were sent in this round.
+    tail : dict of str to torch.Tensor
+        Of the last layers of a U-shaped split: what the pending step's passes have left.
+    tested : dict of str to torch.Tensor
+        Sums over the test batches of an evaluation, where a client computes them itself.
     """
 
     segment: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}segment")]
@@ -133,6 +137,8 @@ class ClientState(Content):
     )
     given: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}given")] = field(default_factory=dict)
     told: Annotated[tuple[str, ...], _TOLD] = ()
+    tail: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}tail")] = field(default_factory=dict)
+    tested: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}tested")] = field(default_factory=dict)
 
     def is_ahead_of(self, server_round: int, experiment: str) -> bool:
         """Tell whether a round that begins has been trained in already.

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from flsplit.cut.splitting import Split
+from flsplit.cut.splitting import Split, cut_name
 from flsplit.errors import ConfigError
 
-ClientCuts = str | Mapping[str, str] | Callable[[str], str]
-"""A cut layer; or cut layers by patterns of clients' names (``"weak-*"``), of which the first that
+Place = str | tuple[str, str]
+"""A cut layer, or the two of a U-shaped split, which can also be one text: ``"conv2,fc1"``."""
+
+ClientCuts = Place | Mapping[str, Place] | Callable[..., Place]
+"""A place to cut; or places by patterns of clients' names (``"weak-*"``), of which the first that
 fits counts, and ``"default"`` for all others; or a function of a client's name."""
 
 DEFAULT = "default"
@@ -21,15 +24,18 @@ def check_cuts(cuts: ClientCuts) -> None:
     ConfigError
         If it is no name, no mapping of names to names, and no function.
     """
+    if isinstance(cuts, tuple) and len(cuts) == 2 and all(isinstance(cut, str) for cut in cuts):
+        return
     if isinstance(cuts, str) or callable(cuts):
         return
     names = isinstance(cuts, Mapping) and all(
-        isinstance(key, str) and isinstance(value, str) for key, value in cuts.items()
+        isinstance(key, str) and isinstance(value, str | tuple) for key, value in cuts.items()
     )
     if not (names and cuts):
         raise ConfigError(
-            f"cut is {cuts!r}, expected the name of a submodule, a dict of such names by patterns "
-            "of clients' names, or a function of a client's name"
+            f"cut is {cuts!r}, expected the name of a submodule, two of them (a tuple) for a "
+            "U-shaped split, a dict of such names by patterns of clients' names, or a function of "
+            "a client's name"
         )
 
 
@@ -41,23 +47,23 @@ def cut_of(cuts: ClientCuts, client: str) -> str:
     ConfigError
         If there is none for this client.
     """
-    if isinstance(cuts, str):
-        return cuts
-    found: str | None
+    if isinstance(cuts, str | tuple):
+        return cut_name(cuts)
+    found: Place | None
     if callable(cuts):
         found = cuts(client)
     else:
         fitting = (cut for name, cut in cuts.items() if fnmatchcase(client, name))
         found = next(fitting, cuts.get(DEFAULT))
-    if not isinstance(found, str):
+    if not isinstance(found, str | tuple):
         raise ConfigError(f"cut: there is {found!r} for client {client!r}, expected a submodule")
-    return found
+    return cut_name(found)
 
 
 def default_cut(cuts: ClientCuts) -> str:
     """Return the cut of clients of which nothing else is said."""
     if isinstance(cuts, Mapping) and DEFAULT not in cuts:
-        return next(iter(cuts.values()))
+        return cut_name(next(iter(cuts.values())))
     return cut_of(cuts, DEFAULT)
 
 
@@ -69,14 +75,14 @@ def all_cuts(cuts: ClientCuts) -> list[str]:
     ConfigError
         If a function says it: of whom it will be asked isn't known.
     """
-    if isinstance(cuts, str):
-        return [cuts]
+    if isinstance(cuts, str | tuple):
+        return [cut_name(cuts)]
     if not isinstance(cuts, Mapping):
         raise ConfigError(
             "cut is a function, but one server segment for all clients begins at the earliest cut "
             "and needs to know them all: give a dict of cuts by patterns of clients' names"
         )
-    return list(dict.fromkeys(cuts.values()))
+    return list(dict.fromkeys(map(cut_name, cuts.values())))
 
 
 def joined(splits: Sequence[Split], cut: str) -> Split:

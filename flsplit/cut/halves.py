@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
 from flsplit.cut.look import Look, fresh, look, undisturbed, verify
+from flsplit.cut.plain_chain import PlainChain
 from flsplit.cut.remembering import remembered
 from flsplit.cut.stretch import (
     Crossing,
+    Returning,
     aliases,
+    for_tail,
     record,
     run_from_cut,
     run_to_cut,
     run_to_layer,
     script_for,
+    tensor_at,
 )
 from flsplit.cut.survey import Passage
 from flsplit.cut.trace import Spec, Trace, leaves_in, map_tree, tensors_in
@@ -29,6 +33,7 @@ from flsplit.cut.watch import (
     eager,
     instrument,
     place_of,
+    places_of,
     plain_copy,
     uninstrument,
 )
@@ -43,7 +48,7 @@ class Cut:
     Attributes
     ----------
     name : str
-        The cut layer, as the user gave it.
+        The cut layer, as the user gave it; or the two of a U-shaped split.
     share : set of str
         Inputs that may be sent to the server.
     found : Look
@@ -82,18 +87,28 @@ class Half(nn.Module):
 
     def __init__(self, whole: nn.Module, cut: Cut) -> None:
         super().__init__()
-        instrument(whole, cut.name, cut.found.before)
         own = vars(self)
         # The same dictionaries: what is moved or loaded here is so in the whole model, too.
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             own[name] = vars(whole)[name]
-        own["_whole"], own["_cut"] = whole, cut
+        own["_whole"], own["_cut"], own["_reports"] = whole, cut, False
+        first, second = places_of(cut.name)
+        layer, nth = place_of(first)
+        own["_chain"] = PlainChain(whole, layer) if nth == 1 and not second else None
         own["_foreign"] = [
             f"{path}.{name}".lstrip(".")
             for path, module in whole.named_modules()
             for name in vars(module).get(_AWAY, ())
         ]
         self.training = whole.training
+
+    def _watched(self) -> nn.Module:
+        """Return the model, with all that runs of a part of it need; a loop doesn't."""
+        own = vars(self)
+        if not own["_reports"]:
+            own["_reports"] = True
+            instrument(own["_whole"], own["_cut"].name, own["_cut"].found.before)
+        return own["_whole"]  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> "Half":
         """Set the mode, as the whole model does it."""
@@ -160,6 +175,7 @@ class ClientHalf(Half):
     def __init__(self, whole: nn.Module, cut: Cut) -> None:
         super().__init__(whole, cut)
         vars(self)["_passages"] = dict[Any, tuple[Passage, ...]]()
+        vars(self)["_scripts"] = _Scripts()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the smashed data.
@@ -181,10 +197,48 @@ class ClientHalf(Half):
         key = batch_key(args, kwargs, self.training)
         known = own["_passages"].get(key) or self._look(key, args, kwargs)
         item = known[0].item
-        if item is None:
+        if item is None or known[0].kept:
             return self.crossing(*args, **kwargs)
-        output = run_to_layer(own["_whole"], own["_cut"].name, args, kwargs)
-        return output if type(output) is Tensor else tensors_in(output)[item]
+        chain: PlainChain | None = own["_chain"]
+        if chain and len(args) == 1 and not kwargs and chain.plain:
+            return tensor_at(item, chain.to_cut(args[0]))
+        return tensor_at(item, run_to_layer(self._watched(), own["_cut"].name, args, kwargs))
+
+    def returning(
+        self, given: Tensor, head: Tensor | Crossing, args: Any, kwargs: Mapping[str, Any]
+    ) -> Returning:
+        """Return what :meth:`tail` takes: what the server segment of a U-shaped split returned.
+
+        Parameters
+        ----------
+        given : Tensor
+            That.
+        head : Tensor or Crossing
+            What :meth:`forward` returned for the same batch.
+        args, kwargs
+            That batch.
+        """
+        known: tuple[Passage, ...] = vars(self)["_passages"][batch_key(args, kwargs, self.training)]
+        passage = known[0]
+        if isinstance(head, Crossing):
+            passage = next(one for one in known if one.trace == head.trace)
+        return for_tail(passage, given, head)
+
+    def tail(self, returning: Returning, /, **extra: Any) -> Any:
+        """Return the model's output, computed by the last layers of a U-shaped split.
+
+        Parameters
+        ----------
+        returning : Returning
+            From :meth:`returning`. It is worked on in a copy.
+        **extra
+            Arguments of the model that only these layers need, such as ``labels``.
+        """
+        own = vars(self)
+        second = places_of(own["_cut"].name)[1]
+        with eager() if own["_cut"].compiled else nullcontext():
+            script = own["_scripts"].script(returning)
+            return run_from_cut(self._watched(), second, returning, extra, script)
 
     def crossing(self, *args: Any, **kwargs: Any) -> Crossing:
         """Return all that crosses, whether a single tensor or many."""
@@ -195,7 +249,7 @@ class ClientHalf(Half):
         )
         before = self._kept() if any(passage.reads for passage in known) else None
         with eager() if cut.compiled else nullcontext():
-            trace, held = run_to_cut(vars(self)["_whole"], cut.name, args, kwargs, known)
+            trace, held = run_to_cut(self._watched(), cut.name, args, kwargs, known)
         passage = next((p for p in known if p.trace == trace), None)
         if passage is None:  # another way through forward than any batch of this shape so far
             if before is None:
@@ -204,12 +258,13 @@ class ClientHalf(Half):
             self._look(key, args, kwargs)
             return self.crossing(*args, **kwargs)
         values = {key: held[key] for key in passage.values}
+        kept = {key: held[key] for key in passage.kept}
         raw = frozenset(
             key
             for key, value in passage.values.items()
             if not value.learnt and value.inputs <= cut.share
         )
-        return Crossing(values, trace, aliases(values), raw)
+        return Crossing(values, trace, aliases(values), raw, kept)
 
     def _kept(self) -> Any:
         return [buffer.clone() for buffer in self.buffers()], torch.get_rng_state()
@@ -222,7 +277,7 @@ class ClientHalf(Half):
         own = vars(self)
         cut: Cut = own["_cut"]
 
-        def find() -> Passage:
+        def find() -> Look:
             # The server's weights aren't here. Whether cut and uncut agree, any weights can tell.
             device = next((t.device for t in tensors_in((args, kwargs))), torch.device("cpu"))
             model = _filled(own["_whole"], device)
@@ -237,7 +292,7 @@ class ClientHalf(Half):
                 with undisturbed(args, kwargs):
                     own_args, own_kwargs = fresh(args, kwargs)
                     run_to_layer(model, cut.name, own_args, own_kwargs)
-                return cut.found.passage
+                return cut.found
             missing = [n for n in found.client if n not in cut.found.client]
             if missing:
                 raise CutError(
@@ -245,14 +300,14 @@ class ClientHalf(Half):
                     f"{missing[0]!r}, which was found to be the server's: give split() an example"
                 )
             verify(model, cut.name, found, args, kwargs)
-            return found.passage
+            return found
 
         known: tuple[Passage, ...] = own["_passages"].get(key, ())
         seen = [passage.trace.digest for passage in known]
         found = find() if known else remembered((cut.key, key), find)
-        if found.trace.digest in seen:
+        if found.passage.trace.digest in seen:
             raise CutError(f"forward takes another way before {cut.name!r} when it is run again")
-        own["_passages"][key] = (*known, found)
+        own["_passages"][key] = (*known, found.passage)
         return own["_passages"][key]  # type: ignore[no-any-return]
 
 
@@ -266,6 +321,17 @@ class _Scripts(dict[Any, Script]):
         """Pickle and copy as an empty one."""
         return _Scripts, ()
 
+    def script(self, given: Crossing) -> Script:
+        """Return what was made ready for the same trace before."""
+        values = given.values
+        device = next(iter(values.values())).device if values else None
+        key = id(given.trace.calls), device, *values
+        if key not in self:
+            if len(self) >= _MOST_SCRIPTS:
+                self.clear()
+            self[key] = script_for(given)  # holds the calls, so that their id stays theirs
+        return self[key]
+
 
 @dataclass(frozen=True)
 class _Derived:
@@ -274,10 +340,11 @@ class _Derived:
     trace: Trace
     name: str
     asks_sizes: bool
+    is_loop: bool
 
 
 class ServerHalf(Half):
-    """The server segment: turns what crosses into the model's output."""
+    """The server segment: turns what crosses into the model's output, or the second cut's."""
 
     side = "server"
 
@@ -287,7 +354,7 @@ class ServerHalf(Half):
         vars(self)["_scripts"] = _Scripts()
 
     def forward(self, given: Tensor | Crossing, /, **extra: Any) -> Any:
-        """Return the model's output for smashed data.
+        """Return the model's output for smashed data; of a U-shaped split, the second cut's.
 
         It works on copies of what it is given: a network's first operation after the cut may be
         one in place.
@@ -308,21 +375,14 @@ class ServerHalf(Half):
         own = vars(self)
         if isinstance(given, Tensor):
             derived = self._trace_for(given)
+            if derived.is_loop and not extra and own["_chain"].plain:
+                return own["_chain"].from_cut(given.clone())
             given = Crossing({derived.name: given}, derived.trace)
+        whole, name = self._watched(), own["_cut"].name
         with eager() if own["_cut"].compiled else nullcontext():
-            return run_from_cut(own["_whole"], own["_cut"].name, given, extra, self._script(given))
-
-    def _script(self, given: Crossing) -> Script:
-        """Return what was made ready for the same trace before."""
-        scripts: _Scripts = vars(self)["_scripts"]
-        values = given.values
-        device = next(iter(values.values())).device if values else None
-        key = id(given.trace.calls), device, *values
-        if key not in scripts:
-            if len(scripts) >= _MOST_SCRIPTS:
-                scripts.clear()
-            scripts[key] = script_for(given)  # holds the calls, so that their id stays theirs
-        return scripts[key]
+            output = run_from_cut(whole, name, given, extra, own["_scripts"].script(given))
+        found: Look = own["_cut"].found
+        return tensor_at(found.item, output) if found.passage.tail else output
 
     def _trace_for(self, given: Tensor) -> _Derived:
         known: dict[Any, _Derived] = vars(self)["_derived"]
@@ -348,7 +408,10 @@ class ServerHalf(Half):
             name = next((k for k, t in recording.held.items() if t is smashed), None)
             if name is None or (recording.asked and smashed.shape != given.shape):
                 continue
-            derived = _Derived(recording.trace, name, recording.asked)
+            chain: PlainChain | None = vars(self)["_chain"]
+            alone = chain is not None and recording.output is smashed
+            is_loop = alone and chain.is_all_of(recording.trace)  # type: ignore[union-attr]
+            derived = _Derived(recording.trace, name, recording.asked, is_loop)
             fitting[derived.trace.digest] = derived
             if not recording.asked or not cut.rows or len(fitting) > 1:
                 break
@@ -362,9 +425,9 @@ class ServerHalf(Half):
 
     def _recordings(self, cut: Cut, rows: int) -> Iterator[Recording]:
         """Follow the client's forward on the *meta* device, or with made-up weights and values."""
-        ghost, solid = without_data(vars(self)["_whole"]), None
+        ghost, solid = without_data(self._watched()), None
         for batch in self._batches(rows):
-            recording = Recording(None, cut.found.passage.whole, place_of(cut.name)[1])
+            recording = Recording(None, cut.found.passage.whole, cut.name)
             try:
                 try:
                     with torch.device("meta"):
@@ -373,7 +436,7 @@ class ServerHalf(Half):
                     if not needs_values(error):
                         raise
                     solid = solid or self._solid(cut)
-                    recording = Recording(None, cut.found.passage.whole, place_of(cut.name)[1])
+                    recording = Recording(None, cut.found.passage.whole, cut.name)
                     with undisturbed((), {}):
                         filled = map_tree(with_values, batch)
                         record(recording, solid, cut.name, *filled)
@@ -391,7 +454,7 @@ class ServerHalf(Half):
         """Tell whether it makes no difference which of several inputs it was."""
         outputs = []
         for derived in fitting if len(fitting) > 1 else ():
-            model = copied(vars(self)["_whole"])
+            model = copied(self._watched())
             crossing = Crossing({derived.name: given.detach()}, derived.trace)
             with undisturbed(given, {}), torch.no_grad():
                 outputs.append(run_from_cut(model, vars(self)["_cut"].name, crossing))
@@ -425,7 +488,7 @@ def batch_key(args: Any, kwargs: Mapping[str, Any], training: bool) -> Any:
     mode = training, torch.is_grad_enabled(), _autocast()
     if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
         x = args[0]
-        return x.shape, x.dtype, x.requires_grad, x.device.type, mode
+        return x.shape, x.dtype, x.requires_grad, x.device, mode
     shapes = map_tree(_shape, (args, dict(kwargs)))
     return repr(shapes), mode
 

@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,17 @@ from flsplit.cut.cut_errors import (
     UnknownCutError,
     listed,
 )
-from flsplit.cut.stretch import Crossing, aliases, run_from_cut, run_to_cut
+from flsplit.cut.stretch import (
+    Crossing,
+    aliases,
+    for_tail,
+    run_from_cut,
+    run_to_cut,
+    tensor_at,
+)
 from flsplit.cut.survey import Call, Passage, State, Survey, Value
 from flsplit.cut.trace import map_tree, tensors_in
-from flsplit.cut.watch import eager, instrument, place_of, plain_copy
+from flsplit.cut.watch import eager, instrument, place_of, places_of, plain_copy
 from flsplit.errors import TORCH_ERRORS
 from flsplit.seeds import seeded
 
@@ -42,12 +49,15 @@ class Look:
         The modules that are done before the cut.
     client, server : set of str
         Names of the parameters and buffers that each side needs. What is frozen may be on both.
+    item : int
+        Of two cuts: which of the tensors that the second layer returns comes back.
     """
 
     passage: Passage
     before: frozenset[str]
     client: frozenset[str]
     server: frozenset[str]
+    item: int = 0
 
 
 def look(
@@ -64,31 +74,71 @@ def look(
     UnknownCutError, CrossingError, SharedStateError, EmptySegmentError, CutError
         If the model can't be cut like this.
     """
+    first, second = places_of(cut)
     with undisturbed(args, kwargs):
         ghost = plain_copy(model)
-        first = Survey(ghost, *fresh(args, kwargs))
+        once = Survey(ghost, *fresh(args, kwargs))
         for _ in range(_TRIES):
-            survey = Survey(ghost, *fresh(args, kwargs), before=first)
-            call = call_at(survey, model, cut)
+            survey = Survey(ghost, *fresh(args, kwargs), before=once)
+            call = call_at(survey, model, first)
+            end = call_at(survey, model, second) if second else None
             if not call.drawn:
                 break
-    check_call(call)
-    passage = survey.passage(call)
-    _check_values(survey, call, passage, cut, share)
-    _check_state(survey, call, cut)
-    client, server = divided(survey, call)
-    if not any(
-        isinstance(state.tensor, nn.Parameter) and not server.isdisjoint(state.names)
-        for state in survey.state.values()
-    ):
+    for place in (call, *([end] if end else [])):
+        check_call(place)
+    if end and end.reached <= call.reached:
+        raise CutError(
+            f"the second cut {second!r} doesn't come after the first one {first!r}: name the last "
+            "layer before the server's and the server's last, in the order of forward"
+        )
+    passage = survey.passage(call, end)
+    _check_values(survey, call, passage, first, share)
+    _check_state(survey, call, end, cut)
+    client, server = divided(survey, call, end)
+    if not any(_is_trained(state) and not server.isdisjoint(state.names) for state in _all(survey)):
+        where = f"between {first!r} and {second!r}" if second else f"after {first!r}"
         raise EmptySegmentError(
-            f"no parameters of {type(model).__name__} come after {cut!r}, so the server would have "
+            f"no parameters of {type(model).__name__} come {where}, so the server would have "
             "nothing to train: cut earlier"
         )
     passage.trace.to_json()  # what can't be described is refused here
-    around = {c.name for c in call.around}
-    before = {c.name for c in survey.calls if c.end <= call.reached} - around
-    return Look(passage, frozenset(before), client, server)
+    last = end or call
+    around = {c.name for c in last.around}
+    before = {c.name for c in survey.calls if c.end <= last.reached} - around
+    item = _check_tail(survey, model, call, end, passage) if end else 0
+    return Look(passage, frozenset(before), client, server, item)
+
+
+def _check_tail(survey: Survey, model: nn.Module, call: Call, end: Call, passage: Passage) -> int:
+    """Refuse a second cut at which more than one tensor comes back; return which one it is."""
+    assert passage.tail is not None  # there are two cuts
+    back = {k: value for k, value in passage.tail.values.items() if k not in passage.kept}
+    # What depends on nothing but shapes is the same at the client.
+    late = [value for value in passage.tail.reads if value.made >= call.reached]
+    reads = [value for value in late if value.inputs or value.learnt]
+    returned = survey.values_in(end.returned)
+    found = [n for n, value in enumerate(returned) if any(value is one for one in back.values())]
+    if len(back) != 1 or not found or reads:
+        kinds = [value.what for value in (*back.values(), *reads)]
+        raise CrossingError(
+            f"after the second cut {end.name!r} the client's last layers need {len(kinds)} values "
+            f"of the server's ({listed(kinds, limit=4)}), but only one tensor may come back, and "
+            f"it has to be what {end.name!r} returns. {nearest(survey, end)}"
+        )
+    if not any(_is_trained(s) and s.uses and s.uses[-1] >= end.reached for s in _all(survey)):
+        raise EmptySegmentError(
+            f"no parameters of {type(model).__name__} come after the second cut {end.name!r}: the "
+            "client's last layers would have nothing to train. Cut earlier"
+        )
+    return found[0]
+
+
+def _all(survey: Survey) -> Iterable[State]:
+    return survey.state.values()
+
+
+def _is_trained(state: State) -> bool:
+    return isinstance(state.tensor, nn.Parameter)
 
 
 def fresh(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -192,7 +242,7 @@ def clean(
         smashed = [value for value in values if value.learnt or not value.inputs <= share]
         if not smashed or (len(smashed) > 1 and not several):
             continue
-        if any(spans(survey, s, call) for s in survey.state.values()):
+        if any(spans(s, call) for s in survey.state.values()):
             continue
         if not any(_is_servers(s, call) for s in survey.state.values()):
             continue
@@ -206,7 +256,7 @@ def clean(
 
 
 def _is_servers(state: State, call: Call) -> bool:
-    return isinstance(state.tensor, nn.Parameter) and state.last >= call.reached
+    return isinstance(state.tensor, nn.Parameter) and _sides(state, call)[1]
 
 
 def _may_be_cut(call: Call) -> bool:
@@ -250,14 +300,20 @@ def _unshared(survey: Survey, call: Call, passage: Passage, share: frozenset[str
     ]
 
 
-def spans(survey: Survey, state: State, call: Call) -> bool:
+def _sides(state: State, call: Call, end: Call | None = None) -> tuple[bool, bool]:
+    """Tell whether the client uses a parameter or buffer, and whether the server does."""
+    at_server = [call.reached <= use and not (end and end.reached <= use) for use in state.uses]
+    return not all(at_server), any(at_server)
+
+
+def spans(state: State, call: Call, end: Call | None = None) -> bool:
     """Tell whether both sides of a cut would change a parameter or buffer."""
     changes = state.tensor.requires_grad or state.tensor._version != state.version
-    return changes and 0 <= state.first < call.reached <= state.last
+    return changes and all(_sides(state, call, end))
 
 
-def _check_state(survey: Survey, call: Call, cut: str) -> None:
-    both = [s for s in survey.state.values() if spans(survey, s, call)]
+def _check_state(survey: Survey, call: Call, end: Call | None, cut: str) -> None:
+    both = [state for state in survey.state.values() if spans(state, call, end)]
     if both:
         names = [" = ".join(state.names) for state in both]
         raise SharedStateError(
@@ -268,26 +324,30 @@ def _check_state(survey: Survey, call: Call, cut: str) -> None:
         )
 
 
-def divided(survey: Survey, call: Call) -> tuple[frozenset[str], frozenset[str]]:
+def divided(
+    survey: Survey, call: Call, end: Call | None = None
+) -> tuple[frozenset[str], frozenset[str]]:
     """Return the names of the state that the client and the server need."""
     client, server = set[str](), set[str]()
     for state in survey.state.values():
-        if state.first < 0:
-            (client if _unused_is_clients(survey, state, call) else server).update(state.names)
-        if 0 <= state.first < call.reached:
-            client.update(state.names)
-        if state.last >= call.reached:
-            server.update(state.names)
+        sides = _sides(state, call, end)
+        if not state.uses:
+            unused = _unused_is_clients(survey, state, call, end)
+            sides = unused, not unused
+        for names, needs in zip((client, server), sides, strict=True):
+            if needs:
+                names.update(state.names)
     return frozenset(client), frozenset(server)
 
 
-def _unused_is_clients(survey: Survey, state: State, call: Call) -> bool:
+def _unused_is_clients(survey: Survey, state: State, call: Call, end: Call | None) -> bool:
     """Give what forward never uses to the side of the innermost called module that holds it."""
     holder = state.names[0]
     while "." in holder:
         holder = holder.rpartition(".")[0]
         if calls := survey.calls_of(holder):
-            return calls[0].reached <= call.reached
+            of_tail = end is not None and calls[0].start >= end.reached
+            return calls[0].reached <= call.reached or of_tail
     return False
 
 
@@ -324,10 +384,15 @@ def verify(
         if trace != found.passage.trace:
             raise CutError(f"forward takes another way before {cut!r} when it is run again")
         values = {key: held[key] for key in found.passage.values}
-        crossing = Crossing(values, trace, aliases(values))
+        kept = {key: held[key] for key in found.passage.kept}
+        crossing = Crossing(values, trace, aliases(values), kept=kept)
         sent = crossing.detached()
         try:
-            output = run_from_cut(server, cut, sent)
+            output = middle = run_from_cut(server, cut, sent)
+            if found.passage.tail:
+                middle = tensor_at(found.item, output)
+                tail = for_tail(found.passage, middle.detach(), crossing)
+                output = run_from_cut(client, places_of(cut)[1], tail)
         except TORCH_ERRORS as error:
             if isinstance(error, CutError):
                 raise
@@ -336,8 +401,11 @@ def verify(
             ) from error
         if learns:
             _backward(output)
-        if learns and crossing.learning:
-            crossing.backward({key: sent.values[key].grad for key in crossing.learning})
+            if found.passage.tail and (gradient := tail.given.grad) is not None:
+                middle.backward(gradient)
+        if learns and (crossing.learning or kept):
+            gradients = {key: sent.values[key].grad for key in crossing.learning}
+            crossing.backward(gradients, tail.gradients if kept else {})
     pairs: list[tuple[str, Tensor | None, Tensor | None]] = [
         ("an output", *both) for both in zip(tensors_in(expected), tensors_in(output), strict=True)
     ]

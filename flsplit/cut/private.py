@@ -2,9 +2,10 @@
 
 A segment runs the model's own forward, of which only one stretch computes. For that, calls are
 watched (`TorchFunctionMode`, public) and tensors stand in for others (`swap_tensors`, public).
-Four things have no public name: a tensor without data that takes part in no dispatch, a block in
-which the watching rests, the stack of watchers, and what `torch.vmap` has wrapped. Tried with
-torch 2.6 to 2.13. Where one of them changes, this module is what has to.
+Five things have no public name: a tensor without data that takes part in no dispatch, a block in
+which the watching rests, the stack of watchers, what `torch.vmap` has wrapped, and whether there
+are hooks for all modules. Tried with torch 2.6 to 2.13. Where one of them changes, this module is
+what has to.
 """
 
 from typing import Any
@@ -13,13 +14,25 @@ import torch
 from torch import Tensor
 from torch._C import DisableTorchFunction, _disabled_torch_function_impl
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Unseen", "bare", "is_innermost", "no_torch_function", "tree_leaves", "wrapper"]
+__all__ = [
+    "Unseen",
+    "bare",
+    "has_any_global_hook",
+    "is_innermost",
+    "no_torch_function",
+    "tree_leaves",
+    "wrapper",
+]
 
 Unseen = DisableTorchFunction
 """A block whose calls no watcher sees."""
+
+has_any_global_hook = _has_any_global_hook
+"""Tell whether somebody registered a hook for the calls of all modules."""
 
 no_torch_function = _disabled_torch_function_impl
 """The ``__torch_function__`` of a class whose tensors are treated as plain ones."""

@@ -13,7 +13,7 @@ from flsplit.cut.examples import NEEDS_VALUES, ROWS, likely_rows, needs_values, 
 from flsplit.cut.halves import ClientHalf, Cut, ServerHalf, batch_key, one_side, without_data
 from flsplit.cut.look import Look, find_layer, look, verify
 from flsplit.cut.remembering import fingerprint, remembered
-from flsplit.cut.watch import is_compiled
+from flsplit.cut.watch import is_compiled, places_of
 from flsplit.nested import as_arguments, to_device
 
 T = TypeVar("T")
@@ -26,11 +26,12 @@ class Split:
     Attributes
     ----------
     client : nn.Module
-        The client segment: turns an input batch into smashed data, a tensor or a `Crossing`.
+        The client segment: turns an input batch into smashed data, a tensor or a `Crossing`. Of a
+        U-shaped split it has the last layers, too, in ``tail``.
     server : nn.Module
-        The server segment: turns smashed data into the model's output.
+        The server segment: turns smashed data into the model's output, or into what comes back.
     cut : str
-        The cut layer's name.
+        The cut layer's name, or the two of a U-shaped split: ``"conv2,fc1"``.
     keys : tuple of str
         The keys of the whole model's state dict, in its order.
     """
@@ -89,8 +90,10 @@ class Split:
         return {key: server[key] if key in server else client[key] for key in self.keys}
 
 
-def split(model: nn.Module, cut: str, example: Any = None, *, share: Sequence[str] = ()) -> Split:
-    """Cut a model in two after one of its modules.
+def split(
+    model: nn.Module, cut: str | tuple[str, str], example: Any = None, *, share: Sequence[str] = ()
+) -> Split:
+    """Cut a model in two after one of its modules, or out of it what lies between two.
 
     The client segment is everything up to the moment when the cut layer returns, the server
     segment is the rest. Both are the model's own forward, run by Python, of which only one
@@ -100,9 +103,11 @@ def split(model: nn.Module, cut: str, example: Any = None, *, share: Sequence[st
     ----------
     model : nn.Module
         The whole model. It is not changed.
-    cut : str
+    cut : str or (str, str)
         The cut layer: the dotted name of a submodule, as in ``model.named_modules()``. If forward
-        calls it more than once, ``"relu#2"`` is after the second call.
+        calls it more than once, ``"relu#2"`` is after the second call. Two of them, also in one
+        text (``"conv2,fc1"``), make a U-shaped split: the server has what comes after the first up
+        to the second one, the client all else.
     example : Tensor, tuple or dict, optional
         A batch: the model's input, its arguments, or its keyword arguments. The model is run with
         it, whole and split, and both have to compute the same. Without an example, it is the
@@ -131,7 +136,10 @@ def split(model: nn.Module, cut: str, example: Any = None, *, share: Sequence[st
     CutError
         If the split model would compute something else, for another reason.
     """
-    find_layer(model, cut)
+    cut = cut_name(cut)
+    first, second = places_of(cut)
+    for place in [first, second] if second else [first]:
+        find_layer(model, place)
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise CutError(f"{type(model).__name__} has lazy parameters: run it on one batch first")
     allowed = frozenset([share] if isinstance(share, str) else share)
@@ -160,6 +168,11 @@ def split(model: nn.Module, cut: str, example: Any = None, *, share: Sequence[st
             f"{listed(lost)}: a module makes its state dict in a way of its own"
         )
     return halves
+
+
+def cut_name(cut: str | tuple[str, str]) -> str:
+    """Return a cut, or two, as one text."""
+    return ",".join(places_of(cut if isinstance(cut, str) else ",".join(cut))).strip(",")
 
 
 def _look_and_verify(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flsplit.cut.cut_errors import CrossingError, UnknownCutError
 from flsplit.cut.survey import Passage
 from flsplit.cut.trace import Trace, tensors_in
-from flsplit.cut.watch import Absent, PartialForward, Recording, Replaying, Script, place_of
+from flsplit.cut.watch import Absent, PartialForward, Recording, Replaying, Script
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,15 @@ class Crossing:
         Names of tensors that share memory with another one.
     raw : set of str
         Names of inputs that are shared, and of what is made of them alone. It stays at the client.
+    kept : dict of str to Tensor
+        What the last layers of a U-shaped split need of the first ones, by name. It stays, too.
     """
 
     values: dict[str, Tensor]
     trace: Trace
     aliases: frozenset[str] = field(default_factory=frozenset)
     raw: frozenset[str] = field(default_factory=frozenset)
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def learning(self) -> list[str]:
@@ -54,8 +57,10 @@ class Crossing:
         }
         return Crossing(values, self.trace, self.aliases)
 
-    def backward(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """Go on with the gradients that the server found, by name.
+    def backward(
+        self, gradients: Mapping[str, Tensor | None], of_kept: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Go on with the gradients that the server found, by name, and those of what was kept.
 
         Raises
         ------
@@ -71,12 +76,43 @@ class Crossing:
                     f"a gradient of shape {tuple(gradient.shape)} came for value {name!r}, "
                     f"expected {expected}; those that need one are {self.learning}"
                 )
-        torch.autograd.backward([self.values[name] for name in found], list(found.values()))
+        values = [self.values[name] for name in found]
+        values += [self.kept[name] for name in of_kept or ()]
+        torch.autograd.backward(values, [*found.values(), *(of_kept or {}).values()])
+
+
+@dataclass(frozen=True)
+class Returning(Crossing):
+    """What goes from the server segment of a U-shaped split to the client's last layers.
+
+    All that needs a gradient are leaves, which collect it.
+
+    Attributes
+    ----------
+    name : str
+        Which of the values came from the server.
+    """
+
+    name: str = ""
+
+    @property
+    def given(self) -> Tensor:
+        """What came from the server."""
+        return self.values[self.name]
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of what the client had kept, by name."""
+        return {
+            name: value.grad
+            for name, value in self.values.items()
+            if name != self.name and value.grad is not None
+        }
 
 
 def run_to_layer(model: nn.Module, cut: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """Run a model up to its cut layer and return that layer's output; nothing is watched."""
-    run = PartialForward(place_of(cut)[1])
+    run = PartialForward(cut)
     run.run(model, args, kwargs)
     return run.output if run.passed else _not_reached(cut)
 
@@ -101,8 +137,8 @@ def run_to_cut(
         The trace, and the values that cross on any of the ways.
     """
     known = list(passages)
-    keys = {key for passage in known for key in passage.values}
-    recording = Recording(keys, known[0].whole, place_of(cut)[1])
+    keys = {key for passage in known for key in (*passage.values, *passage.kept)}
+    recording = Recording(keys, known[0].whole, cut)
     record(recording, model, cut, args, kwargs)
     return recording.trace, recording.held
 
@@ -131,7 +167,7 @@ def run_from_cut(
     extra: Mapping[str, Any] | None = None,
     script: Script | None = None,
 ) -> Any:
-    """Run a model from the cut and return its output.
+    """Run a model from the cut and return its output; of two cuts, from one to the other.
 
     Parameters
     ----------
@@ -142,9 +178,7 @@ def run_from_cut(
     script : Script, optional
         As `script_for` returned it for the same trace.
     """
-    run = Replaying(
-        script or script_for(given), given.trace.numbers, given.values, place_of(cut)[1]
-    )
+    run = Replaying(script or script_for(given), given.trace.numbers, given.values, cut)
     output = run.go_on(model, extra or {})
     if not run.passed:
         _not_reached(cut)
@@ -159,6 +193,36 @@ def run_from_cut(
         if isinstance(tensor, Absent):
             raise CrossingError(f"the model returned value {tensor.key}, which did not cross")
     return output
+
+
+def tensor_at(item: int, output: Any) -> Tensor:
+    """Return one of the tensors that a layer returned."""
+    return output if type(output) is Tensor else tensors_in(output)[item]
+
+
+def for_tail(passage: Passage, given: Tensor, head: Tensor | Crossing) -> Returning:
+    """Return what crosses the second cut.
+
+    Parameters
+    ----------
+    passage : Passage
+        The way that the forward up to the first cut took.
+    given : Tensor
+        What the server segment returned.
+    head : Tensor or Crossing
+        What that forward returned.
+    """
+    assert passage.tail is not None  # there are two cuts
+    kept, numbers = (head.kept, head.trace.numbers) if isinstance(head, Crossing) else ({}, ())
+    values = {}
+    for name in passage.tail.values:
+        value = kept.get(name, given).detach()
+        learns = name not in kept or kept[name].requires_grad
+        values[name] = value.requires_grad_(learns and torch.is_grad_enabled())
+    (name,) = values.keys() - kept.keys()
+    found = passage.tail.trace  # with numbers that depend on nothing but shapes
+    trace = Trace(found.calls, (*numbers, *found.numbers[len(numbers) :]))
+    return Returning(values, trace, aliases(values), name=name)
 
 
 def _not_reached(cut: str) -> NoReturn:

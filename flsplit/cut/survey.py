@@ -3,7 +3,7 @@
 import inspect
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,13 @@ class Value:
     made: int  # the number of the call
     inputs: frozenset[str] = frozenset()  # the model's inputs that it depends on
     learnt: bool = False  # whether a parameter or buffer had a part in it
-    last_use: int = -1
+    uses: list[int] = field(default_factory=list)  # the numbers of the calls
+
+    def crosses(self, cut: "Call", end: "Call | None" = None) -> bool:
+        """Tell whether it is made before a cut and used after it (and before another)."""
+        if self.made >= cut.reached or not self.uses or self.uses[-1] < cut.reached:
+            return False
+        return end is None or any(cut.reached <= use < end.reached for use in self.uses)
 
 
 @dataclass
@@ -60,13 +66,12 @@ class Call:
 
 @dataclass
 class State:
-    """A parameter or buffer: its names, and the first and last call that used it."""
+    """A parameter or buffer: its names, and the calls that used it."""
 
     tensor: Tensor
     names: list[str]
     version: int
-    first: int = -1
-    last: int = -1
+    uses: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class Passage:
         The numbers that cross, as part of the trace.
     item : int or None
         If a single tensor crosses and no number: which of the tensors that the layer returns.
+    tail : Passage or None
+        At the first of two cuts: what crosses at the second one.
     """
 
     trace: Trace
@@ -115,6 +122,14 @@ class Passage:
     values: dict[str, Value]
     reads: tuple[Value, ...]
     item: int | None
+    tail: "Passage | None" = None
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Names of what the client keeps for its last layers, after the second cut."""
+        places = len(self.trace.calls)
+        tail = self.tail.values if self.tail else ()
+        return frozenset(key for key in tail if int(key.partition(".")[0]) < places)
 
 
 class _Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -150,7 +165,7 @@ class Survey(TorchFunctionMode, PartialForward):
         self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], before: "Survey | None" = None
     ) -> None:
         TorchFunctionMode.__init__(self)
-        PartialForward.__init__(self)
+        PartialForward.__init__(self, "")
         if before is None:
             instrument(model, None)
         self.model = model
@@ -245,10 +260,9 @@ class Survey(TorchFunctionMode, PartialForward):
         now = len(self._written)
         for t in map(bare, tensors_in(tree)):
             if state := self.state.get(id(t)):
-                state.first = now if state.first < 0 else state.first
-                state.last = now
+                state.uses.append(now)
             elif id(t) in self._values:
-                self._values[id(t)][0].last_use = now
+                self._values[id(t)][0].uses.append(now)
             elif id(t) in self._before and self._before[id(t)][0].inputs:
                 raise CrossingError(
                     f"forward keeps a value {self._before[id(t)][0].what} from one batch for the "
@@ -282,15 +296,27 @@ class Survey(TorchFunctionMode, PartialForward):
 
     def crossing(self, cut: Call) -> list[Value]:
         """Return the tensors that were made before a module returned and are used after it."""
-        return [v for v, _ in self._values.values() if v.made < cut.reached <= v.last_use]
+        return [v for v, _ in self._values.values() if v.crosses(cut)]
 
     def values_in(self, tree: Any) -> list[Value]:
         """Return what is known of the tensors in a tree."""
         return [self._values[id(t)][0] for t in tensors_in(tree) if id(t) in self._values]
 
-    def passage(self, cut: Call) -> Passage:
-        """Return what crosses when a module returns."""
-        whole = self._whole(cut)
+    def passage(self, cut: Call, end: Call | None = None) -> Passage:
+        """Return what crosses when a module returns, and of two cuts what does at the second."""
+        whole = self._whole(cut, end)
+        if end is None:
+            return self._passage(cut, whole)
+        # The calls before the first cut are numbered alike in both traces.
+        of_tail = self._whole(end, cut)
+        whole &= of_tail
+        before = {call.name for call in self.calls if call.end <= cut.reached}
+        apart = (before - whole) | {call.name for call in cut.around}
+        return replace(
+            self._passage(cut, whole, end), tail=self._passage(end, frozenset(of_tail - apart))
+        )
+
+    def _passage(self, cut: Call, whole: frozenset[str], end: Call | None = None) -> Passage:
         outermost = {
             call.start: call
             for call in self.calls
@@ -318,7 +344,7 @@ class Survey(TorchFunctionMode, PartialForward):
         crossing = {
             keys[i]: value
             for i, (value, _) in self._values.items()
-            if i in keys and value.made < cut.reached <= value.last_use
+            if i in keys and value.crosses(cut, end)
         }
         item = None
         if len(crossing) == 1 and not visible:
@@ -326,18 +352,18 @@ class Survey(TorchFunctionMode, PartialForward):
             item = next((i for i, key in enumerate(returned) if key in crossing), None)
         return Passage(Trace(tuple(calls), tuple(numbers)), whole, crossing, tuple(visible), item)
 
-    def _whole(self, cut: Call) -> frozenset[str]:
+    def _whole(self, cut: Call, also: Call | None) -> frozenset[str]:
         """Return the modules that are done before the cut and keep nothing for later."""
         before = [c for c in self.calls if c.end <= cut.reached and c.start < c.end]
         names = {c.name for c in before} - {c.name for c in cut.around}
         for call in before:
-            if call.name == cut.name:  # the server has to count these
+            if call.name == cut.name or (also and call.name == also.name):  # these are counted
                 names -= {c.name for c in call.around}
             if not (call.output and call.output.made and can_be_sent(call.output.tree)):
                 names.discard(call.name)
         for i, (value, _) in self._values.items():
             for call in before:
-                outlives = call.start <= value.made < call.end <= value.last_use
+                outlives = call.start <= value.made < call.end <= (value.uses or [-1])[-1]
                 if outlives and call.output and i not in call.output.made:
                     names.discard(call.name)
         return frozenset(names)

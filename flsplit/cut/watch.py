@@ -112,13 +112,21 @@ _active = _Active()
 
 
 class PartialForward:
-    """One forward up to a cut, or from it; watches nothing of what happens in between."""
+    """One forward up to a cut, or from it; watches nothing of what happens in between.
+
+    Parameters
+    ----------
+    cut : str
+        The cut; of two, the run is from the first one to the second.
+    """
 
     watches = False
     """Whether modules before the cut are told to `module`, or called as ever."""
 
-    def __init__(self, nth: int = 1) -> None:
-        self._left, self._grad = nth, torch.is_grad_enabled()
+    def __init__(self, cut: str) -> None:
+        first, second = places_of(cut)
+        (self._layer, self._left), (self._last, self._rest) = place_of(first), place_of(second)
+        self._grad = torch.is_grad_enabled()
         self.passed = False
 
     def module(self, stub: "Stub", args: Any, kwargs: Any) -> Any:
@@ -126,7 +134,14 @@ class PartialForward:
         return stub.forward(*args, **kwargs)
 
     def layer_returned(self, name: str, output: Any) -> Any:
-        """Be told that the cut layer returned; what this returns takes the output's place."""
+        """Be told that a cut layer returned; what this returns takes the output's place."""
+        if name == self._last:
+            self._rest -= 1
+            if self.passed and not self._rest:
+                self.output = output
+                raise Reached
+        if self.passed or name != self._layer:
+            return None
         self._left -= 1
         if self._left:
             return None
@@ -185,7 +200,7 @@ class Stub:
 
 
 class AtCut:
-    """The last forward hook of the cut layer."""
+    """The last forward hook of a cut layer."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -193,7 +208,14 @@ class AtCut:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Tell the run that goes on."""
         run = _active.run
-        return None if run is None or run.passed else run.layer_returned(self.name, output)
+        return None if run is None else run.layer_returned(self.name, output)
+
+
+@cache
+def places_of(cut: str) -> tuple[str, str]:
+    """Return the cut, and of two in ``"conv1,fc1"`` the second one, which is empty otherwise."""
+    first, _, second = cut.partition(",")
+    return first.strip(), second.strip()
 
 
 @cache
@@ -213,18 +235,20 @@ def instrument(model: nn.Module, cut: str | None, names: frozenset[str] | None =
     model : nn.Module
         The copy.
     cut : str, optional
-        The cut layer. Default: every module tells when it returned.
+        The cut layer, or two. Default: every module tells when it returned.
     names : set of str, optional
         Modules that a run may skip. Default: all.
     """
-    layer = None if cut is None else model.get_submodule(place_of(cut)[0])
     for name, module in model.named_modules():
         if not name or is_compiled(module):
             continue
         if names is None or name in names:
             vars(module)["forward"] = Stub(module, name)
-        if layer is None or module is layer:
+        if cut is None:
             module.register_forward_hook(AtCut(name))
+    for layer in {place_of(place)[0] for place in places_of(cut) if place} if cut else ():
+        if not is_compiled(module := model.get_submodule(layer)):
+            module.register_forward_hook(AtCut(layer))
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -316,15 +340,15 @@ class Recording(TorchFunctionMode, PartialForward):
         The values to hold: ``"call.output"``. None: all.
     whole : set of str
         Modules that are one call.
-    nth : int
-        Which call of the cut layer is the cut.
+    cut : str
+        The cut.
     """
 
     watches = True
 
-    def __init__(self, keys: set[str] | None, whole: frozenset[str], nth: int) -> None:
+    def __init__(self, keys: set[str] | None, whole: frozenset[str], cut: str) -> None:
         TorchFunctionMode.__init__(self)
-        PartialForward.__init__(self, nth)
+        PartialForward.__init__(self, cut)
         self.calls: list[tuple[str, Any]] = []
         self.numbers: list[Any] = []
         self.held: dict[str, Tensor] = {}
@@ -470,16 +494,16 @@ class Replaying(TorchFunctionMode, PartialForward):
         Numbers among that.
     values : mapping of str to Tensor
         What crosses.
-    nth : int
-        Which call of the cut layer is the cut.
+    cut : str
+        The cut; of two, the forward ends at the second one.
     """
 
     watches = True
 
     def __init__(
-        self, script: Script, numbers: tuple[Any, ...], values: Mapping[str, Tensor], nth: int
+        self, script: Script, numbers: tuple[Any, ...], values: Mapping[str, Tensor], cut: str
     ) -> None:
-        PartialForward.__init__(self, nth)
+        PartialForward.__init__(self, cut)
         self._script, self._names = script, script.names
         self._numbers, self._values = numbers, values
         self._held: dict[str, Tensor] = {}
@@ -517,11 +541,11 @@ class Replaying(TorchFunctionMode, PartialForward):
             raise PathError(
                 f"the cut came after {calls} calls on the other side, after {self._place} here"
             )
-        with Unseen(), torch.enable_grad():  # these are none of forward's calls
-            if self._script.layer is not None:
-                if self._watching:
-                    self._end()
+        if self._script.layer is not None:
+            self._end()
+            with Unseen():  # it is none of forward's calls
                 return next(iter(self._values.values())).clone()
+        with Unseen(), torch.enable_grad():
             for key, value in self._values.items():
                 if key not in self._held:
                     raise PathError(f"value {key} came, which no call before the cut returned")
@@ -548,13 +572,19 @@ class Replaying(TorchFunctionMode, PartialForward):
         """Run a model, watched up to the cut."""
         args, kwargs = self._recall(())
         if self._script.skips:
-            return self.run(model, args, {**kwargs, **extra})
-        self._watching = True
-        self.__enter__()  # type: ignore[no-untyped-call]
-        try:
-            return self.run(model, args, {**kwargs, **extra})
-        finally:
-            self._end()
+            output = self.run(model, args, {**kwargs, **extra})
+        else:
+            self._watching = True
+            self.__enter__()  # type: ignore[no-untyped-call]
+            try:
+                output = self.run(model, args, {**kwargs, **extra})
+            finally:
+                self._end()
+        if self._last and self.passed:
+            if self._rest:
+                raise UnknownCutError(f"forward ended before the second cut {self._last!r}")
+            return self.output
+        return output
 
     def changed(self, key: str) -> bool:
         """Tell whether a value that crossed was changed in place."""

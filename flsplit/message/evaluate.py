@@ -11,7 +11,7 @@ from flsplit.errors import ProtocolError
 from flsplit.message import request as common
 from flsplit.message.crossings import Unresolved
 from flsplit.message.fields import In
-from flsplit.message.request import Batch, Reply, Request, check_batch
+from flsplit.message.request import Batch, Reply, Request, check_batch, refuse_labels
 from flsplit.message.round_plan import MOST_BATCHES
 from flsplit.message.types import EVALUATE
 from flsplit.nested import num_rows
@@ -59,7 +59,8 @@ class EvaluateReply(Reply):
 class EvaluateRequest(Request):
     """Asks a client for the smashed data of test batch ``batch``, in evaluation mode.
 
-    How many there are (``num_batches``) stays on the server, where it is known.
+    How many there are (``num_batches``) stays on the server, where it is known, and whether labels
+    may not come.
     """
 
     kind = EVALUATE
@@ -72,12 +73,15 @@ class EvaluateRequest(Request):
     segment_version: Annotated[int, In("config", 0)]
     segment: common.Segment = None
     num_batches: int | None = None
+    keeps_labels: bool = False
 
     def check(self, reply: EvaluateReply) -> None:
         """Check the smashed data and labels, if there are any; only the last batch may be short."""
         if not reply.num_batches:
             return
         check_batch(reply.smashed, reply.labels, self.batch_size)
+        if self.keeps_labels:
+            refuse_labels(reply.labels)
         rows = num_rows(reply.labels)
         if self.batch + 1 < reply.num_batches and rows < self.batch_size:
             raise ProtocolError(

@@ -30,7 +30,7 @@ from flsplit.message.fields import (
 from flsplit.message.nestings import nesting
 from flsplit.message.optimizer_state import OptimizerState, indexed
 from flsplit.message.round_plan import RoundPlan
-from flsplit.nested import num_rows, shapes_of
+from flsplit.nested import num_rows, shapes_of, tensors_of
 
 Batch = tuple[Smashed, Any]
 """Smashed data ``(b, ...)`` and labels ``(b, ...)``, a nesting of tensors."""
@@ -237,6 +237,15 @@ def check_batch(smashed: Smashed, labels: Any, most: int | None = None) -> None:
             raise NonFiniteError("smashed-data: there are values that are NaN or infinite")
     if isinstance(smashed, Tensor):
         raise NonFiniteError("smashed-data: there are values whose squares overflow")
+
+
+def refuse_labels(labels: Any) -> None:
+    """Refuse labels that should have stayed at the client, and are none ``(b, 0)`` then."""
+    if any(tensor.numel() for tensor in tensors_of(labels)):
+        raise ProtocolError(
+            f"labels: shape is {shapes_of(labels)}, but the client has the last layers, and keeps "
+            "its labels"
+        )
 
 
 def check_segment(state: Mapping[str, Tensor] | None, given: SegmentArrays | None) -> None:

@@ -22,7 +22,7 @@ class RoundPlan(Fields):
     num_rounds : int
         How many rounds the run has.
     cut : str
-        The cut layer. A client that is cut elsewhere refuses the round.
+        The cut layer, or two. A client that is cut elsewhere refuses the round.
     segment_version : int
         Which of the server's client segments the client must hold.
     seed : int
@@ -67,6 +67,11 @@ class RoundPlan(Fields):
     clipping_norm: Annotated[float, In(least=0.0)] = 0.0
     norm_bit: bool = False
 
+    @property
+    def keeps_labels(self) -> bool:
+        """Whether the client has the last layers, too, and so keeps its labels."""
+        return "," in self.cut
+
     def rows_at(self, step: int) -> int:
         """Return how many rows a step may have; 0 if the client sits it out."""
         if not self.batch_sizes:
@@ -80,15 +85,15 @@ class RoundPlan(Fields):
 
     def steps_of(self, num_examples: int) -> int:
         """Return how many steps a client with so many examples has, those it sits out included."""
-        if self.num_steps is not None:
-            return self.num_steps
+        if steps := self.num_steps:
+            return steps
         full, rest = divmod(num_examples, self.batch_size)
         return self.local_epochs * (full + (1 if rest and not self.drop_last else 0))
 
     def check_steps(self, num_steps: int, num_examples: int) -> None:
         """Refuse another number of steps than that, or one that nobody has; ProtocolError."""
         expected = self.steps_of(num_examples)
-        if num_steps == expected and (self.num_steps or num_steps <= MOST_BATCHES):
+        if num_steps == expected and (num_steps <= MOST_BATCHES or self.num_steps):
             return
         wanted = f"at most {MOST_BATCHES}" if num_steps == expected else str(expected)
         raise ProtocolError(

@@ -27,6 +27,7 @@ from flsplit.message.request import (
     check_batch,
     check_clipped,
     check_segment,
+    refuse_labels,
 )
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.types import FINISH, STEP
@@ -129,6 +130,8 @@ class StepRequest(Request):
             self.planned.check_steps(reply.num_steps, reply.num_examples)
         most = self.planned.rows_at(self.step) if self.planned else None
         check_batch(reply.smashed, reply.labels, most)
+        if self.planned and self.planned.keeps_labels:
+            refuse_labels(reply.labels)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Flower's message types of split learning, as ``category.action``."""
 
 STEP = "train.step"
+TAIL = "train.tail"
 FINISH = "train.finish"
 LOCAL = "train.local"
 EVALUATE = "evaluate.step"
+EVALUATE_TAIL = "evaluate.tail"
 DESCRIBE = "query.describe"
 SHAPE = "query.shape"

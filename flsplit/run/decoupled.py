@@ -77,6 +77,7 @@ class DecoupledStrategy(SplitStrategy):
 
     aggregates = True
     pools = False
+    needs_labels = "its server trains by itself on what clients have sent it"
     one_cut = "its auxiliary model is one for all and begins at the cut"
 
     trains_auxiliary = False

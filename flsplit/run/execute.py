@@ -299,6 +299,7 @@ class Run:
             metrics=options.metrics,
             fits=Fits(self.strategy.server_for, pools=False),
             each=options.client_strategy is not None,
+            keeps_labels=options.keeps_labels,
         )
 
     def _evaluate_centrally(self, server_round: int) -> None:

@@ -16,7 +16,7 @@ from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart, describe_parts
 from flsplit.cut import Split, split
 from flsplit.cut.client_cuts import all_cuts, cut_of, joined
-from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, at, located
+from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, LostClientsError, at, located
 from flsplit.flower_internals import NORM_BIT
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.request import Backward, SegmentArrays
@@ -73,6 +73,10 @@ class SplitMethod(SaysPhases):
         Whether clients may be cut at different places.
     one_cut : str
         Why not, where they may not.
+    keeps_labels : bool
+        Whether labels, loss and last layers may be at the clients (a U-shaped split).
+    needs_labels : str
+        Why not, where they may not.
     client_parts : sequence of ClientPart
         What the method has its clients do beside the plain step; the options' parts come after.
 
@@ -88,6 +92,8 @@ class SplitMethod(SaysPhases):
     pools: ClassVar[bool] = True
     several_cuts: ClassVar[bool] = False
     one_cut: ClassVar[str] = "it computes with the smashed data of all clients together"
+    keeps_labels: ClassVar[bool] = False
+    needs_labels: ClassVar[str] = "it computes with labels or logits at the server"
     client_parts: Sequence[ClientPart] = ()
 
     ATTRIBUTES: ClassVar[tuple[str, ...]] = (
@@ -107,11 +113,19 @@ class SplitMethod(SaysPhases):
                 f"cut is {self.options.cut!r}, but {type(self).__name__} needs one cut for all "
                 f"clients: {self.one_cut}"
             )
+        if self.options.keeps_labels and not self.keeps_labels:
+            raise ConfigError(
+                f"cut is {self.options.cut!r}, which keeps labels at the clients, but "
+                f"{type(self).__name__} can't do without them: {self.needs_labels}"
+            )
         self._splits: dict[str, Split] = {}
         self.parts = self._make_parts()
         self.device = pick_device(self.options.device)
         self._settings = StepSettings(
-            self.options.shares, self.options.reduction, self.options.server_batchnorm == "pooled"
+            self.options.shares,
+            self.options.reduction,
+            pools=self.options.server_batchnorm == "pooled",
+            keeps_labels=self.options.keeps_labels,
         )
         self.aggregator = self._make_aggregator()
 
@@ -224,7 +238,7 @@ class SplitMethod(SaysPhases):
 
     def exchanges_per_round(self, steps: int, participants: int) -> int:
         """Return how many exchanges a round takes whose clients have up to ``steps`` steps."""
-        return steps + 1
+        return steps * (2 if self.options.keeps_labels else 1) + 1
 
     # --- what the planner and a fleet's clock ask ----------------------------------------
 
@@ -288,7 +302,7 @@ class SplitMethod(SaysPhases):
     def _server_settings(self, server_round: int) -> dict[str, Any]:
         options = self.options
         return {
-            "loss": options.loss,
+            "loss": None if options.keeps_labels else options.loss,
             "optimizer": options.server_optimizer,
             "lr": at_round(options.server_lr, server_round),
             "scheduler": options.server_scheduler,
@@ -379,6 +393,7 @@ class SplitMethod(SaysPhases):
             If the method does something with the step that it can't.
         """
         started, name = time.perf_counter(), type(self).__name__
+        waited = round_.entry.waiting_seconds
         told: dict[str, Backward] = {}
         first: FlsplitError | None = None
         while batches:
@@ -387,6 +402,12 @@ class SplitMethod(SaysPhases):
                 self.step(step)
                 told |= step.end(replies_expected=replies_expected)
                 break
+            except LostClientsError:  # who had the last layers: they are left out already
+                told |= step.break_off()
+                if not round_.enough_are_left():
+                    break
+                left = round_.others_than(list(told))
+                batches = [one for one in batches if one.client in left]
             except FlsplitError as error:
                 at(step.where, error)
                 if not isinstance(error, OF_A_BATCH):
@@ -404,7 +425,8 @@ class SplitMethod(SaysPhases):
                     round_.leave_out(client, index, why)
                 batches = [one for one in batches if one.client not in {**bad, **told}]
         round_.entry.steps += 1
-        round_.entry.server_seconds += time.perf_counter() - started
+        waited = round_.entry.waiting_seconds - waited  # for last layers at the clients
+        round_.entry.server_seconds += time.perf_counter() - started - waited
         return told
 
     # --- checkpoints ---------------------------------------------------------------------

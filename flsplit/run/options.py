@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from flsplit.carry.choose import CarrierName
 from flsplit.carry.session import SessionSettings
 from flsplit.client_parts import ClientPart, describe_parts
-from flsplit.cut.client_cuts import ClientCuts, check_cuts, default_cut
+from flsplit.cut.client_cuts import ClientCuts, all_cuts, check_cuts, default_cut
+from flsplit.cut.watch import places_of
 from flsplit.errors import ConfigError
 from flsplit.log import logger
 from flsplit.losses import Loss
@@ -165,7 +166,12 @@ class SplitOptions:
     @property
     def several_cuts(self) -> bool:
         """Whether clients may be cut at different places."""
-        return not isinstance(self.cut, str)
+        return not isinstance(self.cut, str | tuple)
+
+    @property
+    def keeps_labels(self) -> bool:
+        """Whether the clients have the last layers, too, so that labels stay with them."""
+        return not callable(self.cut) and any(places_of(cut)[1] for cut in all_cuts(self.cut))
 
     @property
     def default_cut(self) -> str:
@@ -175,6 +181,8 @@ class SplitOptions:
     def __post_init__(self) -> None:
         """Refuse values that can't be used."""
         check_cuts(self.cut)
+        if self.keeps_labels:
+            self._check_kept_labels()
         for name, kind in _KINDS.items():
             of_kind(name, getattr(self, name), kind)
         _check_metrics(self.metrics)
@@ -233,6 +241,20 @@ class SplitOptions:
         if self.client_strategy and self.fraction_train != 1.0:
             raise ConfigError(
                 "client_strategy chooses the clients: set fraction_train there, not here"
+            )
+
+    def _check_kept_labels(self) -> None:
+        """Refuse what needs labels at the server."""
+        where = f"cut is {self.cut!r}, so labels stay at the clients:"
+        if not all(places_of(cut)[1] for cut in all_cuts(self.cut)):
+            raise ConfigError(f"{where} then those of all clients do, and all are cut twice")
+        if self.metrics:
+            raise ConfigError(
+                f"{where} metrics can't be computed here, loss and accuracy are there"
+            )
+        if self.loss is not functional.cross_entropy:
+            raise ConfigError(
+                f"{where} give the loss to them, as client_app(loss=…), and none to the strategy"
             )
 
 

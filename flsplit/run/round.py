@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
 from flsplit.client_parts import ClientPart
 from flsplit.client_parts.chain import sent_down
-from flsplit.errors import FlsplitError, NotEnoughClientsError, located
+from flsplit.errors import FlsplitError, LostClientsError, NotEnoughClientsError, located
 from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.message.local_steps import LocalReply, LocalRequest
@@ -18,6 +19,7 @@ from flsplit.message.optimizer_state import OptimizerState
 from flsplit.message.request import Backward, Reply, Request, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
+from flsplit.message.u_shape import TailReply, TailRequest
 from flsplit.server.clients import Clients, Sent
 from flsplit.server.gradients import ClientBatch
 from flsplit.server.misfits import Fits, leave_out_misfits
@@ -235,6 +237,30 @@ class Round:
                 self.clients.carrier.check_speed(self.entry.waiting_seconds - before, exchanges)
                 self.exchanges_left = None
         return leave_out_misfits(self.fits, self.clients, requests, replies, self.entry)
+
+    def ask_tails(self, step: int, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients of clients' own mean losses by the server segment's outputs.
+
+        Parameters
+        ----------
+        step : int
+            The step.
+        outputs : mapping of str to torch.Tensor
+            By client, who has the layers that come after them.
+
+        Raises
+        ------
+        LostClientsError
+            If not all clients answer; those that don't are left out of the round.
+        """
+        requests = {
+            name: TailRequest(self.plan.server_round, step, one) for name, one in outputs.items()
+        }
+        replies = self.clients.exchange(requests, self.entry)
+        if lost := sorted(outputs.keys() - replies.keys()):
+            raise LostClientsError(f"step {step}: no gradient came from {', '.join(lost)}")
+        found = {n: one.gradient for n, one in replies.items() if isinstance(one, TailReply)}
+        return {name: one.to(outputs[name].device) for name, one in found.items()}
 
     def enough_are_left(self) -> bool:
         """Tell whether the round can go on.

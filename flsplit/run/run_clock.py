@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
+from flsplit.cut.watch import places_of
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
 from flsplit.message.shape import ShapeReply, ShapeRequest
@@ -40,6 +41,8 @@ def make_clock(
     fleet = find_fleet(options.fleet)
     with located("fleet"):
         profile = _profile(options, clients, server_round)
+        if options.keeps_labels:
+            profile = profile.cut_twice(places_of(options.default_cut)[1])
         place = profile.place(options.default_cut)
         training = Training(batch_size=options.batch_size, steps=options.local_steps or 1)
         problem = Problem(fleet, profile, method, training)

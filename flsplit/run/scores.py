@@ -11,6 +11,7 @@ from torch import Tensor
 from flsplit.errors import TORCH_ERRORS, ConfigError
 from flsplit.losses import Count, logits_of
 from flsplit.message.evaluate import EvaluateReply
+from flsplit.message.u_shape import EvaluateTailReply
 from flsplit.nested import num_rows, shapes_of, tensors_of, to_device
 from flsplit.server.segment import ServerSegment
 
@@ -56,6 +57,14 @@ class Scores:
         self._correct += count.correct
         self._classified += count.classified
 
+    def add(self, sums: EvaluateTailReply) -> None:
+        """Count the test batches of a client that has computed loss and accuracy itself."""
+        self._loss += sums.loss
+        self._weight += sums.weight
+        self._samples += sums.num_examples
+        self._correct += sums.correct
+        self._classified += sums.classified
+
     def compute(self) -> dict[str, float]:
         """Return loss and metrics, nothing if no sample came."""
         if not self._samples:
@@ -73,13 +82,19 @@ class Scores:
 @torch.no_grad()
 def update_all(scores: Sequence[Scores], segment: ServerSegment, reply: EvaluateReply) -> None:
     """Run a test batch through the server segment, and count it in all ``scores``."""
-    segment.module.eval()
     labels = to_device(reply.labels, segment.device)
-    # What is tested is trained on by nobody: buffers stay as they are, whatever forward does.
-    output = segment.forward(segment.receive(reply.smashed), labels, moves_buffers=False)
+    output = run_test_batch(segment, reply, labels)
     loss, count = segment.criterion(output, labels)
     for one in scores:
         one.update(output, labels, float(loss), count)
+
+
+@torch.no_grad()
+def run_test_batch(segment: ServerSegment, reply: EvaluateReply, labels: Any) -> Any:
+    """Return what the server segment gives for a test batch."""
+    segment.module.eval()
+    # What is tested is trained on by nobody: buffers stay as they are, whatever forward does.
+    return segment.forward(segment.receive(reply.smashed), labels, moves_buffers=False)
 
 
 def _numbers(name: str, value: Any) -> dict[str, float]:

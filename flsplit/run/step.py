@@ -24,19 +24,24 @@ from flsplit.run.round import Round
 from flsplit.seeds import derive_seed, generator, seeded
 from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, grouped_by_cut
 from flsplit.server.gradients import (
+    AskTails,
     ClientBatch,
+    Computation,
     StepGradients,
+    backward,
     can_be_pooled,
     check_finite,
     check_loss,
     check_server_gradients,
     client_gradients,
     client_loss,
+    forward,
     named,
     pool,
     pool_labels,
     pooled_gradients,
     separate_gradients,
+    with_tails,
 )
 from flsplit.server.segment import ServerGradients, ServerSegment
 
@@ -58,11 +63,14 @@ class StepSettings:
         Σ λ_i L_i, or S times that for S clients.
     pools : bool
         Whether the clients' rows go through the server segment together.
+    keeps_labels : bool
+        Whether the clients have the last layers, the labels and the loss.
     """
 
     shares: Shares
     reduction: Reduction
     pools: bool
+    keeps_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,8 @@ class Step:
         The clients' learning rate in this round.
     where : str
         Round and step, for errors.
+    keeps_labels : bool
+        Whether the clients have labels and loss, which then nobody knows here: losses are 0.
     """
 
     def __init__(
@@ -123,6 +133,10 @@ class Step:
         self.shares = client_shares(self.batches, settings.shares)
         self._method, self._segment, self._settings = method, segment, settings
         self._round, self._seed = round_, plan.seed
+        self.keeps_labels = settings.keeps_labels
+        self._ask: AskTails | None = None
+        if settings.keeps_labels:
+            self._ask = partial(round_.ask_tails, index)
         self._told: dict[str, Backward] = {}
         self._unrecorded = set(map(id, self.batches))
         self._losses: list[tuple[ClientBatch, float, Count]] = []
@@ -207,18 +221,57 @@ class Step:
         names = self.clients if whole else [batch.client for batch in batches]
         weights = self._weights(batches)
         compute = partial(self._of_one_cut, weights, per_client, low_memory)
-        if isinstance(segment, CutServerSegment):
-            means = self._settings.reduction == "mean"
-            of_all = partial(gradients_by_cut, segment, batches, compute, means=means)
-        else:
-            of_all = partial(compute, segment, batches)
+
+        def of_all() -> StepGradients:
+            if isinstance(segment, CutServerSegment):
+                means = self._settings.reduction == "mean"
+                found = gradients_by_cut(segment, batches, compute, self._ask, means=means)
+            else:
+                found = compute(segment, batches).result(self._ask)
+            check_finite(found, segment, batches, self.where)
+            return found
+
         found = self._computed(segment, names, of_all)
+        self._take_note(batches, found, started)
+        return found
+
+    def one_by_one(
+        self, segment_of: Mapping[str, ServerSegment]
+    ) -> Iterator[tuple[ClientBatch, StepGradients]]:
+        """Yield each client's gradients of a server segment of its own; no weight changes.
+
+        That is :meth:`gradients` of one batch after the other; but clients that keep their labels
+        are asked for what is theirs all at once.
+
+        Parameters
+        ----------
+        segment_of : mapping of str to ServerSegment
+            Server segments by client.
+        """
+        if not self.keeps_labels:
+            for batch in self.batches:
+                yield batch, self.gradients([batch], segment=segment_of[batch.client])
+            return
+        passes = [
+            self._computed(segment, [batch.client], partial(forward, segment, [batch]))
+            for batch in self.batches
+            for segment in [segment_of[batch.client]]
+        ]
+        for batch, passed in zip(self.batches, with_tails(passes, self._ask), strict=True):
+            started, segment = time.perf_counter(), segment_of[batch.client]
+            found = backward(segment, passed, {batch.client: 1.0})
+            check_finite(found, segment, [batch], self.where)
+            self._take_note([batch], found, started)
+            yield batch, found
+
+    def _take_note(
+        self, batches: Sequence[ClientBatch], found: StepGradients, started: float
+    ) -> None:
         self._count(started, forward=found.rows, backward=found.rows, logits=found.rows)
         self._round.entry.rows += found.rows
         for batch in batches:
             name = batch.client
             self._record_loss(batch, found.losses[name], found.counts[name])
-        return found
 
     def _of_one_cut(
         self,
@@ -227,17 +280,14 @@ class Step:
         low_memory: bool,
         segment: ServerSegment,
         batches: Sequence[ClientBatch],
-    ) -> StepGradients:
+    ) -> Computation:
         if len(batches) < len(weights):  # the others are cut elsewhere
             weights = {batch.client: weights[batch.client] for batch in batches}
         if per_client:
-            found = client_gradients(segment, batches, weights, low_memory=low_memory)
-        elif self._settings.pools and (len(batches) == 1 or can_be_pooled(segment, batches)):
-            found = pooled_gradients(segment, batches, weights)
-        else:
-            found = separate_gradients(segment, batches, weights)
-        check_finite(found, segment, batches, self.where)
-        return found
+            return client_gradients(segment, batches, weights, low_memory=low_memory)
+        if self._settings.pools and (len(batches) == 1 or can_be_pooled(segment, batches)):
+            return pooled_gradients(segment, batches, weights)
+        return separate_gradients(segment, batches, weights)
 
     def shuffled_rows(self, batch_size: int) -> Iterator[list[ClientBatch]]:
         """Yield mini-batches of all clients' rows, mixed: what a method trains the server on.
@@ -252,6 +302,7 @@ class Step:
         list of ClientBatch
             One batch without an owner, for :meth:`gradients`. The order follows the run's seed.
         """
+        self._expect_labels("mixes rows of clients")
         smashed = self.pooled()
         labels = pool_labels(self.batches)
         order = torch.from_numpy(self.rng.permutation(len(smashed))).to(smashed.device)
@@ -293,6 +344,7 @@ class Step:
         outputs : torch.Tensor
             Logits of all rows of the step, in the clients' order.
         """
+        self._expect_labels("asked for gradients by logits")
         started = time.perf_counter()
         split = torch.split(outputs.detach(), [len(batch) for batch in self.batches])
         gradients = {}
@@ -553,6 +605,10 @@ class Step:
     def _expect_one_cut(self, what: str) -> None:
         if isinstance(self._segment, CutServerSegment):
             raise self._error(f"{what}, but clients may be cut at different places")
+
+    def _expect_labels(self, what: str) -> None:
+        if self.keeps_labels:
+            raise self._error(f"{what}, but the clients keep their labels and the last layers")
 
     def _error(self, what: str) -> MethodError:
         return MethodError(f"{self._method}.step {what}")

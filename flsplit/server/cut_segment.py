@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from flsplit.errors import ConfigError, MethodError
-from flsplit.server.gradients import ClientBatch, StepGradients
+from flsplit.server.gradients import (
+    AskTails,
+    ClientBatch,
+    Computation,
+    StepGradients,
+    results,
+)
 from flsplit.server.products import (
     KeptGradient,
     KeptGradients,
@@ -81,7 +87,7 @@ def _share_buffers(whole: nn.Module, part: nn.Module) -> None:
             module._buffers = of_whole
 
 
-Compute = Callable[[ServerSegment, Sequence[ClientBatch]], StepGradients]
+Compute = Callable[[ServerSegment, Sequence[ClientBatch]], Computation]
 
 _Layer = dict[int, KeptGradient]
 """A parameter's gradients, by the row of the client or group that leaves it to the server."""
@@ -99,7 +105,12 @@ def grouped_by_cut(
 
 
 def gradients_by_cut(
-    segment: ServerSegment, batches: Sequence[ClientBatch], compute: Compute, *, means: bool
+    segment: ServerSegment,
+    batches: Sequence[ClientBatch],
+    compute: Compute,
+    ask: AskTails | None,
+    *,
+    means: bool,
 ) -> StepGradients:
     """Return the gradients of clients that may be cut at different places.
 
@@ -112,7 +123,9 @@ def gradients_by_cut(
     batches : sequence of ClientBatch
         The clients' smashed data and labels.
     compute : callable
-        Returns the gradients of the batches of clients that are cut at one place.
+        Computes the gradients of the batches of clients that are cut at one place.
+    ask : callable or None
+        Asks clients that keep their labels, all at once.
     means : bool
         Whether weights are renormalised over the clients that leave a parameter to the server, so
         that it is trained on a weighted mean of their losses, as those that all leave to it are.
@@ -123,7 +136,7 @@ def gradients_by_cut(
         If each client's own gradients were computed with ``low_memory``.
     """
     groups = grouped_by_cut(segment, batches)
-    found = [compute(part, own) for part, own in groups]
+    found = results([compute(part, own) for part, own in groups], ask)
     if len(groups) == 1 and groups[0][0] is segment:
         return found[0]
     index = {id(parameter): place for place, parameter in enumerate(segment.parameters)}

@@ -5,10 +5,11 @@ Everything here computes and changes no weight. BatchNorm's buffers move, as in 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.nested import cat_rows, described, leaves_of, map_tensors, num_rows, to_device
 from flsplit.server.products import (
+    Calls,
     ClientGradients,
     KeptGradients,
     LinearRecorder,
@@ -143,32 +145,104 @@ class StepGradients:
         return self._server
 
 
-def pooled_gradients(
-    segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
-) -> StepGradients:
-    """Return gradients by one pass over the concatenated smashed data of all clients."""
-    leaves, learning, terms = [], [], []
-    for batch in batches:
-        leaves.append(as_leaves(batch.smashed))
-        learning.append(learning_in(leaves[-1]))
-    sizes = list(map(len, batches))
-    result = StepGradients({}, {}, {}, dict(weights), rows=sum(sizes))
+AskTails = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Takes what the server segment of a U-shaped split gives for each client's rows, and returns the
+gradients of the clients' own mean losses by it."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Rows of a client, or of several, that went forward through the server segment."""
+
+    batches: Sequence[ClientBatch]
+    leaves: list[Smashed]
+    outputs: list[Any]  # each client's
+
+
+def forward(segment: ServerSegment, batches: Sequence[ClientBatch]) -> Passed:
+    """Run the concatenated smashed data of clients through the server segment."""
+    leaves = [as_leaves(batch.smashed) for batch in batches]
     try:
         if len(batches) == 1:
             outputs = [segment.forward(leaves[0], batches[0].labels)]
         else:
             pooled = pool([leaf for leaf in leaves if isinstance(leaf, Tensor)], batches)
-            outputs = list(torch.split(segment.forward(pooled), sizes))
+            outputs = list(torch.split(segment.forward(pooled), list(map(len, batches))))
     except FlsplitError as error:
         raise _blamed(error, batches) from error
+    return Passed(batches, leaves, outputs)
+
+
+def with_tails(passes: Iterable[Passed], ask: AskTails | None) -> Iterable[Passed]:
+    """Let clients that have the last layers say the gradients, which come in the labels' place.
+
+    All forward passes are done before, so that clients are asked once; otherwise each is done when
+    it is needed.
+    """
+    if ask is None:
+        return passes
+    passes = list(passes)
+    outputs = {
+        batch.client: output.detach()
+        for one in passes
+        for batch, output in zip(one.batches, one.outputs, strict=True)
+    }
+    found = ask(outputs)
+    return [
+        replace(one, batches=[replace(own, labels=found[own.client]) for own in one.batches])
+        for one in passes
+    ]
+
+
+class Computation(NamedTuple):
+    """Forward passes, each done when it is needed, and what makes gradients of them."""
+
+    passes: Iterable[Passed]
+    finish: Callable[[Iterable[Passed]], StepGradients]
+
+    def result(self, ask: AskTails | None = None) -> StepGradients:
+        """Return the gradients."""
+        return self.finish(with_tails(self.passes, ask))
+
+
+def results(computations: Sequence[Computation], ask: AskTails | None) -> list[StepGradients]:
+    """Return the gradients of several computations whose clients are asked all at once."""
+    if ask is None:
+        return [one.result() for one in computations]
+    passes = [list(one.passes) for one in computations]
+    asked = iter(with_tails(list(chain.from_iterable(passes)), ask))
+    return [
+        one.finish(list(islice(asked, len(own))))
+        for one, own in zip(computations, passes, strict=True)
+    ]
+
+
+def pooled_gradients(
+    segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
+) -> Computation:
+    """Return gradients by one pass over the concatenated smashed data of all clients."""
+
+    def finish(passes: Iterable[Passed]) -> StepGradients:
+        (passed,) = passes
+        return backward(segment, passed, weights)
+
+    return Computation((forward(segment, own) for own in [batches]), finish)
+
+
+def backward(segment: ServerSegment, passed: Passed, weights: Mapping[str, float]) -> StepGradients:
+    """Return the gradients of the clients' losses after a forward pass."""
+    batches, leaves, outputs = passed.batches, passed.leaves, passed.outputs
+    learning, terms = list(map(learning_in, leaves)), []
+    result = StepGradients({}, {}, {}, dict(weights), rows=sum(map(len, batches)))
     for batch, logits in zip(batches, outputs, strict=True):
         loss, count = client_loss(segment, logits, batch)
-        terms.append(weights[batch.client] * loss)
+        weight = weights[batch.client]
+        terms.append(loss if weight == 1.0 else weight * loss)
         result.losses[batch.client], result.counts[batch.client] = loss.item(), count
         result.logits[batch.client] = (
             logits.detach() if isinstance(logits, Tensor) else map_tensors(torch.detach, logits)
         )
-    total = torch.stack(terms).sum()
+    total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
     wanted = [*segment.parameters, *chain.from_iterable(learning)]
     found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     result._server = list(islice(found, len(segment.parameters)))
@@ -231,20 +305,24 @@ def _problem_of_pooling(segment: ServerSegment, tensors: Sequence[Tensor]) -> st
 
 def separate_gradients(
     segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
-) -> StepGradients:
+) -> Computation:
     """Return the same by one pass per client: BatchNorm sees one client at a time."""
-    result = StepGradients({}, {}, {}, dict(weights), rows=0)
-    total: ServerGradients = [None] * len(segment.parameters)
-    for batch in batches:
-        own = _add_client(result, segment, batch)
-        for index, gradient in enumerate(own):
-            if gradient is not None:
-                sum_, weight = total[index], weights[batch.client]
-                total[index] = (
-                    gradient * weight if sum_ is None else sum_.add_(gradient, alpha=weight)
-                )
-    result._server = total
-    return result
+
+    def finish(passes: Iterable[Passed]) -> StepGradients:
+        result = StepGradients({}, {}, {}, dict(weights), rows=0)
+        total: ServerGradients = [None] * len(segment.parameters)
+        for passed in passes:
+            weight = weights[passed.batches[0].client]
+            for index, gradient in enumerate(_add_client(result, segment, passed)):
+                if gradient is not None:
+                    sum_ = total[index]
+                    total[index] = (
+                        gradient * weight if sum_ is None else sum_.add_(gradient, alpha=weight)
+                    )
+        result._server = total
+        return result
+
+    return Computation((forward(segment, [batch]) for batch in batches), finish)
 
 
 def client_gradients(
@@ -253,7 +331,7 @@ def client_gradients(
     weights: Mapping[str, float],
     *,
     low_memory: bool = False,
-) -> StepGradients:
+) -> Computation:
     """Return each client's own server gradients, to compare and to combine.
 
     All are kept, those of large Linear layers as the two factors whose product they are: that
@@ -262,34 +340,41 @@ def client_gradients(
     thrown away, and their combination by another backward pass.
     """
     if low_memory:
-        return _twice_computed(segment, batches, weights)
-    result, kept = StepGradients({}, {}, {}, dict(weights), rows=0), []
+        passes = (forward(segment, [batch]) for batch in batches)
+        return Computation(passes, partial(_twice_computed, segment, weights))
     recorder = LinearRecorder(segment.module, segment.parameters)
-    for batch in batches:
-        with recorder.recording():
-            own = _add_client(result, segment, batch)
-        pairs = zip(segment.parameters, own, strict=True)
-        kept.append([recorder.gradient(parameter, found) for parameter, found in pairs])
-    result.clients = KeptGradients([batch.client for batch in batches], kept)
-    return result
+    records: list[Calls] = [{} for _ in batches]
+
+    def recorded(batch: ClientBatch, record: Calls) -> Passed:
+        with recorder.recording(record):
+            return forward(segment, [batch])
+
+    def finish(passes: Iterable[Passed]) -> StepGradients:
+        result, kept = StepGradients({}, {}, {}, dict(weights), rows=0), []
+        for passed, record in zip(passes, records, strict=True):
+            with recorder.recording(record):
+                own = _add_client(result, segment, passed)
+            pairs = zip(segment.parameters, own, strict=True)
+            kept.append([recorder.gradient(parameter, found) for parameter, found in pairs])
+        result.clients = KeptGradients([batch.client for batch in batches], kept)
+        return result
+
+    return Computation(map(recorded, batches, records), finish)
 
 
 def _twice_computed(
-    segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
+    segment: ServerSegment, weights: Mapping[str, float], passes: Iterable[Passed]
 ) -> StepGradients:
-    leaves, losses, counts, logits = [], [], [], {}
-    for batch in batches:
-        leaf = as_leaves(batch.smashed)
-        try:
-            own = segment.forward(leaf, batch.labels)
-        except FlsplitError as error:
-            raise _blamed(error, [batch]) from error
-        leaves.append(leaf)
-        loss, count = client_loss(segment, own, batch)
+    leaves, losses, counts, logits = list[Smashed](), [], {}, {}
+    rows = 0
+    for passed in passes:
+        (batch,), (own,) = passed.batches, passed.outputs
+        leaves += passed.leaves
+        loss, counts[batch.client] = client_loss(segment, own, batch)
         losses.append(loss)
-        counts.append(count)
         logits[batch.client] = map_tensors(torch.detach, own)
-    names = [batch.client for batch in batches]
+        rows += len(batch)
+    names = list(logits)
     learning = [learning_in(leaf) for leaf in leaves]
     products = TwiceComputedGradients(names, segment.parameters, losses, learning)
     return StepGradients(
@@ -300,17 +385,15 @@ def _twice_computed(
             for name, leaf, found in zip(names, leaves, products.by_leaves, strict=True)
         },
         weights=dict(weights),
-        rows=sum(len(batch) for batch in batches),
-        counts=dict(zip(names, counts, strict=True)),
+        rows=rows,
+        counts=counts,
         clients=products,
     )
 
 
-def _add_client(
-    result: StepGradients, segment: ServerSegment, batch: ClientBatch
-) -> ServerGradients:
+def _add_client(result: StepGradients, segment: ServerSegment, passed: Passed) -> ServerGradients:
     """Add all of one client's gradients to ``result`` but the server's, which are returned."""
-    own = pooled_gradients(segment, [batch], {batch.client: 1.0})
+    own = backward(segment, passed, {passed.batches[0].client: 1.0})
     result.losses |= own.losses
     result.counts |= own.counts
     result.logits |= own.logits
@@ -391,7 +474,7 @@ def culprits(
         segment = server_for(batch.client)
         try:
             with segment.trying():  # BatchNorm takes one row then
-                own = pooled_gradients(segment, [batch], {batch.client: 1.0})
+                own = pooled_gradients(segment, [batch], {batch.client: 1.0}).result()
                 check_finite(own, segment, [batch], "alone")
         except OF_A_BATCH as error:
             found[batch.client] = error
@@ -448,7 +531,7 @@ def _not_finite(segment: ServerSegment, batches: Sequence[ClientBatch]) -> list[
         part = segment.part_for(batch.client)
         try:
             with keeping_buffers(part.module):
-                own = pooled_gradients(part, [batch], {batch.client: 1.0})
+                own = pooled_gradients(part, [batch], {batch.client: 1.0}).result()
         except FlsplitError:  # BatchNorm can't train on one row
             continue
         if not math.isfinite(total_norm(own.server_gradients).item()):

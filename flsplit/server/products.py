@@ -257,6 +257,10 @@ class _Calls:
         return Factors(torch.cat(self.outputs), torch.cat(self.inputs))
 
 
+Calls = dict[int, _Calls]
+"""What is recorded of the passes of one client, by layer."""
+
+
 class LinearRecorder:
     """Lets Linear layers keep factors instead of computing their weights' gradients.
 
@@ -279,12 +283,12 @@ class LinearRecorder:
             for one in module.modules()
             if type(one) is nn.Linear and id(one.weight) in trainable
         ]
-        self._calls: dict[int, _Calls] = {}
+        self._calls: Calls = {}
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record the forward and backward passes of the block."""
-        self._calls = {}
+    def recording(self, calls: Calls) -> Iterator[None]:
+        """Record the forward and backward passes of the block; a second block may go on."""
+        self._calls = calls
         for layer in self._layers:
             layer.forward = self._forward(layer)  # type: ignore[method-assign, assignment]
         try:

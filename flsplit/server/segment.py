@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from flsplit.cut.smashed import Smashed, smashed_in_words
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
-from flsplit.losses import Criterion, Loss
+from flsplit.losses import ClientsCriterion, Criterion, Loss
 from flsplit.message.arrays import check_like
 from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.optimizers import UserOptimizer, make_scheduler
@@ -38,8 +38,8 @@ class ServerSegment:
     ----------
     module : nn.Module
         The server segment.
-    loss : callable
-        See :data:`flsplit.losses.Loss`.
+    loss : callable or None
+        See :data:`flsplit.losses.Loss`; None where clients have the last layers and compute it.
     optimizer : callable
         Called as ``optimizer(parameters, lr=…)``.
     lr : float
@@ -54,7 +54,7 @@ class ServerSegment:
         self,
         module: nn.Module,
         *,
-        loss: Loss,
+        loss: Loss | None,
         optimizer: Callable[..., Optimizer],
         lr: float,
         device: torch.device,
@@ -63,7 +63,7 @@ class ServerSegment:
         self.module = module.to(device).train()
         self._owners = owners_of_buffers(module)
         self.device = device
-        self.criterion = Criterion(loss, device)
+        self.criterion = ClientsCriterion() if loss is None else Criterion(loss, device)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         if not self.parameters:

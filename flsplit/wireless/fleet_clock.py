@@ -24,6 +24,7 @@ class Costs:
         """Return what a device computes (FLOPs): rows by FLOPs per row, for each kind of pass."""
         flops = leg.forward_rows * self.place.client_flops_forward
         flops += leg.backward_rows * self.place.client_flops_backward
+        flops += leg.tail_rows * self.place.tail_flops
         if leg.auxiliary_rows:  # otherwise there may be no auxiliary model to ask
             flops += leg.auxiliary_rows * self._auxiliary_row_flops()
         return float(flops)

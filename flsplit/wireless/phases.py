@@ -236,7 +236,7 @@ def parallel_steps(
     With :math:`m` shared rows a step has the phases
 
     - client forward :math:`b F_c` (FLOPs per device), uplink :math:`b \Gamma` (bits per device),
-    - what the server does,
+    - what the server does; in a U-shaped split, after its forward pass, `tail_stages`,
     - broadcast :math:`m \Gamma` (bits),
     - unicast :math:`(b - m) \Gamma` (bits per device), client backward :math:`b B_c` (FLOPs per
       device).
@@ -264,13 +264,32 @@ def parallel_steps(
         Stage("client backward", Where.DEVICE, rows * place.client_flops_backward),
     )
     broadcast = Phase((Stage("broadcast", Where.BROADCAST, shared_rows * bits),))
-    in_each = (*(server_passes(work) if server is None else server), broadcast)
+    first, *others = server_passes(work) if server is None else server
+    last_layers = (Phase(tail),) if (tail := tail_stages(work)) else ()
+    in_each = (first, *last_layers, *others, broadcast)
     between = (Phase((*down, *up), steps - 1),) if steps > 1 else ()
     return (
         Phase(up),
         *(replace(phase, repeat=steps * phase.repeat) for phase in in_each),
         *between,
         Phase(down),
+    )
+
+
+def tail_stages(work: Work) -> tuple[Stage, ...]:
+    r"""Return what comes between the server's passes in a U-shaped split; nothing otherwise.
+
+    Outputs down :math:`b \Gamma_2` (bits), the last layers forward and backward :math:`b (F_t +
+    B_t)` (FLOPs), and the outputs' gradient up, as large as they.
+    """
+    place, rows = work.place, work.training.batch_size
+    if not place.output_elements:
+        return ()
+    bits = BITS * rows * place.output_bytes
+    return (
+        Stage("outputs", Where.DOWNLINK, bits),
+        Stage("last layers", Where.DEVICE, rows * place.tail_flops),
+        Stage("output gradients", Where.UPLINK, bits),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flsplit.cut import CutError, cuts
 from flsplit.cut.examples import needs_values, with_values
+from flsplit.cut.watch import places_of
 from flsplit.nested import as_arguments, map_tensors, tensors_of
 from flsplit.seeds import seeded
 from flsplit.untrained import copied
@@ -36,6 +37,9 @@ class Place:
     element_bytes: int
     shared_bytes: int = 0  # bytes of what else crosses for one sample and gets no gradient
     saved_bytes: int  # bytes that the client keeps from the forward to the backward pass
+    # of a U-shaped split: the last layers' FLOPs, at the client, and elements of what comes back
+    tail_flops_forward: int = 0
+    output_elements: int = 0
     # the last of the layers that a row of the summary stands for; ``cut`` where it is one
     through: str
 
@@ -58,6 +62,16 @@ class Place:
     def gradient_bytes(self) -> int:
         """Bytes of the gradient that comes back for one sample."""
         return self.activation_elements * self.element_bytes
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of what the server returns of a sample in a U-shaped split, and of its gradient."""
+        return self.output_elements * self.element_bytes
+
+    @property
+    def tail_flops(self) -> int:
+        """FLOPs of a forward and a backward pass through the last layers of a U-shaped split."""
+        return (1 + BACKWARD_PER_FORWARD) * self.tail_flops_forward
 
     @property
     def client_bytes(self) -> int:
@@ -106,11 +120,43 @@ class ModelProfile:
         CutError
             If there is none.
         """
-        named = [place for place in self.places if f"{place.cut}.".startswith(f"{cut}.")]
+        first, second = places_of(cut)
+        named = [
+            place
+            for place, (own, last) in ((one, places_of(one.cut)) for one in self.places)
+            if f"{own}.".startswith(f"{first}.") and last == second
+        ]
         if named:
             return named[-1]
         known = ", ".join(place.cut for place in self.places)
         raise CutError(f"{self.model} can't be cut after {cut!r}, only after {known}")
+
+    def cut_twice(self, second: str) -> "ModelProfile":
+        """Return the profile with the places of U-shaped splits whose second cut is this one.
+
+        Raises
+        ------
+        CutError
+            If the model can't be cut there, or nowhere before.
+        """
+        last = self.place(second)
+        before = [one for one in self.places if one.client_params < last.client_params]
+        if not before:
+            raise CutError(f"no place of {self.model} lies before the second cut {second!r}")
+        return replace(self, places=tuple(self._between(first, last, second) for first in before))
+
+    def _between(self, first: Place, last: Place, second: str) -> Place:
+        return replace(
+            first,
+            cut=f"{first.cut},{second}",
+            client_params=first.client_params + last.server_params,
+            server_params=last.client_params - first.client_params,
+            server_flops_forward=last.client_flops_forward - first.client_flops_forward,
+            saved_bytes=first.saved_bytes + self.end.saved_bytes - last.saved_bytes,
+            tail_flops_forward=last.server_flops_forward,
+            output_elements=last.activation_elements,
+            through=f"{first.cut},{second}",
+        )
 
     def summary(self) -> tuple[Place, ...]:
         """Return the places that differ in what matters, and the model's end.

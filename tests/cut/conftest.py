@@ -77,10 +77,19 @@ def split_step(halves, batch, labels):
 
 @pytest.fixture(scope="session")
 def assert_same_step():
-    """Compare one step of a model with one step of the same model, cut."""
+    """Compare one step of a model with one step of the same model, cut.
 
-    def check(model: nn.Module, cut: str, batch: torch.Tensor, labels: torch.Tensor) -> None:
-        halves = split(copy.deepcopy(model), cut)
+    It is the first step, or another one if ``known`` is given, which is called before it.
+    """
+
+    def check(
+        model: nn.Module, cut: str, batch: torch.Tensor, labels: torch.Tensor, known=None
+    ) -> None:
+        model = copy.deepcopy(model)
+        halves = split(model, cut)
+        if known:
+            halves.server(halves.client(batch))
+            known()
         output, gradients, state = whole_step(copy.deepcopy(model), batch, labels)
         cut_output, cut_gradients, cut_state = split_step(halves, batch, labels)
         assert torch.equal(cut_output, output)

@@ -20,7 +20,22 @@ from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
-from flsplit.message.types import DESCRIBE, EVALUATE, FINISH, LOCAL, SHAPE, STEP
+from flsplit.message.types import (
+    DESCRIBE,
+    EVALUATE,
+    EVALUATE_TAIL,
+    FINISH,
+    LOCAL,
+    SHAPE,
+    STEP,
+    TAIL,
+)
+from flsplit.message.u_shape import (
+    EvaluateTailReply,
+    EvaluateTailRequest,
+    TailReply,
+    TailRequest,
+)
 
 PAGE = Page("docs/protocol.md")
 
@@ -55,6 +70,10 @@ MESSAGES = {
         StepReply("0", 1, 0, CROSSING, LABELS, 9, 5, 0.1, {TRACE.digest: TRACE}),
         StepReply("0", 1, 0, CROSSING, LABELS, 9, 5, 0.1),
     ),
+    f"### `{TAIL}`: request": 2 * (TailRequest(1, 0, ROWS),),
+    f"### `{TAIL}`: reply": 2 * (TailReply("0", 1, 0, ROWS, 0.1),),
+    f"### `{EVALUATE_TAIL}`: request": 2 * (EvaluateTailRequest(1, 0, 2, True, ROWS),),
+    f"### `{EVALUATE_TAIL}`: reply": 2 * (EvaluateTailReply("0", 1, 0, 0.5, 2.0, 1, 2, 2, 0.1),),
     f"### `{FINISH}`: request": (
         FinishRequest(1, Backward(0, ROWS), upload_segment=True, upload_optimizer=True),
         FinishRequest(1),
@@ -190,8 +209,26 @@ def decoupled_run_of_two_rounds(program):
     return grid.seen
 
 
-def test_a_real_run_sends_nothing_else(run_of_two_rounds, decoupled_run_of_two_rounds):
-    for message_type, side, message in run_of_two_rounds + decoupled_run_of_two_rounds:
+@pytest.fixture
+def run_that_keeps_labels(program):
+    from digits.client_app import build_model, load_partition
+
+    from flsplit import client_app
+    from flsplit.strategies import PSL
+
+    model, cut = build_model(), ("stage1", "stage2")
+    app = client_app(model=build_model, cut=cut, data=load_partition)
+    grid = Recording(app, num_clients=2)
+    strategy = PSL(model=model, cut=cut, local_steps=3)
+    strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=1)
+    return grid.seen
+
+
+def test_a_real_run_sends_nothing_else(
+    run_of_two_rounds, decoupled_run_of_two_rounds, run_that_keeps_labels
+):
+    seen = run_of_two_rounds + decoupled_run_of_two_rounds + run_that_keeps_labels
+    for message_type, side, message in seen:
         rows = PAGE.table(f"### `{message_type}`: {side}")
         found = {(name, field) for name, _, field, _ in sent(message.content)}
         known = {(row["record"], row["field"]) for row in rows}
@@ -200,11 +237,13 @@ def test_a_real_run_sends_nothing_else(run_of_two_rounds, decoupled_run_of_two_r
         assert {n for n, _ in found} <= {n for n, _ in known}
 
 
-def test_all_message_types_are_on_the_page(run_of_two_rounds, decoupled_run_of_two_rounds):
+def test_all_message_types_are_on_the_page(
+    run_of_two_rounds, decoupled_run_of_two_rounds, run_that_keeps_labels
+):
     listed = {row["message type"] for row in PAGE.table("# The protocol")}
 
-    assert listed == {DESCRIBE, SHAPE, STEP, FINISH, LOCAL, EVALUATE}
-    seen = run_of_two_rounds + decoupled_run_of_two_rounds
+    assert listed == {DESCRIBE, SHAPE, STEP, TAIL, FINISH, LOCAL, EVALUATE, EVALUATE_TAIL}
+    seen = run_of_two_rounds + decoupled_run_of_two_rounds + run_that_keeps_labels
     assert listed == {message_type for message_type, _, _ in seen}
 
 

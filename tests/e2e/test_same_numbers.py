@@ -5,6 +5,7 @@ and those of a stranger's package by name, in an app that knows nothing of them.
 """
 
 import json
+import os
 import shutil
 
 import pytest
@@ -40,6 +41,8 @@ METHODS = {
     "cse-fsl": SIZES | {"strategy-args": "{upload-every = 2}"},
 }
 STRANGERS = dict.fromkeys(NAMES, SIZES)
+PRIVATE = {"label-private": True}
+KEEPING_LABELS = dict.fromkeys(("psl", "splitfed-v1", "sequential-sl"), SIZES | PRIVATE)
 CARRIERS = {
     "flower": {"carrier": "flower"},
     **{
@@ -93,14 +96,13 @@ def main(grid: Grid, context: Context) -> None:
 '''
 
 
-@pytest.fixture
-def app(quickstart, tmp_path):
-    """Give a copy of the quickstart with a server that trains more than once."""
+def training_app(quickstart, tmp_path, methods):
+    """Return a copy of the quickstart with a server that trains more than once."""
     trainings = {
         str(tmp_path / f"{method}-over-{carrier}"): changes
         | CARRIERS[carrier]
         | {"strategy": method}
-        for method, changes in (METHODS | STRANGERS).items()
+        for method, changes in methods.items()
         for carrier in carriers_of(method)
     }
     folder = tmp_path / "app"
@@ -115,14 +117,22 @@ def app(quickstart, tmp_path):
 
 
 @pytest.mark.e2e
-def test_all_carriers_give_the_same_numbers(app, package, tmp_path):
-    with simulation(tmp_path, NUM_CLIENTS, {"PYTHONPATH": str(package)}) as flower:
+@pytest.mark.parametrize(
+    "methods", [METHODS | STRANGERS, KEEPING_LABELS], ids=["methods", "keeping-labels"]
+)
+def test_all_carriers_give_the_same_numbers(methods, quickstart, package, tmp_path):
+    app = training_app(quickstart, tmp_path, methods)
+    if methods is KEEPING_LABELS:  # clients read it, too
+        project = app / "pyproject.toml"
+        project.write_text(project.read_text().replace("-private = false", "-private = true"))
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    with simulation(tmp_path, NUM_CLIENTS, {"PYTHONPATH": path}) as flower:
         run = flower.run_app(app, federation_config=["init-args-num-cpus=4"])
     assert run.completed, run.log
     for hosts in (1, 2, 4):
         assert f"{hosts} hosts serve {NUM_CLIENTS} clients" in run.log
 
-    for method, changes in (METHODS | STRANGERS).items():
+    for method, changes in methods.items():
         expected = run_locally(NUM_CLIENTS, changes | {"strategy": method})
         for carrier in carriers_of(method):
             folder = tmp_path / f"{method}-over-{carrier}"

@@ -23,6 +23,8 @@ MODEL = plain_net()
 class VectorStep:
     """A step whose clients' server gradients are given vectors."""
 
+    keeps_labels = False
+
     def __init__(self, vectors, progress=0.0, losses=None):
         vectors = [torch.as_tensor(v, dtype=torch.float32) for v in vectors]
         self.clients = [str(i) for i in range(len(vectors))]

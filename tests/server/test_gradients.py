@@ -10,16 +10,26 @@ from torch.nn import functional
 
 from flsplit.cut import split
 from flsplit.run.step import client_shares
-from flsplit.server.gradients import (
-    ClientBatch,
-    client_gradients,
-    pooled_gradients,
-    separate_gradients,
-)
+from flsplit.server import gradients
+from flsplit.server.gradients import ClientBatch
 from flsplit.server.products import Factors, KeptGradients
 from flsplit.server.segment import ServerSegment
 
 CPU = torch.device("cpu")
+
+
+def pooled_gradients(*args):
+    return gradients.pooled_gradients(*args).result()
+
+
+def separate_gradients(*args):
+    return gradients.separate_gradients(*args).result()
+
+
+def client_gradients(*args, **options):
+    return gradients.client_gradients(*args, **options).result()
+
+
 SIZES = {"0": (2, 10), "1": (5, 70), "2": (3, 20)}  # rows of the batch, examples in all
 APART = {
     "separate": separate_gradients,

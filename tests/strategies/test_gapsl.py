@@ -179,7 +179,7 @@ def step(mode, width, clients=8):
                for i in range(clients)]
     before = peak()
     shares = client_shares(batches, "equal")
-    found = client_gradients(segment, batches, shares, low_memory=mode == "low").clients
+    found = client_gradients(segment, batches, shares, low_memory=mode == "low").result().clients
     gapsl = GAPSL(model=nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), cut="0")
     gram = np.asarray(found.gram())
     alignment = gapsl.align(gram, SimpleNamespace(clients=list(shares), progress=0.0))

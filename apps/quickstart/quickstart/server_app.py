@@ -15,7 +15,7 @@ import flsplit
 from flsplit import SessionSettings
 from flsplit.run import make_strategy
 from quickstart.output import output_dir, save_run
-from quickstart.task import CUT, build_model
+from quickstart.task import build_model, cut_of
 
 APP_FOLDER = Path(__file__).resolve().parents[1]
 
@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
 def strategy_options(config: UserConfig) -> dict[str, Any]:
     """Take the strategy's options from the run config."""
     return {
-        "cut": CUT,
+        "cut": cut_of(config),
         "server_lr": float(config["learning-rate"]),
         "server_optimizer": partial(SGD, momentum=0.9),
         "batch_size": int(config["batch-size"]),

@@ -2,12 +2,18 @@
 
 from collections import OrderedDict
 
-from flwr.app import Context
+from flwr.app import Context, UserConfig
 from torch import nn
 
 from quickstart.images import NUM_CLASSES, find_dataset
 
 CUT = "conv1"  # the last stage that the clients compute
+LAST = "hidden"  # the last that the server computes, if labels are to stay with the clients
+
+
+def cut_of(config: UserConfig) -> str | tuple[str, str]:
+    """Return where the network is cut; only ``label-private`` of the run config is read."""
+    return (CUT, LAST) if config["label-private"] else CUT
 
 
 def build_model(context: Context) -> nn.Module:
