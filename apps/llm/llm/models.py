@@ -73,7 +73,8 @@ def load_base(config: RunConfig, *, of_client: bool = False) -> nn.Module:
     _check_sequences(config, model_config)
     check_fits(load_tokenizer(config), model_config.vocab_size)
     dtype = PRECISIONS[one_of(config, "precision", PRECISIONS)]
-    if of_client:
+    shorter = of_client and not bool(config["label-private"])  # else it has both ends
+    if shorter:
         _shorten(model_config, num_client_blocks(config) + 1)
     if of_client or begins_random(config):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
@@ -82,7 +83,7 @@ def load_base(config: RunConfig, *, of_client: bool = False) -> nn.Module:
             str(config["model"]), config=model_config, dtype=dtype
         )
     _untie(model)
-    if of_client:
+    if shorter:
         model.set_output_embeddings(nn.Identity())
     if bool(config["checkpointing"]):
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -133,9 +134,14 @@ def build_model(context: Context) -> nn.Module:
 
 
 def cut_name(config: RunConfig) -> str:
-    """Return the name of the last block that clients compute, in the model with its adapters."""
-    prefix = "base_model.model." if int(config["rank"]) else ""
-    return f"{prefix}{_blocks(config)[0]}.{num_client_blocks(config) - 1}"
+    """Return the name of the last block that clients compute, in the model with its adapters.
+
+    With ``label-private`` the last block of all follows it: what comes after that is the clients'.
+    """
+    blocks, number = _blocks(config)
+    path = f"base_model.model.{blocks}" if int(config["rank"]) else blocks
+    first = f"{path}.{num_client_blocks(config) - 1}"
+    return f"{first},{path}.{number - 1}" if bool(config["label-private"]) else first
 
 
 def num_client_blocks(config: RunConfig) -> int:
