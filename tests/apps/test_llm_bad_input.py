@@ -128,9 +128,9 @@ def test_the_small_models_tokenizer_writes_every_text():
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_the_last_layer_begins_as_it_was_when_it_is_trained_by_itself(tiny):
-    plain, alone = (load_base(config_of(tiny, train_head=train)) for train in (False, True))
-    embedding = plain.get_input_embeddings().weight
-    assert plain.get_output_embeddings().weight is embedding
+def test_the_last_layer_begins_as_the_embedding_where_they_were_tied(tiny):
+    tied, alone = AutoModelForCausalLM.from_pretrained(tiny), load_base(config_of(tiny))
+    embedding = tied.get_input_embeddings().weight
+    assert tied.get_output_embeddings().weight is embedding
     assert torch.equal(alone.get_output_embeddings().weight, embedding)
     assert alone.get_output_embeddings().weight is not alone.get_input_embeddings().weight

@@ -57,6 +57,7 @@ def optimizer_of(model, config):
         {"data": "padded", "cut": 2, "checkpointing": True},
         {"data": "instructions", "precision": "bf16"},
         {"data": "packed", "rank": 0},
+        {"data": "instructions", "label-private": True},
         {"data": "padded", "adapt": "server", "train-head": False},
         {"data": "packed", "adapt": "client"},
     ],
@@ -66,6 +67,7 @@ def test_one_client_of_psl_is_bit_equal_to_fine_tuning_the_whole_model(tiny, cha
     config = config_of(tiny, strategy="psl", seq_length=48, **changes)
     result, weights = trained(config, 1)
     assert result.history[-1].left_out == []
+    assert bool(result.history[-1].traffic.logical["labels-up"]) != config["label-private"]
 
     model = new_model(config).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -79,8 +81,11 @@ def test_one_client_of_psl_is_bit_equal_to_fine_tuning_the_whole_model(tiny, cha
     assert any(not torch.equal(before[name], one) for name, one in model.state_dict().items())
 
 
-def test_splitfed_v1_is_fedavg_of_the_adapters(tiny):
-    config = config_of(tiny, strategy="splitfed-v1", data="padded", seq_length=48)
+@pytest.mark.parametrize("private", [False, True])
+def test_splitfed_v1_is_fedavg_of_the_adapters(tiny, private):
+    config = config_of(
+        tiny, strategy="splitfed-v1", data="padded", seq_length=48, label_private=private
+    )
     result, weights = trained(config, 3)
     assert result.history[-1].left_out == []
 

@@ -73,7 +73,8 @@ def load_base(config: RunConfig, *, of_client: bool = False) -> nn.Module:
     _check_sequences(config, model_config)
     check_fits(load_tokenizer(config), model_config.vocab_size)
     dtype = PRECISIONS[one_of(config, "precision", PRECISIONS)]
-    if of_client:
+    shorter = of_client and not bool(config["label-private"])  # else it has both ends
+    if shorter:
         _shorten(model_config, num_client_blocks(config) + 1)
     if of_client or begins_random(config):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
@@ -81,9 +82,8 @@ def load_base(config: RunConfig, *, of_client: bool = False) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(
             str(config["model"]), config=model_config, dtype=dtype
         )
-    if trains_head(config):
-        _untie(model)
-    if of_client and not _is_tied(model):  # else it is the embedding, which the client has
+    _untie(model)
+    if shorter:
         model.set_output_embeddings(nn.Identity())
     if bool(config["checkpointing"]):
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -134,9 +134,14 @@ def build_model(context: Context) -> nn.Module:
 
 
 def cut_name(config: RunConfig) -> str:
-    """Return the name of the last block that clients compute, in the model with its adapters."""
-    prefix = "base_model.model." if int(config["rank"]) else ""
-    return f"{prefix}{_blocks(config)[0]}.{num_client_blocks(config) - 1}"
+    """Return the name of the last block that clients compute, in the model with its adapters.
+
+    With ``label-private`` the last block of all follows it: what comes after that is the clients'.
+    """
+    blocks, number = _blocks(config)
+    path = f"base_model.model.{blocks}" if int(config["rank"]) else blocks
+    first = f"{path}.{num_client_blocks(config) - 1}"
+    return f"{first},{path}.{number - 1}" if bool(config["label-private"]) else first
 
 
 def num_client_blocks(config: RunConfig) -> int:
@@ -210,14 +215,13 @@ def _config_of(config: RunConfig) -> PretrainedConfig:
     return found
 
 
-def _is_tied(model: nn.Module) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
 def _untie(model: nn.Module) -> None:
-    """Give the last layer weights of its own: two machines can't train one tensor."""
-    if _is_tied(model):
-        head = model.get_output_embeddings()
+    """Give the last layer weights of its own.
+
+    Two machines can't train one tensor, and a frozen one would go to the clients a second time.
+    """
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
 

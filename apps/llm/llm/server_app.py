@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from flwr.app import Context
@@ -110,7 +111,10 @@ def perplexity_of_clients(model: nn.Module, config: RunConfig, num_clients: int)
 
 def strategy_of(config: RunConfig, model: nn.Module) -> SplitStrategy:
     """Return the strategy that the run config names, with its options."""
-    name, own = str(config["strategy"]), {}
+    name = str(config["strategy"])
+    own: dict[str, Any] = {}
+    if not bool(config["label-private"]):  # else clients have it, in client_app
+        own["loss"] = next_token
     if name in DECOUPLED:
         own["auxiliary"] = partial(SequenceHead, num_blocks=int(config["auxiliary-blocks"]))
     return make_strategy(
@@ -118,7 +122,6 @@ def strategy_of(config: RunConfig, model: nn.Module) -> SplitStrategy:
         str(config["strategy-args"]),
         model=model,
         cut=cut_name(config),
-        loss=next_token,
         server_optimizer=AdamW,
         server_lr=float(config["learning-rate"]),
         batch_size=int(config["batch-size"]),
@@ -148,6 +151,9 @@ def show_texts(
     """Let the first client write a text together with the server, with each of some weights."""
     config, cut = context.run_config, cut_name(context.run_config)
     if not (tokens := int(config["generate-tokens"])):
+        return
+    if bool(config["label-private"]):
+        logger.info("no text is generated: that needs the last layer at the server")
         return
     if config["carrier"] == "flower":
         logger.info("no text is generated: that needs a session, which keeps clients' processes")
