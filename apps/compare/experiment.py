@@ -255,12 +255,10 @@ def _from_app(folder: Path) -> Experiment:
         own = {"seed": seed} if "seed" in config else {}
         return Context(1, client + 1, node, RecordDict(), config | own)
 
-    if not isinstance(spec.cut, str):
-        raise ConfigError(f"--dataset: {place} of {folder} has several cuts, expected one")
     more = {"loss": spec.loss} if spec.loss else {}
     return Experiment(
         model=lambda: spec.build_model(context()),
-        cut=spec.cut,
+        cut=spec.cut_for(context()),  # where the first client is cut
         data=lambda *which: spec.data(context(*which)),
         optimizer=spec.optimizer,
         unpack=spec.unpack,
