@@ -42,11 +42,10 @@ class Workers:
     def run(self, jobs: list[Job]) -> Iterator[tuple[Job, Run]]:
         """Yield each job with what came of it, in the order in which they finish."""
         if not self._count:
-            threads = torch.get_num_threads()
-            _prepare()
             for job in jobs:
-                yield job, run_one(job, self.setting)
-            torch.set_num_threads(threads)
+                with _prepared():
+                    run = run_one(job, self.setting)
+                yield job, run
             return
         with _workers_ignore_interrupts():
             waiting = {self._executor.submit(run_one, job, self.setting): job for job in jobs}
@@ -67,6 +66,18 @@ def run_one(job: Job, setting: Setting) -> Run:
 def _prepare() -> None:
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _prepared() -> Iterator[None]:
+    """Work as a worker does, in this process."""
+    threads, level = torch.get_num_threads(), logging.getLogger("flwr").level
+    _prepare()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        logging.getLogger("flwr").setLevel(level)
 
 
 @contextmanager
