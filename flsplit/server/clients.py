@@ -245,7 +245,8 @@ class Clients:
 
     def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
         content = request.to_content()
-        self.links.pack(name, content)
+        if self.links.down:
+            self.links.pack(name, content)
         count(content, request.categories, traffic, sends=self._sends)
         if request.backward and request.backward.shared_rows:  # counted once for all
             traffic.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
@@ -268,7 +269,8 @@ class Clients:
         if message.has_error():
             raise_error(message)
         content = message.content
-        reply = request.answer.from_content(self.links.unpack(name, content))
+        read = self.links.unpack(name, content) if self.links.up else content
+        reply = request.answer.from_content(read)
         if reply.traces:
             self._learn_traces(name, reply.traces)
         reply = reply.resolved(self._traces.get(name, {}))
