@@ -22,7 +22,8 @@ KINDS = (LINEAR, FIRST_STAGE, GIVEN)
 
 BuildAuxiliary = Callable[[tuple[int, ...], int], nn.Module]
 """Takes the shape of one row of smashed data and the number of classes, returns a module that
-turns smashed data ``(b, *shape)`` into logits ``(b, num_classes)``."""
+turns smashed data ``(b, *shape)`` into logits ``(b, num_classes)``, or where the model gives logits
+of every position of a sequence, into ``(b, T, num_classes)``; T is the first of ``shape``."""
 
 
 class MeanOverRest(nn.Module):
@@ -166,7 +167,8 @@ def _check_fits(module: nn.Module, shape: Sequence[int], num_classes: int) -> No
             f"the auxiliary model can't take smashed data of shape {tuple(rows.shape)}: {error}"
         ) from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if found != (len(rows), num_classes):
+    each = shape[:1] if len(found) == 3 else ()  # the positions of a sequence
+    if found != (len(rows), *each, num_classes):
         raise SegmentMismatchError(
             f"the auxiliary model turns smashed data of shape {tuple(rows.shape)} into {found}, "
             f"expected logits of shape {(len(rows), num_classes)} as the server segment's"

@@ -12,6 +12,7 @@ import torch
 from flwr.app import ArrayRecord, Context
 from rows import ROWS
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
@@ -21,6 +22,7 @@ from flsplit.cut import split
 from flsplit.errors import ConfigError
 from flsplit.privacy import (
     Record,
+    RecordedStep,
     Smashing,
     attack_labels,
     dcor_unbiased,
@@ -36,6 +38,7 @@ from flsplit.seeds import seeded
 from flsplit.vision import load_torchvision
 
 CUTS = ("conv1", "conv2")
+SECOND_CUT = "head.2"  # of the U-shaped split: clients have the last dense layer
 CLIENTS = 5
 MOMENTUM = {"momentum": 0.9}
 DELTA = 1e-5
@@ -109,11 +112,34 @@ def run(name: str, cut: str, seed: int, size: Size, data_dir: str) -> dict[str, 
         TensorDataset(test_images[i] / 255, test_labels[i])
         for i in torch.arange(size.tests).chunk(CLIENTS)
     ]
+    if ROWS[name].keeps_labels:
+        cut = f"{cut},{SECOND_CUT}"
+    loss = Remembering()
     with TemporaryDirectory(prefix="leak-") as folder:
         record = Record(Path(folder) / "run", steps=size.steps, every=size.rounds)
-        found, defence = _train(name, cut, seed, size, parts, tests, record)
-        found |= _attack(record, defence, cut, seed, size, parts[0].tensors[0], images[known] / 255)
+        found, defence = _train(name, cut, seed, size, parts, tests, record, loss)
+        found |= _attack(
+            record, defence, cut, seed, size, parts[0].tensors[0], images[known] / 255, loss
+        )
     return found
+
+
+class Remembering:
+    """A loss that remembers the labels of training, which judge what is inferred of them."""
+
+    def __init__(self) -> None:
+        self.labels: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy."""
+        if logits.requires_grad:
+            self.labels.append(labels)
+        return functional.cross_entropy(logits, labels)
+
+    def of(self, step: RecordedStep, steps: int) -> Tensor:
+        """Return the labels of a step: clients take theirs one after the other."""
+        exchange = (step.round - 1) * steps + step.step
+        return self.labels[exchange * CLIENTS + int(step.client)]
 
 
 def _train(
@@ -124,6 +150,7 @@ def _train(
     parts: list[TensorDataset],
     tests: list[TensorDataset],
     record: Record,
+    loss: Remembering,
 ) -> tuple[dict[str, Any], str]:
     def data(context: Context) -> tuple[TensorDataset, TensorDataset]:
         index = int(context.node_config["partition-id"])
@@ -133,7 +160,10 @@ def _train(
         model = build_model()
     row, optimizer = ROWS[name], partial(SGD, **MOMENTUM)
     defence = row.parts()
-    app = client_app(model=build_model, cut=cut, data=data, optimizer=optimizer, device="cpu")
+    app = client_app(
+        model=build_model, cut=cut, data=data, optimizer=optimizer, device="cpu",
+        loss=loss if row.keeps_labels else None,
+    )  # fmt: skip
     strategy = row.make(
         model=model, cut=cut, server_optimizer=optimizer, batch_size=size.batch_size,
         local_steps=size.steps, drop_last=True, seed=seed, device="cpu", callbacks=[record],
@@ -145,11 +175,13 @@ def _train(
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=size.rounds,
     )
-    categories = ("activations-up", "gradients-down-unicast", "gradients-down-broadcast")
-    found = {
-        "accuracy": result.history[-1].evaluation["accuracy"],
-        "up": sum(one.traffic.logical[categories[0]] for one in result.history),
-        "down": sum(one.traffic.logical[name] for one in result.history for name in categories[1:]),
+    ways = {
+        "up": ("activations-up", "output-gradients-up"),
+        "down": ("gradients-down-unicast", "gradients-down-broadcast", "outputs-down"),
+    }
+    found = {"accuracy": result.history[-1].evaluation["accuracy"]} | {
+        way: sum(one.traffic.logical[name] for one in result.history for name in names)
+        for way, names in ways.items()
     }
     try:
         found["epsilon"] = epsilon(
@@ -161,7 +193,14 @@ def _train(
 
 
 def _attack(
-    record: Record, defence: str, cut: str, seed: int, size: Size, private: Tensor, known: Tensor
+    record: Record,
+    defence: str,
+    cut: str,
+    seed: int,
+    size: Size,
+    private: Tensor,
+    known: Tensor,
+    loss: Remembering,
 ) -> dict[str, Any]:
     recording = read_recording(record.folder)
     segment = split(build_model(), cut, private[:2]).client
@@ -183,7 +222,8 @@ def _attack(
     found["membership"] = nearest_membership(hidden, seen[: len(hidden)], torch.cat(steps))
     last = [one for one in recording.of("0") if one.round == size.rounds]
     try:
-        found |= attack_labels(replace(recording, steps=last))
+        truth = (lambda step: loss.of(step, size.steps)) if loss.labels else None
+        found |= attack_labels(replace(recording, steps=last), truth)
     except ConfigError:  # no gradients go down
         found["label-clusters"] = None
     if seed == 0:

@@ -37,12 +37,15 @@ class Row:
         Beside those that all have.
     parts : callable
         Makes the defence's client parts.
+    keeps_labels : bool
+        Whether the clients have the last layer and the labels.
     """
 
     title: str
     make: Callable[..., Any] = PSL
     options: dict[str, Any] = field(default_factory=lambda: dict(RATES))
     parts: Callable[[], Sequence[ClientPart]] = tuple
+    keeps_labels: bool = False
 
 
 def _psl(title: str, *parts: Callable[[], ClientPart]) -> Row:
@@ -60,6 +63,7 @@ METHODS = {
     "splitfed-v2": Row("SplitFed V2", SplitFedV2, _SMALLER),
     "epsl": Row("EPSL φ=0.5", EPSL, {"phi": 0.5, **RATES}),
     "gapsl": Row("GAPSL", GAPSL, _SMALLER),
+    "u-shape": Row("U-shaped PSL", keeps_labels=True),
     "fsl-sage": Row("FSL-SAGE", FSLSAGE, {"align_epochs": 20, **RATES}),
 }
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 
@@ -63,6 +62,8 @@ def marvell_variances(
     power : float
         Expected squared length of noise over both classes.
     """
+    from scipy.optimize import minimize  # takes a second, and few ask for it
+
     # In units of the power, so that one tolerance fits all steps of a training.
     v, u, g = max(variances[0] / power, 1e-9), max(variances[1] / power, 1e-9), gap / power
 

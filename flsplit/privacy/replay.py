@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,20 @@ def _inputs(found: object, name: str) -> Tensor:
     return found
 
 
-def attack_labels(recording: RecordedRun) -> Findings:
+def attack_labels(
+    recording: RecordedRun, truth: Callable[[RecordedStep], Tensor] | None = None
+) -> Findings:
     """Infer the recorded labels from the recorded gradients.
 
-    Where labels go up, the server needs no attack. The numbers are those of somebody who sees
-    gradients alone: at a U-shape's second cut, or of a client without labels.
+    Where labels go up, the server needs no attack; the numbers are those of somebody who sees
+    gradients alone. Where they stay with the clients, the gradients are those at the second cut.
+
+    Parameters
+    ----------
+    recording : RecordedRun
+        From :func:`~flsplit.privacy.read_recording`.
+    truth : callable, optional
+        Returns the labels ``(b,)`` of a step, to judge by, where they stayed with the client.
 
     Raises
     ------
@@ -76,7 +86,8 @@ def attack_labels(recording: RecordedRun) -> Findings:
     """
     found: dict[str, list[float]] = {}
     for client in recording.clients:
-        steps = [one for one in recording.of(client) if _has_both(one)]
+        steps = [_at_second_cut(one, truth) if truth else one for one in recording.of(client)]
+        steps = [one for one in steps if _has_both(one)]
         for round_ in sorted({one.round for one in steps}):
             own = [one for one in steps if one.round == round_]
             gradients = torch.cat([_tensor(one.gradient) for one in own])
@@ -94,7 +105,10 @@ def attack_labels(recording: RecordedRun) -> Findings:
                     _add(found, {"label-norm-auc": norm_attack(gradient, positive)})
                     _add(found, {"label-cosine-auc": cosine_attack(gradient, positive)})
     if not found:
-        raise ConfigError(f"{recording.folder}: no step has a gradient and labels of two classes")
+        raise ConfigError(
+            f"{recording.folder}: no step has a gradient and labels of two classes; where labels "
+            "stayed with the clients, attack_labels(truth=…) says them"
+        )
     return _means(found)
 
 
@@ -204,6 +218,12 @@ def format_findings(found: Findings, undefended: Findings | None = None) -> str:
             line += f"  {undefended.get(name, math.nan):10.4f}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _at_second_cut(step: RecordedStep, truth: Callable[[RecordedStep], Tensor]) -> RecordedStep:
+    if step.output_gradient is None:
+        return step
+    return replace(step, gradient=step.output_gradient, labels=truth(step))
 
 
 def _has_both(step: RecordedStep) -> bool:

@@ -24,6 +24,9 @@ from flsplit.server.links import Links
 from flsplit.server.traffic import count, exchange_of
 from flsplit.storage import State
 
+MOST_TRACE_BYTES = 16 * 2**20
+"""Of a client's traces, as JSON; those of a forward with some hundred calls have 100 KiB."""
+
 _GONE = "its node is not connected any more"
 
 
@@ -298,8 +301,11 @@ class Clients:
         for digest, trace in sent.items():
             known.pop(digest, None)  # the last that came is the last to go
             known[digest] = self._all_traces.setdefault(digest, trace)
-        for digest in list(known)[: -2 * MOST_TRACES]:
-            del known[digest]
+        while len(known) > 1 and (
+            len(known) > 2 * MOST_TRACES
+            or sum(one.nbytes for one in known.values()) > MOST_TRACE_BYTES
+        ):
+            del known[next(iter(known))]
 
     def recall(self, history: Iterable[RoundEntry]) -> None:
         """Count on from an earlier part of the run."""
