@@ -62,7 +62,8 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
                 if spec.privacy_mods:
                     reply = through_mods(client, message, reply)
                 content = reply.to_content()
-                put_packed(content, "smashed-data", client.packed)
+                if client.packed:
+                    put_packed(content, "smashed-data", client.packed)
                 return Message(content, reply_to=message)
             finally:  # also when a step fails
                 keep_client(client, context)

@@ -24,8 +24,6 @@ _MOST_DIMENSIONS = 16
 
 def put_packed(content: RecordDict, name: str, packed: Mapping[str, Packed]) -> None:
     """Put pieces in the place of some arrays of the record ``name``."""
-    if not packed:
-        return
     arrays: dict[str, Array] = {}
     for key, array in content.array_records[name].items():
         if key in packed:

@@ -228,7 +228,8 @@ class Run:
             for segment in strategy.server_segments():
                 segment.set_lr(at_round(options.server_lr, server_round))
         config = ConfigRecord({**(self.train_config or {})})
-        parts = clients.links.parts = strategy.all_client_parts()
+        parts = strategy.all_client_parts()
+        clients.links.follow(parts)
         version = strategy.client_segment.version
         unusable = {one.client for one in lost if not one.away}
         participants = self._choose(server_round, partial(self._present, clients, unusable))

@@ -16,7 +16,6 @@ from flsplit.errors import FlsplitError, ProtocolError, StateLostError
 from flsplit.log import logger
 from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.local_steps import LocalRequest
-from flsplit.message.packing import PACKED
 from flsplit.message.raised import shortened
 from flsplit.message.request import Reply, Request
 from flsplit.message.storage_note import problem_in
@@ -249,7 +248,7 @@ class Clients:
 
     def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
         content = request.to_content()
-        if self.links.parts:
+        if self.links.down:
             self.links.pack(name, content)
         count(content, request.categories, traffic, sends=self._sends)
         if request.backward and request.backward.shared_rows:  # counted once for all
@@ -273,8 +272,8 @@ class Clients:
         if message.has_error():
             raise_error(message)
         content = message.content
-        whole = self.links.unpack(name, content) if PACKED in content else content
-        reply = request.answer.from_content(whole)
+        read = self.links.unpack(name, content) if self.links.up else content
+        reply = request.answer.from_content(read)
         if reply.traces:
             self._learn_traces(name, reply.traces)
         reply = reply.resolved(self._traces.get(name, {}))

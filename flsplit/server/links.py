@@ -8,9 +8,8 @@ from torch import Tensor
 
 from flsplit.client_parts import ClientPart
 from flsplit.client_parts.compression import Compression, Memory, Packed, compressing
-from flsplit.errors import ProtocolError
 from flsplit.message.arrays import to_tensor
-from flsplit.message.packing import PACKED, put_packed, unpacked
+from flsplit.message.packing import put_packed, unpacked
 from flsplit.storage import State
 
 _UP, _DOWN = "smashed-data", "cut-gradient"
@@ -21,17 +20,22 @@ class Links:
 
     Attributes
     ----------
-    parts : sequence of ClientPart
-        Those of the round's plan.
+    up, down : Compression or None
+        What the round's plan compresses smashed data and cut-layer gradients with.
     """
 
     def __init__(self) -> None:
-        self.parts: Sequence[ClientPart] = ()
+        self.up: Compression | None = None
+        self.down: Compression | None = None
         self._memory: dict[str, dict[str, Memory]] = {}
+
+    def follow(self, parts: Sequence[ClientPart]) -> None:
+        """Do as the client parts of a round's plan say."""
+        self.up, self.down = compressing(parts, _UP), compressing(parts, _DOWN)
 
     def pack(self, client: str, content: RecordDict) -> None:
         """Pack the cut-layer gradients in a message, if the plan says so."""
-        part = compressing(self.parts, _DOWN)
+        part = self.down
         if part is None or _DOWN not in content:
             return
         packed = {
@@ -46,14 +50,11 @@ class Links:
         Raises
         ------
         ProtocolError
-            If it can't be, or nobody asked the client to pack anything.
+            If it can't be.
         """
-        if PACKED not in content:
+        if self.up is None:
             return content
-        part = compressing(self.parts, _UP)
-        if part is None:
-            raise ProtocolError("packed: smashed data came packed, which the plan doesn't say")
-        return unpacked(content, _UP, partial(self._unpacked, client, part))
+        return unpacked(content, _UP, partial(self._unpacked, client, self.up))
 
     def _unpacked(self, client: str, part: Compression, key: str, packed: Packed) -> Tensor:
         # Of local steps the key begins with the step; what is remembered is the value's.

@@ -48,8 +48,8 @@ def test_a_line_of_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("last", "said"),
     [
-        (0.2, "leaks less than φ = 0: cross-entropy +0.1000 ± 0.0000 (+100.0 %"),
-        (0.09, "leaks more than φ = 0: cross-entropy -0.0100 ± 0.0000 (-10.0 %"),
+        (0.2, "φ = 1 leaks less than φ = 0: cross-entropy +0.1000 ± 0.0000 (+100.0 %"),
+        (0.09, "φ = 1 leaks more than φ = 0: cross-entropy -0.0100 ± 0.0000 (-10.0 %"),
     ],
 )
 def test_whether_averaging_leaks_less(tmp_path, last, said):
@@ -60,7 +60,7 @@ def test_whether_averaging_leaks_less(tmp_path, last, said):
     text = (tmp_path / "page.md").read_text()
     assert said in text
     assert "| the paper | 0.2153 | 0.2142 | 0.2166 | 0.2296 | 0.2759 |" in text
-    assert "beyond one standard deviation" in text
+    assert "can't be told apart" not in text
 
 
 def test_gaps_are_of_the_same_seeds():

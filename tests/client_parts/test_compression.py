@@ -373,22 +373,19 @@ def test_a_client_that_lost_a_step_begins_anew_with_differences():
     assert [[one.client for one in entry.left_out] for entry in found.history] == [["1"], [], []]
 
 
-def test_smashed_data_that_nobody_asked_to_pack_is_refused():
-    class Packs(Wire):
-        packed = False
+def test_pieces_of_another_part_leave_a_client_out():
+    class Lies(Wire):
+        lied = False
 
         def send_and_receive(self, messages, *, timeout=None):
             replies = super().send_and_receive(messages, timeout=timeout)
             for reply in replies:
-                if "smashed-data" in reply.content and not self.packed:
-                    self.packed = True
-                    (array,) = reply.content["smashed-data"].values()
+                if "smashed-data" in reply.content and not self.lied:
+                    self.lied = True
                     arrays = ArrayRecord()
-                    arrays["0|numbers"] = array
+                    arrays["0|numbers"] = to_array(torch.zeros(4, 6))
                     reply.content["smashed-data"] = arrays
-                    reply.content[PACKED] = ConfigRecord({"0": "float32 4 6"})
-                    break
             return replies
 
-    (entry, *_) = run([], wrap=Packs).history
-    assert "came packed, which the plan doesn't say" in entry.left_out[0].reason
+    (entry, *_) = run([Int8()], wrap=Lies).history
+    assert "packed: piece 'steps' is none" in entry.left_out[0].reason
