@@ -41,11 +41,11 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP) ## Run an app in a simulation (APP=apps/quickstart SUPERNODES=10 ARGS=...)
 	@$(BIN)/python apps/run.py $(APP) --num-supernodes $(SUPERNODES) $(ARGS)
 
-# Finished runs are kept, so a comparison that was stopped goes on; ARGS="--dataset mnist
-# --data-dir /path/to/data" takes other data.
+# Finished runs are kept, so a comparison that was stopped goes on. Other data, or arguments that
+# change numbers, need another folder: ARGS="--dataset mnist --data-dir /path/to/data --out mnist".
 .PHONY: compare
-compare: $(STAMP) ## Compare the methods: digits, 3 kinds of labels, 3 seeds
-	@$(BIN)/python apps/compare/compare.py --alpha 0.1 0.5 inf --fleet apps/quickstart/fleet.toml \
+compare: $(STAMP) ## Compare all methods: digits, skewed and IID labels, 3 seeds
+	@$(BIN)/python apps/compare/compare.py --alpha 0.1 inf --fleet apps/quickstart/fleet.toml \
 		--out runs/compare $(ARGS)
 
 .PHONY: compare-quick
@@ -57,6 +57,15 @@ compare-quick: $(STAMP) ## The same, shorter, with fewer methods
 compare-decoupled: $(STAMP) ## FSL-SAGE, CSE-FSL and what changes them, SplitFed, FedAvg: bytes
 	@$(BIN)/python apps/compare/compare.py --methods decoupled ablations --alpha 1 \
 		--out runs/compare-decoupled $(ARGS)
+
+# MNIST as torchvision keeps it: ARGS="--data-dir /path/to/data".
+.PHONY: privacy
+privacy: $(STAMP) ## Accuracy against leakage against bytes: all rows, 2 cuts, 3 seeds (docs/privacy.md)
+	@$(BIN)/python apps/privacy/privacy.py --out runs/privacy $(ARGS)
+
+.PHONY: privacy-quick
+privacy-quick: $(STAMP) ## The same, shorter: some rows, one cut, one seed
+	@$(BIN)/python apps/privacy/privacy.py --quick --out runs/privacy-quick $(ARGS)
 
 .PHONY: compare-llm
 compare-llm: $(STAMP) ## Compare the methods on language models: 3 seeds

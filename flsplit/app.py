@@ -115,6 +115,7 @@ def client_app(
         privacy_mods=privacy_mods,
     )
     app = ClientApp(mods=[_readable, *around] if around else None)
+    app.flsplit = spec  # type: ignore[attr-defined]  # for tools that look at somebody's app
     add_handlers(app, spec)
 
     @app.train("session")

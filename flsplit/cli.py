@@ -1,4 +1,4 @@
-"""The command line: ``flsplit profile``, ``plan``, ``bench …`` and ``clean``."""
+"""The command line: ``flsplit profile``, ``plan``, ``bench …``, ``attack`` and ``clean``."""
 
 import gc
 import json
@@ -143,6 +143,47 @@ def plan(
             from flsplit.wireless.pictures import draw_round
 
             _drawn(draw_round(made, picture), as_json)
+
+
+@app.command()
+def attack(
+    run: Annotated[
+        Path, typer.Argument(help="The folder of a recording (flsplit.privacy.Record).")
+    ],
+    undefended: Annotated[
+        Path | None, typer.Option(help="The same run without its defences, also recorded.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="The model, as for plan; without it, labels alone are attacked.")
+    ] = "",
+    data: Annotated[
+        str, typer.Option(help="module:function that returns the attacker's own inputs.")
+    ] = "",
+    private: Annotated[
+        str, typer.Option(help="module:function that takes a client's name: its training inputs.")
+    ] = "",
+    classes: Classes = None,
+    epochs: Annotated[int, typer.Option(min=0, help="Over which a decoder is trained.")] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Attack what the server saw in RUN: labels from gradients, inputs from smashed data."""
+    from flsplit.privacy.replay import attack_run, format_findings
+
+    with _errors():
+        found = {
+            folder: attack_run(
+                folder, model=model, classes=classes, data=data, private=private, epochs=epochs
+            )
+            for folder in (run, undefended)
+            if folder is not None
+        }
+        beside = found[undefended] if undefended is not None else None
+        if as_json:
+            print(json.dumps({"run": found[run], "undefended": beside}, indent=2))
+        else:
+            print(format_findings(found[run], beside))
+            if beside is None:
+                print("no defence counts without the same run undefended beside it: --undefended")
 
 
 @app.command()

@@ -31,7 +31,7 @@ class CSEFSL(DecoupledStrategy):
     average_auxiliary : bool
         Average the auxiliary models, weighted by the clients' numbers of examples; otherwise each
         stays with its client.
-    upload_every, auxiliary, overlap
+    upload_every, auxiliary, order, overlap
         See :class:`~flsplit.run.DecoupledStrategy`.
     **options
         See :class:`~flsplit.run.SplitOptions`.

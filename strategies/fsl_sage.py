@@ -18,7 +18,8 @@ from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.nested import shapes_of
 from flsplit.optimizers import UserOptimizer
 from flsplit.run import DecoupledStrategy, Round
-from flsplit.run.decoupled import AuxiliarySent
+from flsplit.run.decoupled import CLIENTS, AuxiliarySent
+from flsplit.run.options import LearningRate, at_round, of_kind
 from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import number, one_of, whole
 from flsplit.server.segment import ServerSegment
@@ -35,24 +36,29 @@ class FSLSAGE(DecoupledStrategy):
     The server keeps each client's latest uploads. Every ``align_every`` rounds it computes their
     true cut-layer gradients with its segment as it is then, fits the client's auxiliary model's
     gradients to them, and sends the model down. Nothing else changes auxiliary models, and they
-    are never averaged.
+    are never averaged. Its authors' code is ``FSLSAGE(order="clients", align_guard=False)``.
 
     Parameters
     ----------
     align_every : int
         l: rounds between two alignments; 0 for none at all.
     align_epochs : int
-        A: optimizer steps on the whole buffer in an alignment.
+        A: how often an alignment goes through the buffer.
+    align_batch_size : int
+        Samples per optimizer step of an alignment, mixed anew in each of its epochs; 0 for the
+        whole buffer.
+    align_guard : bool
+        Throw an alignment away that diverges or ends with a larger error than it began with.
     buffer_size : int
         Samples that a client's buffer holds.
-    align : {'before_round', 'in_round'}
-        Whether alignment stands before a round, on the uploads of earlier rounds, or in it, after
-        its first uploads, which takes a second exchange.
+    align : {'in_round', 'before_round'}
+        Whether alignment stands in a round, after its first uploads, as in the authors' code,
+        which takes a second exchange; or before it, on the uploads of earlier rounds.
     auxiliary_optimizer : callable
         Called as ``auxiliary_optimizer(parameters, lr=…)``; lives as long as the run.
-    auxiliary_lr : float
-        Its learning rate.
-    upload_every, auxiliary, overlap
+    auxiliary_lr : float or callable
+        Its learning rate, or a function of the round (from 1).
+    upload_every, auxiliary, order, overlap
         See :class:`~flsplit.run.DecoupledStrategy`.
     **options
         See :class:`~flsplit.run.SplitOptions`.
@@ -68,17 +74,24 @@ class FSLSAGE(DecoupledStrategy):
         *,
         align_every: int = 10,
         align_epochs: int = 100,
+        align_batch_size: int = 0,
+        align_guard: bool = True,
         buffer_size: int = 1000,
-        align: str = BEFORE_ROUND,
+        align: str = IN_ROUND,
         auxiliary_optimizer: Callable[..., Optimizer] = torch.optim.Adam,
-        auxiliary_lr: float = 1e-3,
+        auxiliary_lr: LearningRate = 1e-3,
         **options: Any,
     ) -> None:
         self.align_every = whole("align_every", align_every, 0)
         self.align_epochs = whole("align_epochs", align_epochs, 1)
+        self.align_batch_size = whole("align_batch_size", align_batch_size, 0)
+        of_kind("align_guard", align_guard, bool)
+        self.align_guard = align_guard
         self.buffer_size = whole("buffer_size", buffer_size, 1)
         self.align = one_of("align", align, (BEFORE_ROUND, IN_ROUND))
-        self.auxiliary_lr = number("auxiliary_lr", auxiliary_lr, 0.0)
+        if not callable(auxiliary_lr):
+            auxiliary_lr = number("auxiliary_lr", auxiliary_lr, 0.0)
+        self.auxiliary_lr = auxiliary_lr
         if not callable(auxiliary_optimizer):
             raise ConfigError(
                 f"auxiliary_optimizer is {auxiliary_optimizer!r}, expected something to call"
@@ -108,6 +121,16 @@ class FSLSAGE(DecoupledStrategy):
             Phase((Stage("auxiliary down", Where.DOWNLINK, share * work.auxiliary_bits),)),
             *cls.aggregation_phases(work, **arguments),
         )
+
+    @classmethod
+    def plan_note(cls, **arguments: Any) -> str:
+        """Say what of a round with an alignment inside is not counted."""
+        inside = arguments["align"] == IN_ROUND and arguments["align_every"]
+        what = "the first batch's forward pass before an alignment"
+        if inside and arguments["order"] == CLIENTS:
+            what += " and that clients take turns there"
+        notes = [super().plan_note(**arguments), f"{what} is not counted" if inside else ""]
+        return "; ".join(filter(None, notes))
 
     def begin_run(self) -> None:
         """Forget an earlier run's auxiliary models and buffers."""
@@ -162,7 +185,7 @@ class FSLSAGE(DecoupledStrategy):
         return AlignedAuxiliary(
             self.new_auxiliary(),
             self.auxiliary_optimizer,
-            self.auxiliary_lr,
+            at_round(self.auxiliary_lr, 1),
             self.buffer_size,
             self.server.criterion,
         )
@@ -176,13 +199,21 @@ class FSLSAGE(DecoupledStrategy):
 
     def _align(self, round_: Round, names: list[str]) -> None:
         plan = round_.plan
+        lr = at_round(self.auxiliary_lr, plan.server_round)
         for name in names:
             own = self.aligned[name]
             if not len(own.buffer):
                 continue  # nothing has come from it yet: before the first round, nobody's has
             seed = derive_seed(plan.seed, "align", name, plan.server_round)
             started = time.perf_counter()
-            found = own.align(self.server, self.align_epochs, seed)
+            own.optimizer.set_lr(lr)
+            found = own.align(
+                self.server,
+                self.align_epochs,
+                seed,
+                batch_size=self.align_batch_size,
+                guard=self.align_guard,
+            )
             round_.record_alignment(len(own.buffer), self.align_epochs, started)
             round_.record_metrics(
                 {
@@ -277,7 +308,7 @@ class AlignmentOutcome:
         Sum of squared errors between the two.
     diverged : bool
         Whether the result was thrown away: an error or a weight that is NaN or infinite, or an
-        error larger than before.
+        error larger than before. Never without a guard.
     """
 
     cosine_before: float
@@ -325,12 +356,20 @@ class AlignedAuxiliary:
         with keeping_buffers(self.module):
             return emulated_gradient(self.module, smashed, labels, self.criterion)
 
-    def align(self, segment: ServerSegment, epochs: int, seed: int) -> AlignmentOutcome:
+    def align(
+        self,
+        segment: ServerSegment,
+        epochs: int,
+        seed: int,
+        *,
+        batch_size: int = 0,
+        guard: bool = True,
+    ) -> AlignmentOutcome:
         """Label the buffer with the server segment as it is now, and fit the model to that.
 
         The targets are the gradients of the mean loss over the whole buffer, and so is what they
-        are compared with. An epoch is one optimizer step on the whole buffer. If it diverges the
-        model and its optimizer are as before.
+        are compared with, also in mini-batches of ``batch_size`` samples. If it diverges the
+        model and its optimizer are as before, unless there is no ``guard``.
         """
         smashed, labels = self.buffer.smashed, self.buffer.labels
         if smashed is None or labels is None:
@@ -340,12 +379,13 @@ class AlignedAuxiliary:
             kept = copy.deepcopy((self.module.state_dict(), self.optimizer.state()))
             before = self.emulate(smashed, labels)
             for _ in range(epochs):
-                self._fit(smashed, labels, targets)
+                for rows in _mini_batches(len(labels), batch_size):
+                    self._fit(smashed[rows], labels[rows], targets[rows], len(labels))
             after = self.emulate(smashed, labels)
         errors = [float((one - targets).pow(2).sum()) for one in (before, after)]
         tensors = [*self.module.parameters(), *self.module.buffers()]
         finite = all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
-        diverged = not (finite and errors[1] <= errors[0])
+        diverged = guard and not (finite and errors[1] <= errors[0])
         if diverged:
             self.module.load_state_dict(kept[0])
             self.optimizer.load(kept[1])
@@ -380,15 +420,27 @@ class AlignedAuxiliary:
             device = next(self.module.parameters()).device
             self.buffer.add(smashed.to(device), labels.to(device))
 
-    def _fit(self, smashed: Tensor, labels: Tensor, targets: Tensor) -> None:
-        """Do one optimizer step on Σ ‖ĝ − target‖², differentiating ĝ itself."""
+    def _fit(self, smashed: Tensor, labels: Tensor, targets: Tensor, total: int) -> None:
+        """Do one optimizer step on Σ ‖ĝ − target‖², differentiating ĝ itself.
+
+        A mini-batch's ĝ is that of its own mean; targets are those of the mean over ``total`` rows.
+        """
         gradient = emulated_gradient(
             self.module, smashed, labels, self.criterion, create_graph=True
         )
+        if len(labels) < total:
+            gradient = gradient * (len(labels) / total)
         error = (gradient - targets).pow(2).sum()
         self.optimizer.zero_grad()
         error.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+
+
+def _mini_batches(total: int, size: int) -> list[Any]:
+    """Return an epoch's rows by mini-batch, in a new order; all as they lie where one is enough."""
+    if not 0 < size < total:
+        return [slice(None)]
+    return list(torch.split(torch.randperm(total), size))
 
 
 def true_gradient(segment: ServerSegment, smashed: Tensor, labels: Tensor) -> Tensor:

@@ -1,20 +1,28 @@
 """SplitFed V2."""
 
+from typing import Any, Literal, get_args
+
 import torch
 
 from flsplit.run import ParallelStrategy, Step
+from flsplit.server.arguments import one_of
+
+Order = Literal["random", "fixed"]
 
 
 class SplitFedV2(ParallelStrategy):
     """SplitFed V2: one server segment, stepped on one client's batch after the other.
 
-    Clients compute in parallel; in every step the server goes through their smashed data in a
-    random order and does an optimizer step for each, so that batches of different clients
+    Clients compute in parallel; in every step the server goes through their smashed data one after
+    the other and does an optimizer step for each, so that batches of different clients
     interleave. Client segments are averaged at the end of each round. Random order is our
     reading of the paper [1]_; FSL-SAGE's authors' code calls the method SplitFed-SS.
 
     Parameters
     ----------
+    order : {'random', 'fixed'}
+        Whether the order of the clients is drawn anew in every step, or is always that of their
+        names.
     **options
         See :class:`~flsplit.run.SplitOptions`.
 
@@ -29,10 +37,17 @@ class SplitFedV2(ParallelStrategy):
     several_cuts = True
     pools = False
 
+    def __init__(self, *, order: Order = "random", **options: Any) -> None:
+        self.order = one_of("order", order, get_args(Order))
+        super().__init__(**options)
+
     def step(self, step: Step) -> None:
-        """Do a pass and an optimizer step for each client, in random order."""
-        order = torch.randperm(len(step.batches), generator=step.generator("interleave"))
-        for index in order.tolist():
+        """Do a pass and an optimizer step for each client, in its turn."""
+        order = list(range(len(step.batches)))
+        if self.order == "random":
+            drawn = torch.randperm(len(order), generator=step.generator("interleave"))
+            order = drawn.tolist()
+        for index in order:
             found = step.gradients([step.batches[index]])
             step.update(found)
             step.reply(found.cut_gradients)

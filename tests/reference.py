@@ -146,7 +146,7 @@ def split_app(build, parts: Sequence[Dataset], tests: Sequence[Dataset] | None =
         index = int(context.node_config["partition-id"])
         return parts[index] if tests is None else (parts[index], tests[index])
 
-    return client_app(model=build, cut=CUT, data=load, device="cpu", **options)
+    return client_app(**({"model": build, "cut": CUT, "data": load, "device": "cpu"} | options))
 
 
 def run_split(
@@ -166,7 +166,8 @@ def run_split(
     """Train with a strategy over LocalGrid (in ``wrap``, if given) and return its result."""
     model = fresh(build)
     defaults = {"server_lr": LR, "seed": SEED, "batch_size": 4, "server_optimizer": optimizer}
-    strategy = strategy_class(model=model, cut=CUT, device="cpu", **(defaults | options))
+    defaults |= {"cut": CUT, "device": "cpu"}
+    strategy = strategy_class(model=model, **(defaults | options))
     app = split_app(build, parts, tests, optimizer=optimizer, **(app_options or {}))
     grid = LocalGrid(app, len(parts), cache=cache, progress=False)
     return strategy.start(

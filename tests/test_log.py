@@ -2,10 +2,16 @@
 
 import logging
 
+import pytest
+
 from flsplit import log
 from flsplit.log import RareLog
 
 
+@pytest.mark.chaos(
+    "a flood of bad messages",
+    "the log says so a few times a minute",
+)
 def test_of_a_flood_a_few_lines_a_minute_are_logged(monkeypatch, caplog):
     now = 0.0
     monkeypatch.setattr(log.time, "monotonic", lambda: now)

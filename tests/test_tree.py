@@ -36,7 +36,17 @@ LAYERS = (
         "carry",
         "app",
     ),
-    *("server", "wireless", "run", "processes", "bench", "__init__", "cli", "strategies"),
+    *(
+        "server",
+        "wireless",
+        "run",
+        "privacy",
+        "processes",
+        "bench",
+        "__init__",
+        "cli",
+        "strategies",
+    ),
 )
 
 # However they are written; "psl" is in the names of three.

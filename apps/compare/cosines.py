@@ -1,11 +1,10 @@
 """The picture of how near emulated gradients come to the true ones."""
 
 import numpy as np
-from decoupled_methods import DECOUPLED
 from jobs import Run
 from matplotlib.axes import Axes
 from measured import AFTER, BEFORE, COSINE, series_of
-from methods import METHODS
+from methods import DECOUPLED, find_method
 from pictures import style_of
 from report import Finals, converged
 
@@ -23,12 +22,12 @@ def has_cosines(finals: Finals) -> bool:
 
 def draw_cosines(axes: Axes, finals: Finals) -> None:
     """Draw means over seeds."""
-    for method in DECOUPLED:
-        color = style_of(method)["color"]
+    for method in [name for name in DECOUPLED if name in finals]:
+        color = style_of(method, finals)["color"]
         for metric, (what, style) in LINES.items():
             found = by_round(finals.get(method, []), metric)
             if found:
-                label = f"{METHODS[method].title}, {what}"
+                label = f"{find_method(method).title}, {what}"
                 axes.plot(*zip(*found.items(), strict=True), style, color=color, label=label)
     axes.set(xlabel="round", ylabel="cosine of emulated and true gradient")
     axes.xaxis.get_major_locator().set_params(integer=True)

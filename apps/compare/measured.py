@@ -2,8 +2,11 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from everyone import GLOBAL, OWN
 
 from flsplit.account import History
 from flsplit.run import Round, SplitStrategy
@@ -13,14 +16,16 @@ COSINE = "auxiliary-cosine"
 BEFORE, AFTER = "cosine-before-alignment", "cosine-after-alignment"
 CLIENT_MEMORY, WHOLE_MEMORY = "client-memory-bytes", "whole-model-memory-bytes"
 SIMULATED = "simulated-seconds"
+LAST = 3  # rounds that a run's accuracy is the mean of: a single one is noisy
 SERIES = (COSINE, BEFORE, AFTER, CLIENT_MEMORY, WHOLE_MEMORY)
 
 
-def measured(history: History, spent: Mapping[int, float], clients: int) -> dict[str, Any]:
+def measured(
+    history: History, spent: Mapping[int, float], metrics: Sequence[str]
+) -> dict[str, Any]:
     """Return what is kept; ``spent`` are the server's CPU seconds by round."""
     logical = [entry.traffic.logical for entry in history]
-    return {
-        "accuracy": history.series("accuracy")[1],
+    return by_client([entry.evaluation for entry in history], metrics) | {
         "bytes": history.bytes_so_far(),
         "up": sum(_ending(one, "up") for one in logical),
         "down": sum(n for one in logical for name, n in one.items() if "-down" in name),
@@ -30,7 +35,25 @@ def measured(history: History, spent: Mapping[int, float], clients: int) -> dict
         "metrics": {k: v for k, v in history[-1].metrics.items() if k.count(".") == 1},
         "series": _series(history),
         **_simulated(history),
-        "auxiliary-bytes": logical[0].get("auxiliary-down", 0) // clients,
+    }
+
+
+def by_client(evaluations: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    """Return accuracies: the mean over clients by round, and each client's at the end.
+
+    The end are the last rounds. Further metrics are kept, at the end, under ``scores``.
+    """
+    last = evaluations[-LAST:]
+
+    def each(kind: str, found: Mapping[str, Any]) -> list[float]:
+        return [float(v) for k, v in found.items() if k.startswith(f"each/{kind}/")]
+
+    own = [name for name in last[-1] if name.partition("/")[0] in metrics]
+    return {
+        "accuracy": [float(np.mean(each(GLOBAL, one))) for one in evaluations],
+        "clients": np.mean([each(GLOBAL, one) for one in last], axis=0).tolist(),
+        "own": np.mean([each(OWN, one) for one in last], axis=0).tolist(),
+        "scores": {name: float(np.mean([one[name] for one in last])) for name in own},
     }
 
 

@@ -1,10 +1,10 @@
 """What clients with auxiliary models hold, as a table."""
 
-from decoupled_methods import AUXILIARY, DECOUPLED, STUDIES
 from jobs import Run
 from measured import CLIENT_MEMORY, WHOLE_MEMORY, series_of
-from methods import METHODS
+from methods import DECOUPLED, find_method
 from report import Finals, converged
+from studies import AUXILIARY, STUDIES
 
 SHOWN = list(dict.fromkeys([*DECOUPLED, *STUDIES[AUXILIARY].values()]))
 
@@ -15,7 +15,7 @@ def memory_rows(finals: Finals) -> list[dict[str, str]]:
     for method in SHOWN:
         runs = converged(finals.get(method, []))
         if runs and series_of(runs[0], CLIENT_MEMORY):
-            rows.append({"method": METHODS[method].title} | _sizes(runs[0]))
+            rows.append({"method": find_method(method).title} | _sizes(runs[0]))
     return rows
 
 

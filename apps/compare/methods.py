@@ -1,203 +1,233 @@
-"""The methods that are compared, and the learning rates each is tried with."""
+"""The methods that are compared, and the learning rates that each one's tuning begins with.
 
-from collections.abc import Callable
-from itertools import product
+A method is written ``name``, ``name{options}`` or ``name+fedavg``, where the name is a registered
+strategy's, the options a TOML table as of ``strategy-args``, and ``+fedavg`` averages the client
+segments of a method that doesn't do it itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib.metadata import entry_points
 from typing import Any
 
-from decoupled_methods import ABLATIONS, DECOUPLED
 from flwr.serverapp.strategy import FedAvg
-from method import Method, Rates, made_with, pairs
+from task import pooled_classifier
 
-from flsplit.strategies import (
-    EPSL,
-    GAPSL,
-    PSL,
-    SFLGA,
-    SGLR,
-    CycleSL,
-    SequentialSL,
-    SplitFedV1,
-    SplitFedV2,
-)
+from flsplit.auxiliary import BuildAuxiliary
+from flsplit.errors import ConfigError
+from flsplit.run import SplitStrategy, make_strategy
+from flsplit.run.registry import GROUP, arguments_table, strategy_names
 
+Rates = dict[str, float]
+Grid = Mapping[str, Sequence[float]]
 
-def _with_fedavg(cls: type, **fixed: Any) -> Callable[..., Any]:
-    # A strategy of its own for each run: Flower's keep state.
-    return lambda **options: cls(client_strategy=FedAvg(), **fixed, **options)
-
-
-def _one(rates: list[float]) -> list[Rates]:
-    return [{"server_lr": rate, "client_lr": rate} for rate in rates]
+# The client's rate matters most: three of them, two of the server's. A step of the mean over
+# clients takes a larger server rate than ten steps in turn, or a sum of ten gradients.
+CLIENT = [0.003, 0.01, 0.03]
+MEAN: Grid = {"client_lr": CLIENT, "server_lr": [0.03, 0.1]}
+TURNS: Grid = {"client_lr": CLIENT, "server_lr": [0.01, 0.03]}
+SCALED: Grid = {"client_lr": CLIENT, "alpha": [0.5, 1.0]}  # SGLR's server rate follows from these
+WHOLE: Grid = {"lr": [0.01, 0.03, 0.1]}  # one rate for all layers
 
 
-# A client segment that is never averaged does better with small steps, where labels are skewed.
-_OWN = pairs([0.03, 0.1, 0.3], [0.001, 0.01])
-_SUM = pairs([0.003, 0.01, 0.03], [0.001, 0.01])  # ten clients' sum, or ten server steps
-_SGLR = [{"client_lr": lr, "alpha": a} for lr, a in product([0.003, 0.01, 0.03], [1.0, 1.5])]
-_SHARED = pairs([0.03, 0.1, 0.3], [0.01, 0.03])
-_SUM_SHARED = pairs([0.003, 0.01, 0.03], [0.01, 0.03])
-_TURNS = pairs([0.003, 0.01, 0.03], [0.01, 0.03])  # ten server steps where others do one
-_WHOLE = _one([0.005, 0.01, 0.02, 0.04, 0.06, 0.08])  # FedAvg, and V1, which computes the same
+@dataclass(frozen=True)
+class Method:
+    """A method.
 
-_ALIGNED = "the server steps with the clients whose gradients agree with a leader's"
+    Attributes
+    ----------
+    title, says : str
+        How pages call it, and what it does.
+    strategy : str
+        A registered strategy; empty for FedAvg on the unsplit model.
+    grid : mapping of str to list of float
+        What its tuning begins with.
+    options : mapping of str to object
+        The strategy's options.
+    averaged : bool
+        Whether Flower's FedAvg averages client segments that the method leaves apart.
+    auxiliary : callable, optional
+        What builds the auxiliary model, where the clients must be given it, too.
+    """
+
+    title: str
+    says: str
+    strategy: str
+    grid: Grid = field(default_factory=lambda: MEAN)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    averaged: bool = False
+    auxiliary: BuildAuxiliary | None = None
+
+    @property
+    def shares_clients(self) -> bool:
+        """Whether all clients have the same client segment at a round's end."""
+        cls = None if not self.strategy else strategy_class(self.strategy)
+        return cls is None or self.averaged or getattr(cls, "aggregates", False) or cls.hands_on
+
+    def make(self, rates: Rates, **options: Any) -> SplitStrategy:
+        """Return a strategy; ``options`` are those that all methods have."""
+        return make_strategy(self.strategy, **self.arguments(options) | as_options(rates))
+
+    def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all options but the rates; a strategy of Flower's keeps state: a new one each."""
+        averaging = {"client_strategy": FedAvg()} if self.averaged else {}
+        auxiliary = {"auxiliary": self.auxiliary} if self.auxiliary else {}
+        return {**options, **self.options, **averaging, **auxiliary}
+
 
 METHODS = {
     "sequential-sl": Method(
         "Sequential SL",
         "clients take turns; each hands its segment to the next",
-        True,
-        SequentialSL,
-        _TURNS,
+        "sequential-sl", TURNS,
     ),
     "splitfed-v1": Method(
         "SplitFed V1",
         "a server copy per client; copies and client segments are averaged every round",
-        True,
-        SplitFedV1,
-        _WHOLE,
+        "splitfed-v1", WHOLE,
     ),
     "splitfed-v2": Method(
         "SplitFed V2",
         "one server segment, a step for each client in turn; client segments are averaged",
-        True,
-        SplitFedV2,
-        _TURNS,
+        "splitfed-v2", TURNS,
     ),
     "sfl": Method(
-        "SFL (PSL + FedAvg)",
-        "PSL whose client segments are averaged every round",
-        True,
-        _with_fedavg(PSL),
-        _SHARED,
+        "SFL (PSL + FedAvg)", "PSL whose client segments are averaged every round", "psl",
+        averaged=True,
     ),
     "fedavg": Method(
         "FedAvg",
         "Flower's, not split: every client trains the whole model; no server step at all",
-        True,
-        None,
-        _WHOLE,
+        "", WHOLE,
     ),
-    **DECOUPLED,
+    "fsl-sage": Method(
+        "FSL-SAGE",
+        "clients step with auxiliary models and don't wait; every 5th mini-batch's smashed data "
+        "goes up; the server aligns the auxiliary models in every 5th round",
+        "fsl-sage", TURNS, {"align_every": 5},
+    ),
+    "cse-fsl": Method(
+        "CSE-FSL",
+        "the same, but clients train the auxiliary models, whose averages take their place",
+        "cse-fsl", TURNS,
+    ),
     "psl": Method(
         "PSL",
         "one server step on all clients' smashed data together; clients keep their segments",
-        False,
-        PSL,
-        _OWN,
+        "psl",
     ),
     "sglr": Method(
         "SGLR",
         "PSL; half of the clients share a cut-layer gradient, the server's rate is scaled up",
-        False,
-        SGLR,
-        _SGLR,
+        "sglr", SCALED,
     ),
-    "epsl-0.5": Method(
-        "EPSL φ=0.5",
+    "epsl": Method(
+        "EPSL",
         "PSL; half of each mini-batch is aggregated over clients before it goes back",
-        False,
-        made_with(EPSL, phi=0.5),
-        _OWN,
+        "epsl", options={"phi": 0.5},
     ),
-    "epsl-1": Method(
-        "EPSL φ=1",
-        "the same with the whole mini-batch",
-        False,
-        made_with(EPSL, phi=1.0),
-        _OWN,
-    ),
-    "gapsl-eta-1": Method(
-        "GAPSL η=-1",
-        f"PSL; {_ALIGNED}; a lenient threshold",
-        False,
-        made_with(GAPSL, eta=-1.0),
-        _SUM,
-    ),
-    "gapsl-eta0": Method(
-        "GAPSL η=0",
-        f"PSL; {_ALIGNED}; the default threshold, which keeps about half",
-        False,
-        made_with(GAPSL, eta=0.0),
-        _SUM,
-    ),
-    "gapsl-eta0.3": Method(
-        "GAPSL η=0.3",
-        f"PSL; {_ALIGNED}; a strict threshold",
-        False,
-        made_with(GAPSL, eta=0.3),
-        _SUM,
+    "gapsl": Method(
+        "GAPSL",
+        "PSL; the server steps with the clients whose gradients agree with a leader's",
+        "gapsl", TURNS,
     ),
     "cyclesl": Method(
         "CycleSL",
         "the server trains on all rows, mixed, in mini-batches of 32; then clients get gradients",
-        False,
-        CycleSL,
-        _SUM,
+        "cyclesl", TURNS,
     ),
     "sfl-ga": Method(
         "SFL-GA",
         "PSL; all clients step with one broadcast mean of the cut-layer gradients",
-        False,
-        SFLGA,
-        _OWN,
+        "sfl-ga",
     ),
-    # Variants, to find out why a method does as it does.
-    "gapsl-mean": Method(
-        "GAPSL η=0, mean",
-        "GAPSL; the mean of the kept gradients instead of their sum",
-        False,
-        made_with(GAPSL, loss_reduction="mean"),
-        _OWN,
+    "fsl-sage-pooled": Method(
+        "FSL-SAGE, pooled",
+        "FSL-SAGE with the mean of each channel and a linear layer as auxiliary model",
+        "fsl-sage", TURNS, {"align_every": 5}, auxiliary=pooled_classifier,
     ),
-    "gapsl-skip": Method(
-        "GAPSL η=0, skip",
-        "GAPSL; clients that are not kept do not step either",
-        False,
-        made_with(GAPSL, excluded_clients="skip"),
-        _SUM,
-    ),
-    "gapsl-sfl": Method(
-        "GAPSL η=0 + FedAvg",
-        "GAPSL whose client segments are averaged every round",
-        True,
-        _with_fedavg(GAPSL),
-        _SUM_SHARED,
-    ),
-    "gapsl-eta-1-sfl": Method(
-        "GAPSL η=-1 + FedAvg",
-        "the same with a lenient threshold",
-        True,
-        _with_fedavg(GAPSL, eta=-1.0),
-        _SUM_SHARED,
-    ),
-    "sglr-phi0": Method(
-        "SGLR φ=0",
-        "SGLR without averaged gradients: only the server's rate is scaled",
-        False,
-        made_with(SGLR, phi=0.0),
-        _SGLR,
-    ),
-    "sglr-sfl": Method(
-        "SGLR + FedAvg",
-        "SGLR whose client segments are averaged every round",
-        True,
-        _with_fedavg(SGLR),
-        _SGLR,
-    ),
-    **ABLATIONS,
-}
-VARIANTS = [
-    "gapsl-mean", "gapsl-skip", "gapsl-sfl", "gapsl-eta-1-sfl", "sglr-phi0", "sglr-sfl", *ABLATIONS,
+}  # fmt: skip
+DECOUPLED = ("fsl-sage", "cse-fsl")
+ABLATIONS = [
+    *(f"{name}{{upload_every={q}}}" for name in DECOUPLED for q in (1, 2, 10)),
+    *(f"fsl-sage{{align_every={n}}}" for n in (0, 1, 2, 10)),
+    'fsl-sage{align="before_round"}', "fsl-sage-pooled", 'fsl-sage{auxiliary="first-stage"}',
 ]  # fmt: skip
-COMPARED = [name for name in METHODS if name not in VARIANTS]
-GROUPS = {  # what --methods takes for several of them
-    "compared": COMPARED,
-    "quick": [name for name in COMPARED if name not in ("epsl-1", "gapsl-eta-1", "gapsl-eta0.3")],
-    "decoupled": [*DECOUPLED, "splitfed-v1", "splitfed-v2", "fedavg"],
-    "ablations": list(ABLATIONS),
-}
 
 
-def expand(names: list[str]) -> list[str]:
-    """Return each method that is named, itself or by a group of it, once."""
-    return list(dict.fromkeys(one for name in names for one in GROUPS.get(name, [name])))
+def groups() -> dict[str, list[str]]:
+    """Return what ``--methods`` takes for several of them."""
+    own = [name for name in METHODS if name != "fsl-sage-pooled"]
+    return {
+        "all": [*own, *(name for name in strategy_names() if name not in METHODS)],
+        "quick": ["splitfed-v2", "sfl", "fedavg", "fsl-sage", "cse-fsl", "psl", "epsl", "gapsl"],
+        "decoupled": [*DECOUPLED, "splitfed-v1", "splitfed-v2", "fedavg"],
+        "ablations": ABLATIONS,
+    }
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Return each method that is named, itself or by a group of it, once.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such method; the nearest is named.
+    """
+    found = list(dict.fromkeys(one for name in names for one in groups().get(name, [name])))
+    for name in found:
+        find_method(name)
+    return found
+
+
+@lru_cache
+def find_method(spec: str) -> Method:
+    """Return the method that is written so."""
+    head, brace, table = spec.partition("{")
+    name, plus, averaged = head.strip().partition("+")
+    known = [*METHODS, *(one for one in strategy_names() if one not in METHODS)]
+    if name not in known:
+        choices = [*known, *groups()]
+        near = get_close_matches(name, choices, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"--methods: there is no {name!r}{hint} (there are {', '.join(choices)})")
+    if plus and averaged != "fedavg":
+        raise ConfigError(f"--methods: {spec!r} ends in +{averaged}, expected +fedavg")
+    method = METHODS.get(name) or _registered(name)
+    if not (brace or plus):
+        return method
+    own = arguments_table(brace + table)
+    if not method.strategy:
+        raise ConfigError(f"--methods: {name} takes no options, but they are {table!r}")
+    shown = ", ".join(f"{key} {value}" for key, value in own.items())
+    return replace(
+        method,
+        title=", ".join(filter(None, [method.title + (" + FedAvg" if plus else ""), shown])),
+        says=f"{method.says}; here {spec}",
+        options={**method.options, **{k.replace("-", "_"): v for k, v in own.items()}},
+        averaged=method.averaged or bool(plus),
+    )
+
+
+@lru_cache
+def strategy_class(name: str) -> type[SplitStrategy]:
+    """Return a registered strategy's class."""
+    (found,) = entry_points(group=GROUP, name=name)
+    cls: type[SplitStrategy] = found.load()
+    return cls
+
+
+def as_options(rates: Rates) -> dict[str, float]:
+    """Return the options that a point of a grid stands for."""
+    found = dict(rates)
+    if "lr" in found:
+        found["server_lr"] = found["client_lr"] = found.pop("lr")
+    return found
+
+
+def _registered(name: str) -> Method:
+    """Return somebody else's strategy."""
+    says = (strategy_class(name).__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    return Method(name, says, name)

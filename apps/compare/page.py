@@ -3,23 +3,28 @@
 import argparse
 import base64
 import io
+import re
+from collections.abc import Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
-from decoupled_methods import L, Q
-from finding import Finding
-from findings import findings, summary, tried
+from experiment import Experiment
+from findings import Finding
 from memory import memory_rows
-from methods import METHODS
+from methods import find_method
 from panels import Panel, cosine_panels, main_panels, study_panels, write_svg
-from report import Finals, alpha_name, has_seconds, table
-from studies import main_part, studies_in, study_rows
+from report import has_seconds
+from studies import studies_in, study_rows
+
+if TYPE_CHECKING:
+    from results import Shown
 
 VARIED = (
-    "<p>Each value is tuned by itself, with the same six points. What is not varied is as in the "
-    f"table above: q={Q}, l={L}, a linear auxiliary model.</p>"
+    "<p>Each value is tuned by itself, in the same way. What is not varied is as in the "
+    "table above: q=5, l=5, a linear auxiliary model.</p>"
 )
 TIMED = (
     "<li>Simulated seconds are what training would take on the fleet of the command below: each "
@@ -27,14 +32,27 @@ TIMED = (
     "(docs/planning.md). Evaluation takes no time. The fleet is made up, and another one puts the "
     "methods in another order.</li>"
 )
-NAMES = {"digits": "handwritten digits (scikit-learn)", "mnist": "MNIST", "cifar10": "CIFAR-10"}
+TUNED = (
+    "<li>Learning rates are tuned for each method in the same way, with seeds of their own, on "
+    "validation examples that no client trains on: all points of a small grid in runs of a quarter "
+    "of the rounds, then the best three in runs of half of them with two other seeds. Where the "
+    "best is at an end of the grid, further points are tried. A rate marked * is at an end all the "
+    "same, so a better one may lie beyond it.</li>"
+)
+GIVEN = "<li>Learning rates are those of the command; nothing was tuned.</li>"
 
 
-def write_page(options: argparse.Namespace, finals: dict[float, Finals], path: Path) -> None:
+def write_page(
+    options: argparse.Namespace,
+    experiment: Experiment,
+    shown: "Sequence[Shown]",
+    found: list[Finding],
+    path: Path,
+) -> None:
     """Write the page."""
     template = Template((Path(__file__).parent / "page.html").read_text())
-    methods = {method for own in finals.values() for method in main_part(own)}
-    title = f"{len(methods)} ways to train together on {NAMES[options.dataset]}"
+    methods = dict.fromkeys(method for one in shown for method in one.finals)
+    title = f"{len(methods)} ways to train together on {experiment.title}"
     lead = (
         f"{options.clients} clients train with {options.rounds} rounds of {options.local_steps} "
         f"mini-batches of {options.batch_size} each. Who wins depends on how the labels are "
@@ -43,14 +61,16 @@ def write_page(options: argparse.Namespace, finals: dict[float, Finals], path: P
     html = template.substitute(
         title=escape(title),
         lead=escape(lead),
-        links=_links(finals),
-        expectations=_expectations(findings(finals, options.target)),
-        sections="\n".join(_section(options, alpha, own) for alpha, own in finals.items()),
-        methods="\n".join(_method(name) for name in METHODS if name in methods),
-        first_seed=options.seeds[0],
+        notes=f"<p>{escape(experiment.notes)}</p>" if experiment.notes else "",
+        links=_links(shown, found),
+        expectations=_expectations(found),
+        sections="\n".join(map(_section, shown)),
+        methods="\n".join(map(_method, methods)),
+        matters=f"{options.matters:g}",
         target=f"{options.target:g}",
         num_seeds=len(options.seeds),
-        timed=TIMED if any(map(has_seconds, finals.values())) else "",
+        timed=TIMED if any(has_seconds(one.finals) for one in shown) else "",
+        tuned=GIVEN if options.rates else TUNED,
         command=escape(options.command),
         flsplit=version("flsplit"),
         torch=version("torch"),
@@ -58,10 +78,10 @@ def write_page(options: argparse.Namespace, finals: dict[float, Finals], path: P
     path.write_text(html)
 
 
-def _links(finals: dict[float, Finals]) -> str:
-    parts = {_anchor(alpha): alpha_name(alpha) for alpha in finals}
+def _links(shown: "Sequence[Shown]", found: list[Finding]) -> str:
+    parts = {_anchor(one): one.title for one in shown}
+    parts |= {"expected": "Expected and measured"} if found else {}
     parts |= {
-        "expected": "Expected and measured",
         "methods": "The methods",
         "how": "How it was done",
         "limits": "What it doesn't show",
@@ -69,8 +89,8 @@ def _links(finals: dict[float, Finals]) -> str:
     return "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in parts.items())
 
 
-def _anchor(alpha: float) -> str:
-    return f"alpha-{alpha:g}"
+def _anchor(shown: "Shown") -> str:
+    return "part-" + re.sub(r"[^a-zA-Z0-9]+", "-", shown.title).strip("-")
 
 
 def _expectations(found: list[Finding]) -> str:
@@ -89,34 +109,29 @@ def _card(expected: str, found: list[Finding]) -> str:
         f"{escape(one.measured)}</li>"
         for one in found
     )
-    why = tried(expected, found)
-    note = f'<p class="tried">{escape(why)}</p>' if why else ""
-    return f"<section><p>{escape(expected)}</p><ul>{items}</ul>{note}</section>"
+    return f"<section><p>{escape(expected)}</p><ul>{items}</ul></section>"
 
 
-def _section(options: argparse.Namespace, alpha: float, finals: Finals) -> str:
-    main = main_part(finals)
-    where = alpha_name(alpha)
+def _section(shown: "Shown") -> str:
+    finals, where = shown.finals, escape(shown.title)
     parts = [
-        f'<h2 id="{_anchor(alpha)}">{escape(_heading(alpha))}</h2>',
-        f"<p>{escape(summary(main))}</p>",
-        _figures(main_panels(finals) + cosine_panels(finals), where),
-        _table(table(main, options.target)),
+        f'<h2 id="{_anchor(shown)}">{where}</h2>',
+        f"<p>{escape(shown.summary)}</p>",
+        _figures(main_panels(finals) + cosine_panels(finals), shown.title),
+        _table(shown.rows),
     ]
-    if held := memory_rows(finals):
-        parts += [f"<h3>What a client holds ({escape(where)})</h3>", _table(held)]
+    for heading, rows in (
+        ("Each client: all test examples / its own kind", shown.clients),
+        ("How the learning rates were found", shown.tuning),
+        ("What a client holds", memory_rows(finals)),
+    ):
+        if rows:
+            parts += [f"<h3>{heading} ({where})</h3>", _table(rows)]
     if studies := studies_in(finals):
-        parts += [f"<h3>One thing varied at a time ({escape(where)})</h3>", VARIED]
-        parts.append(_figures(study_panels(finals), where))
-    parts += [_table(study_rows(title, own, options.target)) for title, own in studies.items()]
+        parts += [f"<h3>One thing varied at a time ({where})</h3>", VARIED]
+        parts.append(_figures(study_panels(finals), shown.title))
+    parts += [_table(study_rows(title, own, shown.target)) for title, own in studies.items()]
     return "\n".join(parts)
-
-
-def _heading(alpha: float) -> str:
-    if alpha == float("inf"):
-        return "IID: every client has examples of every class"
-    degree = "strongly skewed" if alpha < 0.3 else "skewed"
-    return f"{alpha_name(alpha)}: {degree} labels"
 
 
 def _figures(panels: list[Panel], where: str) -> str:
@@ -145,6 +160,6 @@ def _table(rows: list[dict[str, str]]) -> str:
 
 
 def _method(name: str) -> str:
-    method = METHODS[name]
+    method = find_method(name)
     kind = "shared" if method.shares_clients else "own"
     return f'<dt class="{kind}">{escape(method.title)}</dt><dd>{escape(method.says)}</dd>'

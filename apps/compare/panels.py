@@ -1,4 +1,4 @@
-"""The pictures there are of an alpha's runs, and how they become files."""
+"""The pictures there are of a partition's runs, and how they become files."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,8 +11,8 @@ from cosines import draw_cosines, has_cosines
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pictures import draw_accuracies, draw_curves
-from report import Finals, alpha_name, has_seconds
-from studies import draw_study, main_part, studies_in
+from report import Finals, has_seconds
+from studies import draw_study, studies_in
 
 ACCURACIES = "Accuracy at the end. Small dots are seeds, diamonds their means."
 CURVES = {
@@ -36,11 +36,12 @@ class Panel(NamedTuple):
 
 def main_panels(finals: Finals) -> list[Panel]:
     """Return those of the methods beside each other."""
-    main = main_part(finals)
-    panels = [Panel("accuracies", ACCURACIES, partial(draw_accuracies, finals=main))]
+    panels = [Panel("accuracies", ACCURACIES, partial(draw_accuracies, finals=finals))]
     for name, (against, caption) in CURVES.items():
-        if against is not SECONDS or has_seconds(main):
-            panels.append(Panel(name, caption, partial(draw_curves, finals=main, against=against)))
+        if against is not SECONDS or has_seconds(finals):
+            panels.append(
+                Panel(name, caption, partial(draw_curves, finals=finals, against=against))
+            )
     return panels
 
 
@@ -76,14 +77,14 @@ def write_svg(panel: Panel, file: BinaryIO) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def write_together(finals: Finals, alpha: float, path: Path) -> None:
+def write_together(finals: Finals, title: str, path: Path) -> None:
     """Write one picture with the methods beside each other, and one legend for all."""
     panels = main_panels(finals)
     figure = Figure(figsize=(4.3 * len(panels), 4.8), layout="constrained")
     places = figure.subplots(1, len(panels), width_ratios=(1, *[1.1] * (len(panels) - 1)))
     for panel, axes in zip(panels, places, strict=True):
         panel.draw(axes)
-    places[0].set_title(alpha_name(alpha), loc="left")
+    places[0].set_title(title, loc="left")
     figure.legend(*places[1].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=80)
 

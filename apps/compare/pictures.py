@@ -6,7 +6,7 @@ import numpy as np
 from against import Against
 from jobs import Run
 from matplotlib.axes import Axes
-from methods import METHODS
+from methods import find_method
 from report import Finals, by_accuracy, converged, final_accuracy
 
 # Methods whose clients share a segment are blue and green, those whose clients keep one red.
@@ -23,10 +23,12 @@ def draw_accuracies(axes: Axes, finals: Finals) -> None:
     methods = [method for method in by_accuracy(finals) if converged(finals[method])]
     for place, method in enumerate(reversed(methods)):
         values = [final_accuracy(run) for run in converged(finals[method])]
-        color = style_of(method)["color"]
+        color = style_of(method, finals)["color"]
         axes.plot(values, [place] * len(values), "o", color=color, markersize=4, alpha=0.5)
         axes.plot(np.mean(values), place, "D", color=color, markersize=8)
-    axes.set_yticks(range(len(methods)), [METHODS[method].title for method in reversed(methods)])
+    axes.set_yticks(
+        range(len(methods)), [find_method(method).title for method in reversed(methods)]
+    )
     axes.set(xlabel="test accuracy, %: seeds and mean")
     axes.grid(alpha=0.3)
 
@@ -35,8 +37,8 @@ def draw_curves(axes: Axes, finals: Finals, against: Against) -> None:
     """Draw each method's accuracy against something."""
     for method in by_accuracy(finals):
         if converged(finals[method]):
-            label = METHODS[method].title
-            draw_curve(axes, finals[method], label, style_of(method), against)
+            label = find_method(method).title
+            draw_curve(axes, finals[method], label, style_of(method, finals), against)
     against.label_axes(axes)
 
 
@@ -54,9 +56,9 @@ def draw_curve(
     axes.fill_between(x, middle - deviation, middle + deviation, **band)
 
 
-def style_of(method: str) -> dict[str, str]:
-    """Return a method's color and kind of line, the same in all pictures."""
-    shares = METHODS[method].shares_clients
-    alike = [name for name, one in METHODS.items() if one.shares_clients == shares]
+def style_of(method: str, finals: Finals) -> dict[str, str]:
+    """Return a method's color and kind of line, the same in all pictures of a page."""
+    shares = find_method(method).shares_clients
+    alike = [name for name in finals if find_method(name).shares_clients == shares]
     index, colors = alike.index(method), SHARED if shares else OWN
     return {"color": colors[index % len(colors)], "linestyle": LINES[index % len(LINES)]}

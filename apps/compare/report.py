@@ -1,15 +1,16 @@
-"""The table: what came of each method, in numbers."""
+"""The tables: what came of each method, in numbers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jobs import Run
-from measured import SIMULATED
-from methods import METHODS
+from measured import LAST, SIMULATED
+from methods import find_method
+from tuning import Choice
+from verdict import MATTERS, Verdict, judge
 
-LAST = 3  # rounds that a run's accuracy is the mean of: a single one is noisy
-TEXTS = {"learning rates", "where", "measured", "verdict"}  # columns, beside the first
+TEXTS = {"learning rates", "where", "measured", "verdict", "shares, losses"}  # columns of text
 Finals = dict[str, list[Run]]  # each method's runs, one per seed
 
 
@@ -39,10 +40,44 @@ def by_accuracy(finals: Finals) -> list[str]:
     return sorted(finals, key=lambda method: -mean(converged(finals[method]), final_accuracy))
 
 
-def table(finals: Finals, target: float) -> list[dict[str, str]]:
-    """Return a row per method, the most accurate first; keys are the columns' names."""
-    timed = has_seconds(finals)
-    return [row_of(method, finals[method], target, timed=timed) for method in by_accuracy(finals)]
+def differences(finals: Finals, method: str, other: str) -> list[float]:
+    """Return by how many points a method is above another, for each seed that both finished."""
+    ours, theirs = (
+        {run["seed"]: final_accuracy(run) for run in converged(finals.get(name, []))}
+        for name in (method, other)
+    )
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def verdict_between(finals: Finals, method: str, other: str, matters: float = MATTERS) -> Verdict:
+    """Return what may be said of two methods' accuracies."""
+    return judge(differences(finals, method, other), matters)
+
+
+def table(
+    finals: Finals,
+    target: float,
+    against: str = "psl",
+    matters: float = MATTERS,
+    paper: Mapping[str, float] | None = None,
+) -> list[dict[str, str]]:
+    """Return a row per method, the most accurate first; keys are the columns' names.
+
+    ``paper`` are accuracies that stand beside ours.
+    """
+    timed, rows = has_seconds(finals), []
+    for method in by_accuracy(finals):
+        row = row_of(method, finals[method], target, timed=timed)
+        if against in finals:
+            verdict = verdict_between(finals, method, against, matters)
+            place = list(row).index("own kind, %") + 1
+            said = "-" if method == against else str(verdict)
+            column = f"against {find_method(against).title}, points"
+            row = dict([*list(row.items())[:place], (column, said), *list(row.items())[place:]])
+        if paper:
+            row |= {"the paper, %": f"{paper[method]:g}" if method in paper else "-"}
+        rows.append(row)
+    return rows
 
 
 def has_seconds(finals: Finals) -> bool:
@@ -54,15 +89,19 @@ def row_of(method: str, runs: list[Run], target: float, *, timed: bool = False) 
     """Return a method's row, with the time on a fleet if that was simulated."""
     good = converged(runs)
     reached = [(run, r) for run in good if (r := rounds_to(run, target))]
-    steps = METHODS[method].make is not None  # the unsplit model needs no server step
+    steps = bool(find_method(method).strategy)  # the unsplit model needs no server step
     rounds = [r for _, r in reached]
     megabytes = [run["bytes"][r - 1] / 1e6 for run, r in reached]
     seconds = [sum(run["server-seconds"][:r]) for run, r in reached]
     simulated = [run[SIMULATED][r - 1] for run, r in reached if SIMULATED in run]
     on_fleet = {f"simulated s to {target:g} %": _reached(runs, simulated, "{:.1f}")}
+    scores = {name for run in good for name in run["scores"]}
     return {
-        "method": METHODS[method].title,
+        "method": find_method(method).title,
         "accuracy, %": _accuracy(runs),
+        "worst client, %": _percent(good, lambda run: min(run["clients"])),
+        "own kind, %": _percent(good, lambda run: float(np.nanmean(run["own"]))),
+        **{name: _spread_of(good, name) for name in sorted(scores)},
         f"rounds to {target:g} %": _reached(runs, rounds, "{:.1f}"),
         f"MB to {target:g} %": _reached(runs, megabytes, "{:.1f}"),
         f"server CPU s to {target:g} %": _reached(runs, seconds, "{:.2f}") if steps else "-",
@@ -72,8 +111,49 @@ def row_of(method: str, runs: list[Run], target: float, *, timed: bool = False) 
         "rows back-propagated": _mean_of(good, lambda run: run["rows"], "{:,.0f}")
         if steps
         else "-",
-        "learning rates": _rates(method, runs[0]),
+        "shares, losses": good[0]["weights"] if good else "-",
+        "learning rates": rates_text(runs[0]["rates"]),
     }
+
+
+def client_rows(finals: Finals) -> list[dict[str, str]]:
+    """Return each client's accuracy by method: on all test examples / on its own kind of them."""
+    rows = []
+    for method in by_accuracy(finals):
+        if good := converged(finals[method]):
+            everybody, own = (
+                100 * np.mean([run[kind] for run in good], axis=0) for kind in ("clients", "own")
+            )
+            pairs = enumerate(zip(everybody, own, strict=True))
+            row = {"method": find_method(method).title}
+            rows.append(row | {f"client {i}, %": f"{a:.0f} / {b:.0f}" for i, (a, b) in pairs})
+    return rows
+
+
+def tuning_rows(
+    choices: Mapping[str, Choice], runs: Mapping[str, Sequence[Run]]
+) -> list[dict[str, str]]:
+    """Return how each method's rates were found, how sure that is, and what it cost."""
+    return [
+        {
+            "method": find_method(method).title,
+            "points": str(len(choice.points)),
+            "short runs": str(len(runs[method])),
+            "CPU s": f"{sum(run['cpu-seconds'] for run in runs[method]):.0f}",
+            "validation, %": spread(choice.scores) if choice.scores else "diverged",
+            "above the second best": spread(choice.lead, "{:.1f}") if choice.lead else "-",
+            "learning rates": rates_text(choice.rates, choice.ends),
+        }
+        for method, choice in choices.items()
+    ]
+
+
+def rates_text(rates: Mapping[str, float], ends: Sequence[str] = ()) -> str:
+    """Return rates as a text; those that are at an end of what was tried are marked."""
+    return ", ".join(
+        f"{name.removesuffix('_lr')} {value:g}{'*' if name in ends else ''}"
+        for name, value in rates.items()
+    )
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -82,11 +162,6 @@ def markdown(rows: list[dict[str, str]]) -> str:
     lines = [names, ["---" if name in TEXTS | {names[0]} else "---:" for name in names]]
     lines += [list(row.values()) for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def alpha_name(alpha: float) -> str:
-    """Return how an alpha is called on the page."""
-    return "IID" if math.isinf(alpha) else f"Dirichlet({alpha:g})"
 
 
 def mean(runs: Sequence[Run], what: Callable[[Run], float]) -> float:
@@ -100,16 +175,6 @@ def spread(values: Sequence[float], shape: str = "{:.1f}") -> str:
     return shape.format(np.mean(values)) + deviation
 
 
-def _rates(method: str, run: Run) -> str:
-    """Return the tuned rates; one at an end of three or more that were tried is marked."""
-    parts = []
-    for name, value in run["rates"].items():
-        tried = sorted({point[name] for point in METHODS[method].grid})
-        edge = len(tried) > 2 and value in (tried[0], tried[-1])
-        parts.append(f"{name.removesuffix('_lr')} {value:g}{'*' if edge else ''}")
-    return ", ".join(parts)
-
-
 def _accuracy(runs: list[Run]) -> str:
     good = converged(runs)
     lost = len(runs) - len(good)
@@ -117,6 +182,15 @@ def _accuracy(runs: list[Run]) -> str:
         return "diverged"
     note = f" ({lost} of {len(runs)} diverged)" if lost else ""
     return spread([final_accuracy(run) for run in good]) + note
+
+
+def _percent(runs: list[Run], what: Callable[[Run], float]) -> str:
+    return spread([100 * what(run) for run in runs]) if runs else "-"
+
+
+def _spread_of(runs: list[Run], name: str) -> str:
+    values = [run["scores"][name] for run in runs if name in run["scores"]]
+    return spread(values, "{:.3f}") if values else "-"
 
 
 def _mean_of(runs: list[Run], what: Callable[[Run], float], shape: str) -> str:

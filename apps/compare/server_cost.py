@@ -12,7 +12,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from task import CUT, build_model
+from task import CUT, small_network
 from torch import nn
 from torch.nn import functional
 
@@ -94,7 +94,7 @@ def main() -> None:
 def server_segment(model: str) -> tuple[nn.Module, tuple[int, ...]]:
     """Return a server segment and the shape of a row of its smashed data."""
     if model == "small":
-        whole, cut, image = build_model("mnist"), CUT, torch.zeros(1, 1, 28, 28)
+        whole, cut, image = small_network(1, 2, 7), CUT, torch.zeros(1, 1, 28, 28)
     else:  # after the first four convolutions, as in GAPSL's experiments; images as CIFAR-10's
         whole, cut = load_torchvision().models.vgg16(num_classes=10), "features.8"
         image = torch.zeros(1, 3, 32, 32)

@@ -2,17 +2,34 @@
 
 import matplotlib as mpl
 from against import BYTES
-from decoupled_methods import ABLATIONS, STUDIES
 from matplotlib.axes import Axes
 from pictures import draw_curve
 from report import Finals, converged, row_of
 
 Studies = dict[str, Finals]  # by title, with the values' names in the place of methods
 
-
-def main_part(finals: Finals) -> Finals:
-    """Return the methods that are no variation of another, or all if there are no such."""
-    return {name: runs for name, runs in finals.items() if name not in ABLATIONS} or finals
+AUXILIARY = "FSL-SAGE: the auxiliary model"
+STUDIES = {  # what is varied, and each value's method
+    **{
+        f"{title}: q": {
+            f"q={q}": name if q == 5 else f"{name}{{upload_every={q}}}" for q in (1, 2, 5, 10)
+        }
+        for title, name in (("FSL-SAGE", "fsl-sage"), ("CSE-FSL", "cse-fsl"))
+    },
+    "FSL-SAGE: l": {
+        **{
+            f"l={n}": "fsl-sage" if n == 5 else f"fsl-sage{{align_every={n}}}"
+            for n in (1, 2, 5, 10)
+        },
+        "never": "fsl-sage{align_every=0}",
+        "l=5, before the round": 'fsl-sage{align="before_round"}',
+    },
+    AUXILIARY: {
+        "pooled": "fsl-sage-pooled",
+        "first stage": 'fsl-sage{auxiliary="first-stage"}',
+        "linear": "fsl-sage",
+    },
+}
 
 
 def studies_in(finals: Finals) -> Studies:

@@ -20,13 +20,13 @@ class Workers:
     setting : Setting
         What the jobs have in common.
     count : int
-        How many processes. What comes of a job does not depend on it.
+        How many processes, 0 for this one. What comes of a job does not depend on it.
     """
 
     def __init__(self, setting: Setting, count: int) -> None:
-        self.setting = setting
+        self.setting, self._count = setting, count
         context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(count, context, initializer=_prepare)
+        self._executor = ProcessPoolExecutor(max(count, 1), context, initializer=_prepare)
 
     def __enter__(self) -> "Workers":
         """Return itself."""
@@ -41,6 +41,12 @@ class Workers:
 
     def run(self, jobs: list[Job]) -> Iterator[tuple[Job, Run]]:
         """Yield each job with what came of it, in the order in which they finish."""
+        if not self._count:
+            for job in jobs:
+                with _prepared():
+                    run = run_one(job, self.setting)
+                yield job, run
+            return
         with _workers_ignore_interrupts():
             waiting = {self._executor.submit(run_one, job, self.setting): job for job in jobs}
         for done in as_completed(waiting):
@@ -48,16 +54,30 @@ class Workers:
 
 
 def run_one(job: Job, setting: Setting) -> Run:
-    """Return a run; one that diverges has no accuracy, and is a result."""
+    """Return a run; one that diverges has no accuracy, and is a result; another error is told."""
     try:
-        return train(setting, job.method, job.rates, job.alpha, job.seed, tuning=job.tuning)
+        return train(setting, job.method, job.rates, job.partition, job.seed, job.kind)
     except ArithmeticError as error:
         return {"accuracy": [0.0], "failed": str(error), "cpu-seconds": 0.0}
+    except Exception as error:  # of a model or of data that are not ours
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _prepare() -> None:
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _prepared() -> Iterator[None]:
+    """Work as a worker does, in this process."""
+    threads, level = torch.get_num_threads(), logging.getLogger("flwr").level
+    _prepare()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        logging.getLogger("flwr").setLevel(level)
 
 
 @contextmanager

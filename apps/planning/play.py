@@ -35,7 +35,10 @@ TRAINING = Training(batch_size=32, steps=4)
 METHODS = {
     "psl": "{}",
     "epsl": "{phi = 0.5}",
-    "fsl-sage": "{upload-every = 2, align-every = 1, align-epochs = 10, buffer-size = 64}",
+    "fsl-sage": (
+        "{upload-every = 2, align-every = 1, align = 'before_round', align-epochs = 10, "
+        "buffer-size = 64}"
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ Curve = list[tuple[int, int]]
 def measure_steady(clients: int, steps: int, say: Callable[[str], object]) -> dict[str, Any]:
     """Simulate many steps with the quickstart's network; return what the JSON file holds.
 
-    Under ``memory`` are the bytes of the server's process and of each host after some steps.
+    Under ``memory`` are the bytes of the server's process and of each host after some steps,
+    under ``peak`` the most that the server's process took, and ``round_s`` are the seconds from
+    ``flwr run`` to the end of the round that all steps are in.
     """
     timeout = 300 + clients * steps * _SECONDS_PER_CLIENT_AND_STEP
     with tempfile.TemporaryDirectory(prefix="flsplit-bench-") as folder:
         config = {"steps": steps, "workload": workload.QUICKSTART, "memory-dir": folder}
         with measuring("simulated", clients, training_app, timeout) as measure:
             say(f"{steps} steps of {clients} simulated clients")
+            begun = time.time()
             measured = measure(config)
         memory = {"server": [(step, size) for step, size in measured["memory"]]}
         for number, path in enumerate(sorted(Path(folder).iterdir())):
@@ -36,6 +40,8 @@ def measure_steady(clients: int, steps: int, say: Callable[[str], object]) -> di
         "clients": clients,
         "steps": len(measured["seconds"]),
         "median_s": statistics.median(measured["seconds"]),
+        "round_s": measured["ended"] - begun,
+        "peak": measured["peak"],
         "memory": memory,
         "machine": machine(),
     }
@@ -53,7 +59,9 @@ def memory_table(measured: dict[str, Any]) -> Table:
     marks = (0, training_app.MEMORY_EVERY, steps // 2, steps)
     table = Table(
         title=f"Memory in MiB, {measured['clients']} clients; {milliseconds:.1f} ms per step, "
-        f"{milliseconds / measured['clients']:.2f} ms per step and client"
+        f"{milliseconds / measured['clients']:.2f} ms per step and client; the round ended "
+        f"{measured['round_s']:.0f} s after the start, server at most "
+        f"{measured['peak'] / 2**20:.0f} MiB"
     )
     table.add_column("process")
     for mark in marks:

@@ -56,7 +56,12 @@ def server_app() -> ServerApp:
         config: Any = context.run_config
         torch.set_num_threads(1)
         watch = train(grid, config)
-        measured = {"seconds": watch.seconds(), "memory": watch.memory}
+        measured = {
+            "seconds": watch.seconds(),
+            "memory": watch.memory,
+            "ended": time.time(),
+            "peak": most_resident_bytes(),
+        }
         Path(config["output"]).write_text(json.dumps(measured))
 
     return app
@@ -149,5 +154,10 @@ def resident_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return most_resident_bytes()
+
+
+def most_resident_bytes() -> int:
+    """Return the most memory that this process took."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

@@ -20,6 +20,7 @@ from flsplit.errors import FlsplitError
 from flsplit.log import logger
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.local_steps import LocalRequest
+from flsplit.message.packing import PACKED, put_packed
 from flsplit.message.raised import raised
 from flsplit.message.shape import ShapeRequest
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
@@ -47,15 +48,22 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
         @register
         @answering_errors
         def handle(message: Message, context: Context) -> Message:
-            request = request_type.from_content(message.content)
-            client = find_client(spec, context)
+            client, content = None, message.content
+            if PACKED in content:
+                client = find_client(spec, context)
+                content = client.unpacked(content)
+            request = request_type.from_content(content)
+            client = client or find_client(spec, context)
+            client.packed = {}
             if request.plan:
                 check_mods(spec.privacy_mods, request.plan)
             try:
                 reply = compute(client, request)
                 if spec.privacy_mods:
                     reply = through_mods(client, message, reply)
-                return Message(reply.to_content(), reply_to=message)
+                content = reply.to_content()
+                put_packed(content, "smashed-data", client.packed)
+                return Message(content, reply_to=message)
             finally:  # also when a step fails
                 keep_client(client, context)
 

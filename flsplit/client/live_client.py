@@ -3,11 +3,11 @@
 import cmath
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flwr.app import Context
+from flwr.app import Context, RecordDict
 from torch import Tensor, nn
 
 from flsplit.client.auxiliary_model import Auxiliary
@@ -18,6 +18,7 @@ from flsplit.client.spec import ClientSpec, client_name, pick_device
 from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
 from flsplit.client.tail import Tail
 from flsplit.client_parts.chain import ClientStep, PartChain
+from flsplit.client_parts.compression import Packed
 from flsplit.cut import Crossing, CutError, ExampleError, Split, Trace, split
 from flsplit.cut.halves import ClientHalf
 from flsplit.cut.smashed import (
@@ -42,7 +43,9 @@ from flsplit.errors import (
 from flsplit.finite import all_finite, clip_gradients
 from flsplit.message.arrays import check_like
 from flsplit.message.crossings import MOST_TRACES
+from flsplit.message.fields import WHOLE
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
+from flsplit.message.packing import unpacked
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.nested import as_arguments, num_rows, shapes_of, tensors_of, to_device
@@ -71,6 +74,7 @@ class _Pending:
     buffers: list[Tensor]  # as they were before the forward pass
     drawn: int  # examples drawn when the step is done
     loss: Tensor | None = None  # what client parts add
+    packed: dict[str, Packed] = field(default_factory=dict)  # what leaves in fewer bytes
     passed_tail: bool = False  # whether the last layers have computed, too
 
 
@@ -118,6 +122,8 @@ class Client:
         self._pending: _Pending | None = None
         self._last_test: tuple[int, int, Smashed, Any, Any] | None = None
         self._trains = False  # whether the segment is known to be in training mode
+        self.packed: dict[str, Packed] = {}
+        """What leaves in fewer bytes with the next answer, by its place there."""
 
     def split_anew(self) -> Split:
         """Return a new model, cut in two."""
@@ -184,6 +190,8 @@ class Client:
             parts.follow(self._parts)
         num_examples = len(self.data.train)
         self._discard_pending()
+        if self._state.plan and self._state.steps_done < self.num_steps:
+            parts.forget()  # what the server knows of the round before, nobody can say
         before = self._state.plan
         other_run = before is not None and before.experiment != plan.experiment
         if other_run or self._state.is_ahead_of(plan.server_round, plan.experiment):
@@ -305,11 +313,11 @@ class Client:
                 f"{self.plan.server_round}"
             )
 
-    def forward(self, step: int) -> tuple[Smashed, Any]:
+    def forward(self, step: int, place: str | None = WHOLE) -> tuple[Smashed, Any]:
         """Return the smashed data ``(b, ...)`` and labels ``(b, ...)`` of ``step``.
 
         Both are empty in a step that the client sits out. The smashed data is detached, but says
-        whether it needs a gradient.
+        whether it needs a gradient. ``place`` is its place in the answer, None if it stays here.
 
         Raises
         ------
@@ -326,8 +334,10 @@ class Client:
             )
         if self._pending:  # asked twice for a step: the buffers move once
             self._undo_forward()
-        self._pending = self._compute(plan, step)
+        self._pending = self._compute(plan, step, sent=place is not None)
         self._state.pending, self._state.tail = step, {}
+        for name, packed in self._pending.packed.items():
+            self.packed[f"{place}:{name}" if name else str(place)] = packed
         return detached(self._pending.smashed), self._leaving(self._pending.labels)
 
     def _leaving(self, labels: Any) -> Any:
@@ -377,6 +387,10 @@ class Client:
         self._state.told = tuple(told[-MOST_TRACES:])
         return found or None
 
+    def unpacked(self, content: RecordDict) -> RecordDict:
+        """Return what the server sent, with its cut-layer gradient unpacked."""
+        return unpacked(content, "cut-gradient", self._parts.unpack)
+
     def backward(self, request: Backward) -> None:
         """Back-propagate the cut-layer gradient of the pending step and let the optimizer step.
 
@@ -407,7 +421,7 @@ class Client:
             self._parts.check_state()
             self._state.parts = self._parts.state()
 
-    def _compute(self, plan: RoundPlan, step: int) -> _Pending:
+    def _compute(self, plan: RoundPlan, step: int, *, sent: bool = True) -> _Pending:
         indices, drawn = self._order.batch(plan, step, self._state.drawn)
         if not indices:
             return _Pending(
@@ -418,7 +432,7 @@ class Client:
         if not self._trains:  # it walks over all modules
             self.segment.train()
             self._trains = True
-        loss = None
+        loss, packed = None, dict[str, Packed]()
         try:
             with seeded(seed, self.device):
                 inputs, labels = self.data.train.batch(indices)
@@ -428,13 +442,18 @@ class Client:
                     smashed = self._parts.smashed(at, smashed)
                     leaving = smashed.values if isinstance(smashed, Crossing) else smashed
                     loss = self._parts.loss(at, to_device(inputs, self.device), leaving, labels)
+                    smashed, inputs, labels, rows = self._parts.shuffled(
+                        at, smashed, inputs, labels, indices
+                    )
             self._check_smashed(smashed, step)
+            if self._parts.parts and sent:
+                packed = self._parts.pack(smashed, rows)
         except Exception:
             put_all(buffers_of(self._owners), buffers)
             # A part may have remembered something of a step that never happened.
             self._parts.load(self._state.parts)
             raise
-        return _Pending(step, smashed, inputs, labels, buffers, drawn, loss)
+        return _Pending(step, smashed, inputs, labels, buffers, drawn, loss, packed)
 
     def _part_step(self, step: int) -> ClientStep:
         plan, start = self.plan, self._state.round_start

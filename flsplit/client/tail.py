@@ -57,13 +57,10 @@ class Tail:
         labels = to_device(labels, self._device)
         extra = {self._criterion.argument: labels} if self._criterion.argument else {}
         watching = self._criterion.watching_model() if extra else nullcontext()
-        kind = self._device.type
-        returning = self._segment.returning(outputs.to(self._device), head, args, kwargs)
+        kind, dtype = self._device.type, self._autocast
         try:
-            with (
-                torch.autocast(kind, self._autocast) if self._autocast else nullcontext(),
-                watching,
-            ):
+            with torch.autocast(kind, dtype=dtype) if dtype else nullcontext(), watching:
+                returning = self._segment.returning(outputs.to(self._device), head, args, kwargs)
                 found = self._segment.tail(returning, **extra)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise SegmentMismatchError(

@@ -1,6 +1,15 @@
 """What a method has its clients do beside the plain split step, inside autograd."""
 
 from flsplit.client_parts.client_part import ClientPart, ClientWhere, PartWhere
+from flsplit.client_parts.compression import (
+    Compression,
+    Difference,
+    HalfPrecision,
+    Int8,
+    LowRank,
+    TopK,
+)
+from flsplit.client_parts.defences import LabelNoise, NoPeek, Shuffle
 from flsplit.client_parts.finding import describe_parts, make_part, part_names
 from flsplit.client_parts.stock import Clip, Noise, Proximal
 
@@ -8,9 +17,18 @@ __all__ = [
     "ClientPart",
     "ClientWhere",
     "Clip",
+    "Compression",
+    "Difference",
+    "HalfPrecision",
+    "Int8",
+    "LabelNoise",
+    "LowRank",
+    "NoPeek",
     "Noise",
     "PartWhere",
     "Proximal",
+    "Shuffle",
+    "TopK",
     "describe_parts",
     "make_part",
     "part_names",

@@ -15,9 +15,12 @@ from flsplit.client_parts.client_part import (
     overrides,
     seed_at,
 )
+from flsplit.client_parts.compression import Compression, Packed, compressing
+from flsplit.client_parts.defences import Shuffle
 from flsplit.client_parts.finding import build_parts
 from flsplit.cut.smashed import CutGradient, Smashed, differentiable
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, ProtocolError
+from flsplit.nested import map_tensors
 
 _HOOKS = ("smashed", "cut_gradient", "loss", "gradients")
 
@@ -101,6 +104,58 @@ class PartChain:
                 terms.append(term)
         return torch.stack(terms).sum() if terms else None
 
+    def shuffled(
+        self, step: ClientStep, smashed: Smashed, inputs: Any, labels: Any, rows: Sequence[int]
+    ) -> tuple[Smashed, Any, Any, Tensor]:
+        """Return smashed data and all that goes with it in another order of rows.
+
+        These are the inputs, of which last layers at the client may need some, the labels, and
+        which examples the rows are.
+        """
+        examples = torch.tensor(rows)
+        for index, part in enumerate(self.parts):
+            if isinstance(part, Shuffle):
+                if not isinstance(smashed, Tensor):
+                    raise ConfigError(
+                        "client part 'shuffle': several values cross, which may have their rows in "
+                        "other dimensions; it takes smashed data that is one tensor"
+                    )
+                order = part.order(step.at(index, "order"), len(rows))
+                smashed = smashed[order.to(smashed.device)]
+                inputs, labels = (_in_order(one, order) for one in (inputs, labels))
+                examples = examples[order]
+        return smashed, inputs, labels, examples
+
+    def pack(self, smashed: Smashed, rows: Tensor) -> dict[str, Packed]:
+        """Return what is sent in fewer bytes, by value; ``""`` is smashed data that is one."""
+        part = compressing(self.parts, "smashed-data")
+        if part is None:
+            return {}
+        values = {"": smashed} if isinstance(smashed, Tensor) else smashed.values
+        raw = () if isinstance(smashed, Tensor) else smashed.raw
+        if part.uses_rows and (lost := [n for n, one in values.items() if len(one) != len(rows)]):
+            raise ConfigError(
+                f"client part {part.name!r}: value {lost[0]!r} doesn't have the batch in front"
+            )
+        return {
+            name: part.pack(one, part.memory_of(name), rows)
+            for name, one in values.items()
+            if differentiable(one) and name not in raw
+        }
+
+    def unpack(self, key: str, packed: Packed) -> Tensor:
+        """Return a cut-layer gradient that came packed."""
+        part = compressing(self.parts, "cut-gradient")
+        if part is None:
+            raise ProtocolError("packed: a gradient came packed, which the plan doesn't say")
+        return part.unpack(packed, {})
+
+    def forget(self) -> None:
+        """Let compression begin anew: something was lost on the way."""
+        for part in self.parts:
+            if isinstance(part, Compression):
+                part.forget()
+
     def gradients(self, step: ClientStep, parameters: Sequence[nn.Parameter]) -> None:
         """Let the parts edit the gradients."""
         for index, part in self._hooks["gradients"]:
@@ -149,6 +204,16 @@ class PartChain:
                 new.load_state_dict(old.state_dict())
 
 
+def _in_order(tree: Any, order: Tensor) -> Any:
+    """Return a nesting with the rows of its tensors in another order."""
+
+    def ordered(one: Tensor) -> Tensor:
+        has_rows = one.ndim and len(one) == len(order)
+        return one[order.to(one.device)] if has_rows else one
+
+    return map_tensors(ordered, tree)
+
+
 def sent_down(
     parts: Sequence[ClientPart],
     seed: int,
@@ -156,25 +221,32 @@ def sent_down(
     round_: int,
     step: int,
     gradient: CutGradient,
+    labels: Any = None,
 ) -> CutGradient:
     """Return the cut-layer gradient that goes down to a client, edited by the parts' ``down``."""
     if not any(overrides(part, "down") for part in parts):
         return gradient
     if isinstance(gradient, Tensor):
-        return _edited_down(parts, seed, client, round_, step, gradient)
+        return _edited_down(parts, seed, client, round_, step, gradient, labels)
     return {
-        name: _edited_down(parts, seed, client, round_, step, one) for name, one in gradient.items()
+        name: _edited_down(parts, seed, client, round_, step, one, labels)
+        for name, one in gradient.items()
     }
 
 
 def _edited_down(
-    parts: Sequence[ClientPart], seed: int, client: str, round_: int, step: int, gradient: Tensor
+    parts: Sequence[ClientPart],
+    seed: int,
+    client: str,
+    round_: int,
+    step: int,
+    gradient: Tensor,
+    labels: Any,
 ) -> Tensor:
     for index, part in enumerate(parts):
         if overrides(part, "down"):
-            where = PartWhere(
-                client, round_, step, seed_at(seed, client, round_, step, index, "down")
-            )
+            own = seed_at(seed, client, round_, step, index, "down")
+            where = PartWhere(client, round_, step, own, labels=labels)
             gradient = _called(part, "down", where, gradient)
     return gradient
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -28,12 +28,15 @@ class PartWhere:
         The round, from 1, and the client's step in it, from 0.
     seed : int
         Follows from the run's seed and all of this, the part's index and the hook.
+    labels : nesting of torch.Tensor, optional
+        Of the step's rows; in :meth:`ClientPart.down` alone.
     """
 
     client: str
     round: int
     step: int
     seed: int
+    labels: Any = field(default=None, kw_only=True, repr=False)
 
     @cached_property
     def rng(self) -> torch.Generator:

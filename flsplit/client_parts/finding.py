@@ -7,6 +7,15 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from flsplit.client_parts.client_part import ClientPart
+from flsplit.client_parts.compression import (
+    Difference,
+    HalfPrecision,
+    Int8,
+    LowRank,
+    TopK,
+    compressing,
+)
+from flsplit.client_parts.defences import LabelNoise, NoPeek, Shuffle
 from flsplit.client_parts.stock import Clip, Noise, Proximal
 from flsplit.errors import ConfigError, ProtocolError
 
@@ -15,7 +24,13 @@ GROUP = "flsplit.client_parts"
 MAX_PARTS = 32
 MAX_LENGTH = 8192  # characters of what is sent of them all
 
-_STOCK: dict[str, type[ClientPart]] = {one.name: one for one in (Clip, Noise, Proximal)}
+_STOCK: dict[str, type[ClientPart]] = {
+    one.name: one
+    for one in (
+        *(Clip, Noise, Proximal, NoPeek, Shuffle, LabelNoise),
+        *(Int8, HalfPrecision, TopK, LowRank, Difference),
+    )
+}
 
 
 def part_names() -> list[str]:
@@ -64,6 +79,8 @@ def describe_parts(parts: Sequence[ClientPart]) -> str:
         part.check_state(arguments)
         where = f"{cls.__module__}:{cls.__qualname__}"
         described.append({"name": cls.name, "class": where, "arguments": arguments})
+    for record in ("smashed-data", "cut-gradient"):
+        compressing(parts, record)  # refuses two
     text = json.dumps(described) if described else ""
     if len(described) > MAX_PARTS or len(text) > MAX_LENGTH:
         raise ConfigError(f"client_parts: at most {MAX_PARTS} of {MAX_LENGTH} characters")

@@ -21,7 +21,8 @@ def _check_place(part: ClientPart, place: object) -> None:
         )
 
 
-def _check_number(part: ClientPart, name: str, value: object, *, above_zero: bool) -> None:
+def check_number(part: ClientPart, name: str, value: object, *, above_zero: bool) -> None:
+    """Raise ConfigError if an argument is no number above 0, or no number from 0."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (value > 0 if above_zero else value >= 0):  # type: ignore[operator]
         least = "more than 0" if above_zero else "at least 0"
@@ -48,7 +49,7 @@ class Clip(ClientPart):
     def __init__(self, norm: float = 1.0, per: str = "sample", place: str = SMASHED) -> None:
         self.norm, self.per, self.place = norm, per, place
         _check_place(self, place)
-        _check_number(self, "norm", norm, above_zero=True)
+        check_number(self, "norm", norm, above_zero=True)
         if per not in ("sample", "batch"):
             raise ConfigError(f"client part 'clip': per is {per!r}, expected 'sample' or 'batch'")
         if place == GRADIENTS and per == "sample":
@@ -93,7 +94,7 @@ class Noise(ClientPart):
     def __init__(self, sigma: float, place: str = SMASHED) -> None:
         self.sigma, self.place = sigma, place
         _check_place(self, place)
-        _check_number(self, "sigma", sigma, above_zero=False)
+        check_number(self, "sigma", sigma, above_zero=False)
 
     def smashed(self, where: ClientWhere, smashed: Tensor) -> Tensor:
         """Add noise to smashed data."""
@@ -136,7 +137,7 @@ class Proximal(ClientPart):
 
     def __init__(self, mu: float) -> None:
         self.mu = mu
-        _check_number(self, "mu", mu, above_zero=False)
+        check_number(self, "mu", mu, above_zero=False)
 
     def loss(self, where: ClientWhere, inputs: Any, smashed: Any, labels: Any) -> Tensor | None:
         """Return the term."""

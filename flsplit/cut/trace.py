@@ -119,6 +119,11 @@ class Trace:
         """What stands for the calls, not the numbers, once the other side knows them."""
         return blake2b(self._calls_as_json().encode(), digest_size=16).hexdigest()
 
+    @cached_property
+    def nbytes(self) -> int:
+        """How long the calls are as JSON."""
+        return len(self._calls_as_json())
+
     def _calls_as_json(self) -> str:
         return json.dumps([[name, _encode(tree)] for name, tree in self.calls])
 

@@ -1,8 +1,8 @@
-"""What watches over a run, once per round: early stopping, the best model, a printout."""
+"""What watches over a run, mostly once per round: early stopping, the best model, a printout."""
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from flsplit.account.ledger import RoundEntry
 from flsplit.errors import ConfigError
 from flsplit.log import logger
 from flsplit.message.arrays import from_record, to_record
+from flsplit.message.request import Reply, Request
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,23 @@ class Callback:
         """Look at a round; return True to end the run after it."""
         return None
 
+    def on_exchange(self, requests: Mapping[str, Request], replies: Mapping[str, Reply]) -> None:
+        """Look at what the server sent to clients and what came back, by client, in training.
+
+        They are the server's own objects, with tensors as they crossed: nothing may be changed.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, for checkpoints: tensors, numbers, strings, dicts, lists."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`."""
+
+
+def may_stop(callback: Callback) -> bool:
+    """Tell whether a callback may end the run: whether it looks at rounds at all."""
+    return type(callback).on_round_end is not Callback.on_round_end
 
 
 class _Best(Callback):

@@ -44,6 +44,8 @@ from flsplit.storage import State
 from flsplit.untrained import copied
 from flsplit.wireless.phases import BITS, Phase, Stage, Where, Work, server_passes
 
+BATCHES, CLIENTS = "batches", "clients"
+
 
 class AuxiliarySent(NamedTuple):
     """The auxiliary model that a client is to work with: its version and weights."""
@@ -57,7 +59,7 @@ class DecoupledStrategy(SplitStrategy):
 
     In a round a client takes all its local steps by itself, with the gradient that its auxiliary
     model emulates, and uploads smashed data and labels of every q-th batch. The server steps once
-    per upload: batch by batch, and by client within a batch, whatever came first. No cut-layer
+    per upload, in an order that doesn't depend on what came first. No cut-layer
     gradient goes down. Client segments are aggregated every round.
 
     Parameters
@@ -68,9 +70,12 @@ class DecoupledStrategy(SplitStrategy):
         The auxiliary model: a linear classifier of the flattened smashed data; a copy of the
         server segment's first stage with new weights, pooling and a linear head; or a function of
         (shape of one row, number of classes), which ``client_app`` must be given, too.
+    order : {'batches', 'clients'}
+        The order in which the server takes a round's uploads: batch by batch, and by client within
+        a batch; or all of a client's before the next one's.
     overlap : bool
         Over a session, let uploads come up while clients go on with their local steps, and work
-        on them meanwhile. The numbers are the same.
+        on them meanwhile. The numbers are the same. Only in the order of batches.
     **options
         See :class:`~flsplit.run.options.SplitOptions`.
     """
@@ -90,10 +95,12 @@ class DecoupledStrategy(SplitStrategy):
         *,
         upload_every: int = 5,
         auxiliary: str | BuildAuxiliary = LINEAR,
+        order: str = BATCHES,
         overlap: bool = True,
         **options: Any,
     ) -> None:
         self.upload_every = whole("upload_every", upload_every, 1)
+        self.order = one_of("order", order, (BATCHES, CLIENTS))
         of_kind("overlap", overlap, bool)
         self.overlap = overlap
         self.auxiliary = auxiliary
@@ -272,14 +279,23 @@ class DecoupledStrategy(SplitStrategy):
             round_.exchange_local({})  # says that too few clients are left
             return {}
         self.before_local_steps(round_, names)
-        upload_from = 0
         if self.wants_peek(round_):
             requests = {name: self._first_request(round_, name, peek=True) for name in names}
             replies = self._exchange(round_, requests)
-            self._step_on(round_, replies)
-            names, upload_from = list(replies), 1
-            self.after_peek(round_, names)
-        self._train_locally(round_, names, upload_from)
+            names = list(replies)
+            # In turn, a client's model depends on what the server learned from those before it.
+            turns = [[name] for name in names] if self.order == CLIENTS else [names]
+            for turn in turns:
+                self._step_on(round_, {name: replies[name] for name in turn})
+                self.after_peek(round_, turn)
+                self._train_locally(round_, turn, upload_from=1)
+        else:
+            self._train_locally(round_, names, upload_from=0)
+        # Who ended first depends on the carrier; the order of a sum must not.
+        self.ended = {n: self.ended[n] for n in round_.participants if n in self.ended}
+        round_.record_metrics(self._memory.metrics(self.ended))
+        if round_.plan.server_round == 1:
+            self._warn_if_it_never_fires(self.ended)
         left = round_.others_than(())
         return {name: _finished(reply) for name, reply in self.ended.items() if name in left}
 
@@ -289,17 +305,12 @@ class DecoupledStrategy(SplitStrategy):
             name: self._first_request(round_, name, upload_from=upload_from) for name in names
         }
         first = self._exchange(round_, requests)
-        if round_.plan.server_round == 1:
-            self._warn_if_it_never_fires(first)
         further = FurtherParts(
             round_, first, lambda *where: self._next_request(round_, upload_from, *where)
         )
         for replies in itertools.chain([first], further):
             self.ended |= {n: r for n, r in replies.items() if r.steps_done == r.num_steps}
             self._step_on(round_, replies)
-        # Who ended first depends on the carrier; the order of a sum must not.
-        self.ended = {n: self.ended[n] for n in round_.participants if n in self.ended}
-        round_.record_metrics(self._memory.metrics(self.ended))
 
     def _exchange(
         self, round_: Round, requests: Mapping[str, LocalRequest]
@@ -358,21 +369,24 @@ class DecoupledStrategy(SplitStrategy):
         }
 
     def _overlaps(self, round_: Round) -> bool:
-        return self.overlap and round_.clients.carrier.works_ahead
+        ahead = round_.clients.carrier.works_ahead
+        return self.overlap and ahead and self.order == BATCHES
 
     def _next_upload(self, step: int) -> int:
         return -(-step // self.upload_every) * self.upload_every
 
     def _step_on(self, round_: Round, replies: Mapping[str, LocalReply]) -> None:
-        """Do a server step for every upload: batch by batch, then by client."""
+        """Do a server step for every upload: batch by batch, then by client, or client first."""
         order = [
-            (step, index, name)
-            for index, (name, reply) in enumerate(replies.items())
+            (index, step) if self.order == CLIENTS else (step, index)
+            for index, reply in enumerate(replies.values())
             for step in reply.uploads
         ]
         self._memory.take(replies)
-        for step, _, name in sorted(order):
-            reply = replies[name]
+        names = list(replies)
+        for pair in sorted(order):
+            index, step = pair if self.order == CLIENTS else reversed(pair)
+            name, reply = names[index], replies[names[index]]
             batch = ClientBatch(name, *reply.uploads[step], reply.num_examples)
             self.take_step(round_, step, reply.num_steps, [batch], replies_expected=False)
 

@@ -1,15 +1,16 @@
 """Federated evaluation: test data through each client's own segment and the server's."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from flsplit.account.ledger import RoundEntry
-from flsplit.errors import OF_A_BATCH, FlsplitError, located
+from flsplit.errors import OF_A_BATCH, FlsplitError, NonFiniteError, located
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
 from flsplit.message.request import SegmentArrays
 from flsplit.message.u_shape import EvaluateTailReply, EvaluateTailRequest
 from flsplit.nested import num_rows
-from flsplit.run.scores import Scores, run_test_batch, update_all
+from flsplit.run.scores import Scores, run_test_batch, score_test_batch
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits, leave_out_misfits
 from flsplit.server.segment import ServerSegment
@@ -67,6 +68,7 @@ def evaluate_clients(
     """
     scores, remaining, batch = Scores(metrics), list(names), 0
     of_client: dict[str, Scores] = {}
+    odd, odd_losses = Scores(metrics), dict[str, float]()  # of clients whose loss isn't finite
     failed: list[FlsplitError] = []
     said: dict[str, int] = {}  # how many batches there are
     rows: dict[str, int] = {}  # how many a client has had
@@ -95,9 +97,6 @@ def evaluate_clients(
                     f"client {name!r} answered an evaluation with {type(reply).__name__}"
                 )
             if reply.num_batches:
-                wanted = [scores]
-                if each:
-                    wanted.append(of_client.setdefault(name, Scores(metrics)))
                 try:
                     with located(f"evaluation of round {entry.round}, client {name!r}"):
                         if keeps_labels:
@@ -108,20 +107,39 @@ def evaluate_clients(
                                 entry.round, batch - 1, batch_size, last, output, rows[name]
                             )
                         else:
-                            update_all(wanted, server_for(name), reply)
+                            found = score_test_batch(server_for(name), reply)
+                            if found.counted.weight and not math.isfinite(found.loss):
+                                odd_losses.setdefault(name, found.loss)
+                            wanted = [odd if name in odd_losses else scores]
+                            if each:
+                                wanted.append(of_client.setdefault(name, Scores(metrics)))
+                            for one in wanted:
+                                one.update(*found)
                 except OF_A_BATCH as error:
                     failed.append(error)
+                    odd_losses.pop(name, None)
                     clients.leave_out(name, None, error, entry)
                     continue
             said[name] = reply.num_batches
             if batch < reply.num_batches and batch != batches:
                 remaining.append(name)
-        for name, sums in (clients.exchange(outputs, entry) if outputs else {}).items():
-            if isinstance(sums, EvaluateTailReply) and outputs[name].last:
-                for one in (scores, *([of_client[name]] if each else [])):
-                    one.add(sums)
-        gone = {one.client for one in entry.left_out}
-        remaining = [name for name in remaining if name not in gone]
-    if failed and not scores.compute():
+        if outputs:
+            tails = clients.exchange(outputs, entry)
+            remaining = [name for name in remaining if name in tails]
+            for name, sums in tails.items():
+                if isinstance(sums, EvaluateTailReply) and outputs[name].last:
+                    if not math.isfinite(sums.loss):
+                        odd_losses[name] = sums.loss
+                    of_client[name] = Scores(metrics)
+                    for one in (odd if name in odd_losses else scores, of_client[name]):
+                        one.add(sums)
+    totals = scores.compute()
+    if not totals:  # where no client's loss is finite it is the model's, and is told
+        totals, odd_losses = odd.compute(), {}
+    if failed and not totals:
         raise failed[0]
-    return scores.compute(), {name: own.compute() for name, own in of_client.items()}
+    for name, loss in odd_losses.items():
+        why = NonFiniteError(f"its test loss is {loss}, and those of other clients are finite")
+        clients.leave_out(name, None, why, entry)
+        of_client.pop(name, None)
+    return totals, {name: own.compute() for name, own in of_client.items()}

@@ -22,7 +22,7 @@ from flsplit.errors import NotEnoughClientsError
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
 from flsplit.message.steps import FinishReply
-from flsplit.run.callbacks import Callback, FinishedRound
+from flsplit.run.callbacks import Callback, FinishedRound, may_stop
 from flsplit.run.checkpoint import Checkpoints
 from flsplit.run.configs import evaluate_amounts, make_plan
 from flsplit.run.evaluation import evaluate_clients
@@ -228,7 +228,7 @@ class Run:
             for segment in strategy.server_segments():
                 segment.set_lr(at_round(options.server_lr, server_round))
         config = ConfigRecord({**(self.train_config or {})})
-        parts = strategy.all_client_parts()
+        parts = clients.links.parts = strategy.all_client_parts()
         version = strategy.client_segment.version
         unusable = {one.client for one in lost if not one.away}
         participants = self._choose(server_round, partial(self._present, clients, unusable))
@@ -253,10 +253,11 @@ class Run:
             or (
                 options.share_client_segments
                 # any round may be the last where a callback can end the run
-                and (server_round == self.num_rounds or bool(self.callbacks))
+                and (server_round == self.num_rounds or any(map(may_stop, self.callbacks)))
             ),
             min_clients=options.min_available_nodes,
             fits=self._fits,
+            callbacks=self.callbacks,
         )
         if several:
             round_.overrides |= {n: {"cut": strategy.parts_for(n).cut} for n in participants}

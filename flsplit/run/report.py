@@ -25,9 +25,9 @@ def log_start(strategy: SplitMethod, num_rounds: int, arrays: ArrayRecord) -> No
 def log_summary(strategy: SplitMethod, own_arguments: list[str]) -> None:
     """Log the arguments as a tree, as Flower's strategies do."""
     options = strategy.options
-    logger.info(
-        "\t├──> Cut after %r:", options.cut if options.several_cuts else options.default_cut
-    )
+    kept = "; labels and last layers stay with the clients" if options.keeps_labels else ""
+    where = options.cut if options.several_cuts else options.default_cut
+    logger.info("\t├──> Cut after %r%s:", where, kept)
     logger.info("\t│\t├── client segment: %s parameters", _count(strategy.parts.client))
     logger.info("\t│\t└── server segment: %s parameters", _count(strategy.parts.server))
     if own := _kept_arguments(strategy, own_arguments):

@@ -11,6 +11,7 @@ from torch import Tensor
 from flsplit.account.ledger import RoundEntry
 from flsplit.client_parts import ClientPart
 from flsplit.client_parts.chain import sent_down
+from flsplit.client_parts.compression import compressing
 from flsplit.errors import FlsplitError, LostClientsError, NotEnoughClientsError, located
 from flsplit.log import logger
 from flsplit.losses import Count
@@ -20,6 +21,7 @@ from flsplit.message.request import Backward, Reply, Request, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.message.u_shape import TailReply, TailRequest
+from flsplit.run.callbacks import Callback
 from flsplit.server.clients import Clients, Sent
 from flsplit.server.gradients import ClientBatch
 from flsplit.server.misfits import Fits, leave_out_misfits
@@ -77,6 +79,8 @@ class Round:
     exchanges_left : callable, optional
         In the first round of a run: takes how many steps the clients have, and returns how many
         exchanges the run takes from here on.
+    callbacks : sequence of Callback
+        What looks at every exchange.
     problem : str
         Why the round has ended early and is to be done again: too few clients are left, or nobody
         who trains, though others are there or may come back. Empty as long as it goes on.
@@ -93,6 +97,7 @@ class Round:
     segments: Mapping[str, SegmentArrays] = field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     exchanges_left: Callable[[int], int] | None = None
+    callbacks: Sequence[Callback] = ()
     entry: RoundEntry = field(init=False)
     problem: str = field(default="", init=False)
     _plans: dict[str, RoundPlan] = field(default_factory=dict)
@@ -151,7 +156,7 @@ class Round:
     ) -> StepRequest | FinishRequest:
         """Return the request after ``reply``: the next step, or the end of the client's round."""
         if self.client_parts:
-            backward = self._edited(reply.client, backward)
+            backward = self._edited(reply, backward)
         if backward.step + 1 < reply.num_steps:
             return StepRequest(
                 self.plan.server_round,
@@ -171,15 +176,16 @@ class Round:
             planned=self.plan_of(reply.client),
         )
 
-    def _edited(self, client: str, backward: Backward) -> Backward:
+    def _edited(self, reply: StepReply, backward: Backward) -> Backward:
         """Return what is told to a client, after the client parts' ``down``."""
         if (gradient := backward.gradient) is None:
             return backward
         plan = self.plan
-        where = (plan.seed, client, plan.server_round, backward.step)
-        edited = sent_down(self.client_parts, *where, gradient)
+        where = (plan.seed, reply.client, plan.server_round, backward.step)
+        edited = sent_down(self.client_parts, *where, gradient, reply.labels)
+        alone = edited is not gradient or compressing(self.client_parts, "cut-gradient")
         # What was edited is this client's alone: nothing of it is sent to several at once.
-        return backward if edited is gradient else Backward(backward.step, edited)
+        return Backward(backward.step, edited) if alone else backward
 
     def exchange(
         self, requests: Mapping[str, Request]
@@ -217,6 +223,7 @@ class Round:
     def receive_local(self, sent: Sent) -> dict[str, LocalReply]:
         """Return the replies to what was sent; fewer clients as in `exchange`."""
         replies: Mapping[str, Reply] = self.clients.receive(sent, self.entry)
+        self._show(sent.requests, replies)
         return self._local(
             leave_out_misfits(self.fits, self.clients, sent.requests, replies, self.entry)
         )
@@ -230,6 +237,8 @@ class Round:
         """Exchange; after the run's first, let the carrier say if it is too slow for the rest."""
         before = self.entry.waiting_seconds
         replies = self.clients.exchange(requests, self.entry)
+        if self.callbacks:
+            self._show(requests, replies)
         if self.exchanges_left:
             steps = [r.num_steps for r in replies.values() if isinstance(r, StepReply | LocalReply)]
             if steps:
@@ -257,10 +266,15 @@ class Round:
             name: TailRequest(self.plan.server_round, step, one) for name, one in outputs.items()
         }
         replies = self.clients.exchange(requests, self.entry)
+        self._show(requests, replies)
         if lost := sorted(outputs.keys() - replies.keys()):
             raise LostClientsError(f"step {step}: no gradient came from {', '.join(lost)}")
         found = {n: one.gradient for n, one in replies.items() if isinstance(one, TailReply)}
         return {name: one.to(outputs[name].device) for name, one in found.items()}
+
+    def _show(self, requests: Mapping[str, Request], replies: Mapping[str, Reply]) -> None:
+        for one in self.callbacks:
+            one.on_exchange(requests, replies)
 
     def enough_are_left(self) -> bool:
         """Tell whether the round can go on.

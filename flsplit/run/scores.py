@@ -1,9 +1,9 @@
 """Loss, accuracy and metrics of an evaluation, over all samples however they come in batches."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,15 @@ from flsplit.server.segment import ServerSegment
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
+
+
+class Scored(NamedTuple):
+    """A test batch: what :meth:`Scores.update` takes."""
+
+    output: Any
+    labels: Any
+    loss: float
+    counted: Count
 
 
 class Scores:
@@ -80,13 +89,12 @@ class Scores:
 
 
 @torch.no_grad()
-def update_all(scores: Sequence[Scores], segment: ServerSegment, reply: EvaluateReply) -> None:
-    """Run a test batch through the server segment, and count it in all ``scores``."""
+def score_test_batch(segment: ServerSegment, reply: EvaluateReply) -> Scored:
+    """Run a test batch through the server segment, and compute its loss."""
     labels = to_device(reply.labels, segment.device)
     output = run_test_batch(segment, reply, labels)
     loss, count = segment.criterion(output, labels)
-    for one in scores:
-        one.update(output, labels, float(loss), count)
+    return Scored(output, labels, float(loss), count)
 
 
 @torch.no_grad()

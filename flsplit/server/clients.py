@@ -16,12 +16,17 @@ from flsplit.errors import FlsplitError, ProtocolError, StateLostError
 from flsplit.log import logger
 from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.local_steps import LocalRequest
+from flsplit.message.packing import PACKED
 from flsplit.message.raised import shortened
 from flsplit.message.request import Reply, Request
 from flsplit.message.storage_note import problem_in
 from flsplit.server.directory import AwayError, Directory, by_node, in_order, raise_error
+from flsplit.server.links import Links
 from flsplit.server.traffic import count, exchange_of
 from flsplit.storage import State
+
+MOST_TRACE_BYTES = 16 * 2**20
+"""Of a client's traces, as JSON; those of a forward with some hundred calls have 100 KiB."""
 
 _GONE = "its node is not connected any more"
 
@@ -76,6 +81,8 @@ class Clients:
         self._all_traces = WeakValueDictionary[str, Trace]()
         self._answered: dict[str, float] = {}  # when clients last had, by time.perf_counter
         self._times_out = Counter[str]()
+        self.links = Links()
+        """What is compressed on its way, either way."""
         self._timeout = timeout
         self._sends = not carrier.in_process
 
@@ -83,12 +90,15 @@ class Clients:
 
     def state_dict(self) -> State:
         """Return what is known of the clients from round to round."""
-        return {"holds": dict(self.holds), "trained": dict(self.trained)}
+        known: State = {"holds": dict(self.holds), "trained": dict(self.trained)}
+        links = self.links.state_dict()
+        return known | {"links": links} if links else known
 
     def load_state_dict(self, state: State) -> None:
         """Go on from a :meth:`state_dict`; with less, where a run begins."""
         self.holds = dict(state.get("holds", {}))
         self.trained = dict(state.get("trained", {}))
+        self.links.load_state_dict(state.get("links", {}))
 
     # --- an exchange ---------------------------------------------------------------------
 
@@ -239,6 +249,8 @@ class Clients:
 
     def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
         content = request.to_content()
+        if self.links.parts:
+            self.links.pack(name, content)
         count(content, request.categories, traffic, sends=self._sends)
         if request.backward and request.backward.shared_rows:  # counted once for all
             traffic.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
@@ -261,7 +273,8 @@ class Clients:
         if message.has_error():
             raise_error(message)
         content = message.content
-        reply = request.answer.from_content(content)
+        whole = self.links.unpack(name, content) if PACKED in content else content
+        reply = request.answer.from_content(whole)
         if reply.traces:
             self._learn_traces(name, reply.traces)
         reply = reply.resolved(self._traces.get(name, {}))
@@ -289,8 +302,11 @@ class Clients:
         for digest, trace in sent.items():
             known.pop(digest, None)  # the last that came is the last to go
             known[digest] = self._all_traces.setdefault(digest, trace)
-        for digest in list(known)[: -2 * MOST_TRACES]:
-            del known[digest]
+        while len(known) > 1 and (
+            len(known) > 2 * MOST_TRACES
+            or sum(one.nbytes for one in known.values()) > MOST_TRACE_BYTES
+        ):
+            del known[next(iter(known))]
 
     def recall(self, history: Iterable[RoundEntry]) -> None:
         """Count on from an earlier part of the run."""

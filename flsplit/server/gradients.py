@@ -57,7 +57,7 @@ class ClientBatch:
     smashed : torch.Tensor or Crossing
         Smashed data ``(b, ...)``, or all that crosses where that is more than one tensor.
     labels : nesting of torch.Tensor
-        Labels ``(b, ...)``.
+        Labels ``(b, ...)``; none, ``(b, 0)``, where they stay with the client.
     num_examples : int
         Size of the client's training data.
     frozen : bool

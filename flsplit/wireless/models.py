@@ -26,7 +26,7 @@ def load_model(name: str, classes: int | None = None) -> nn.Module:
     ConfigError
         If there is no such model, or the function fails or returns something else.
     """
-    make = _function(name) if ":" in name else _torchvision(name)
+    make = find_function(name, "the model") if ":" in name else _torchvision(name)
     options = {} if classes is None else {"num_classes": classes}
     try:
         model = make(**options)
@@ -95,14 +95,21 @@ def _torchvision(name: str) -> Callable[..., Any]:
     return found
 
 
-def _function(name: str) -> Callable[..., Any]:
+def find_function(name: str, what: str) -> Callable[..., Any]:
+    """Return the function that ``module:function`` names; ``what`` it is stands in errors.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
     module_name, _, function = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"the model {name!r} can't be imported: {error}") from error
+        raise ConfigError(f"{what} {name!r} can't be imported: {error}") from error
     if not callable(found):
         raise ConfigError(f"{name} is not a function")
     made: Callable[..., Any] = found

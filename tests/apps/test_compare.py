@@ -8,6 +8,7 @@ import compare
 import pytest
 import torch
 from jobs import Job
+from training import FINAL
 from workers import Workers, run_one
 
 TITLES = {"PSL", "FedAvg"}
@@ -15,8 +16,8 @@ METHODS = ["psl", "fedavg"]
 ARGUMENTS = [
     "--methods", *METHODS, "--alpha", "inf", "--seeds", "0", "1", "--clients", "2",
     "--rounds", "2", "--local-steps", "1", "--train-size", "200", "--test-size", "40",
+    "--grid", "client_lr=0.01", "server_lr=0.03",
 ]  # fmt: skip
-NUM_RUNS = len(METHODS) * (6 + 2)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
         patch.setattr(compare.Progress, "_tell", interrupt)
         assert compare.main([*ARGUMENTS, "--workers", "1", "--out", str(out)]) == 130
     assert not multiprocessing.active_children()
-    assert len(runs_in(out)) == 1
+    assert len(runs_in(out)) == 1  # a rehearsal is not kept
     assert compare.main([*ARGUMENTS, "--out", str(out)]) == 0
     return out
 
@@ -41,9 +42,14 @@ def runs_in(folder):
 
 
 def test_every_run_is_there_once(folder):
-    keys = [(r["method"], str(r["rates"]), r["seed"], r["tuning"]) for r in runs_in(folder)]
+    runs = runs_in(folder)
+    keys = [(r["method"], str(r["rates"]), r["seed"], r["kind"]) for r in runs]
 
-    assert len(keys) == len(set(keys)) == NUM_RUNS
+    assert len(keys) == len(set(keys))
+    finals = [(r["method"], r["seed"]) for r in runs if r["kind"] == FINAL]
+    assert sorted(finals) == [(method, seed) for method in sorted(METHODS) for seed in (0, 1)]
+    short = {r["seed"] for r in runs if r["kind"] != FINAL}
+    assert short == {1000, 1001, 1002}  # tuned with other seeds than those of the results
 
 
 def test_nothing_is_run_again(folder, monkeypatch):
@@ -59,8 +65,8 @@ def test_nothing_is_run_again(folder, monkeypatch):
 
 
 def test_a_run_is_the_same_in_this_process(folder):
-    run = next(r for r in runs_in(folder) if r["method"] == "psl" and not r["tuning"])
-    job = Job("psl", run["rates"], float("inf"), run["seed"], tuning=False)
+    run = next(r for r in runs_in(folder) if r["method"] == "psl" and r["kind"] == FINAL)
+    job = Job("psl", run["rates"], "iid", run["seed"], FINAL)
     setting = compare.setting_of(compare.parse(ARGUMENTS))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -77,7 +83,8 @@ def test_a_run_is_the_same_in_this_process(folder):
 def test_the_table_has_all_methods(folder):
     text = (folder / "results.md").read_text()
 
-    assert set(re.findall(r"^\| (\w+) \| [0-9.]+ ± [0-9.]+ \|", text, re.MULTILINE)) == TITLES
+    rows = re.findall(r"^\| (\w+) \| [0-9.]+ ± [0-9.]+ \|", text, re.MULTILINE)
+    assert set(rows) == TITLES
     assert str(folder) not in text
     assert (folder / "digits-iid.png").read_bytes().startswith(b"\x89PNG")
 

@@ -8,7 +8,7 @@ import pytest
 ARGUMENTS = [
     "--methods", "psl", "fedavg", "fsl-sage", "--alpha", "inf", "--seeds", "0", "--clients", "2",
     "--rounds", "2", "--local-steps", "2", "--train-size", "200", "--test-size", "40",
-    "--target", "1", "--workers", "1",
+    "--target", "1", "--workers", "0", "--grid", "client_lr=0.01", "server_lr=0.03",
 ]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def runs_in(folder):
 
 
 def finals_in(folder, method):
-    return [run for run in runs_in(folder) if run["method"] == method and not run["tuning"]]
+    return [run for run in runs_in(folder) if run["method"] == method and run["kind"] == "final"]
 
 
 @pytest.mark.parametrize("method", ["psl", "fedavg", "fsl-sage"])
@@ -58,7 +58,11 @@ def test_half_the_speed_takes_twice_the_time_and_changes_nothing_else(folder, me
 
 
 def test_rates_are_tuned_once(folder):
-    assert len(runs_in(folder)) == 3 * (6 + 3)
+    runs = [(run["method"], str(run["rates"]), run["kind"], run["seed"]) for run in runs_in(folder)]
+    short = [one for one in runs if one[2] != "final"]
+
+    assert len(short) == len(set(short))
+    assert len(runs) - len(short) == 3 * 3
 
 
 def test_a_round_of_fedavg_takes_longer_than_its_bytes(folder):

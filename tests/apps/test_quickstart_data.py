@@ -133,6 +133,17 @@ def test_loading_digits_needs_no_network_and_writes_nothing(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_server_that_loads_the_client_app_imports_no_library_of_data():
+    script = f"""
+import sys
+sys.path.insert(0, {str(APP)!r})
+import quickstart.client_app
+print(sorted({{"datasets", "flwr_datasets", "pandas", "scipy", "sklearn"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_images_and_labels_fit_the_model():
     train, test = load_partition(context())
     images, labels = train.tensors
@@ -185,7 +196,7 @@ def test_a_data_dir_without_the_data_is_named(name, tmp_path):
     [
         ({"alpha": 0.0}, 10, "alpha=0 must be greater than 0"),
         ({"alpha": 0.01}, 100, "100 clients with alpha=0.01 so that each has 2"),
-        ({}, 2000, "2000 clients with alpha=1 so that each has 2"),
+        ({}, 719, "1437 training examples are too few for 719 clients, each of which needs 2"),
     ],
 )
 def test_what_cannot_be_dealt_out_is_refused(run_config, num_partitions, message):

@@ -46,8 +46,9 @@ class Lies:
         node = request.metadata.dst_node_id
         config = {
             name: {key: one for key, one in record.items() if key != "experiment"}
-            for name, record in request.content.items()
             if isinstance(record, ConfigRecord)
+            else {key: array.shape for key, array in record.items()}
+            for name, record in request.content.items()
         }
         kind = request.metadata.message_type
         if node != LIAR:

@@ -3,7 +3,7 @@
 Every reply below must leave behind what no reply at all leaves behind.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -293,6 +293,10 @@ def test_a_client_that_does_not_answer_leaves_the_others_to_go_on(silent_step):
     assert entry.evaluation["num-examples"] == 15  # by then it answers again
 
 
+@pytest.mark.chaos(
+    "a step's reply with values out of range (labels, NaN, 1e20, rows)",
+    "its client is left out with the reason, the others go on",
+)
 @pytest.mark.parametrize(("edit", "reason"), cases(ANY_REPLY, TENSORS, COUNTS))
 def test_a_reply_to_a_step_that_cannot_be_used(edit, reason, silent_step):
     assert_only_left_out(run(STEP, edit, step=1), silent_step, reason)
@@ -305,6 +309,10 @@ def test_a_reply_that_does_not_fit_the_server_segment(edit, reason, strategy, st
     assert_misfit_left_out(run(STEP, edit, strategy, step), silent(STEP, strategy, step), reason)
 
 
+@pytest.mark.chaos(
+    "an upload that doesn't fit",
+    "its client is left out with the reason, the others go on",
+)
 @pytest.mark.parametrize(("edit", "reason"), cases(MISFITS))
 def test_an_upload_that_does_not_fit_the_server_segment(edit, reason):
     assert_misfit_left_out(run(LOCAL, edit, FSLSAGE), silent(LOCAL, FSLSAGE), reason)
@@ -468,6 +476,10 @@ NONSENSE = {
 }
 
 
+@pytest.mark.chaos(
+    "num-batches, num-examples, seconds that make no sense",
+    "their client is left out with the reason, the others go on",
+)
 @pytest.mark.parametrize(("edit", "reason"), cases(NONSENSE))
 def test_numbers_that_make_no_sense(edit, reason, silent_step):
     assert_only_left_out(run(STEP, edit, step=1), silent_step, reason)
@@ -484,6 +496,10 @@ def told(steps, examples):
     return edit
 
 
+@pytest.mark.chaos(
+    "a client claims more steps than its data has",
+    "it is left out with the reason",
+)
 @pytest.mark.parametrize("strategy", [PSL, FSLSAGE])
 @pytest.mark.parametrize(
     ("steps", "examples", "reason"),
@@ -520,7 +536,8 @@ def done_with(steps):
 
 def test_steps_that_are_only_said_to_be_done_cost_the_server_nothing():
     """A list of them would have a million entries."""
-    (left,) = run(LOCAL, done_with(MOST_BATCHES), FSLSAGE).history[0].left_out
+    before = partial(FSLSAGE, align="before_round")  # its first request is for all steps
+    (left,) = run(LOCAL, done_with(MOST_BATCHES), before).history[0].left_out
     assert left.reason == "field 'rows' has 3 numbers, expected 1000000"
 
 
@@ -530,6 +547,10 @@ def test_memory_that_nobody_has():
     assert left.reason.startswith("memory: {'segment': 1152921504606846976")
 
 
+@pytest.mark.chaos(
+    "an error of a megabyte",
+    "the history keeps its beginning",
+)
 def test_a_reason_that_would_fill_the_history():
     edit = field("reply", "client", "x" * 10**6)
     (left,) = run(STEP, edit, step=1).history[0].left_out
@@ -562,6 +583,10 @@ def short_test_batch(reply):
     return reply
 
 
+@pytest.mark.chaos(
+    "an evaluation that never ends",
+    "it ends, its client is left out of it",
+)
 @pytest.mark.parametrize(("edit", "reason"), cases(ENDLESS))
 def test_an_endless_evaluation_ends(edit, reason):
     edited = of_client("1", EVALUATE, edit)

@@ -20,6 +20,7 @@ from flsplit.carry.session import session_grid
 from flsplit.carry.session.host import serve_session
 from flsplit.carry.session.invitation import Invitation
 from flsplit.carry.session.session_grid import NoHostError
+from flsplit.client_parts import Int8, TopK
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.strategies import EPSL, GAPSL, PSL, SGLR, SplitFedV1
 from flsplit.wire import DialError, Envelope, HostStream, SessionServer
@@ -91,6 +92,18 @@ def test_number_of_simulated_hosts_changes_no_number(hosts, simulated):
     grid.join()
     assert outcome(result) == outcome(start(make_strategy(), LocalGrid(make_app(), len(SIZES))))
     assert len(grid.pushed) == hosts
+
+
+def test_what_is_compressed_crosses_as_it_is_counted():
+    parts = {"client_parts": [Int8(), TopK(0.3, "cut-gradient", feedback=True)], "local_steps": 3}
+    grid = ThreadedGrid(make_app(), len(SIZES))
+    result = start(make_strategy(**parts), grid)
+    grid.join()
+    local = start(make_strategy(**parts), LocalGrid(make_app(), len(SIZES)))
+    assert outcome(result) == outcome(local)
+    for entry in result.history:
+        for category in ("activations-up", "gradients-down-unicast"):
+            assert 0 < entry.traffic.logical[category] == entry.traffic.wire[category]
 
 
 def test_plain_text_gives_the_same_numbers():
@@ -190,6 +203,10 @@ def serve_some(number):
     return serve
 
 
+@pytest.mark.chaos(
+    "a simulated host is lost",
+    "its clients move to the others",
+)
 @pytest.mark.parametrize("needed", [1, len(SIZES)])
 def test_clients_of_a_lost_simulated_host_move_to_the_others(simulated, needed):
     simulated(2)
@@ -218,6 +235,10 @@ def without_redone(result):
     return outcome(result)
 
 
+@pytest.mark.chaos(
+    "a deployed host is lost",
+    "it is invited again and comes back",
+)
 def test_a_deployed_node_that_was_lost_is_invited_again_and_comes_back():
     calls = []
 
@@ -235,6 +256,10 @@ def test_a_deployed_node_that_was_lost_is_invited_again_and_comes_back():
     assert without_redone(result) == without_redone(local)
 
 
+@pytest.mark.chaos(
+    "a host never answers",
+    "it is left out, and costs the step timeout once",
+)
 def test_a_host_that_never_answers_costs_the_step_timeout_once():
     def never(app, message, context):
         with open_stream(message, context) as stream:
@@ -248,6 +273,10 @@ def test_a_host_that_never_answers_costs_the_step_timeout_once():
     assert [entry.participants for entry in result.history] == [["0", "1", "3"]] * 2
 
 
+@pytest.mark.chaos(
+    "a host takes no message",
+    "it is left out, and costs the step timeout once",
+)
 def test_a_host_that_takes_nothing_costs_the_step_timeout_once(simulated, monkeypatch):
     over, waits = threading.Event(), []
 
@@ -285,6 +314,10 @@ def test_a_host_that_takes_nothing_costs_the_step_timeout_once(simulated, monkey
     assert left == []
 
 
+@pytest.mark.chaos(
+    "all hosts are lost",
+    "the run ends after timeout, and says why",
+)
 def test_all_hosts_lost_and_none_back_within_timeout_is_a_clear_error():
     def leave(app, message, context):
         if leave.left:
@@ -335,6 +368,10 @@ def in_anothers_name(envelope, reply):
     return envelope, reply
 
 
+@pytest.mark.chaos(
+    "a host answers for another client, node or epoch",
+    "the answer is dropped with the reason, the others go on",
+)
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -353,6 +390,10 @@ def test_misbehaving_host_is_refused_with_a_reason_and_the_others_go_on(change, 
     assert result.history[0].participants == ["1", "2", "3"]
 
 
+@pytest.mark.chaos(
+    "an answer is repeated",
+    "it is dropped",
+)
 def test_an_answer_that_is_repeated_is_dropped(caplog):
     def serve(app, message, context):
         clients = session_host.HostedClients(app, context, Invitation.from_content(message.content))
@@ -377,6 +418,10 @@ def refuse(app, message, context):
     return Message(Error(2, "DialError: connection refused"), reply_to=message)
 
 
+@pytest.mark.chaos(
+    "one node can't dial back",
+    "it is named and left out",
+)
 def test_a_single_node_that_cannot_dial_back_is_named_and_left_out(caplog):
     grid = ThreadedGrid(make_app(), len(SIZES), serve={3: refuse})
     result = start(make_strategy(), grid, num_rounds=1)
@@ -384,6 +429,10 @@ def test_a_single_node_that_cannot_dial_back_is_named_and_left_out(caplog):
     assert "node 104 is left out: DialError" in caplog.text
 
 
+@pytest.mark.chaos(
+    "no node can dial back",
+    "the error names address, port and remedy",
+)
 def test_session_without_hosts_names_address_port_and_remedy():
     grid = ThreadedGrid(make_app(), 2, serve={0: refuse, 1: refuse})
     with pytest.raises(NoHostError, match=r"127\.0\.0\.1:\d+.*session-address"):
@@ -440,6 +489,10 @@ def test_of_a_simulation_no_more_nodes_are_invited_than_there_are_processes(simu
     assert invitation.address.startswith("127.0.0.3:")  # where Ray's other machines find it
 
 
+@pytest.mark.chaos(
+    "all nodes are busy with another run",
+    "they are waited for, and the log says so",
+)
 def test_nodes_that_are_busy_with_another_run_are_waited_for(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(session_grid, "_TELL_SECONDS", 0.1)
@@ -464,6 +517,10 @@ def test_nodes_that_are_busy_with_another_run_are_waited_for(monkeypatch, caplog
     assert "waiting for hosts: 2 nodes are invited" in caplog.text
 
 
+@pytest.mark.chaos(
+    "a node is refused again and again",
+    "it is asked with back-off, the log says it once",
+)
 def test_a_node_is_told_once_why_it_cannot_come(caplog):
     """Flower forgets an answer that was taken, and says "Message Unavailable" from then on."""
     grid = ThreadedGrid(make_app(), 2, serve={0: refuse})
@@ -485,6 +542,10 @@ def test_a_node_is_told_once_why_it_cannot_come(caplog):
     assert "Unavailable" not in caplog.text
 
 
+@pytest.mark.chaos(
+    "the server can't be reached just then",
+    "the host tries again",
+)
 def test_a_server_that_cannot_be_reached_just_then_is_tried_again(monkeypatch):
     dial, tries = HostStream.dial, []
 
@@ -501,6 +562,10 @@ def test_a_server_that_cannot_be_reached_just_then_is_tried_again(monkeypatch):
     assert len(tries) == 3
 
 
+@pytest.mark.chaos(
+    "several runs at once with session-ports",
+    "each takes a free port",
+)
 def test_several_runs_take_a_port_each_from_those_that_are_free():
     with SessionServer("127.0.0.1:0") as other:
         settings = SessionSettings(port=other.port, ports=50, grace=0.5)
@@ -535,6 +600,10 @@ def test_nodes_that_never_dial_are_waited_for_no_longer_than_join_timeout():
         start(make_strategy(carrier="session", session=settings), grid)
 
 
+@pytest.mark.chaos(
+    "session-port is taken",
+    "the run ends, and names the key",
+)
 @pytest.mark.parametrize("carrier", ["session", "auto"])
 def test_a_taken_port_is_named_with_its_key(carrier):
     with SessionServer("127.0.0.1:0") as other:
@@ -584,6 +653,10 @@ def test_a_late_host_finds_the_session_over_at_once(monkeypatch):
     assert "DialError" in reply.error.reason
 
 
+@pytest.mark.chaos(
+    "an invitation has expired",
+    "it is not taken up",
+)
 def test_an_expired_invitation_is_not_taken_up():
     invitation = Invitation("s", "e", "192.0.2.1:1", "token", b"", time.time() - 1, 1, "")
     grid = ThreadedGrid(make_app(), 1)
@@ -625,6 +698,10 @@ def test_a_step_over_the_limit_says_which_setting_to_raise():
         start(make_strategy(session=settings), ThreadedGrid(make_app(), 2))
 
 
+@pytest.mark.chaos(
+    "an answer is too long",
+    "its client is left out with the setting to raise, the others go on",
+)
 def test_an_answer_over_the_limit_says_which_setting_to_raise_and_the_others_go_on():
     def say_a_lot(message, context):
         if context.node_config["partition-id"] == 1:

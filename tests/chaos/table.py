@@ -4,6 +4,8 @@ A test of a fault is marked ``@pytest.mark.chaos("a host dies", "the others go o
 text is what happens if the test passes. ``make chaos`` runs all of them and ends with the table.
 """
 
+from collections import Counter
+
 import pytest
 
 FAULT, EXPECTED = "fault", "expected"
@@ -25,11 +27,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if mark := item.get_closest_marker("chaos"):
             fault, happens = mark.args
-            variant = item.callspec.id if hasattr(item, "callspec") else ""
-            item.user_properties += [
-                (FAULT, f"{fault} ({variant})" if variant else fault),
-                (EXPECTED, happens),
-            ]
+            item.user_properties += [(FAULT, fault), (EXPECTED, happens)]
 
 
 @pytest.hookimpl(trylast=True)
@@ -37,14 +35,15 @@ def pytest_terminal_summary(terminalreporter, config):
     """Print the table."""
     if not config.getoption("--chaos-table"):
         return
-    rows = []
+    rows = Counter()  # a test's variants are one row, unless what happened differs
     for outcome in ("passed", "failed", "skipped", "error"):
         for report in terminalreporter.stats.get(outcome, []):
             said = dict(getattr(report, "user_properties", []))
             if FAULT in said and (report.when == "call" or outcome != "passed"):
-                rows.append((said[FAULT], *_happened(report, outcome, said[EXPECTED])))
+                rows[said[FAULT], *_happened(report, outcome, said[EXPECTED])] += 1
     terminalreporter.section("faults")
-    for row in [("fault", "what happened", "right?"), ("---", "---", "---"), *sorted(rows)]:
+    head = [("fault", "tries", "what happened", "right?"), 4 * ("---",)]
+    for row in [*head, *((one, str(rows[one, *rest]), *rest) for one, *rest in sorted(rows))]:
         terminalreporter.write_line("| " + " | ".join(row) + " |")
 
 

@@ -302,6 +302,10 @@ def said():
     logger.removeHandler(handler)
 
 
+@pytest.mark.chaos(
+    "a privacy mod that covers the hand-over only",
+    "what it doesn't cover is said once",
+)
 def test_what_a_mod_does_not_cover_is_said_once(said):
     run(mods=[local_dp()], rounds=2)
     (text,) = said("LocalDpMod: only")
@@ -325,6 +329,10 @@ WRAPPERS = [
 ]
 
 
+@pytest.mark.chaos(
+    "a differential-privacy wrapper that covers the client segment only",
+    "what it doesn't cover is said once",
+)
 @pytest.mark.parametrize("make", WRAPPERS)
 def test_what_a_wrapper_does_not_cover_is_said_once(make, said):
     mods = {fixed: [fixedclipping_mod], adaptive: [adaptiveclipping_mod]}.get(make)
@@ -346,6 +354,10 @@ def test_wrappers_of_splitfed_v1_say_what_they_see(said):
 # --- refusals --------------------------------------------------------------------------------
 
 
+@pytest.mark.chaos(
+    "a secure-aggregation mod",
+    "it is refused by name",
+)
 @pytest.mark.parametrize("name", ["secagg_mod", "secaggplus_mod"])
 def test_secure_aggregation_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name} needs a server that exchanges keys"):

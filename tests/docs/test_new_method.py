@@ -48,7 +48,7 @@ def test_what_its_method_remembers_survives(page, tmp_path):
         model = page["build_model"]()
         app = client_app(
             model=page["build_model"], cut="1", data=page["load_partition"],
-            client_parts=[page["TopK"]],
+            client_parts=[page["KeepLargest"]],
         )  # fmt: skip
         strategy = page["SparseHard"](model=model, cut="1", local_steps=2, **options)
         state_dir = str(tmp_path / "clients") if options else None

@@ -15,6 +15,7 @@ PAGES = [
     "README.md",
     "docs/strategies.md",
     "docs/client-parts.md",
+    "docs/leakage.md",
     "docs/decoupled.md",
     "docs/carriers.md",
     "docs/ledger.md",

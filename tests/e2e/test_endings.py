@@ -38,6 +38,10 @@ def everything_has_ended(flower):
     return not any(flower.home.tree.find(f"flwr-{name}app") for name in ("server", "client"))
 
 
+@pytest.mark.chaos(
+    "a ServerApp raises or is stopped, deployed",
+    "the run ends on all machines",
+)
 @pytest.mark.e2e
 def test_a_deployed_run_that_raises_or_is_stopped_ends_everywhere(
     quickstart, failing_app, tmp_path

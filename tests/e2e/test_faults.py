@@ -6,7 +6,8 @@ from flsplit import History
 from tests.flower_processes import deployment
 
 NUM_CLIENTS = 3
-RUN_CONFIG = {"strategy": "psl", "batch-size": 64, "session-step-timeout": 10.0}
+# A client's first answer takes as long as its data take to load, libraries included.
+RUN_CONFIG = {"strategy": "psl", "batch-size": 64, "session-step-timeout": 30.0}
 
 
 @pytest.fixture

@@ -313,6 +313,9 @@ def test_a_client_that_lost_its_state_is_sent_the_segment_again():
     assert entry.left_out == []
     assert sent_segments(grid) == ["a", "b", "a"]
     assert entry.traffic.logical["client-segments-down"] == 20
+    forgetful = False
+    exchange(clients, {"b": first()})
+    assert sent_segments(grid) == ["a", "b", "a"]  # the other one still holds it
 
 
 def test_a_client_that_does_not_take_the_segment_does_not_hold_it():

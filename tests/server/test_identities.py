@@ -117,6 +117,10 @@ WORDS = st.sampled_from(["a", "b", "c", "0", "", 1, True, b"a", Error(5, "away")
 )
 
 
+@pytest.mark.chaos(
+    "any answer to describe",
+    "no other client's name is taken",
+)
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(WORDS | st.none(), st.booleans()), max_size=6), st.sampled_from([1, 9]))
 def test_nothing_that_a_node_says_takes_another_s_name(told, liar):

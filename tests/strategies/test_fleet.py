@@ -110,7 +110,7 @@ def test_ragged_rounds_are_counted_as_they_are():
 
 def test_an_alignment_takes_the_server_time():
     """4 rows of 540 FLOPs and of 2 * 3 epochs of 108, for each of two clients."""
-    options = {"upload_every": 2, "align_epochs": 3, "auxiliary_lr": 0.0}
+    options = {"upload_every": 2, "align_epochs": 3, "auxiliary_lr": 0.0, "align": "before_round"}
     _, (_, without) = times(FSLSAGE, align_every=0, **options)
     _, (_, found) = times(FSLSAGE, align_every=1, **options)
     aligned = 2 * 4 * (540 + 2 * 3 * 108) / 540

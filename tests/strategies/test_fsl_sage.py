@@ -35,9 +35,10 @@ from flsplit.auxiliary import emulated_gradient
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.log import logger
 from flsplit.run.ahead import AHEAD
+from flsplit.seeds import seeded
 from flsplit.server.segment import ServerSegment
 from flsplit.strategies import CSEFSL, FSLSAGE
-from flsplit.strategies.fsl_sage import AlignedAuxiliary, UploadBuffer
+from flsplit.strategies.fsl_sage import AlignedAuxiliary, UploadBuffer, true_gradient
 
 SIZES = (20, 13, 9)  # 5, 4 and 3 batches of 4
 ROW = (6,)  # the plain net's smashed data
@@ -45,7 +46,7 @@ FLOAT = 4
 SEGMENT = (8 * 6 + 6) * FLOAT
 AUXILIARY = (6 * NUM_CLASSES + NUM_CLASSES) * FLOAT
 EPOCHS = 5
-TWO = {"upload_every": 2, "align_every": 2, "align_epochs": EPOCHS}
+TWO = {"upload_every": 2, "align_every": 2, "align_epochs": EPOCHS, "align": "before_round"}
 
 
 def sage(build=plain_net, sizes=SIZES, rounds=3, cls=FSLSAGE, **options):
@@ -75,7 +76,7 @@ def test_it_agrees_with_the_twin_step_by_step(align, optimizer):
         plain_net, make_parts(SIZES), ROW, NUM_CLASSES, optimizer, epochs=EPOCHS,
         in_round=align == "in_round",
     )  # fmt: skip
-    found = assert_same_run(FSLSAGE, twin, 5, align=align, **TWO)
+    found = assert_same_run(FSLSAGE, twin, 5, **TWO | {"align": align})
 
     for entry, losses in zip(found.history, twin.losses, strict=True):
         assert entry.steps == len(losses)
@@ -83,6 +84,46 @@ def test_it_agrees_with_the_twin_step_by_step(align, optimizer):
         assert entry.loss == pytest.approx(mean, abs=1e-6)
     aligned = [e.round for e in found.history if "cosine-after-alignment" in e.metrics]
     assert aligned == ([1, 3, 5] if align == "in_round" else [3, 5])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_authors_order_agrees_with_a_twin_of_their_loop(optimizer):
+    """Three unequal clients; the server learns between one client's alignment and the next's."""
+    twin = Twin(
+        plain_net, make_parts(SIZES), ROW, NUM_CLASSES, OPTIMIZERS[optimizer], epochs=EPOCHS,
+        authors=True,
+    )  # fmt: skip
+    theirs = TWO | {"align": "in_round", "order": "clients", "align_guard": False}
+    found = assert_same_run(FSLSAGE, twin, 5, **theirs)
+
+    for entry, losses in zip(found.history, twin.losses, strict=True):
+        assert entry.steps == len(losses)
+    aligned = [e.round for e in found.history if "cosine-after-alignment" in e.metrics]
+    assert aligned == [1, 3, 5]
+
+
+def test_the_order_of_uploads_makes_a_difference():
+    batches, clients = (sage(align="in_round", order=order) for order in ("batches", "clients"))
+
+    weights, others = weights_of(batches.arrays), weights_of(clients.arrays)
+    assert any(not torch.allclose(weights[name], others[name], atol=1e-6) for name in weights)
+    assert batches.history.bytes_so_far() == clients.history.bytes_so_far()
+
+
+def test_clients_in_turn_without_alignments_are_the_twins_loop_too():
+    twin = Twin(plain_net, make_parts(SIZES), ROW, NUM_CLASSES, SGD, authors=True, cse=True)
+
+    found = run_split(
+        CSEFSL, plain_net, make_parts(SIZES), rounds=3, upload_every=2, order="clients"
+    )
+
+    assert_close(weights_of(found.arrays), twin.train(3), 1e-6)
+
+
+def test_alignment_stands_in_the_round_by_default():
+    defaults = FSLSAGE(model=fresh(plain_net), cut=CUT, device="cpu")
+
+    assert (defaults.align, defaults.order, defaults.align_guard) == ("in_round", "batches", True)
 
 
 def test_a_small_buffer_forgets_the_oldest_samples():
@@ -161,6 +202,110 @@ def test_an_alignment_step_of_a_linear_auxiliary_is_the_hand_derivation():
     torch.testing.assert_close(module.bias, bias - lr * d_bias, rtol=1e-12, atol=1e-12)
 
 
+def noisy_server():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def segment_of(module):
+    return ServerSegment(
+        module, loss=nn.functional.cross_entropy, optimizer=SGD, lr=0.1, device=torch.device("cpu")
+    )
+
+
+def test_targets_are_of_the_server_in_training_mode_and_nothing_of_it_changes():
+    """With BatchNorm and dropout, where evaluation mode has other gradients."""
+    _, _, _, smashed, labels = linear_case()
+    smashed, module = smashed.float(), noisy_server()
+    segment = segment_of(module)
+    segment.module.eval()
+    before = {name: one.clone() for name, one in module.state_dict().items()}
+
+    torch.manual_seed(7)
+    found = true_gradient(segment, smashed, labels)
+
+    # BatchNorm with the batch's own statistics, and dropout's mask as torch draws it.
+    s = smashed.clone().requires_grad_()
+    norm, first, _, last = module
+    normed = (s - s.mean(0)) / (s.var(0, unbiased=False) + norm.eps).sqrt()
+    torch.manual_seed(7)
+    mask = nn.functional.dropout(torch.ones(len(s), 8), 0.5)
+    logits = last(first(normed) * mask)
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), s)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert_bit_equal(dict(module.state_dict()), before)
+
+
+# --- options of the alignment ------------------------------------------------------------------
+
+
+def aligned(lr=0.05, optimizer=SGD, epochs=3, module=None, **options):
+    """Return the linear case's auxiliary model after an alignment, and its outcome."""
+    own, _, _, smashed, labels = linear_case()
+    auxiliary = AlignedAuxiliary(module or own, optimizer, lr, buffer_size=len(labels))
+    auxiliary.buffer.add(smashed, labels)
+    torch.manual_seed(1)
+    outcome = auxiliary.align(segment_of(nn.Linear(4, 3).double()), epochs, 0, **options)
+    return auxiliary.module, outcome
+
+
+def test_mini_batches_as_large_as_the_buffer_are_the_whole_buffer():
+    whole, larger = aligned(), aligned(batch_size=5)
+
+    assert_bit_equal(dict(whole[0].state_dict()), dict(larger[0].state_dict()))
+
+
+def test_a_mini_batch_is_fitted_on_the_scale_of_the_buffer():
+    """One row at a time and one epoch, by hand: ĝ is of that row's loss over all five."""
+    found, _ = aligned(batch_size=1, epochs=1, lr=0.1, guard=False)
+
+    module, _, _, smashed, labels = linear_case()
+    torch.manual_seed(1)
+    server = nn.Linear(4, 3).double()
+    s = smashed.clone().requires_grad_()
+    (targets,) = torch.autograd.grad(nn.functional.cross_entropy(server(s), labels), s)
+    with seeded(0):
+        order = torch.randperm(5)
+    for row in order.tolist():
+        s = smashed[row].clone().requires_grad_()
+        loss = nn.functional.cross_entropy(module(s), labels[row]) / 5
+        (emulated,) = torch.autograd.grad(loss, s, create_graph=True)
+        error = (emulated - targets[row]).pow(2).sum()
+        gradients = torch.autograd.grad(error, (module.weight, module.bias))
+        with torch.no_grad():
+            module.weight -= 0.1 * gradients[0]
+            module.bias -= 0.1 * gradients[1]
+    torch.testing.assert_close(found.weight, module.weight, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.bias, module.bias, rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_guard_a_worse_model_stays():
+    (kept, guarded), (moved, free) = aligned(lr=50.0), aligned(lr=50.0, guard=False)
+    assert free.error_after > free.error_before
+
+    assert (guarded.diverged, free.diverged) == (True, False)
+    torch.testing.assert_close(kept.weight, linear_case()[1], rtol=0, atol=0)
+    assert not torch.equal(moved.weight, kept.weight)
+
+
+def test_the_auxiliary_rate_may_follow_the_rounds():
+    rates = {1: 1e-3, 3: 1e-2}
+    always, scheduled, never = (
+        sage(align="in_round", auxiliary_lr=rate)
+        for rate in (1e-3, lambda server_round: rates[server_round], 0.0)
+    )
+
+    first = [one.history[0].metrics["cosine-after-alignment"] for one in (always, scheduled)]
+    assert first[0] == first[1]
+    third = [one.history[2].metrics["cosine-after-alignment"] for one in (always, scheduled, never)]
+    assert len(set(third)) == 3
+
+
+def test_a_rate_of_a_round_that_can_not_be_used_is_refused():
+    with pytest.raises(ConfigError, match="learning rate of round 1 is -1"):
+        sage(align="in_round", auxiliary_lr=lambda server_round: -1.0)
+
+
 # --- against CSE-FSL, and across carriers ----------------------------------------------------
 
 
@@ -182,6 +327,10 @@ CASES = {
     "sage": (FSLSAGE, TWO),
     "sage, first stage": (FSLSAGE, TWO | {"auxiliary": "first-stage", "buffer_size": 6}),
     "sage in round": (FSLSAGE, TWO | {"align": "in_round"}),
+    "sage as its authors": (
+        FSLSAGE,
+        TWO | {"align": "in_round", "order": "clients", "align_batch_size": 4},
+    ),
     "cse": (CSEFSL, {"upload_every": 2}),
     "cse, first stage": (CSEFSL, {"upload_every": 2, "auxiliary": "first-stage"}),
     "cse apart": (CSEFSL, {"upload_every": 2, "average_auxiliary": False}),
@@ -269,7 +418,13 @@ def test_clients_are_asked_for_further_parts_before_the_server_works_on_the_firs
             taken.append(context.node_config["partition-id"])
         return call_next(message, context)
 
-    options = {"batch_size": 1, "upload_every": 1, "rounds": 1, "app_options": {"mods": [count]}}
+    options = {
+        "align": "before_round",
+        "batch_size": 1,
+        "upload_every": 1,
+        "rounds": 1,
+        "app_options": {"mods": [count]},
+    }
     run_split(Watched, plain_net, make_parts((8, 8)), **options)
 
     ahead = 2 * (1 + AHEAD)  # two clients' first parts and those asked for before the first step
@@ -298,7 +453,7 @@ class Watch:
 def test_a_client_s_part_begins_when_its_own_last_part_has_ended(monkeypatch):
     watch = Watch()
     monkeypatch.setattr("flsplit.run.execute.make_clock", lambda *_: watch)
-    options = {"batch_size": 1, "upload_every": 1, "rounds": 1}
+    options = {"align": "before_round", "batch_size": 1, "upload_every": 1, "rounds": 1}
     run_split(InParts, plain_net, make_parts((8, 8)), **options)
 
     mine, others = (
@@ -501,6 +656,9 @@ def test_a_buffer_smaller_than_a_batch_is_refused():
         ("align_every", -1),
         ("align_epochs", 0),
         ("align", "sometimes"),
+        ("align_batch_size", -1),
+        ("align_guard", 1),
+        ("order", "alphabetical"),
         ("auxiliary", "quadratic"),
         ("auxiliary", 3),
         ("auxiliary_lr", float("nan")),
@@ -516,7 +674,7 @@ def test_options_that_cannot_be_used_are_refused(option, value):
 # --- sessions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["sage", "sage in round", "cse", "cse apart"])
+@pytest.mark.parametrize("case", ["sage", "sage in round", "sage as its authors", "cse"])
 def test_a_session_where_uploads_stream_up_gives_the_same_numbers(case):
     """Over a stream with the server at work meanwhile; the plain net draws no random numbers."""
     cls, options = CASES[case]

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord
@@ -68,6 +70,31 @@ def test_with_a_permissive_threshold_it_is_psl():
     for client in "012":
         for key, value in whole_of(gapsl_run, client).items():
             torch.testing.assert_close(value, whole_of(psl_run, client)[key])
+
+
+def test_with_unequal_shares_a_sum_is_psls_too():
+    """Shares of the examples, times the number of clients."""
+    options = {"local_steps": 2, "rounds": 2, "share_client_segments": True, "shares": "examples"}
+    parts = same_class((8, 20, 12))
+    gapsl_run = run_split(GAPSL, plain_net, parts, eta=-1e6, **options)
+    psl_run = run_split(PSL, plain_net, parts, reduction="sum", **options)
+
+    assert all(e.metrics["leader-alignment.kept"] == 3.0 for e in gapsl_run.history)
+    for client in "012":
+        for key, value in whole_of(gapsl_run, client).items():
+            torch.testing.assert_close(value, whole_of(psl_run, client)[key])
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weights"),
+    [("sum", [0.9, 0.0, 0.6]), ("mean", [0.6, 0.0, 0.4])],  # shares .3 .5 .2; three clients
+)
+def test_weights_of_the_kept_clients_follow_their_shares(reduction, weights):
+    strategy = GAPSL(model=plain_net(), cut="front", loss_reduction=reduction)
+    step = SimpleNamespace(clients=list("abc"), shares={"a": 0.3, "b": 0.5, "c": 0.2})
+    alignment = SimpleNamespace(kept=np.array([True, False, True]))
+
+    assert strategy._weights(step, alignment).tolist() == pytest.approx(weights)
 
 
 def test_equal_clients_are_all_kept():

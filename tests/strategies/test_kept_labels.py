@@ -25,8 +25,10 @@ from torch import nn
 from torch.nn import functional
 
 from flsplit import LocalGrid, client_app
+from flsplit.client_parts import Clip, Noise, Proximal
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.message.arrays import to_tensor
+from flsplit.privacy import Record, attack_labels, read_recording
 from flsplit.strategies import (
     CSEFSL,
     EPSL,
@@ -156,6 +158,27 @@ def test_clients_of_different_places_are_asked_at_once():
     assert kinds == ["train.step"] * 3 + ["train.tail"] * 3 + ["train.finish"] * 3
 
 
+@pytest.mark.parametrize(
+    "app_options",
+    [{}, {"max_grad_norm": 0.1}, {"autocast": torch.bfloat16}],
+    ids=["plain", "clipped", "bfloat16"],
+)
+def test_what_else_a_client_does_is_the_same_without_a_cache(app_options):
+    """Client parts, clipping, low precision, two epochs with ragged batches, and Adam."""
+    parts = [Clip(1.0, per="batch"), Noise(0.1), Proximal(0.5)]
+    runs = [
+        train(
+            (7, 10), build=noisy_net, rounds=2, local_epochs=2, cache=cache, client_parts=parts,
+            share_client_segments=True, app_options=app_options | {"optimizer": torch.optim.Adam},
+        )[1]
+        for cache in (True, False)
+    ]  # fmt: skip
+    for name in "01":
+        assert_bit_equal(*(weights_of(run.client_segments[name]) for run in runs))
+    assert_bit_equal(*(weights_of(run.arrays) for run in runs))
+    assert runs[0].history.numbers() == runs[1].history.numbers()
+
+
 # --- evaluation ------------------------------------------------------------------------------
 
 
@@ -279,6 +302,24 @@ def test_training_has_no_loss_to_show():
     assert entry.accuracy is None
     assert "leader-alignment.loss" not in entry.metrics
     assert entry.evaluation["loss"] > 0
+
+
+def test_a_recording_has_the_gradient_at_the_second_cut_and_no_labels(tmp_path):
+    parts = make_parts((12,))
+    train((12,), parts=parts, rounds=1, callbacks=[Record(tmp_path, steps=1)])
+    recording = read_recording(tmp_path)
+    (step,) = recording.steps
+    inputs, labels = parts[0].tensors
+    rows = next(numbered_batches(parts[0], "0", 4))
+    model = fresh(plain_net)
+    outputs = model.middle(model.front(inputs[rows])).detach().requires_grad_()
+    functional.cross_entropy(model.head(outputs), labels[rows]).backward()
+    assert torch.equal(step.output_gradient, outputs.grad)
+    assert step.labels.shape == (4, 0)
+    with pytest.raises(ConfigError, match="truth"):
+        attack_labels(recording)
+    found = attack_labels(recording, lambda step: labels[rows])
+    assert found["label-clusters"] == 1.0  # four rows, and nothing but their labels differs much
 
 
 # --- faults ----------------------------------------------------------------------------------

@@ -115,13 +115,42 @@ def test_class_probabilities_of_one_client(strategy):
     "one client's test data can't be computed with",
     "the others are evaluated as without it",
 )
-@pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind not in ("all ignored", "sentinel", "large")]
-)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "all ignored"])
 def test_the_others_are_evaluated_as_if_it_had_no_test_data(kind):
     found, expected = run(PSL, KINDS[kind], test=True), run(PSL, nothing, test=True)
     assert found.evaluate_metrics_clientapp[2] == expected.evaluate_metrics_clientapp[2]
     assert {one.client for entry in found.history for one in entry.left_out} == {BAD}
+
+
+def squares(outputs, labels):
+    return (outputs[:, 0] - labels).square().mean()
+
+
+@pytest.mark.chaos(
+    "one client's test loss is NaN or infinite",
+    "the others are evaluated as without it, the ledger says so",
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_test_loss_that_is_not_finite_counts_nothing(bad):
+    def spoiled(inputs, labels):
+        return inputs, torch.full((len(labels),), bad)
+
+    found = run(PSL, spoiled, test=True, loss=squares)
+    expected = run(PSL, nothing, test=True, loss=squares)
+    assert found.evaluate_metrics_clientapp == expected.evaluate_metrics_clientapp
+    for entry in found.history:
+        (left,) = entry.left_out
+        assert left.client == BAD
+        assert f"its test loss is {bad}" in left.reason
+
+
+def test_a_test_loss_that_no_client_has_finite_is_told():
+    def nan_in_tests(outputs, labels):
+        return squares(outputs, labels) * (1.0 if torch.is_grad_enabled() else float("nan"))
+
+    result = run(PSL, KINDS["sentinel"], test=True, loss=nan_in_tests)
+    assert all(one["loss"] != one["loss"] for one in result.evaluate_metrics_clientapp.values())
+    assert {one.client for entry in result.history for one in entry.left_out} == {BAD}
 
 
 def test_test_labels_that_are_all_ignored_count_nothing():

@@ -1,8 +1,9 @@
 """FSL-SAGE and CSE-FSL written down plainly: whole models in one process, no messages.
 
 Of flsplit it uses the seeds alone (the order of the data is part of the contract). The order in
-which the server takes uploads and the place of the alignment are flsplit's reading; what an
-upload, an alignment and a local step compute is the method.
+which the server takes uploads and the place of the alignment are flsplit's reading, unless
+``authors`` asks for the order of their published code; what an upload, an alignment and a local
+step compute is the method.
 """
 
 import copy
@@ -84,6 +85,7 @@ class Twin:
     q: int = 2
     l: int = 2  # noqa: E741 - the method's name for it
     in_round: bool = False
+    authors: bool = False
     cse: bool = False
     epochs: int = 100
     buffer_size: int = 1000
@@ -125,6 +127,11 @@ class Twin:
             for c in self.clients
         ]
         aligns = not self.cse and self.l > 0 and t % self.l == 0
+        if self.authors:
+            for client, batches in zip(self.clients, planned, strict=True):
+                self.turn(client, batches, aligns)
+            self.aggregate()
+            return
         if aligns and not self.in_round:
             self.align_all()
         if aligns and self.in_round:
@@ -140,6 +147,20 @@ class Twin:
         for _, index, smashed, labels in sorted(uploads, key=lambda one: one[:2]):
             self.take_upload(self.clients[index], smashed, labels)
         self.aggregate()
+
+    def turn(self, client: Client, batches: Sequence[Sequence[int]], aligns: bool) -> None:
+        """All of a client's round, before the next client's: one loop, as the authors have it.
+
+        The server's step on an upload comes at once, and in a round with an alignment the first
+        upload is stepped on, then the model is aligned, then the client steps on that batch.
+        """
+        for n, indices in enumerate(batches):
+            if n % self.q == 0:
+                self.take_upload(client, *client.peek(indices))
+            if aligns and n == 0:
+                smashed, labels = (torch.stack(o) for o in zip(*client.buffer, strict=True))
+                self.align(client, smashed, labels)
+            client.step(indices, self.cse)
 
     def take_upload(self, client: Client, smashed: Tensor, labels: Tensor) -> None:
         """One step of the single server segment, and the sample queue of the client."""

@@ -76,12 +76,20 @@ def test_the_book_holds_no_token():
     assert token not in str(vars(book))
 
 
+@pytest.mark.chaos(
+    "a run of weeks",
+    "its certificate lasts as long as its invitations",
+)
 def test_a_session_s_certificate_does_not_end_before_its_invitations():
     made = x509.load_pem_x509_certificate(make_certificate().certificate_pem)
     assert made.not_valid_after_utc > datetime.now(UTC) + timedelta(days=10_000)
     assert made.not_valid_before_utc < datetime.now(UTC) - timedelta(hours=23)  # for slow clocks
 
 
+@pytest.mark.chaos(
+    "nodes that are invited for ever",
+    "the book of tokens does not grow",
+)
 def test_the_book_does_not_grow_without_end(monkeypatch):
     monkeypatch.setattr(credentials, "MOST_TOKENS", 3)
     book = TokenBook()

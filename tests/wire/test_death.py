@@ -46,6 +46,10 @@ def test_a_killed_host_is_noticed_and_the_other_goes_on(server, pair):
     exchange(server, "b")
 
 
+@pytest.mark.chaos(
+    "SIGSTOP of a host's process",
+    "it is noticed, the other goes on",
+)
 def test_a_stopped_host_is_noticed_and_the_other_goes_on(server, pair):
     os.kill(pair["a"].pid, signal.SIGSTOP)
     lost = next_loss(server)
@@ -110,6 +114,10 @@ def distant():
         yield process, stream
 
 
+@pytest.mark.chaos(
+    "SIGKILL or SIGSTOP of the server",
+    "its hosts end",
+)
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_host_ends_when_its_server_is_gone(distant, stop):
     process, stream = distant

@@ -226,6 +226,10 @@ def mutate_tree(rng, frame):
 EXAMPLES, MUTATIONS = settings.default.max_examples // 10, 1000
 
 
+@pytest.mark.chaos(
+    "any damaged message",
+    "it is taken or refused, in bounded memory",
+)
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(st.randoms(use_true_random=True))
 def test_mutations_are_taken_or_refused_within_bounded_memory(rng):

@@ -161,6 +161,10 @@ def wrong_frames():
     }
 
 
+@pytest.mark.chaos(
+    "a host sends bytes that are no message",
+    "its stream ends with the reason, the others go on",
+)
 @pytest.mark.parametrize("name", list(wrong_frames()))
 def test_what_does_not_fit_ends_that_stream_alone(name, caplog):
     frames = wrong_frames()[name]
@@ -223,6 +227,10 @@ def test_one_host_too_many(caplog):
         first.close()
 
 
+@pytest.mark.chaos(
+    "many strangers dial",
+    "they keep no host out",
+)
 def test_many_strangers_do_not_keep_a_host_out():
     with SessionServer(max_hosts=1, keepalive=QUICK) as server:
         strangers = [RawHost(server, token="guess") for _ in range(30)]

@@ -4,6 +4,9 @@ The training examples are dealt out label by label in shares drawn from a Dirich
 so that clients differ in their labels and in how many examples they have. The test examples are
 dealt out evenly: together the clients are tested on the whole test set. Which example lies where
 depends on the seed, the number of clients and ``alpha``, and on nothing else.
+
+Libraries of data are imported where they are used: a simulation loads the ClientApp in the server's
+process, too, where they would take 200 MiB for nothing.
 """
 
 import warnings
@@ -12,13 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from flwr.app import Context
-from flwr_datasets.partitioner import DirichletPartitioner
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -106,6 +105,9 @@ def _load(name: str, data_dir: str, seed: int) -> Arrays:
     source = find_dataset(name)
     if source.torchvision:
         return _load_torchvision(name, source, data_dir)
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
@@ -148,9 +150,17 @@ def _deal_by_label(
     name: str, data_dir: str, seed: int, num_partitions: int, alpha: float
 ) -> list[Tensor]:
     """Deal the training examples out in shares from a Dirichlet distribution; return indices."""
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner
+
     if alpha <= 0:
         raise ValueError(f"alpha={alpha:g} must be greater than 0")
     labels = _load(name, data_dir, seed).train_labels.tolist()
+    if len(labels) < MIN_EXAMPLES * num_partitions:
+        raise ValueError(
+            f"{len(labels)} training examples are too few for {num_partitions} clients, each of "
+            f"which needs {MIN_EXAMPLES}"
+        )
     partitioner = DirichletPartitioner(
         num_partitions,
         partition_by="label",
@@ -159,9 +169,7 @@ def _deal_by_label(
         self_balancing=True,
         seed=seed,
     )
-    partitioner.dataset = datasets.Dataset.from_dict(
-        {"index": list(range(len(labels))), "label": labels}
-    )
+    partitioner.dataset = Dataset.from_dict({"index": list(range(len(labels))), "label": labels})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it tries again when a client got too little

@@ -64,6 +64,7 @@ def main(grid: Grid, context: Context) -> None:
         local_steps=int(config["local-steps"]),
         upload_every=int(config["upload-every"]),
         align_every=int(config["align-every"]),
+        align="before_round",  # where nothing can overlap with it
         align_epochs=int(config["align-epochs"]),
         buffer_size=int(config["buffer-size"]),
         overlap=bool(config["overlap"]),
