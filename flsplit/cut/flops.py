@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flsplit.cut.cut_errors import CutError
 from flsplit.cut.examples import needs_values, with_values
-from flsplit.cut.halves import without_data
+from flsplit.cut.sides import without_data
 from flsplit.cut.survey import Survey
 from flsplit.cut.trace import Spec, map_tree
 from flsplit.cut.watch import plain_copy

@@ -18,6 +18,8 @@ from flsplit.cut.cut_errors import (
     UnknownCutError,
     listed,
 )
+from flsplit.cut.private import Unseen
+from flsplit.cut.sides import one_side
 from flsplit.cut.stretch import (
     Crossing,
     aliases,
@@ -28,7 +30,14 @@ from flsplit.cut.stretch import (
 )
 from flsplit.cut.survey import Call, Passage, State, Survey, Value
 from flsplit.cut.trace import map_tree, tensors_in
-from flsplit.cut.watch import eager, instrument, place_of, places_of, plain_copy
+from flsplit.cut.watch import (
+    eager,
+    forget_runs,
+    instrument,
+    place_of,
+    places_of,
+    plain_copy,
+)
 from flsplit.errors import TORCH_ERRORS
 from flsplit.seeds import seeded
 
@@ -84,6 +93,7 @@ def look(
             end = call_at(survey, model, second) if second else None
             if not call.drawn:
                 break
+        forget_runs(ghost)
     for place in (call, *([end] if end else [])):
         check_call(place)
     if end and end.reached <= call.reached:
@@ -157,7 +167,7 @@ def undisturbed(args: Any, kwargs: Any) -> Iterator[None]:
     """Leave all random generators as they are, and measurements of memory."""
     device = next((t.device for t in tensors_in((args, kwargs))), None)
     # Whoever measures what autograd keeps is not to measure this.
-    unmeasured = torch.autograd.graph.saved_tensors_hooks(lambda t: (t, t._version), _unchanged)
+    unmeasured = torch.autograd.graph.saved_tensors_hooks(_with_version, _unchanged)
     with seeded(0, device), unmeasured:
         yield
 
@@ -212,6 +222,12 @@ def check_call(call: Call) -> None:
             f"before the cut {call.name!r}, forward draws a random number in Python or NumPy, "
             "which the other side can't repeat: draw it with torch"
         )
+
+
+def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
+    """Detached: a node that keeps its own output, and that its graph, would never be freed."""
+    with Unseen():  # it is none of forward's calls
+        return (tensor if tensor.is_leaf else tensor.detach()), tensor._version
 
 
 def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
@@ -360,24 +376,18 @@ def verify(
     """Run one step whole and split, on copies, and compare the results.
 
     Outputs, gradients and buffers must agree up to the order of a sum: what no rule sees (a hook
-    on a value that crosses, say) shows here.
+    on a value that crosses, say) shows here. There is one more model in memory at a time: first
+    the whole, then its parts, each with its own side's weights.
 
     Raises
     ------
     CutError
         If they differ.
     """
-    whole, client, server = (plain_copy(model) for _ in range(3))
+    expected, result, learns = _whole_step(model, args, kwargs)
+    client, server = (plain_copy(one_side(model, names)) for names in (found.client, found.server))
     for half in (client, server):
         instrument(half, cut, found.before)
-    with undisturbed(args, kwargs), eager():
-        own_args, own_kwargs = fresh(args, kwargs)
-        expected = whole(*own_args, **own_kwargs)
-        try:
-            _backward(expected)
-            learns = torch.is_grad_enabled()
-        except RuntimeError:  # this model can't be trained in one piece, either
-            learns = False
     with undisturbed(args, kwargs), eager():
         args, kwargs = fresh(args, kwargs)
         trace, held = run_to_cut(client, cut, args, kwargs, [found.passage])
@@ -406,20 +416,40 @@ def verify(
         if learns and (crossing.learning or kept):
             gradients = {key: sent.values[key].grad for key in crossing.learning}
             crossing.backward(gradients, tail.gradients if kept else {})
+    for half in (client, server):
+        forget_runs(half)
     pairs: list[tuple[str, Tensor | None, Tensor | None]] = [
-        ("an output", *both) for both in zip(tensors_in(expected), tensors_in(output), strict=True)
+        ("an output", *both) for both in zip(expected, tensors_in(output), strict=True)
     ]
     theirs = {half: dict(_named(half)) for half in (client, server)}
-    for name, tensor in _named(whole):
+    for name, tensor in result.items():
         other = theirs[client if name in found.client else server][name]
-        if isinstance(tensor, nn.Parameter) and learns:
-            pairs.append((f"the gradient of {name}", tensor.grad, other.grad))
-        elif not isinstance(tensor, nn.Parameter):
+        if not isinstance(other, nn.Parameter):
             pairs.append((name, tensor, other))
-    _check_frozen(model, whole)
+        elif learns:
+            pairs.append((f"the gradient of {name}", tensor, other.grad))
     for what, a, b in pairs:
         if a is not b and (a is None or b is None or not _close(a, b)):
             raise CutError(f"cut at {cut!r}, the model computes something else: {what} differs")
+
+
+def _whole_step(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Tensor], dict[str, Tensor | None], bool]:
+    """Return what a copy computes: its outputs, gradients and buffers, and whether it can learn."""
+    whole = plain_copy(model)
+    with undisturbed(args, kwargs), eager():
+        own_args, own_kwargs = fresh(args, kwargs)
+        output = whole(*own_args, **own_kwargs)
+        try:
+            _backward(output)
+            learns = torch.is_grad_enabled()
+        except RuntimeError:  # this model can't be trained in one piece, either
+            learns = False
+    _check_frozen(model, whole)
+    result = {n: t.grad if isinstance(t, nn.Parameter) else t for n, t in _named(whole)}
+    # Without their graph, which holds the weights.
+    return [tensor.detach() for tensor in tensors_in(output)], result, learns
 
 
 def _check_frozen(before: nn.Module, after: nn.Module) -> None:
