@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ from flsplit.cut.survey import Call, Passage, State, Survey, Value
 from flsplit.cut.trace import map_tree, tensors_in
 from flsplit.cut.watch import (
     eager,
-    forget_runs,
     instrument,
     place_of,
     places_of,
@@ -44,6 +44,10 @@ from flsplit.seeds import seeded
 _TRIES = 3
 """A random number that seems to be drawn by forward may be another thread's: Flower's draw some.
 Forward draws each time."""
+
+
+_LARGE = 2**26
+"""Bytes of a model's weights that are worth looking for what can be freed, which takes 0.1 s."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,25 @@ def look(
     UnknownCutError, CrossingError, SharedStateError, EmptySegmentError, CutError
         If the model can't be cut like this.
     """
+    try:
+        return _look(model, cut, args, kwargs, share)
+    finally:
+        free_copies(model)
+
+
+def free_copies(model: nn.Module) -> None:
+    """Free copies of a large model now: what ran is in circles of references for a while."""
+    if sum(parameter.nbytes for parameter in model.parameters()) > _LARGE:
+        gc.collect()
+
+
+def _look(
+    model: nn.Module,
+    cut: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    share: frozenset[str],
+) -> Look:
     first, second = places_of(cut)
     with undisturbed(args, kwargs):
         ghost = plain_copy(model)
@@ -93,7 +116,6 @@ def look(
             end = call_at(survey, model, second) if second else None
             if not call.drawn:
                 break
-        forget_runs(ghost)
     for place in (call, *([end] if end else [])):
         check_call(place)
     if end and end.reached <= call.reached:
@@ -385,6 +407,7 @@ def verify(
         If they differ.
     """
     expected, result, learns = _whole_step(model, args, kwargs)
+    free_copies(model)
     client, server = (plain_copy(one_side(model, names)) for names in (found.client, found.server))
     for half in (client, server):
         instrument(half, cut, found.before)
@@ -416,8 +439,6 @@ def verify(
         if learns and (crossing.learning or kept):
             gradients = {key: sent.values[key].grad for key in crossing.learning}
             crossing.backward(gradients, tail.gradients if kept else {})
-    for half in (client, server):
-        forget_runs(half)
     pairs: list[tuple[str, Tensor | None, Tensor | None]] = [
         ("an output", *both) for both in zip(expected, tensors_in(output), strict=True)
     ]

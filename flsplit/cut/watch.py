@@ -266,15 +266,6 @@ def uninstrument(module: nn.Module) -> None:
             del module._forward_hooks[key]
 
 
-def forget_runs(model: nn.Module) -> None:
-    """Undo `instrument`: a module and what stands in its way refer to each other.
-
-    So it is freed at once, and not when Python looks for such circles: it may be large.
-    """
-    for module in model.modules():
-        uninstrument(module)
-
-
 def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Copy a model, with TorchScript modules in the shells that watching needs."""
     memo = memo if memo is not None else {}

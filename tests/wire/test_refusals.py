@@ -237,7 +237,10 @@ def test_many_strangers_do_not_keep_a_host_out():
         with dial(server, "a"):
             assert isinstance(server.receive(5), HostJoined)
         for stranger in strangers:
-            assert stranger.end()[0] is grpc.StatusCode.UNAUTHENTICATED
+            assert stranger.end()[0] in (
+                grpc.StatusCode.UNAUTHENTICATED,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,  # who comes when the session is full
+            )
 
 
 def test_nobody_listens(server):
