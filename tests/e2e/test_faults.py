@@ -76,7 +76,8 @@ def test_the_others_go_on_without_clients_that_die_or_hang(flower, gates, start,
     assert missing_rounds(history, "0")[:3] == [3, 4, 5]
     assert missing_rounds(history, "1") == [5, 6, 7, 8]
     assert "its host was lost" in reason(history, "0", 3)
-    assert "no answer within" in reason(history, "1", 5)
+    # Its silence is noticed by the step's timeout or by the keep-alive, whichever is over first.
+    assert any(said in reason(history, "1", 5) for said in ("no answer within", "keep-alive"))
     # The survivor did all its steps in every round, and was evaluated.
     alone = [e for e in history if e.participants == ["2"] and not e.left_out]
     assert alone
