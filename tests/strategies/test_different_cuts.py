@@ -17,6 +17,7 @@ from reference import (
     numbered_batches,
     plain_net,
     train_in_turn,
+    train_together,
     weights_of,
 )
 from torch.nn import functional
@@ -88,20 +89,8 @@ def test_three_cuts_averaged_every_step_are_training_on_the_concatenated_batch(
     _, result = train(
         CUTS, sizes, method=kind, rounds=rounds, local_steps=1, cache=cache, **options
     )
-    model = fresh(plain_net)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    parts = make_parts(sizes)
-    streams = [numbered_batches(part, str(i), 4) for i, part in enumerate(parts)]
-    for _ in range(rounds):
-        loss = 0.0
-        for part, stream, size in zip(parts, streams, sizes, strict=True):
-            rows = next(stream)
-            outputs = model(part.tensors[0][rows])
-            loss += size / sum(sizes) * functional.cross_entropy(outputs, part.tensors[1][rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert_close(weights_of(result.arrays), model.state_dict(), 1e-6)
+    expected = train_together(sizes, rounds)
+    assert_close(weights_of(result.arrays), expected, 1e-6)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)

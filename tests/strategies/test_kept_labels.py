@@ -18,6 +18,7 @@ from reference import (
     numbered_batches,
     plain_net,
     train_in_turn,
+    train_together,
     weights_of,
     whole_of,
 )
@@ -90,20 +91,8 @@ def test_one_client_is_bit_equal_to_training_the_whole_model(build, optimizer, c
 def test_clients_averaged_every_step_are_training_on_the_concatenated_batch(method, sizes, cache):
     rounds, (kind, options) = 5, method
     _, result = train(sizes, method=kind, rounds=rounds, local_steps=1, cache=cache, **options)
-    model = fresh(plain_net)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    parts = make_parts(sizes)
-    streams = [numbered_batches(part, str(i), 4) for i, part in enumerate(parts)]
-    for _ in range(rounds):
-        loss = 0.0
-        for part, stream, size in zip(parts, streams, sizes, strict=True):
-            rows = next(stream)
-            outputs = model(part.tensors[0][rows])
-            loss += size / sum(sizes) * functional.cross_entropy(outputs, part.tensors[1][rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert_close(weights_of(result.arrays), model.state_dict(), 1e-5)
+    expected = train_together(sizes, rounds)
+    assert_close(weights_of(result.arrays), expected, 1e-5)
 
 
 @pytest.mark.parametrize(
