@@ -20,7 +20,6 @@ from flsplit.client.tail import Tail
 from flsplit.client_parts.chain import ClientStep, PartChain
 from flsplit.client_parts.compression import Packed
 from flsplit.cut import Crossing, CutError, ExampleError, Split, Trace, split
-from flsplit.cut.halves import ClientHalf
 from flsplit.cut.smashed import (
     CutGradient,
     Smashed,
@@ -99,7 +98,7 @@ class Client:
             self.segment = self._split(model).client.to(self.device)
         self.tail: Tail | None = None
         """The last layers of a U-shaped split, if that is one."""
-        if places_of(self.cut)[1] and isinstance(self.segment, ClientHalf):
+        if places_of(self.cut)[1]:
             self.tail = Tail(self.segment, spec, self.device)
         named = [(name, p) for name, p in self.segment.named_parameters() if p.requires_grad]
         self._parameters = [p for _, p in named]

@@ -26,10 +26,10 @@ class Split:
 
     Attributes
     ----------
-    client : nn.Module
+    client : ClientHalf
         The client segment: turns an input batch into smashed data, a tensor or a `Crossing`. Of a
         U-shaped split it has the last layers, too, in ``tail``.
-    server : nn.Module
+    server : ServerHalf
         The server segment: turns smashed data into the model's output, or into what comes back.
     cut : str
         The cut layer's name, or the two of a U-shaped split: ``"conv2,fc1"``.
@@ -37,8 +37,8 @@ class Split:
         The keys of the whole model's state dict, in its order.
     """
 
-    client: nn.Module
-    server: nn.Module
+    client: ClientHalf
+    server: ServerHalf
     cut: str
     keys: tuple[str, ...]
 
