@@ -452,7 +452,8 @@ class Client:
             # A part may have remembered something of a step that never happened.
             self._parts.load(self._state.parts)
             raise
-        return _Pending(step, smashed, inputs, labels, buffers, drawn, loss, packed)
+        kept = inputs if self.tail else None  # their shapes tell the way that forward takes
+        return _Pending(step, smashed, kept, labels, buffers, drawn, loss, packed)
 
     def _part_step(self, step: int) -> ClientStep:
         plan, start = self.plan, self._state.round_start
