@@ -4,7 +4,8 @@ import pytest
 import torch
 from llm.auxiliary import SequenceHead, next_token
 from llm.models import load_base
-from llm_runs import config_of, save_tiny, trained
+from llm.server_app import strategy_of
+from llm_runs import config_of, new_model, save_tiny, trained
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,22 @@ def test_no_position_of_an_auxiliary_model_sees_a_later_one():
     head = SequenceHead((5, 8), 11, num_blocks=2).eval()
     smashed = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     other = smashed.clone()
-    other[:, 3:] += 1
+    other[:, 3:] *= -1  # a constant would be taken away by the norms
     assert head(smashed).shape == (2, 5, 11)
     assert torch.equal(head(smashed)[:, :3], head(other)[:, :3])
     assert not torch.allclose(head(smashed)[:, 3:], head(other)[:, 3:])
+
+
+def test_a_head_begins_as_the_models_last_layer(tiny):
+    config = config_of(tiny, strategy="fsl-sage")
+    model = new_model(config)
+    (weight,) = (p for name, p in model.named_parameters() if name.endswith("default.weight"))
+    trained = weight.detach().clone().mul_(2)
+    weight.data.copy_(trained)
+    auxiliary = strategy_of(config, model).auxiliary((5, 16), 257)
+    weight.data.zero_()  # what happens to the model later is nothing to it
+    assert torch.equal(auxiliary.head.weight, trained)
+    assert torch.count_nonzero(auxiliary.blocks[0].linear1.bias) == 0
 
 
 def test_alignment_brings_emulated_gradients_nearer_to_the_true_ones(tiny):

@@ -1,5 +1,7 @@
 """What stands in for the server's blocks at the clients of FSL-SAGE and CSE-FSL."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -14,7 +16,8 @@ class SequenceHead(nn.Module):
     num_tokens : int
         The vocabulary.
     num_blocks : int
-        The authors' GPT-2-medium has 3 of its 24 blocks here; 0 leaves the head alone.
+        The authors' GPT-2-medium has 3 of its 24 blocks here; 0 leaves the head alone. They begin
+        with small weights, as GPT-2's do, and so does the head if there is nothing better.
     """
 
     def __init__(self, shape: tuple[int, ...], num_tokens: int, num_blocks: int) -> None:
@@ -29,6 +32,11 @@ class SequenceHead(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_tokens, bias=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, smashed: Tensor) -> Tensor:
         """Return logits ``(b, T, num_tokens)`` of smashed data ``(b, T, width)``."""
@@ -40,6 +48,25 @@ class SequenceHead(nn.Module):
             for block in self.blocks:
                 hidden = block(hidden, src_mask=mask, is_causal=True)
         return self.head(self.norm(hidden))
+
+
+def auxiliary_like(
+    model: nn.Module, num_blocks: int
+) -> Callable[[tuple[int, ...], int], SequenceHead]:
+    """Return what builds auxiliary models whose head begins as a model's last layer.
+
+    In the authors' code it is the token embedding of a model that was trained before. With a head
+    as it was drawn, an auxiliary model's gradients begin by pointing nowhere. Only the server has
+    that layer, and it sends its clients the auxiliary model.
+    """
+    weight = model.get_output_embeddings().weight.detach().clone()  # type: ignore[operator]
+
+    def build(shape: tuple[int, ...], num_tokens: int) -> SequenceHead:
+        found = SequenceHead(shape, num_tokens, num_blocks)
+        found.head.load_state_dict({"weight": weight})
+        return found
+
+    return build
 
 
 def next_token(output: object, labels: Tensor) -> Tensor:

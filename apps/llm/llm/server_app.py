@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from flsplit import FlsplitError, SessionSettings, split
 from flsplit.carry.choose import open_carrier
 from flsplit.carry.polling import polling
 from flsplit.run import SplitResult, SplitStrategy, make_strategy
-from llm.auxiliary import SequenceHead, next_token
+from llm.auxiliary import auxiliary_like, next_token
 from llm.base import perplexity, train_base
 from llm.checking import check
 from llm.data import client_data
@@ -131,7 +130,7 @@ def strategy_of(config: RunConfig, model: nn.Module) -> SplitStrategy:
     if not bool(config["label-private"]):  # else clients have it, in client_app
         own["loss"] = next_token
     if name in DECOUPLED:
-        own["auxiliary"] = partial(SequenceHead, num_blocks=int(config["auxiliary-blocks"]))
+        own["auxiliary"] = auxiliary_like(model, int(config["auxiliary-blocks"]))
     return make_strategy(
         name,
         str(config["strategy-args"]),
