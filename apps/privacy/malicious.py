@@ -69,6 +69,7 @@ def hijacking(
     optimizer: Callable[..., Any] = Adam,
     client_lr: float = RATE,
     steps: int = STEPS,
+    warm_up: int = 1000,
 ) -> list[float]:
     """Return the share of private images' variance that the hijacker finds, round by round."""
     data = TensorDataset(private, torch.arange(len(private)))
@@ -78,7 +79,8 @@ def hijacking(
         model = build_model()
     strategy = Judged(
         model=model, cut=CUT, public=public, pilot=pilot, client_lr=client_lr, batch_size=32,
-        local_steps=steps, drop_last=True, seed=seed, device="cpu", fraction_evaluate=0.0,
+        warm_up=warm_up, local_steps=steps, drop_last=True, seed=seed, device="cpu",
+        fraction_evaluate=0.0,
     )  # fmt: skip
     strategy.private = private
     app = client_app(
@@ -106,6 +108,7 @@ def simulating(
     defence: list[ClientPart],
     rounds: int = 4,
     steps: int = 25,
+    attack_steps: int = 600,
 ) -> dict[str, float]:
     """Return the shares of client 0's labels that clustering and SDAR find after a U-shaped run."""
     cut, loss = f"{CUT},{SECOND_CUT}", Remembering()
@@ -134,7 +137,7 @@ def simulating(
     for name, adversarial in {"sdar": 0.05, "without its critic": 0.0}.items():
         made = simulate(
             strategy.server.module, smashed, known, client=_client, tail=_tail,
-            adversarial=adversarial, seed=seed,
+            steps=attack_steps, adversarial=adversarial, seed=seed,
         )  # fmt: skip
         found[name] = float((made.labels(smashed) == truth).float().mean())
     return found
