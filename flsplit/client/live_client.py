@@ -4,6 +4,7 @@ import cmath
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -365,9 +366,16 @@ class Client:
         seed = derive_seed(self.plan.seed, "tail", self.name, self.plan.server_round, step)
         try:
             with seeded(seed, self.device), located(f"client {self.name!r}, step {step}"):
-                gradient, self._state.tail = self.tail.gradients(
+                gradient, stays = self.tail.gradients(
                     outputs, pending.smashed, pending.inputs, pending.labels
                 )
+            if self._parts.parts:
+                at = self._part_step(step)
+                gradient, packed, memory = self._parts.output_gradient(at, gradient, pending.labels)
+                stays |= memory
+                if packed:
+                    self.packed[WHOLE] = packed
+            self._state.tail = stays
         except Exception:
             self._undo_forward()
             raise
@@ -386,9 +394,9 @@ class Client:
         self._state.told = tuple(told[-MOST_TRACES:])
         return found or None
 
-    def unpacked(self, content: RecordDict) -> RecordDict:
-        """Return what the server sent, with its cut-layer gradient unpacked."""
-        return unpacked(content, "cut-gradient", self._parts.unpack)
+    def unpacked(self, content: RecordDict, record: str) -> RecordDict:
+        """Return what the server sent, with what it packed in a record unpacked."""
+        return unpacked(content, record, partial(self._parts.unpack, record))
 
     def backward(self, request: Backward) -> None:
         """Back-propagate the cut-layer gradient of the pending step and let the optimizer step.
@@ -412,6 +420,7 @@ class Client:
             self._update(self._pending, request.gradient)
         if self.tail:  # now: the backward pass may need what the first layers' pass left in them
             self.tail.put_buffers(self._state.tail)
+            self._parts.remember(self._state.tail)
         self._state.drawn = self._pending.drawn
         self._state.steps_done += 1
         self._state.trained += 1

@@ -53,6 +53,7 @@ class TailReply(Reply):
     """
 
     categories: ClassVar[dict[str, str]] = {OUTPUT_GRADIENT: "output-gradients-up"}
+    packed = OUTPUT_GRADIENT
 
     client: common.Client
     server_round: common.Round
@@ -73,6 +74,7 @@ class TailRequest(Request):
     answer = TailReply
     echoed = ("server_round", "step")
     categories: ClassVar[dict[str, str]] = {OUTPUTS: "outputs-down"}
+    packed = OUTPUTS
 
     server_round: Annotated[int, In("step", 1)]
     step: Annotated[int, In("step", 0)]
