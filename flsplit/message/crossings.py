@@ -24,7 +24,6 @@ from flsplit.message.fields import (
     Record,
     Records,
     Slot,
-    only_array,
     record,
     refuse_others,
     value,
@@ -118,9 +117,6 @@ def one_smashed(key: str) -> Slot:
     """Return how the smashed data of one step travels."""
 
     def put(records: dict[str, Record], smashed: Smashed) -> None:
-        if isinstance(smashed, Tensor):
-            records[key] = made(ArrayRecord, {WHOLE: to_array(smashed)})
-            return
         arrays: dict[str, Array] = {}
         crossings: dict[str, Any] = {}
         put_smashed(arrays, crossings, WHOLE, smashed)
@@ -128,14 +124,12 @@ def one_smashed(key: str) -> Slot:
         records["crossing"] = made(ConfigRecord, crossings)
 
     def get(records: Records) -> Tensor | Unresolved:
-        if "crossing" not in records and (array := only_array(records, key)):
-            return to_tensor(array, field=key)
         arrays, crossings = record(records, key, ArrayRecord), crossings_in(records)
         if crossings is None:
             refuse_others(arrays, key)
         return get_smashed(arrays, crossings, WHOLE, key)
 
-    return Slot(key, put, get, required=True)
+    return Slot(key, put, get, required=True, alone=True)
 
 
 def crossings_in(records: Records) -> ConfigRecord | None:
@@ -183,9 +177,9 @@ def one_gradient(key: str) -> Slot:
         records[key] = made(ArrayRecord, arrays)
 
     def get(records: Records) -> CutGradient:
-        if array := only_array(records, key):
-            return to_tensor(array, field=key)
         arrays = record(records, key, ArrayRecord)
+        if list(arrays) == [WHOLE]:
+            return to_tensor(arrays[WHOLE], field=key)
         if arrays:  # none where none of the values learns
             refuse_others(arrays, key)
         found = {}

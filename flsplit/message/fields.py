@@ -12,11 +12,12 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args
 from typing import get_type_hints as hints_of
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
 
 from flsplit.errors import ProtocolError
 from flsplit.flower_internals import made
-from flsplit.message.arrays import dtype_name, dtype_of
+from flsplit.message.arrays import dtype_name, dtype_of, to_array, to_tensor
 from flsplit.message.raised import shortened
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
@@ -24,6 +25,9 @@ Records = Mapping[str, Record]
 
 T = TypeVar("T", ArrayRecord, ConfigRecord, MetricRecord)
 Value = TypeVar("Value", bool, int, float, str)
+
+WHOLE = "0"
+"""The place of what a message has one of."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,9 @@ class Slot:
         Whether every message has it; the value is None otherwise.
     absent : object
         Another value that isn't written: the field's default.
+    alone : bool
+        Whether the value may be a tensor alone, which is the one array of the record then, raw.
+        Nearly always it is, and needs neither ``put`` nor ``get``.
     """
 
     record: str
@@ -75,6 +82,7 @@ class Slot:
     get: Callable[[Records], Any]
     required: bool = False
     absent: object = None
+    alone: bool = False
 
 
 class _FieldAt(NamedTuple):
@@ -140,7 +148,9 @@ class Content:
             records[record_name] = made(make, fields)
         for name, slot in self._slots:
             found = getattr(self, name)
-            if found is not None and found is not slot.absent:
+            if slot.alone and isinstance(found, Tensor):
+                records[slot.record] = made(ArrayRecord, {WHOLE: to_array(found)})
+            elif found is not None and found is not slot.absent:
                 slot.put(records, found)
         return made(RecordDict, records)
 
@@ -150,7 +160,13 @@ class Content:
         records: Records = content if type(content) is dict else dict(content.items())
         values = read_fields(records, cls._groups)
         for name, slot in cls._slots:
-            if slot.required or slot.record in records:
+            found = records.get(slot.record)
+            if slot.alone and type(found) is ArrayRecord:
+                arrays = dict(found.items())
+                if len(arrays) == 1 and WHOLE in arrays:
+                    values[name] = to_tensor(arrays[WHOLE], field=slot.record)
+                    continue
+            if slot.required or found is not None:
                 values[name] = slot.get(records)
         return cls(**values)
 
@@ -272,19 +288,6 @@ def value(
     group = ("it", type(fields), [_FieldAt("it", key, kind, minimum, math.inf, (0, None))])
     found: Value = read_fields({"it": fields}, [group])["it"]
     return found
-
-
-WHOLE = "0"
-"""The place of what a message has one of."""
-
-
-def only_array(content: Records, key: str) -> Array | None:
-    """Return the array of a record that holds this one alone, as nearly all do; else None."""
-    found = content.get(key)
-    if type(found) is not ArrayRecord:
-        found = record(content, key, ArrayRecord)
-    arrays = list(found.items())
-    return arrays[0][1] if len(arrays) == 1 and arrays[0][0] == WHOLE else None
 
 
 def refuse_others(arrays: ArrayRecord, key: str) -> None:

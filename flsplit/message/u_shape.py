@@ -14,10 +14,8 @@ from torch import Tensor
 from flsplit.account.clock import Leg
 from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite
-from flsplit.flower_internals import made
 from flsplit.message import request as common
-from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import WHOLE, In, Record, Records, Slot, only_array
+from flsplit.message.fields import In, Record, Records, Slot, record
 from flsplit.message.request import Reply, Request
 from flsplit.message.types import EVALUATE_TAIL, TAIL
 
@@ -25,15 +23,14 @@ OUTPUTS, OUTPUT_GRADIENT = "outputs", "output-gradient"
 
 
 def _one_tensor(key: str) -> Slot:
-    def put(records: dict[str, Record], tensor: Tensor) -> None:
-        records[key] = made(ArrayRecord, {WHOLE: to_array(tensor)})
+    def put(records: dict[str, Record], found: object) -> None:
+        raise TypeError(f"{key} is {found!r}, expected a tensor")
 
     def get(records: Records) -> Tensor:
-        if array := only_array(records, key):
-            return to_tensor(array, field=key)
+        record(records, key, ArrayRecord)
         raise ProtocolError(f"record {key!r} holds several arrays or none, expected one")
 
-    return Slot(key, put, get, required=True)
+    return Slot(key, put, get, required=True, alone=True)
 
 
 @dataclass(frozen=True)

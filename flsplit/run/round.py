@@ -110,11 +110,6 @@ class Round:
         self.entry = RoundEntry(self.plan.server_round, participants=list(self.participants))
         self._started = time.perf_counter()
 
-    @property
-    def ended(self) -> bool:
-        """Whether the round has ended early."""
-        return bool(self.problem)
-
     def begin_with(self, segment: SegmentArrays) -> None:
         """Let the next clients begin with another segment than the round's first."""
         self.segment = segment
@@ -288,7 +283,7 @@ class Round:
         NotEnoughClientsError
             In that case.
         """
-        if self.ended:
+        if self.problem:
             return False
         if not self.entry.left_out:
             return True
@@ -325,7 +320,7 @@ class Round:
         if self.entry.left_out:
             self.problem = str(error)
             logger.warning("the round ends early: %s", error)
-        return self.ended
+        return bool(self.problem)
 
     def leave_out(self, client: str, step: int, error: FlsplitError) -> None:
         """Leave a client out for the rest of the round, because of its batch in a step."""

@@ -415,7 +415,7 @@ class Step:
                 check_server_gradients(gradients, segment, self.batches, self.where)
             except ArithmeticError:
                 if id(segment) in self._buffers:
-                    segment.put_buffers(self._buffers[id(segment)][1])
+                    segment.buffers.put(self._buffers[id(segment)][1])
                 raise
         if self._mixed and id(segment) not in self._before:
             # Whose rows can't be computed may turn out later: the step is then done without them.
@@ -526,7 +526,7 @@ class Step:
     def break_off(self) -> dict[str, Backward]:
         """Return what clients were told before the step failed; all else is as if it never was."""
         for segment, before in self._buffers.values():
-            segment.put_buffers(before)
+            segment.buffers.put(before)
         for segment, state in self._before.values():
             segment.load_state_dict(state)
         return self._counted()
@@ -565,13 +565,13 @@ class Step:
         use = f"server again {calls}" if calls else "server"
         seed = derive_seed(self._seed, use, self.round, self.index, *names)
         segment.train()
-        before = segment.copied_buffers()
+        before = segment.buffers.copied()
         self._buffers.setdefault(id(segment), (segment, before))
         try:
             with seeded(seed, segment.device):
                 return compute()
         except Exception:
-            segment.put_buffers(before)
+            segment.buffers.put(before)
             raise
 
     def _count(

@@ -22,7 +22,7 @@ from flsplit.server.products import (
     layer_gram,
 )
 from flsplit.server.segment import ServerGradients, ServerSegment, only_dtype
-from flsplit.untrained import owners_of_buffers
+from flsplit.untrained import Buffers
 
 
 class CutServerSegment(ServerSegment):
@@ -67,7 +67,7 @@ class _Part(ServerSegment):
         vars(self).update(vars(whole))  # device, loss and optimizer are the same
         self.module = module.to(whole.device).train()
         _share_buffers(whole.module, module)
-        self._owners = owners_of_buffers(module)
+        self.buffers = Buffers(module)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError(

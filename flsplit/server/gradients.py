@@ -226,7 +226,7 @@ def pooled_gradients(
         (passed,) = passes
         return backward(segment, passed, weights)
 
-    return Computation((forward(segment, own) for own in [batches]), finish)
+    return Computation(map(forward, [segment], [batches]), finish)
 
 
 def backward(segment: ServerSegment, passed: Passed, weights: Mapping[str, float]) -> StepGradients:

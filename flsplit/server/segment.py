@@ -1,7 +1,7 @@
 """The server segment with its optimizer, which lives as long as the run."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,12 +19,10 @@ from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.optimizers import UserOptimizer, make_scheduler
 from flsplit.seeds import seeded
 from flsplit.untrained import (
-    buffers_of,
+    Buffers,
     keeping_buffers,
     load_state,
     names_of_buffers,
-    owners_of_buffers,
-    put_all,
 )
 
 ServerGradients = list[Tensor | None]
@@ -61,7 +59,7 @@ class ServerSegment:
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
         self.module = module.to(device).train()
-        self._owners = owners_of_buffers(module)
+        self.buffers = Buffers(module)
         self.device = device
         self.criterion = ClientsCriterion() if loss is None else Criterion(loss, device)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -120,14 +118,6 @@ class ServerSegment:
                 f"the server segment can't take {smashed_in_words(smashed)}: {kind}{error}"
             ) from error
         return logits
-
-    def copied_buffers(self) -> list[Tensor]:
-        """Return copies of the buffers (BatchNorm's)."""
-        return list(map(torch.clone, buffers_of(self._owners)))
-
-    def put_buffers(self, before: Sequence[Tensor]) -> None:
-        """Put the buffers back to what :meth:`copied_buffers` returned."""
-        put_all(buffers_of(self._owners), before)
 
     @contextmanager
     def trying(self) -> Iterator[None]:
