@@ -82,7 +82,11 @@ class Examples:
             If the data set, the collate function or ``unpack`` fails; if inputs or labels are no
             nesting of tensors, or don't have one row per example in front.
         """
-        inputs, labels = self._unpacked(self._read(indices), indices)
+        read = self._read(indices)
+        pair = _take_apart(read) if self.unpack is None else self._unpacked(read, indices)
+        if pair is None:
+            raise self._wrong(f"a batch is {_described(read)}, expected (inputs, labels); {_HINT}")
+        inputs, labels = pair
         rows = len(indices)
         for name, tree in (("inputs", inputs), ("labels", labels)):
             if isinstance(tree, Tensor) and tree.ndim and tree.size(0) == rows:
@@ -124,13 +128,6 @@ class Examples:
         return items
 
     def _unpacked(self, batch: Any, indices: Sequence[int]) -> tuple[Any, Any]:
-        if self.unpack is None:
-            found = _take_apart(batch)
-            if found is None:
-                raise self._wrong(
-                    f"a batch is {_described(batch)}, expected (inputs, labels); {_HINT}"
-                )
-            return found
         try:
             pair: Any = self.unpack(batch)
         except Exception as error:

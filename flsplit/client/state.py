@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.fields import Content, In, Record, Records, Slot, nested, record
+from flsplit.message.fields import Content, In, Records, Slot, Written, nested, record
 from flsplit.message.local_steps import AuxiliaryPlan
 from flsplit.message.optimizer_state import IndexedState, indexed
 from flsplit.message.round_plan import RoundPlan
@@ -22,7 +22,7 @@ NO_SEGMENT = -1
 def _tensors(key: str) -> Slot:
     """Return how tensors are kept: raw, since NumPy doesn't know all their types."""
 
-    def put(records: dict[str, Record], tensors: dict[str, Tensor]) -> None:
+    def put(records: Written, tensors: dict[str, Tensor]) -> None:
         arrays = records[key] = ArrayRecord()
         for name, tensor in tensors.items():
             arrays[name] = to_array(tensor)
@@ -30,7 +30,7 @@ def _tensors(key: str) -> Slot:
     return Slot(key, put, lambda records: from_record(record(records, key, ArrayRecord), field=key))
 
 
-def _put_told(records: dict[str, Record], told: tuple[str, ...]) -> None:
+def _put_told(records: Written, told: tuple[str, ...]) -> None:
     if told:
         records[f"{_PREFIX}told"] = ConfigRecord({"traces": list(told)})
 
@@ -67,7 +67,7 @@ class AuxiliaryState(Content):
     version: Annotated[int, In(f"{_AUXILIARY}-progress")]
 
 
-def _put_auxiliary(records: dict[str, Record], state: AuxiliaryState) -> None:
+def _put_auxiliary(records: Written, state: AuxiliaryState) -> None:
     records.update(state.to_content())
 
 

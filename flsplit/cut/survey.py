@@ -4,6 +4,7 @@ import inspect
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ class Passage:
     item: int | None
     tail: "Passage | None" = None
 
-    @property
+    @cached_property
     def kept(self) -> frozenset[str]:
         """Names of what the client keeps for its last layers, after the second cut."""
         places = len(self.trace.calls)

@@ -16,12 +16,14 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from flsplit.errors import ProtocolError
-from flsplit.flower_internals import made
+from flsplit.flower_internals import content_of
 from flsplit.message.arrays import dtype_name, dtype_of, to_array, to_tensor
 from flsplit.message.raised import shortened
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
 Records = Mapping[str, Record]
+Written = dict[str, Record | tuple[type[Record], dict[str, Any]]]
+"""What is to be a message: records, or the kind and the values of each."""
 
 T = TypeVar("T", ArrayRecord, ConfigRecord, MetricRecord)
 Value = TypeVar("Value", bool, int, float, str)
@@ -78,7 +80,7 @@ class Slot:
     """
 
     record: str
-    put: Callable[[dict[str, Record], Any], None]
+    put: Callable[[Written, Any], None]
     get: Callable[[Records], Any]
     required: bool = False
     absent: object = None
@@ -135,7 +137,7 @@ class Content:
 
     def to_content(self) -> RecordDict:
         """Return the content of a message."""
-        records: dict[str, Record] = {}
+        records: Written = {}
         for record_name, make, entries in self._groups:
             fields = {}
             for name, key, kind, *_ in entries:
@@ -145,14 +147,14 @@ class Content:
                 elif kind is torch.dtype:
                     found = dtype_name(found)
                 fields[key] = found
-            records[record_name] = made(make, fields)
+            records[record_name] = make, fields
         for name, slot in self._slots:
             found = getattr(self, name)
             if slot.alone and isinstance(found, Tensor):
-                records[slot.record] = made(ArrayRecord, {WHOLE: to_array(found)})
+                records[slot.record] = ArrayRecord, {WHOLE: to_array(found)}
             elif found is not None and found is not slot.absent:
                 slot.put(records, found)
-        return made(RecordDict, records)
+        return content_of(records)
 
     @classmethod
     def from_content(cls, content: RecordDict | Records) -> Self:
@@ -194,7 +196,7 @@ class Fields(Content):
 def nested(key: str, kind: type[Fields]) -> Slot:
     """Return how a dataclass that is one record travels in a message."""
 
-    def put(records: dict[str, Record], value: Fields) -> None:
+    def put(records: Written, value: Fields) -> None:
         records[key] = value.to_config()
 
     return Slot(key, put, lambda records: kind.from_config(record(records, key, ConfigRecord)))

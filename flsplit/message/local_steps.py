@@ -16,10 +16,9 @@ from flsplit.account.clock import Leg
 from flsplit.cut import Trace
 from flsplit.cut.smashed import values_of
 from flsplit.errors import ProtocolError
-from flsplit.flower_internals import made
 from flsplit.message import request as common
 from flsplit.message.crossings import Unresolved, crossings_in, get_smashed, put_smashed
-from flsplit.message.fields import Fields, In, Record, Records, Slot, nested, record, value
+from flsplit.message.fields import Fields, In, Records, Slot, Written, nested, record, value
 from flsplit.message.nestings import arrays_of, get_nesting
 from flsplit.message.request import (
     Batch,
@@ -69,19 +68,16 @@ class AuxiliaryPlan(Fields):
     given_loss: bool = False
 
 
-def _put_uploads(records: dict[str, Record], uploads: Mapping[int, Batch]) -> None:
+def _put_uploads(records: Written, uploads: Mapping[int, Batch]) -> None:
     smashed: dict[str, Array] = {}
     labels: dict[str, Array] = {}
     crossings: dict[str, Any] = {}
     for step, (rows, of_rows) in uploads.items():
         put_smashed(smashed, crossings, str(step), rows)
         labels |= arrays_of(of_rows, str(step))
-    records["smashed-data"], records["labels"] = (
-        made(ArrayRecord, smashed),
-        made(ArrayRecord, labels),
-    )
+    records["smashed-data"], records["labels"] = (ArrayRecord, smashed), (ArrayRecord, labels)
     if crossings:
-        records["crossing"] = made(ConfigRecord, crossings)
+        records["crossing"] = ConfigRecord, crossings
 
 
 def _get_uploads(records: Records) -> dict[int, Batch]:
@@ -108,7 +104,7 @@ def _step_in(key: str) -> int:
     return int(step.group())
 
 
-def _put_memory(records: dict[str, Record], memory: Mapping[str, int]) -> None:
+def _put_memory(records: Written, memory: Mapping[str, int]) -> None:
     records["memory"] = MetricRecord({name: memory[name] for name in _MEMORY})
 
 
@@ -311,7 +307,8 @@ class LocalRequest(Request):
                 f"smashed-data is of steps {list(reply.uploads)}, expected steps {expected}"
             )
         for step, (smashed, labels) in reply.uploads.items():
-            check_batch(smashed, labels, self.planned.rows_at(step) if self.planned else None)
+            most = self.planned.rows_at(step) if self.planned else None
+            check_batch(smashed, labels, num_rows(labels), most)
             if (found := num_rows(labels)) != (rows := reply.rows[step - self.step]):
                 raise ProtocolError(
                     f"smashed-data of step {step} has {found} rows, field 'rows' says {rows}"

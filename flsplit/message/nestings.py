@@ -12,9 +12,8 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from flsplit.errors import DataError, ProtocolError
-from flsplit.flower_internals import made
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import WHOLE, Record, Records, Slot, record, refuse_others
+from flsplit.message.fields import WHOLE, Records, Slot, Written, record, refuse_others
 
 _STEP = re.compile(r"\.([^.\[\]]{1,100})|\[(0|[1-9]\d{0,3})\]")
 _MAX_DEPTH, _MAX_TENSORS = 8, 10_000
@@ -23,8 +22,8 @@ _MAX_DEPTH, _MAX_TENSORS = 8, 10_000
 def nesting(key: str) -> Slot:
     """Return how a nesting of tensors travels raw, alone in a record."""
 
-    def put(records: dict[str, Record], tree: Any) -> None:
-        records[key] = made(ArrayRecord, arrays_of(tree, WHOLE))
+    def put(records: Written, tree: Any) -> None:
+        records[key] = ArrayRecord, arrays_of(tree, WHOLE)
 
     def get(records: Records) -> Any:
         arrays = record(records, key, ArrayRecord)

@@ -129,7 +129,7 @@ class StepRequest(Request):
         if self.planned and self.num_examples is None:  # else both are echoed
             self.planned.check_steps(reply.num_steps, reply.num_examples)
         most = self.planned.rows_at(self.step) if self.planned else None
-        check_batch(reply.smashed, reply.labels, most)
+        check_batch(reply.smashed, reply.labels, reply.rows, most)
         if self.planned and self.planned.keeps_labels:
             refuse_labels(reply.labels)
 

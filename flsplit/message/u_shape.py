@@ -15,7 +15,7 @@ from flsplit.account.clock import Leg
 from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite
 from flsplit.message import request as common
-from flsplit.message.fields import In, Record, Records, Slot, record
+from flsplit.message.fields import In, Records, Slot, Written, record
 from flsplit.message.request import Reply, Request
 from flsplit.message.types import EVALUATE_TAIL, TAIL
 
@@ -23,7 +23,7 @@ OUTPUTS, OUTPUT_GRADIENT = "outputs", "output-gradient"
 
 
 def _one_tensor(key: str) -> Slot:
-    def put(records: dict[str, Record], found: object) -> None:
+    def put(records: Written, found: object) -> None:
         raise TypeError(f"{key} is {found!r}, expected a tensor")
 
     def get(records: Records) -> Tensor:

@@ -248,7 +248,7 @@ class Step:
         segment_of : mapping of str to ServerSegment
             Server segments by client.
         """
-        if not self.keeps_labels:
+        if not self._ask:
             for batch in self.batches:
                 yield batch, self.gradients([batch], segment=segment_of[batch.client])
             return

@@ -173,14 +173,11 @@ def forward(segment: ServerSegment, batches: Sequence[ClientBatch]) -> Passed:
     return Passed(batches, leaves, outputs)
 
 
-def with_tails(passes: Iterable[Passed], ask: AskTails | None) -> Iterable[Passed]:
+def with_tails(passes: Iterable[Passed], ask: AskTails) -> list[Passed]:
     """Let clients that have the last layers say the gradients, which come in the labels' place.
 
-    All forward passes are done before, so that clients are asked once; otherwise each is done when
-    it is needed.
+    All forward passes are done before, so that clients are asked once.
     """
-    if ask is None:
-        return passes
     passes = list(passes)
     outputs = {
         batch.client: output.detach()
@@ -202,7 +199,7 @@ class Computation(NamedTuple):
 
     def result(self, ask: AskTails | None = None) -> StepGradients:
         """Return the gradients."""
-        return self.finish(with_tails(self.passes, ask))
+        return self.finish(with_tails(self.passes, ask) if ask else self.passes)
 
 
 def results(computations: Sequence[Computation], ask: AskTails | None) -> list[StepGradients]:
