@@ -83,7 +83,7 @@ class Examples:
             nesting of tensors, or don't have one row per example in front.
         """
         read = self._read(indices)
-        pair = _take_apart(read) if self.unpack is None else self._unpacked(read, indices)
+        pair = self._unpacked(self.unpack, read) if self.unpack else _take_apart(read)
         if pair is None:
             raise self._wrong(f"a batch is {_described(read)}, expected (inputs, labels); {_HINT}")
         inputs, labels = pair
@@ -127,9 +127,9 @@ class Examples:
                 raise self._failed(f"example {index} can't be read", error) from error
         return items
 
-    def _unpacked(self, batch: Any, indices: Sequence[int]) -> tuple[Any, Any]:
+    def _unpacked(self, unpack: Unpack, batch: Any) -> tuple[Any, Any]:
         try:
-            pair: Any = self.unpack(batch)
+            pair: Any = unpack(batch)
         except Exception as error:
             raise self._failed(
                 f"unpack can't take a batch that is {_described(batch)}", error
