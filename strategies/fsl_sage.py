@@ -298,23 +298,14 @@ class UploadBuffer:
 
 @dataclass(frozen=True)
 class AlignmentOutcome:
-    """What an alignment came to.
+    """What an alignment came to."""
 
-    Attributes
-    ----------
-    cosine_before, cosine_after : float
-        Between the emulated and the true gradient of the buffer.
-    error_before, error_after : float
-        Sum of squared errors between the two.
-    diverged : bool
-        Whether the result was thrown away: an error or a weight that is NaN or infinite, or an
-        error larger than before. Never without a guard.
-    """
-
-    cosine_before: float
+    cosine_before: float  # between the emulated and the true gradient of the buffer
     cosine_after: float
-    error_before: float
+    error_before: float  # sum of squared errors between the two
     error_after: float
+    # Whether the result was thrown away: an error or a weight that is NaN or infinite, or an error
+    # larger than before. Never without a guard.
     diverged: bool
 
 

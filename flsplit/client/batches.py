@@ -25,33 +25,16 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Examples:
-    """A map-style data set, and how its examples become a batch of inputs and labels.
+    """A map-style data set, and how its examples become a batch of inputs and labels."""
 
-    Attributes
-    ----------
-    dataset : object
-        Has a length, and an item for every index.
-    client : str
-        Whose it is; errors say so.
-    what : str
-        ``training`` or ``test``, likewise.
-    collate : callable
-        Makes a batch of a list of items.
-    unpack : callable, optional
-        Makes inputs and labels of a batch; ``None`` for batches that say what is what.
-    sampler : OwnSampler, optional
-        Says which examples are gone over, where not all are.
-    options : LoaderOptions
-        What else the DataLoader said.
-    """
-
-    dataset: Any
-    client: str
-    what: str
-    collate: Callable[[list[Any]], Any] = default_collate
+    dataset: Any  # has a length, and an item for every index
+    client: str  # whose it is; errors say so
+    what: str  # ``training`` or ``test``, likewise
+    collate: Callable[[list[Any]], Any] = default_collate  # makes a batch of a list of items
+    # Makes inputs and labels of a batch; ``None`` for batches that say what is what
     unpack: Unpack | None = None
-    sampler: OwnSampler | None = None
-    options: LoaderOptions = field(default_factory=LoaderOptions)
+    sampler: OwnSampler | None = None  # says which examples are gone over, where not all are
+    options: LoaderOptions = field(default_factory=LoaderOptions)  # what else the DataLoader said
 
     def __len__(self) -> int:
         """Return how many examples are gone over in an epoch, now."""

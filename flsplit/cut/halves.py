@@ -42,30 +42,14 @@ from flsplit.untrained import copied, put_all
 
 @dataclass(frozen=True)
 class Cut:
-    """A cut of one model: where, what may be sent, and what was found out.
+    """A cut of one model: where, what may be sent, and what was found out."""
 
-    Attributes
-    ----------
-    name : str
-        The cut layer, as the user gave it; or the two of a U-shaped split.
-    share : set of str
-        Inputs that may be sent to the server.
-    found : Look
-        What was found with the batch that the model was split with.
-    rows : tuple of (shape, dtype)
-        Without an example: what a row of the model's input may be.
-    key : object
-        Stands for the model, see `remembering.fingerprint`.
-    compiled : bool
-        Whether modules of the model are compiled.
-    """
-
-    name: str
-    share: frozenset[str]
-    found: Look
-    rows: tuple[Row, ...]
-    key: Any
-    compiled: bool = False
+    name: str  # the cut layer, as the user gave it; or the two of a U-shaped split
+    share: frozenset[str]  # inputs that may be sent to the server
+    found: Look  # what was found with the batch that the model was split with
+    rows: tuple[Row, ...]  # without an example: what a row of the model's input may be
+    key: Any  # stands for the model, see `remembering.fingerprint`
+    compiled: bool = False  # whether modules of the model are compiled
 
 
 class Half(nn.Module):

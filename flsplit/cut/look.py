@@ -52,25 +52,14 @@ _LARGE = 2**26
 
 @dataclass(frozen=True)
 class Look:
-    """What was found out about a cut.
+    """What was found out about a cut."""
 
-    Attributes
-    ----------
-    passage : Passage
-        What crosses, on the way that the batch took.
-    before : set of str
-        The modules that are done before the cut.
-    client, server : set of str
-        Names of the parameters and buffers that each side needs. What is frozen may be on both.
-    item : int
-        Of two cuts: which of the tensors that the second layer returns comes back.
-    """
-
-    passage: Passage
-    before: frozenset[str]
+    passage: Passage  # what crosses, on the way that the batch took
+    before: frozenset[str]  # the modules that are done before the cut
+    # Names of the parameters and buffers that each side needs. What is frozen may be on both.
     client: frozenset[str]
     server: frozenset[str]
-    item: int = 0
+    item: int = 0  # of two cuts: which of the tensors that the second layer returns comes back
 
 
 def look(

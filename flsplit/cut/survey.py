@@ -100,30 +100,15 @@ class Written:
 
 @dataclass(frozen=True)
 class Passage:
-    """What crosses at one place.
+    """What crosses at one place."""
 
-    Attributes
-    ----------
-    trace : Trace
-        The calls before it.
-    whole : set of str
-        The modules that are one call.
-    values : dict of str to Value
-        The tensors that cross.
-    reads : tuple of Value
-        The numbers that cross, as part of the trace.
-    item : int or None
-        If a single tensor crosses and no number: which of the tensors that the layer returns.
-    tail : Passage or None
-        At the first of two cuts: what crosses at the second one.
-    """
-
-    trace: Trace
-    whole: frozenset[str]
-    values: dict[str, Value]
-    reads: tuple[Value, ...]
+    trace: Trace  # the calls before it
+    whole: frozenset[str]  # the modules that are one call
+    values: dict[str, Value]  # the tensors that cross
+    reads: tuple[Value, ...]  # the numbers that cross, as part of the trace
+    # If a single tensor crosses and no number: which of the tensors that the layer returns
     item: int | None
-    tail: "Passage | None" = None
+    tail: "Passage | None" = None  # at the first of two cuts: what crosses at the second one
 
     @cached_property
     def kept(self) -> frozenset[str]:

@@ -34,56 +34,28 @@ WHOLE = "0"
 
 @dataclass(frozen=True)
 class In:
-    """Where a plain value travels, and what it must at least be.
+    """Where a plain value travels, and what it must at least be."""
 
-    Attributes
-    ----------
-    record : str
-        The record's name. One called ``metrics`` or ``memory`` is a MetricRecord.
-    least, most : float, optional
-        The smallest and the greatest number allowed; of a list, in it.
-    key : str
-        The field's name there; by default that of the dataclass, in kebab-case.
-    length : int
-        How many numbers a list has at least.
-    longest : int, optional
-        How many it has at most.
-    """
-
-    record: str = ""
-    least: float | None = None
-    key: str = ""
-    length: int = 0
-    most: float = math.inf
-    longest: int | None = None
+    record: str = ""  # the record's name. One called ``metrics`` or ``memory`` is a MetricRecord
+    least: float | None = None  # the smallest number allowed; of a list, in it
+    key: str = ""  # the field's name there; by default that of the dataclass, in kebab-case
+    length: int = 0  # how many numbers a list has at least
+    most: float = math.inf  # the greatest
+    longest: int | None = None  # how many it has at most
 
 
 @dataclass(frozen=True)
 class Slot:
-    """How a value that is no plain field is written into a message and read from it.
+    """How a value that is no plain field is written into a message and read from it."""
 
-    Attributes
-    ----------
-    record : str
-        The record that tells whether it is there.
-    put : callable
-        Takes a message's records and the value, and adds what it is written in.
-    get : callable
-        Takes the records by name and returns the value.
-    required : bool
-        Whether every message has it; the value is None otherwise.
-    absent : object
-        Another value that isn't written: the field's default.
-    alone : bool
-        Whether the value may be a tensor alone, which is the one array of the record then, raw.
-        Nearly always it is, and needs neither ``put`` nor ``get``.
-    """
-
-    record: str
+    record: str  # the record that tells whether it is there
+    # Takes a message's records and the value, and adds what it is written in
     put: Callable[[Written, Any], None]
-    get: Callable[[Records], Any]
-    required: bool = False
-    absent: object = None
+    get: Callable[[Records], Any]  # takes the records by name and returns the value
+    required: bool = False  # whether every message has it; the value is None otherwise
+    absent: object = None  # another value that isn't written: the field's default
+    # Whether the value may be a tensor alone, which is the one array of the record then, raw.
+    # Nearly always it is, and needs neither ``put`` nor ``get``.
     alone: bool = False
 
 

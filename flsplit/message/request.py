@@ -102,17 +102,7 @@ class Backward:
 
 
 class Reply(Content):
-    """Base of what a client answers.
-
-    Attributes
-    ----------
-    client : str
-        Whose reply it is.
-    server_round : int
-        The round asked for.
-    seconds : float
-        Compute time since the message arrived.
-    """
+    """Base of what a client answers."""
 
     categories: ClassVar[dict[str, str]] = {
         "smashed-data": "activations-up",
@@ -125,7 +115,7 @@ class Reply(Content):
 
     client: str
     server_round: int
-    seconds: float
+    seconds: float  # compute time since the message arrived
     num_steps: int | None
     num_examples: int | None
     steps_before: int | None

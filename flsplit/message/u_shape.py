@@ -35,26 +35,14 @@ def _one_tensor(key: str) -> Slot:
 
 @dataclass(frozen=True)
 class TailReply(Reply):
-    """The gradient of a client's own mean loss by the server segment's outputs.
-
-    Attributes
-    ----------
-    client : str
-        The client's name.
-    server_round, step : int
-        Which step this is.
-    gradient : torch.Tensor
-        Of the outputs' shape.
-    seconds : float
-        Compute time since the message arrived.
-    """
+    """The gradient of a client's own mean loss by the server segment's outputs."""
 
     categories: ClassVar[dict[str, str]] = {OUTPUT_GRADIENT: "output-gradients-up"}
 
     client: common.Client
     server_round: common.Round
     step: Annotated[int, In("reply", 0)]
-    gradient: Annotated[Tensor, _one_tensor(OUTPUT_GRADIENT)]
+    gradient: Annotated[Tensor, _one_tensor(OUTPUT_GRADIENT)]  # of the outputs' shape
     seconds: common.Seconds
 
     def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
@@ -90,22 +78,14 @@ class TailRequest(Request):
 
 @dataclass(frozen=True)
 class EvaluateTailReply(Reply):
-    """What a client's test data give, at the end of an evaluation; zeros before that.
-
-    Attributes
-    ----------
-    loss, weight : float
-        Sum of the loss, and of what counts in its mean.
-    correct, classified, num_examples : int
-        Right predictions, of how many, and test examples.
-    """
+    """What a client's test data give, at the end of an evaluation; zeros before that."""
 
     client: common.Client
     server_round: Annotated[int, In("reply", 0)]
     batch: Annotated[int, In("reply", 0)]
-    loss: Annotated[float, In("metrics")]
+    loss: Annotated[float, In("metrics")]  # sum of the loss, and of what counts in its mean
     weight: Annotated[float, In("metrics", 0.0)]
-    correct: Annotated[int, In("metrics", 0)]
+    correct: Annotated[int, In("metrics", 0)]  # right predictions, of how many, and test examples
     classified: Annotated[int, In("metrics", 0)]
     num_examples: Annotated[int, In("metrics", 0, most=common.MOST_EXAMPLES)]
     seconds: common.Seconds

@@ -53,24 +53,12 @@ POOL = "pooled rows"
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step takes from the strategy's options.
+    """What a step takes from the strategy's options."""
 
-    Attributes
-    ----------
-    shares : {'examples', 'batch', 'equal'}
-        What a client's share λ follows.
-    reduction : {'mean', 'sum'}
-        Σ λ_i L_i, or S times that for S clients.
-    pools : bool
-        Whether the clients' rows go through the server segment together.
-    keeps_labels : bool
-        Whether the clients have the last layers, the labels and the loss.
-    """
-
-    shares: Shares
-    reduction: Reduction
-    pools: bool
-    keeps_labels: bool = False
+    shares: Shares  # what a client's share λ follows
+    reduction: Reduction  # Σ λ_i L_i, or S times that for S clients
+    pools: bool  # whether the clients' rows go through the server segment together
+    keeps_labels: bool = False  # whether the clients have the last layers, the labels and the loss
 
 
 @dataclass(frozen=True)

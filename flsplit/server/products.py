@@ -149,18 +149,10 @@ def grouped(parameters: Sequence[Tensor], groups: int) -> list[list[Tensor]]:
 
 @dataclass(frozen=True)
 class Factors:
-    """The gradient of a Linear layer's weight, :math:`D^T X`.
+    """The gradient of a Linear layer's weight, :math:`D^T X`."""
 
-    Attributes
-    ----------
-    outputs : torch.Tensor
-        D, the gradient by the layer's output, ``(n, out)`` for n rows.
-    inputs : torch.Tensor
-        X, what went into the layer, ``(n, in)``.
-    """
-
-    outputs: Tensor
-    inputs: Tensor
+    outputs: Tensor  # D, the gradient by the layer's output, ``(n, out)`` for n rows
+    inputs: Tensor  # X, what went into the layer, ``(n, in)``
 
     def tensor(self) -> Tensor:
         """Return the gradient itself, ``(out, in)``."""
