@@ -252,13 +252,7 @@ class FSLSAGE(DecoupledStrategy):
 
 
 class UploadBuffer:
-    """A client's latest uploads, first in, first out.
-
-    Parameters
-    ----------
-    size : int
-        How many samples it keeps.
-    """
+    """A client's latest uploads, first in, first out."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -312,18 +306,7 @@ class AlignmentOutcome:
 class AlignedAuxiliary:
     """The server's copy of one client's auxiliary model, changed by alignment alone.
 
-    Parameters
-    ----------
-    module : nn.Module
-        The auxiliary model, on the server's device.
-    optimizer : callable
-        Called as ``optimizer(parameters, lr=…)``; lives as long as the run.
-    lr : float
-        Its learning rate.
-    buffer_size : int
-        Samples that the buffer keeps.
-    criterion : Criterion
-        The loss.
+    Its optimizer lives as long as the run.
     """
 
     def __init__(

@@ -28,14 +28,7 @@ class TooSlowError(FlsplitError):
 class FlowerCarrier(Carrier):
     """Carries a run's messages over any Grid, one by one.
 
-    Parameters
-    ----------
-    grid : Grid
-        What Flower handed in.
-    why_no_session : str
-        Why this is a fallback; empty if it was wanted.
-    simulated : bool
-        Whether the nodes are simulated.
+    ``why_no_session`` says why this is a fallback; it is empty if it was wanted.
     """
 
     def __init__(self, grid: Grid, why_no_session: str = "", *, simulated: bool = False) -> None:

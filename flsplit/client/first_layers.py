@@ -16,21 +16,7 @@ from flsplit.untrained import Buffers, keeping_buffers
 
 
 class FirstLayers:
-    """The layers of a client's segment that come before the server's.
-
-    Parameters
-    ----------
-    segment : torch.nn.Module
-        The client segment.
-    cut : str
-        Where the model is cut, for errors.
-    client : str
-        Whose it is, for errors.
-    device : torch.device
-        Where to compute.
-    autocast : torch.dtype, optional
-        What to compute in.
-    """
+    """The layers of a client's segment that come before the server's."""
 
     def __init__(
         self,

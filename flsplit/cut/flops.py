@@ -25,12 +25,8 @@ class CountedSurvey(Survey):
     It runs on the *meta* device, where nothing is computed; of a model that asks for values (of a
     mask, say) a copy runs on the CPU.
 
-    Attributes
-    ----------
-    flops : dict of str to int
-        By the module's name; of its last call.
-    total_flops : int
-        Of the whole pass.
+    ``flops`` has those of a module's last call by its name, ``total_flops`` those of the whole
+    pass.
 
     Raises
     ------

@@ -57,13 +57,6 @@ class Half(nn.Module):
 
     Its parameters and buffers are the model's own, under the model's names. Those of the other
     side are out of reach of ``parameters()``, ``state_dict()`` and ``to()``: they have no data.
-
-    Parameters
-    ----------
-    whole : nn.Module
-        The model with this side's state, see `one_side`.
-    cut : Cut
-        Where it is cut.
     """
 
     side = ""
@@ -192,14 +185,7 @@ class ClientHalf(Half):
     ) -> Returning:
         """Return what :meth:`tail` takes: what the server segment of a U-shaped split returned.
 
-        Parameters
-        ----------
-        given : Tensor
-            That.
-        head : Tensor or Crossing
-            What :meth:`forward` returned for the same batch.
-        args, kwargs
-            That batch.
+        ``given`` is that, ``head`` what :meth:`forward` returned for the same batch.
         """
         known: tuple[Passage, ...] = vars(self)["_passages"][batch_key(args, kwargs, self.training)]
         passage = known[0]
@@ -210,12 +196,8 @@ class ClientHalf(Half):
     def tail(self, returning: Returning, /, **extra: Any) -> Any:
         """Return the model's output, computed by the last layers of a U-shaped split.
 
-        Parameters
-        ----------
-        returning : Returning
-            From :meth:`returning`. It is worked on in a copy.
-        **extra
-            Arguments of the model that only these layers need, such as ``labels``.
+        ``returning`` is worked on in a copy; ``extra`` are arguments of the model that only these
+        layers need, such as ``labels``.
         """
         own = vars(self)
         second = places_of(own["_cut"].name)[1]

@@ -135,14 +135,8 @@ class _Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class Survey(TorchFunctionMode, PartialForward):
     """One forward of a copied model, with all that it does written down.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A copy; it is changed for good.
-    args, kwargs
-        What to call it with.
-    before : Survey, optional
-        The same copy's forward before, of which nothing may be used in this one.
+    The copy is changed for good. Of the same copy's forward ``before`` nothing may be used in this
+    one.
     """
 
     watches = True

@@ -114,10 +114,7 @@ _active = _Active()
 class PartialForward:
     """One forward up to a cut, or from it; watches nothing of what happens in between.
 
-    Parameters
-    ----------
-    cut : str
-        The cut; of two, the run is from the first one to the second.
+    Of two cuts, the run is from the first one to the second.
     """
 
     watches = False
@@ -230,14 +227,8 @@ def place_of(cut: str) -> tuple[str, int]:
 def instrument(model: nn.Module, cut: str | None, names: frozenset[str] | None = None) -> None:
     """Let the modules of a copied model report to runs.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The copy.
-    cut : str, optional
-        The cut layer, or two. Default: every module tells when it returned.
-    names : set of str, optional
-        Modules that a run may skip. Default: all.
+    ``names`` are the modules that a run may skip, by default all. Without a cut every module tells
+    when it returned.
     """
     for name, module in model.named_modules():
         if not name or is_compiled(module):
@@ -334,14 +325,8 @@ class Scripted(nn.Module):
 class Recording(TorchFunctionMode, PartialForward):
     """Writes down what the calls before the cut return.
 
-    Parameters
-    ----------
-    keys : set of str or None
-        The values to hold: ``"call.output"``. None: all.
-    whole : set of str
-        Modules that are one call.
-    cut : str
-        The cut.
+    ``keys`` are the values to hold, ``"call.output"``; None for all. Modules in ``whole`` are one
+    call.
     """
 
     watches = True
@@ -423,14 +408,8 @@ def sendable(name: str, number: Any) -> Any:
 class Script:
     """A trace, made ready for many runs: what doesn't change from batch to batch is made once.
 
-    Parameters
-    ----------
-    calls : tuple
-        The calls of a `Trace`.
-    keys : set of str
-        The values that cross, whose stand-ins are swapped and so have to be new for each run.
-    device : torch.device
-        Where the server computes.
+    ``keys`` are the values that cross, whose stand-ins are swapped and so have to be new for each
+    run.
     """
 
     def __init__(
@@ -484,19 +463,7 @@ class Script:
 
 
 class Replaying(TorchFunctionMode, PartialForward):
-    """Returns what the calls before the cut returned on the other side.
-
-    Parameters
-    ----------
-    script : Script
-        What they returned.
-    numbers : tuple
-        Numbers among that.
-    values : mapping of str to Tensor
-        What crosses.
-    cut : str
-        The cut; of two, the forward ends at the second one.
-    """
+    """Returns what the calls before the cut returned on the other side."""
 
     watches = True
 

@@ -28,27 +28,9 @@ def evaluate_clients(
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Return loss and metrics over the test samples of the clients ``names``.
 
-    Parameters
-    ----------
-    method : SplitMethod
-        Whose segments are tested; the server's are used in evaluation mode.
-    clients : Clients
-        Talks to the clients.
-    names : list of str
-        Who evaluates.
-    entry : RoundEntry
-        Where bytes are counted and clients that fail are named.
-    batch_size : int
-        Test examples per exchange.
-    batches : int
-        How many exchanges with a client there are at most; 0 for as many as its data have.
-
-    Returns
-    -------
-    tuple of dicts
-        ``loss``, ``num-examples``, ``accuracy`` where labels are classes, and the metrics; empty
-        if no client has test data. And the same of each client by name, where a client strategy
-        may want it.
+    Each tests ``batches`` batches at most, 0 for as many as its data have. There is no loss where
+    nobody has test data. The second dict has the same of each client by name, where a client
+    strategy may want it.
     """
     tests = _Evaluation(method, clients, entry, batch_size, batches)
     batch, remaining = 0, names

@@ -11,13 +11,7 @@ from flsplit.server.segment import ServerSegment
 
 
 class HeldMemory:
-    """Measures one round.
-
-    Parameters
-    ----------
-    server : ServerSegment
-        The other part of the whole model.
-    """
+    """Measures one round."""
 
     def __init__(self, server: ServerSegment) -> None:
         self._server = server

@@ -245,12 +245,7 @@ class Round:
     def ask_tails(self, step: int, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradients of clients' own mean losses by the server segment's outputs.
 
-        Parameters
-        ----------
-        step : int
-            The step.
-        outputs : mapping of str to torch.Tensor
-            By client, who has the layers that come after them.
+        ``outputs`` are by client, who has the layers that come after them.
 
         Raises
         ------

@@ -43,12 +43,8 @@ class Sent:
 class Clients:
     """The clients of a run behind a Grid, known by name.
 
-    Parameters
-    ----------
-    carrier : Carrier
-        What to send messages over.
-    timeout : float
-        Seconds to wait for the answers of one exchange, and for nodes to connect.
+    ``timeout`` is how many seconds to wait for the answers of one exchange, and for nodes to
+    connect.
     """
 
     def __init__(self, carrier: Carrier, timeout: float) -> None:

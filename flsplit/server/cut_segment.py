@@ -28,15 +28,8 @@ from flsplit.untrained import Buffers
 class CutServerSegment(ServerSegment):
     """A server segment from the earliest cut on, of which each client uses what is after its own.
 
-    Parameters
-    ----------
-    halves : mapping of str to nn.Module
-        Server segments by cut layer. They share their parameters and buffers, and the first one
-        has all of them.
-    cut_for : callable
-        Returns where a client is cut.
-    **settings
-        Of :class:`ServerSegment`.
+    ``halves`` are the server segments by cut layer. They share their parameters and buffers, and
+    the first one has all of them.
     """
 
     def __init__(
@@ -116,19 +109,9 @@ def gradients_by_cut(
 
     A parameter's gradient is that of the losses of the clients that leave it to the server.
 
-    Parameters
-    ----------
-    segment : ServerSegment
-        The whole segment.
-    batches : sequence of ClientBatch
-        The clients' smashed data and labels.
-    compute : callable
-        Computes the gradients of the batches of clients that are cut at one place.
-    ask : callable or None
-        Asks clients that keep their labels, all at once.
-    means : bool
-        Whether weights are renormalised over the clients that leave a parameter to the server, so
-        that it is trained on a weighted mean of their losses, as those that all leave to it are.
+    ``compute`` does those of clients that are cut at one place. With ``means``, weights are
+    renormalised over the clients that leave a parameter to the server, so that it is trained on a
+    weighted mean of their losses, as those that all leave to it are.
 
     Raises
     ------

@@ -16,17 +16,11 @@ _UP, _DOWN = "smashed-data", "cut-gradient"
 
 
 class Links:
-    """What is packed on its way to clients, and unpacked when it comes.
-
-    Attributes
-    ----------
-    up, down : Compression or None
-        What the round's plan compresses smashed data and cut-layer gradients with.
-    """
+    """What is packed on its way to clients, and unpacked when it comes."""
 
     def __init__(self) -> None:
-        self.up: Compression | None = None
-        self.down: Compression | None = None
+        self.up: Compression | None = None  # what compresses smashed data
+        self.down: Compression | None = None  # and cut-layer gradients
         self._memory: dict[str, dict[str, Memory]] = {}
 
     def follow(self, parts: Sequence[ClientPart]) -> None:

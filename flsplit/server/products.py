@@ -39,15 +39,7 @@ class ClientGradients(ABC):
 
 
 class KeptGradients(ClientGradients):
-    """Gradients that are all in memory.
-
-    Parameters
-    ----------
-    clients : list of str
-        Whose they are.
-    gradients : sequence of sequences of Tensor, Factors or None
-        One client after the other, a gradient per parameter.
-    """
+    """Gradients that are all in memory."""
 
     def __init__(self, clients: list[str], gradients: "Sequence[Sequence[KeptGradient]]") -> None:
         self.clients = clients
@@ -259,12 +251,7 @@ class LinearRecorder:
     Only where factors are the cheaper: two gradients of n rows are compared in n²(in + out)
     multiplications then, instead of in · out.
 
-    Parameters
-    ----------
-    module : nn.Module
-        What has the layers.
-    parameters : sequence of torch.Tensor
-        The trainable parameters; other layers are left alone.
+    Layers of which the weight is none of ``parameters`` are left alone.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -314,12 +301,7 @@ class LinearRecorder:
     def gradient(self, parameter: Tensor, other: Tensor | None) -> Tensor | Factors | None:
         """Return a parameter's gradient.
 
-        Parameters
-        ----------
-        parameter : torch.Tensor
-            Whose gradient it is.
-        other : torch.Tensor or None
-            What autograd found, which lacks what was recorded.
+        ``other`` is what autograd found, which lacks what was recorded.
         """
         calls = self._calls.get(id(parameter))
         if calls is None or not calls.outputs:

@@ -32,20 +32,8 @@ ServerGradients = list[Tensor | None]
 class ServerSegment:
     """The server's part of the model, on its device, with optimizer, scheduler and loss.
 
-    Parameters
-    ----------
-    module : nn.Module
-        The server segment.
-    loss : callable or None
-        See :data:`flsplit.losses.Loss`; None where clients have the last layers and compute it.
-    optimizer : callable
-        Called as ``optimizer(parameters, lr=…)``.
-    lr : float
-        The first learning rate.
-    scheduler : callable, optional
-        Takes the optimizer and returns a torch scheduler, which steps once per round.
-    device : torch.device
-        Where to compute.
+    There is no ``loss`` where clients have the last layers and compute it. The scheduler steps once
+    per round.
     """
 
     def __init__(

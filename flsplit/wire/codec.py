@@ -26,18 +26,10 @@ DEFAULT_MAX_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A message made ready to be sent.
+    """A message made ready to be sent."""
 
-    Parameters
-    ----------
-    header : bytes
-        The JSON header.
-    segments : list of bytes
-        The raw bytes that follow it; those of the message itself, not copies.
-    """
-
-    header: bytes
-    segments: list[bytes]
+    header: bytes  # the JSON header
+    segments: list[bytes]  # the raw bytes that follow it; those of the message itself, not copies
 
     @property
     def size(self) -> int:

@@ -31,18 +31,10 @@ MOST_TOKENS = 2**16
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """A self-signed certificate and its private key, both in PEM.
+    """A self-signed certificate and its private key, both in PEM."""
 
-    Parameters
-    ----------
-    certificate_pem : bytes
-        What a host pins; public.
-    key_pem : bytes
-        Stays in the server's process.
-    """
-
-    certificate_pem: bytes
-    key_pem: bytes
+    certificate_pem: bytes  # what a host pins; public
+    key_pem: bytes  # stays in the server's process
 
     def __repr__(self) -> str:
         """Leave the key out of logs."""
@@ -87,18 +79,10 @@ def make_certificate(hosts: Iterable[str] = (), valid_for: timedelta | None = No
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What a token stands for.
+    """What a token stands for."""
 
-    Parameters
-    ----------
-    host : str
-        The host that was given it.
-    epoch : int
-        The host's epoch at that time.
-    """
-
-    host: str
-    epoch: int
+    host: str  # the host that was given it
+    epoch: int  # the host's epoch at that time
 
 
 class TokenBook:
