@@ -12,14 +12,7 @@ from flsplit.client.state import NO_STEP
 from flsplit.client_parts.chain import ClientStep
 from flsplit.client_parts.compression import Packed
 from flsplit.cut import Crossing
-from flsplit.cut.smashed import (
-    CutGradient,
-    Smashed,
-    detached,
-    fitting,
-    gradients_in,
-    learning_in,
-)
+from flsplit.cut.smashed import CutGradient, Smashed, detached, fitting, gradients_in, learning_in
 from flsplit.errors import NonFiniteError, ProtocolError, located
 from flsplit.finite import all_finite, clip_gradients
 from flsplit.message.fields import WHOLE

@@ -18,15 +18,9 @@ from flsplit.client.tail import Tail
 from flsplit.client_parts.chain import PartChain
 from flsplit.client_parts.compression import Packed
 from flsplit.cut import Crossing, ExampleError, Split, Trace, split
-from flsplit.cut.smashed import (
-    Smashed,
-)
+from flsplit.cut.smashed import Smashed
 from flsplit.cut.watch import places_of
-from flsplit.errors import (
-    ProtocolError,
-    SegmentMismatchError,
-    StateLostError,
-)
+from flsplit.errors import ProtocolError, SegmentMismatchError, StateLostError
 from flsplit.message.arrays import check_like
 from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
@@ -36,12 +30,7 @@ from flsplit.message.round_plan import RoundPlan
 from flsplit.nested import num_rows
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
-from flsplit.untrained import (
-    load_state,
-    names_of_buffers,
-    names_of_frozen,
-    put,
-)
+from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put
 
 
 @dataclass

@@ -28,14 +28,7 @@ from flsplit.cut.stretch import (
 )
 from flsplit.cut.survey import Passage
 from flsplit.cut.trace import Spec, Trace, leaves_in, map_tree, tensors_in
-from flsplit.cut.watch import (
-    Recording,
-    Script,
-    eager,
-    instrument,
-    place_of,
-    places_of,
-)
+from flsplit.cut.watch import Recording, Script, eager, instrument, place_of, places_of
 from flsplit.errors import TORCH_ERRORS
 from flsplit.untrained import copied, put_all
 

@@ -21,23 +21,10 @@ from flsplit.cut.cut_errors import (
 )
 from flsplit.cut.private import Unseen
 from flsplit.cut.sides import one_side
-from flsplit.cut.stretch import (
-    Crossing,
-    aliases,
-    for_tail,
-    run_from_cut,
-    run_to_cut,
-    tensor_at,
-)
+from flsplit.cut.stretch import Crossing, aliases, for_tail, run_from_cut, run_to_cut, tensor_at
 from flsplit.cut.survey import Call, Passage, State, Survey, Value
 from flsplit.cut.trace import map_tree, tensors_in
-from flsplit.cut.watch import (
-    eager,
-    instrument,
-    place_of,
-    places_of,
-    plain_copy,
-)
+from flsplit.cut.watch import eager, instrument, place_of, places_of, plain_copy
 from flsplit.errors import TORCH_ERRORS
 from flsplit.seeds import seeded
 

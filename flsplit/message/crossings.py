@@ -18,15 +18,7 @@ from flsplit.cut.smashed import CutGradient, Smashed, differentiable
 from flsplit.cut.trace import numbers_from_json, numbers_to_json
 from flsplit.errors import ProtocolError
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import (
-    WHOLE,
-    Records,
-    Slot,
-    Written,
-    record,
-    refuse_others,
-    value,
-)
+from flsplit.message.fields import WHOLE, Records, Slot, Written, record, refuse_others, value
 
 MOST_TRACES = 32
 """How many traces a client takes for known to the server: those that it has sent last."""

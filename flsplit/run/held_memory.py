@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
 from flsplit.cut.smashed import values_of
 from flsplit.message.local_steps import LocalReply
-from flsplit.server.gradients import ClientBatch
+from flsplit.server.client_batch import ClientBatch
 from flsplit.server.segment import ServerSegment
 
 

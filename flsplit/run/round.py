@@ -22,8 +22,8 @@ from flsplit.message.round_plan import RoundPlan
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.message.u_shape import TailReply, TailRequest
 from flsplit.run.callbacks import Callback
+from flsplit.server.client_batch import ClientBatch
 from flsplit.server.clients import Clients, Sent
-from flsplit.server.gradients import ClientBatch
 from flsplit.server.misfits import Fits, leave_out_misfits
 
 

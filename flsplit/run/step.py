@@ -22,27 +22,22 @@ from flsplit.nested import map_tensors
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
 from flsplit.seeds import derive_seed, generator, seeded
+from flsplit.server.client_batch import ClientBatch, named, pool, pool_labels
 from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, grouped_by_cut
+from flsplit.server.gradient_checks import check_finite, check_loss, check_server_gradients
 from flsplit.server.gradients import (
     AskTails,
-    ClientBatch,
     Computation,
     StepGradients,
     backward,
-    can_be_pooled,
-    check_finite,
-    check_loss,
-    check_server_gradients,
     client_gradients,
     client_loss,
     forward,
-    named,
-    pool,
-    pool_labels,
     pooled_gradients,
     separate_gradients,
     with_tails,
 )
+from flsplit.server.pooling import can_be_pooled
 from flsplit.server.segment import ServerGradients, ServerSegment
 
 T = TypeVar("T")

@@ -7,13 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flsplit.errors import ConfigError, MethodError
-from flsplit.server.gradients import (
-    AskTails,
-    ClientBatch,
-    Computation,
-    StepGradients,
-    results,
-)
+from flsplit.server.client_batch import ClientBatch
+from flsplit.server.gradients import AskTails, Computation, StepGradients, results
 from flsplit.server.products import (
     KeptGradient,
     KeptGradients,

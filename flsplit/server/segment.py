@@ -18,12 +18,7 @@ from flsplit.message.arrays import check_like
 from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.optimizers import UserOptimizer, make_scheduler
 from flsplit.seeds import seeded
-from flsplit.untrained import (
-    Buffers,
-    keeping_buffers,
-    load_state,
-    names_of_buffers,
-)
+from flsplit.untrained import Buffers, keeping_buffers, load_state, names_of_buffers
 
 ServerGradients = list[Tensor | None]
 """One gradient per trainable parameter of the server segment, None where there is none."""

@@ -11,12 +11,7 @@ from flwr.serverapp import Grid
 
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
-from flsplit.carry.ray_cluster import (
-    START_SECONDS,
-    cluster_address,
-    count_places,
-    running_ray,
-)
+from flsplit.carry.ray_cluster import START_SECONDS, cluster_address, count_places, running_ray
 from flsplit.carry.refusals import BrokenAppError, Refusals
 from flsplit.carry.session.hello import Hello
 from flsplit.carry.session.invitation import SESSION, Invitation
