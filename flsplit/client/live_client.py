@@ -18,8 +18,8 @@ from flsplit.client.tail import Tail
 from flsplit.client_parts.chain import PartChain
 from flsplit.client_parts.compression import Packed
 from flsplit.cut import Crossing, ExampleError, Split, Trace, split
+from flsplit.cut.partial_forward import places_of
 from flsplit.cut.smashed import Smashed
-from flsplit.cut.watch import places_of
 from flsplit.errors import ProtocolError, SegmentMismatchError, StateLostError
 from flsplit.message.arrays import check_like
 from flsplit.message.crossings import MOST_TRACES

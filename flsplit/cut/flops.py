@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flsplit.cut.cut_errors import CutError
 from flsplit.cut.examples import needs_values, with_values
+from flsplit.cut.scripted import plain_copy
 from flsplit.cut.sides import without_data
 from flsplit.cut.survey import Survey
 from flsplit.cut.trace import Spec, map_tree
-from flsplit.cut.watch import plain_copy
 from flsplit.seeds import seeded
 
 # More than one sample, because BatchNorm may want that, and to recognise the batch dimension.

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
-from flsplit.cut.look import Look, fresh, look, undisturbed, verify
+from flsplit.cut.look import Look, fresh, look, undisturbed
+from flsplit.cut.partial_forward import eager, instrument, place_of, places_of
 from flsplit.cut.plain_chain import PlainChain
 from flsplit.cut.remembering import remembered
 from flsplit.cut.sides import AWAY, filled, without_data
+from flsplit.cut.stand_ins import Script
 from flsplit.cut.stretch import (
     Crossing,
     Returning,
@@ -28,7 +30,8 @@ from flsplit.cut.stretch import (
 )
 from flsplit.cut.survey import Passage
 from flsplit.cut.trace import Spec, Trace, leaves_in, map_tree, tensors_in
-from flsplit.cut.watch import Recording, Script, eager, instrument, place_of, places_of
+from flsplit.cut.verifying import verify
+from flsplit.cut.watch import Recording
 from flsplit.errors import TORCH_ERRORS
 from flsplit.untrained import copied, put_all
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from flsplit.cut.cut_errors import CrossingError, UnknownCutError
+from flsplit.cut.partial_forward import PartialForward
+from flsplit.cut.stand_ins import Absent, Replaying, Script
 from flsplit.cut.survey import Passage
 from flsplit.cut.trace import Trace, tensors_in
-from flsplit.cut.watch import Absent, PartialForward, Recording, Replaying, Script
+from flsplit.cut.watch import Recording
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flsplit.cut.call_names import LIKES, asks, name_of
 from flsplit.cut.cut_errors import CrossingError, CutError
+from flsplit.cut.partial_forward import PartialForward, Stub, eager, instrument
 from flsplit.cut.private import Unseen, bare
+from flsplit.cut.scripted import Scripted
 from flsplit.cut.trace import Number, Same, Spec, Trace, can_be_sent, map_tree, tensors_in
-from flsplit.cut.watch import (
-    LIKES,
-    PartialForward,
-    Scripted,
-    Stub,
-    asks,
-    eager,
-    instrument,
-    name_of,
-    sendable,
-)
+from flsplit.cut.watch import sendable
 
 
 @dataclass
