@@ -21,10 +21,7 @@ GROUPS = 2
 class ClientGradients(ABC):
     """The gradients g_i of each client's own mean loss by the server segment's parameters.
 
-    Attributes
-    ----------
-    clients : list of str
-        The clients, in the order of the matrix and the coefficients.
+    ``clients`` are in the order of the matrix and the coefficients.
     """
 
     clients: list[str]
@@ -74,16 +71,7 @@ class TwiceComputedGradients(ClientGradients):
     compared, and thrown away. The groups go from the last layers to the first, so all but one of
     these backward passes are partial; when the combination is known, one more computes it.
 
-    Parameters
-    ----------
-    clients : list of str
-        Whose they are.
-    parameters : sequence of torch.Tensor
-        The server segment's.
-    losses : list of torch.Tensor
-        The clients' mean losses.
-    leaves : list of list of torch.Tensor
-        Their smashed data in the graph, as far as it collects gradients.
+    ``leaves`` are the clients' smashed data in the graph, as far as it collects gradients.
     """
 
     def __init__(

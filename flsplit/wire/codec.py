@@ -46,15 +46,6 @@ def encode(envelope: Envelope, message: Message, max_bytes: int = DEFAULT_MAX_BY
 
     What it holds is taken down at once: later changes to the message are not sent.
 
-    Parameters
-    ----------
-    envelope : Envelope
-        For whom the message is.
-    message : Message
-        The message, with content or an error.
-    max_bytes : int
-        The other side's limit.
-
     Raises
     ------
     WireError
@@ -71,13 +62,6 @@ class Decoder:
 
     Everything is checked on arrival, and a message costs no more memory than twice what has arrived
     of it. After an error the stream has lost its place, so the decoder takes nothing more.
-
-    Parameters
-    ----------
-    max_bytes : int
-        The longest message, header and segments together.
-    max_header_bytes : int
-        The longest header.
     """
 
     def __init__(

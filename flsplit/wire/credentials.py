@@ -44,13 +44,8 @@ class Certificate:
 def make_certificate(hosts: Iterable[str] = (), valid_for: timedelta | None = None) -> Certificate:
     """Make the certificate of one session, on the curve P-256.
 
-    Parameters
-    ----------
-    hosts : iterable of str
-        The names and IP addresses under which the server can be reached.
-    valid_for : timedelta, optional
-        How long a stream can be opened with it; an open one is not cut off. By default there is no
-        end: a host pins the certificate for one session, whose invitations have an end.
+    By default a stream can be opened with it without end: a host pins the certificate for one
+    session, whose invitations have an end. A stream that is open is not cut off.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SESSION_NAME)])
