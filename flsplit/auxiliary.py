@@ -118,18 +118,8 @@ def build_auxiliary(
 ) -> nn.Module:
     """Return an auxiliary model, with weights as torch's random state says.
 
-    Parameters
-    ----------
-    kind : {'linear', 'first-stage', 'given'}
-        How it is made.
-    shape : sequence of int
-        Shape of one row of smashed data.
-    num_classes : int
-        Classes.
-    given : callable or None
-        The user's function.
-    parts : callable
-        Returns the model, cut in two; called for ``first-stage`` only.
+    ``given`` is the user's function; ``parts`` returns the model, cut in two, and is called for
+    ``first-stage`` only.
 
     Raises
     ------

@@ -82,13 +82,6 @@ class Criterion:
     torch's own losses are watched while it computes: where one of them gives the mean itself, what
     the mean is over is known, whatever wraps it and however logits and labels were reshaped.
 
-    Parameters
-    ----------
-    loss : callable
-        See :data:`Loss`, or a :class:`ModelLoss`.
-    device : torch.device
-        Where its buffers, class weights say, are needed.
-
     Raises
     ------
     ConfigError

@@ -31,23 +31,8 @@ _SET_HERE = ("params", "lr")
 class UserOptimizer:
     """An optimizer that a user's factory made, with its learning rates.
 
-    Parameters
-    ----------
-    option : str
-        What the user calls the factory; errors name it.
-    build : callable
-        Called as ``build(parameters, lr=…)``.
-    named : iterable of (str, Parameter)
-        The parameters to train, with their names.
-    lr : float
-        The learning rate.
-
-    Attributes
-    ----------
-    torch : torch.optim.Optimizer
-        The optimizer itself.
-    left_out : list of str
-        Names of the parameters that it does not train.
+    ``option`` is what the user calls the factory, which is called as ``build(parameters, lr=…)``;
+    ``left_out`` are the names of parameters that what it returned does not train.
 
     Raises
     ------

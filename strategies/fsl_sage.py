@@ -252,13 +252,7 @@ class FSLSAGE(DecoupledStrategy):
 
 
 class UploadBuffer:
-    """A client's latest uploads, first in, first out.
-
-    Parameters
-    ----------
-    size : int
-        How many samples it keeps.
-    """
+    """A client's latest uploads, first in, first out."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -298,41 +292,21 @@ class UploadBuffer:
 
 @dataclass(frozen=True)
 class AlignmentOutcome:
-    """What an alignment came to.
+    """What an alignment came to."""
 
-    Attributes
-    ----------
-    cosine_before, cosine_after : float
-        Between the emulated and the true gradient of the buffer.
-    error_before, error_after : float
-        Sum of squared errors between the two.
-    diverged : bool
-        Whether the result was thrown away: an error or a weight that is NaN or infinite, or an
-        error larger than before. Never without a guard.
-    """
-
-    cosine_before: float
+    cosine_before: float  # between the emulated and the true gradient of the buffer
     cosine_after: float
-    error_before: float
+    error_before: float  # sum of squared errors between the two
     error_after: float
+    # Whether the result was thrown away: an error or a weight that is NaN or infinite, or an error
+    # larger than before. Never without a guard.
     diverged: bool
 
 
 class AlignedAuxiliary:
     """The server's copy of one client's auxiliary model, changed by alignment alone.
 
-    Parameters
-    ----------
-    module : nn.Module
-        The auxiliary model, on the server's device.
-    optimizer : callable
-        Called as ``optimizer(parameters, lr=…)``; lives as long as the run.
-    lr : float
-        Its learning rate.
-    buffer_size : int
-        Samples that the buffer keeps.
-    criterion : Criterion
-        The loss.
+    Its optimizer lives as long as the run.
     """
 
     def __init__(

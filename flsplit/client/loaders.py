@@ -26,18 +26,10 @@ _UNUSED = {
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What a DataLoader says about batches beside its data set, collate function and sampler.
+    """What a DataLoader says about batches beside its data set, collate function and sampler."""
 
-    Attributes
-    ----------
-    notices : tuple of str
-        Options that aren't used, each with what holds instead.
-    batch_size, drop_last
-        Compared with the server's.
-    """
-
-    notices: tuple[str, ...] = ()
-    batch_size: int = 1
+    notices: tuple[str, ...] = ()  # options that aren't used, each with what holds instead
+    batch_size: int = 1  # compared with the server's
     drop_last: bool = False
 
     def unused(self, plan: RoundPlan) -> list[str]:

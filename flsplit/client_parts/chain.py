@@ -48,14 +48,7 @@ class ClientStep:
 class PartChain:
     """The parts that a plan describes, in the order of the plan.
 
-    Parameters
-    ----------
-    described : str
-        The plan's ``client_parts``.
-    own : sequence of type
-        Classes that the ClientApp has beside those that are installed.
-    client : str
-        The client's name.
+    ``own`` are classes that the ClientApp has beside those that are installed.
     """
 
     def __init__(self, described: str, own: Sequence[type[ClientPart]], client: str) -> None:

@@ -36,21 +36,11 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor on its way.
+    """A tensor on its way."""
 
-    Attributes
-    ----------
-    pieces : dict of str to torch.Tensor
-        What is sent.
-    shape : tuple of int
-        The tensor's.
-    dtype : torch.dtype
-        The tensor's.
-    """
-
-    pieces: Pieces
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    pieces: Pieces  # what is sent
+    shape: tuple[int, ...]  # the tensor's
+    dtype: torch.dtype  # the tensor's
 
 
 class Compression(ClientPart):

@@ -91,14 +91,7 @@ def describe_parts(parts: Sequence[ClientPart]) -> str:
 def build_parts(text: str, own: Sequence[type[ClientPart]], client: str) -> list[ClientPart]:
     """Return the parts that a plan describes.
 
-    Parameters
-    ----------
-    text : str
-        What :func:`describe_parts` returned.
-    own : sequence of type
-        Classes that the ClientApp has beside those that are installed.
-    client : str
-        Who asks, for errors.
+    ``own`` are classes that the ClientApp has beside those that are installed.
 
     Raises
     ------

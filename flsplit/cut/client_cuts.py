@@ -90,13 +90,6 @@ def joined(splits: Sequence[Split], cut: str) -> Split:
 
     What lies between the earliest and the latest cut is in both.
 
-    Parameters
-    ----------
-    splits : sequence of Split
-        One model, cut at several places.
-    cut : str
-        What the result calls its cut.
-
     Raises
     ------
     ConfigError

@@ -12,9 +12,8 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from flsplit.errors import DataError, ProtocolError
-from flsplit.flower_internals import made
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import WHOLE, Record, Records, Slot, only_array, record, refuse_others
+from flsplit.message.fields import WHOLE, Records, Slot, Written, record, refuse_others
 
 _STEP = re.compile(r"\.([^.\[\]]{1,100})|\[(0|[1-9]\d{0,3})\]")
 _MAX_DEPTH, _MAX_TENSORS = 8, 10_000
@@ -23,19 +22,15 @@ _MAX_DEPTH, _MAX_TENSORS = 8, 10_000
 def nesting(key: str) -> Slot:
     """Return how a nesting of tensors travels raw, alone in a record."""
 
-    def put(records: dict[str, Record], tree: Any) -> None:
-        alone = isinstance(tree, Tensor)
-        arrays = {WHOLE: to_array(tree)} if alone else arrays_of(tree, WHOLE)
-        records[key] = made(ArrayRecord, arrays)
+    def put(records: Written, tree: Any) -> None:
+        records[key] = ArrayRecord, arrays_of(tree, WHOLE)
 
     def get(records: Records) -> Any:
-        if array := only_array(records, key):
-            return to_tensor(array, field=key)
         arrays = record(records, key, ArrayRecord)
         refuse_others(arrays, key)
         return get_nesting(arrays, WHOLE, field=key)
 
-    return Slot(key, put, get, required=True)
+    return Slot(key, put, get, required=True, alone=True)
 
 
 def arrays_of(tree: Any, place: str) -> dict[str, Array]:

@@ -43,14 +43,7 @@ def put_packed(content: RecordDict, name: str, packed: Mapping[str, Packed]) -> 
 def unpacked(content: RecordDict, name: str, unpack: Callable[[str, Packed], Tensor]) -> RecordDict:
     """Return a message's content with arrays in the place of the pieces in the record ``name``.
 
-    Parameters
-    ----------
-    content : RecordDict
-        As it came; it stays as it is.
-    name : str
-        The record that may hold packed tensors.
-    unpack : callable
-        Takes a key and what came.
+    ``content`` stays as it is; ``unpack`` takes a key and what came.
 
     Raises
     ------

@@ -9,7 +9,8 @@ from flsplit.run.result import SplitResult
 from flsplit.run.round import Round
 from flsplit.run.step import Step, ceil_fraction
 from flsplit.run.strategy import SplitStrategy
-from flsplit.server.gradients import ClientBatch, StepGradients
+from flsplit.server.client_batch import ClientBatch
+from flsplit.server.gradients import StepGradients
 
 __all__ = [
     "Callback",

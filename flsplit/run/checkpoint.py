@@ -42,16 +42,8 @@ _PLAIN = (
 class Checkpoints:
     """The checkpoints of one run in a folder of its own, the last two rounds kept.
 
-    Parameters
-    ----------
-    folder : Path
-        ``checkpoint_dir`` of the options; nobody else must be using it.
-    method : SplitMethod
-        What is written down.
-    callbacks : sequence of Callback
-        What watches over the run, and may remember something, too.
-    identity : mapping of str to plain values
-        What the run is; a run of another identity is a stranger in the folder.
+    The folder is ``checkpoint_dir`` of the options; nobody else must be using it. A run of another
+    identity is a stranger there.
     """
 
     def __init__(
@@ -124,10 +116,8 @@ class Checkpoints:
     def load(self) -> tuple[State, History, str]:
         """Set the method back to the last checkpoint that is whole.
 
-        Returns
-        -------
-        tuple
-            What :meth:`save` was told of the clients, the history so far, the experiment's name.
+        Return what :meth:`save` was told of the clients, the history so far, and the experiment's
+        name.
 
         Raises
         ------

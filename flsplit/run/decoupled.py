@@ -9,22 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flsplit.auxiliary import (
-    FIRST_STAGE,
-    GIVEN,
-    LINEAR,
-    BuildAuxiliary,
-    build_auxiliary,
-    cosine,
-)
+from flsplit.auxiliary import FIRST_STAGE, GIVEN, LINEAR, BuildAuxiliary, build_auxiliary, cosine
 from flsplit.cut.flops import forward_flops
-from flsplit.errors import (
-    ConfigError,
-    DataError,
-    FlsplitError,
-    SegmentMismatchError,
-    located,
-)
+from flsplit.errors import ConfigError, DataError, FlsplitError, SegmentMismatchError, located
 from flsplit.log import logger
 from flsplit.losses import ModelLoss, is_plain_cross_entropy, logits_of
 from flsplit.message.local_steps import AuxiliaryPlan, LocalReply, LocalRequest
@@ -39,7 +26,7 @@ from flsplit.run.step import Step
 from flsplit.run.strategy import SplitStrategy
 from flsplit.seeds import derive_seed, seeded
 from flsplit.server.arguments import one_of, whole
-from flsplit.server.gradients import ClientBatch
+from flsplit.server.client_batch import ClientBatch
 from flsplit.storage import State
 from flsplit.untrained import copied
 from flsplit.wireless.phases import BITS, Phase, Stage, Where, Work, server_passes

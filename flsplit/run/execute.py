@@ -294,17 +294,12 @@ class Run:
         seed = derive_seed(options.seed, "evaluate", round_.plan.server_round)
         batch_size, batches = evaluate_amounts(options, self.evaluate_config)
         round_.entry.evaluation, self._client_scores = evaluate_clients(
-            self.strategy.server_for,
+            self.strategy,
             round_.clients,
             sample(names, count, seed),
-            self.strategy.segment_for,
             round_.entry,
             batch_size=batch_size,
             batches=batches,
-            metrics=options.metrics,
-            fits=Fits(self.strategy.server_for, pools=False),
-            each=options.client_strategy is not None,
-            keeps_labels=options.keeps_labels,
         )
 
     def _evaluate_centrally(self, server_round: int) -> None:

@@ -12,10 +12,7 @@ from flsplit.storage import BrokenFileError, State, StorageError
 class HistoryFile:
     """The lines of a run's rounds, which a checkpoint only needs to count.
 
-    Parameters
-    ----------
-    path : Path
-        The file; what is in it is of no account until :meth:`read`.
+    What is in the file is of no account until :meth:`read`.
     """
 
     def __init__(self, path: Path) -> None:

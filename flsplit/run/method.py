@@ -32,8 +32,9 @@ from flsplit.run.run_identity import (
 )
 from flsplit.run.step import Step, StepSettings
 from flsplit.server.aggregate import CLIENT_SEGMENTS, SegmentAggregator, Upload
+from flsplit.server.client_batch import ClientBatch
 from flsplit.server.cut_segment import CutServerSegment
-from flsplit.server.gradients import ClientBatch, culprits
+from flsplit.server.gradient_checks import culprits
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
 from flsplit.untrained import names_of_buffers, names_of_frozen

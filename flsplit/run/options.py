@@ -19,7 +19,7 @@ from flsplit.carry.choose import CarrierName
 from flsplit.carry.session import SessionSettings
 from flsplit.client_parts import ClientPart, check_places, describe_parts
 from flsplit.cut.client_cuts import ClientCuts, all_cuts, check_cuts, default_cut
-from flsplit.cut.watch import places_of
+from flsplit.cut.partial_forward import places_of
 from flsplit.errors import ConfigError
 from flsplit.log import logger
 from flsplit.losses import Loss

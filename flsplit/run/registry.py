@@ -66,19 +66,9 @@ def plan_method(
 ) -> tuple[Method, Training]:
     """Return the strategy called ``name`` as a plan takes it, and how it then trains.
 
-    Parameters
-    ----------
-    name : str
-        As `make_strategy` takes it; or ``fedavg``, for devices that train the whole model.
-    strategy_args : str
-        As `make_strategy` takes them. A batch size and a number of steps in them go before
-        ``training``, as in a run they go before an app's own.
-    model : nn.Module
-        The model.
-    profile : ModelProfile
-        Its profile.
-    training : Training
-        Batch size and steps.
+    Name and arguments are as `make_strategy` takes them; ``fedavg`` stands for devices that train
+    the whole model. A batch size and a number of steps in the arguments go before ``training``, as
+    in a run they go before an app's own.
 
     Raises
     ------

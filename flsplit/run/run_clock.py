@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
-from flsplit.cut.watch import places_of
+from flsplit.cut.partial_forward import places_of
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
 from flsplit.message.shape import ShapeReply, ShapeRequest

@@ -31,10 +31,7 @@ class Scored(NamedTuple):
 class Scores:
     """Loss and metrics over all samples of one evaluation.
 
-    Parameters
-    ----------
-    metrics : mapping of str to torchmetrics.Metric
-        Further metrics by name; the objects themselves are left as they are.
+    The metrics' objects themselves are left as they are.
     """
 
     def __init__(self, metrics: "Mapping[str, Metric]") -> None:

@@ -22,27 +22,22 @@ from flsplit.nested import map_tensors
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
 from flsplit.seeds import derive_seed, generator, seeded
+from flsplit.server.client_batch import ClientBatch, named, pool, pool_labels
 from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, grouped_by_cut
+from flsplit.server.gradient_checks import check_finite, check_loss, check_server_gradients
 from flsplit.server.gradients import (
     AskTails,
-    ClientBatch,
     Computation,
     StepGradients,
     backward,
-    can_be_pooled,
-    check_finite,
-    check_loss,
-    check_server_gradients,
     client_gradients,
     client_loss,
     forward,
-    named,
-    pool,
-    pool_labels,
     pooled_gradients,
     separate_gradients,
     with_tails,
 )
+from flsplit.server.pooling import can_be_pooled
 from flsplit.server.segment import ServerGradients, ServerSegment
 
 T = TypeVar("T")
@@ -53,24 +48,12 @@ POOL = "pooled rows"
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step takes from the strategy's options.
+    """What a step takes from the strategy's options."""
 
-    Attributes
-    ----------
-    shares : {'examples', 'batch', 'equal'}
-        What a client's share λ follows.
-    reduction : {'mean', 'sum'}
-        Σ λ_i L_i, or S times that for S clients.
-    pools : bool
-        Whether the clients' rows go through the server segment together.
-    keeps_labels : bool
-        Whether the clients have the last layers, the labels and the loss.
-    """
-
-    shares: Shares
-    reduction: Reduction
-    pools: bool
-    keeps_labels: bool = False
+    shares: Shares  # what a client's share λ follows
+    reduction: Reduction  # Σ λ_i L_i, or S times that for S clients
+    pools: bool  # whether the clients' rows go through the server segment together
+    keeps_labels: bool = False  # whether the clients have the last layers, the labels and the loss
 
 
 @dataclass(frozen=True)
@@ -248,7 +231,7 @@ class Step:
         segment_of : mapping of str to ServerSegment
             Server segments by client.
         """
-        if not self.keeps_labels:
+        if not self._ask:
             for batch in self.batches:
                 yield batch, self.gradients([batch], segment=segment_of[batch.client])
             return
@@ -415,7 +398,7 @@ class Step:
                 check_server_gradients(gradients, segment, self.batches, self.where)
             except ArithmeticError:
                 if id(segment) in self._buffers:
-                    segment.put_buffers(self._buffers[id(segment)][1])
+                    segment.buffers.put(self._buffers[id(segment)][1])
                 raise
         if self._mixed and id(segment) not in self._before:
             # Whose rows can't be computed may turn out later: the step is then done without them.
@@ -526,7 +509,7 @@ class Step:
     def break_off(self) -> dict[str, Backward]:
         """Return what clients were told before the step failed; all else is as if it never was."""
         for segment, before in self._buffers.values():
-            segment.put_buffers(before)
+            segment.buffers.put(before)
         for segment, state in self._before.values():
             segment.load_state_dict(state)
         return self._counted()
@@ -565,13 +548,13 @@ class Step:
         use = f"server again {calls}" if calls else "server"
         seed = derive_seed(self._seed, use, self.round, self.index, *names)
         segment.train()
-        before = segment.copied_buffers()
+        before = segment.buffers.copied()
         self._buffers.setdefault(id(segment), (segment, before))
         try:
             with seeded(seed, segment.device):
                 return compute()
         except Exception:
-            segment.put_buffers(before)
+            segment.buffers.put(before)
             raise
 
     def _count(

@@ -32,35 +32,19 @@ _GONE = "its node is not connected any more"
 
 @dataclass(frozen=True)
 class Sent:
-    """Requests that are on their way.
-
-    Attributes
-    ----------
-    requests : dict of str to Request
-        By client.
-    traffic : dict of str to Traffic
-        What each client receives and sends.
-    started : float
-        When clients could begin, by `time.perf_counter`.
-    ids : list of str
-        The messages' ids, where answers are taken later.
-    """
+    """Requests that are on their way."""
 
     requests: dict[str, Request]
-    traffic: dict[str, Traffic]
-    started: float
-    ids: list[str] = field(default_factory=list)
+    traffic: dict[str, Traffic]  # what each client receives and sends
+    started: float  # when clients could begin, by `time.perf_counter`
+    ids: list[str] = field(default_factory=list)  # the messages' ids, where answers are taken later
 
 
 class Clients:
     """The clients of a run behind a Grid, known by name.
 
-    Parameters
-    ----------
-    carrier : Carrier
-        What to send messages over.
-    timeout : float
-        Seconds to wait for the answers of one exchange, and for nodes to connect.
+    ``timeout`` is how many seconds to wait for the answers of one exchange, and for nodes to
+    connect.
     """
 
     def __init__(self, carrier: Carrier, timeout: float) -> None:

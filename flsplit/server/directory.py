@@ -35,13 +35,6 @@ class Directory:
 
     Of several nodes with the same name one is used: the first of the run to have it, as long as it
     is connected. A node that has been one client can't be another later.
-
-    Parameters
-    ----------
-    carrier : Carrier
-        What asks nodes for their clients' names.
-    timeout : float
-        Seconds to wait for answers, and for nodes to connect.
     """
 
     def __init__(self, carrier: Carrier, timeout: float) -> None:

@@ -16,10 +16,7 @@ LOCK_FILE = "flsplit.lock"
 class FolderLock:
     """A lock on a folder; nobody else can have it until it is let go or the process ends.
 
-    Parameters
-    ----------
-    folder : Path
-        It is made if it isn't there.
+    The folder is made if it isn't there.
     """
 
     def __init__(self, folder: Path) -> None:

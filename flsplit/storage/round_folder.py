@@ -27,12 +27,7 @@ _LONGEST_NAME = 100
 class RoundFolder:
     """Records by round in one folder, which is made when the first are written.
 
-    Attributes
-    ----------
-    folder : Path
-        The folder.
-    problems : list of str
-        Which files were broken when they were to be read, and where they are now.
+    ``problems`` say which files were broken when they were to be read, and where they are now.
     """
 
     def __init__(self, folder: Path) -> None:

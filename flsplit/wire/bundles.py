@@ -21,12 +21,7 @@ _BUNDLE_BYTE = bytes([BUNDLE])
 def bundled(frames: Iterator[bytes], more_wait: Callable[[], bool]) -> Iterator[bytes]:
     """Yield frames in their order, short ones in bundles while more of them wait already.
 
-    Parameters
-    ----------
-    frames : iterator of bytes
-        The frames; asking for the next may take long when none wait.
-    more_wait : callable
-        Whether the next frame is there already.
+    Asking for the next frame may take long when none wait.
     """
     short: list[bytes] = []
     size = 0

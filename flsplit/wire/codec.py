@@ -26,18 +26,10 @@ DEFAULT_MAX_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A message made ready to be sent.
+    """A message made ready to be sent."""
 
-    Parameters
-    ----------
-    header : bytes
-        The JSON header.
-    segments : list of bytes
-        The raw bytes that follow it; those of the message itself, not copies.
-    """
-
-    header: bytes
-    segments: list[bytes]
+    header: bytes  # the JSON header
+    segments: list[bytes]  # the raw bytes that follow it; those of the message itself, not copies
 
     @property
     def size(self) -> int:
@@ -53,15 +45,6 @@ def encode(envelope: Envelope, message: Message, max_bytes: int = DEFAULT_MAX_BY
     """Make a message ready to be sent.
 
     What it holds is taken down at once: later changes to the message are not sent.
-
-    Parameters
-    ----------
-    envelope : Envelope
-        For whom the message is.
-    message : Message
-        The message, with content or an error.
-    max_bytes : int
-        The other side's limit.
 
     Raises
     ------
@@ -79,13 +62,6 @@ class Decoder:
 
     Everything is checked on arrival, and a message costs no more memory than twice what has arrived
     of it. After an error the stream has lost its place, so the decoder takes nothing more.
-
-    Parameters
-    ----------
-    max_bytes : int
-        The longest message, header and segments together.
-    max_header_bytes : int
-        The longest header.
     """
 
     def __init__(

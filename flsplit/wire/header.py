@@ -35,25 +35,15 @@ MAX_DIMENSIONS = 64
 
 
 class Envelope(Struct, frozen=True, forbid_unknown_fields=True):
-    """The address of one message within a session.
+    """The address of one message within a session."""
 
-    Parameters
-    ----------
-    client : str
-        Which client of the host's cohort the message is for, or comes from.
-    sequence : int
-        The number that a reply shares with the message it answers.
-    epoch : int
-        Raised when a host or client starts over, so that what is left over from before can be
-        told from what is new.
-    kind : str
-        What sort of message this is; free for the layers above.
-    """
-
-    client: str
+    client: str  # which client of the host's cohort the message is for, or comes from
+    # The number that a reply shares with the message it answers
     sequence: Annotated[int, Meta(ge=0)]
+    # Raised when a host or client starts over, so that what is left over from before can be told
+    # from what is new
     epoch: Annotated[int, Meta(ge=0)]
-    kind: str = "message"
+    kind: str = "message"  # what sort of message this is; free for the layers above
 
 
 _Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]

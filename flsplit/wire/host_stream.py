@@ -82,20 +82,8 @@ class HostStream:
     ) -> "HostStream":
         """Open a stream to the server of a session.
 
-        Parameters
-        ----------
-        address : str
-            The server, as ``host:port``.
-        token : str
-            What the server has issued for this host.
-        certificate_pem : bytes or None
-            The only certificate to trust; None dials without TLS.
-        hello : dict
-            What the host says of itself, in values that JSON can hold.
-        timeout : float
-            Seconds until it must be open.
-        max_message_bytes, max_queued_bytes, keepalive
-            As in `SessionServer`.
+        ``token`` is what the server has issued for this host; ``certificate_pem`` the only
+        certificate to trust, None to dial without TLS. The bounds are as in `SessionServer`.
 
         Raises
         ------

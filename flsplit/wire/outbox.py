@@ -13,10 +13,7 @@ DEFAULT_MAX_QUEUED_BYTES = 64 * 2**20
 class Outbox:
     """A queue of messages, bounded by their bytes, that one thread fills and gRPC empties.
 
-    Parameters
-    ----------
-    max_bytes : int
-        How much may wait. One message is always let in, however long it is.
+    One message is always let in, however long it is.
     """
 
     def __init__(self, max_bytes: int) -> None:

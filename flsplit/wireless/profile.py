@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flsplit.cut import CutError, cuts
 from flsplit.cut.examples import needs_values, with_values
-from flsplit.cut.watch import places_of
+from flsplit.cut.partial_forward import places_of
 from flsplit.nested import as_arguments, map_tensors, tensors_of
 from flsplit.seeds import seeded
 from flsplit.untrained import copied

@@ -32,11 +32,8 @@ OWN_CLIENT = ""
 def serve_session(app: ClientApp, message: Message, context: Context) -> Message:
     """Serve messages over a stream until it ends; the answer to ``train.session``.
 
-    Returns
-    -------
-    Message
-        How many messages were served; an Error if the server can't be reached, or if the node's
-        own configuration can't be used.
+    The answer says how many messages were served; it is an Error if the server can't be reached, or
+    if the node's own configuration can't be used.
     """
     invitation = Invitation.from_content(message.content)
     if invitation.expired:
@@ -92,15 +89,6 @@ def count_simulated_hosts() -> int:
 
 class HostedClients:
     """The clients of a host: its own, or any partition of a simulation.
-
-    Parameters
-    ----------
-    app : ClientApp
-        What answers for them.
-    context : Context
-        What Flower handed in.
-    invitation : Invitation
-        Says where the states of simulated clients are kept.
 
     Raises
     ------

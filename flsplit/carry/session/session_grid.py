@@ -11,12 +11,7 @@ from flwr.serverapp import Grid
 
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
-from flsplit.carry.ray_cluster import (
-    START_SECONDS,
-    cluster_address,
-    count_places,
-    running_ray,
-)
+from flsplit.carry.ray_cluster import START_SECONDS, cluster_address, count_places, running_ray
 from flsplit.carry.refusals import BrokenAppError, Refusals
 from flsplit.carry.session.hello import Hello
 from flsplit.carry.session.invitation import SESSION, Invitation
@@ -62,18 +57,8 @@ class SessionGrid(Carrier):
     A ``with`` block opens the session: each node gets one Flower message ``train.session``,
     inside which its ClientApp dials back and serves messages until the block ends.
 
-    Parameters
-    ----------
-    grid : Grid
-        Flower's grid, for the session messages themselves.
-    settings : SessionSettings
-        Addresses, limits and timeouts.
-    experiment : str
-        Names the clients' states on disk.
-    state_dir : str
-        Where simulated hosts keep their clients' states; empty for nowhere.
-    timeout : float
-        Seconds to wait for the first host, where the settings don't say.
+    ``grid`` is for the session messages themselves; ``timeout`` says how long to wait for the first
+    host, where the settings don't.
     """
 
     works_ahead = True
