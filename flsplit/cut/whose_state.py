@@ -21,11 +21,11 @@ def divided(
     """Return the names of the state that the client and the server need."""
     client, server = set[str](), set[str]()
     for state in survey.state.values():
-        sides = sides(state, call, end)
+        needed = sides(state, call, end)
         if not state.uses:
             unused = _unused_is_clients(survey, state, call, end)
-            sides = unused, not unused
-        for names, needs in zip((client, server), sides, strict=True):
+            needed = unused, not unused
+        for names, needs in zip((client, server), needed, strict=True):
             if needs:
                 names.update(state.names)
     return frozenset(client), frozenset(server)

@@ -33,7 +33,7 @@ from flsplit.run.report import log_round
 from flsplit.run.result import SplitResult
 from flsplit.run.round import Round
 from flsplit.run.run_clock import make_clock
-from flsplit.run.run_identity import Identity, describe
+from flsplit.run.run_identity import Identity, describe, identity_of
 from flsplit.seeds import derive_seed, set_aside
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits
@@ -111,7 +111,7 @@ class Run:
         """Return what tells this run from others: its method's identity, and what is told here."""
         configs = {"train_config": self.train_config, "evaluate_config": self.evaluate_config}
         given = {f"{what}.{k}": v for what, one in configs.items() for k, v in (one or {}).items()}
-        found = self.strategy.identity()
+        found = identity_of(self.strategy)
         for name, value in given.items():
             found |= describe(name, value)
         return found

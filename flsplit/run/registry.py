@@ -10,8 +10,8 @@ from torch import nn
 
 from flsplit.client_parts import make_part
 from flsplit.errors import ConfigError
-from flsplit.run.method import argument_names
 from flsplit.run.options import refuse_unknown
+from flsplit.run.own_arguments import argument_names
 from flsplit.run.strategy import SplitStrategy
 from flsplit.wireless.phases import Method, Training
 from flsplit.wireless.profile import ModelProfile

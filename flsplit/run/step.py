@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flsplit.cut.smashed import CutGradient, Smashed, fitting
+from flsplit.cut.smashed import CutGradient
 from flsplit.errors import MethodError, located
-from flsplit.finite import all_finite
 from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.message.request import Backward
 from flsplit.nested import map_tensors
+from flsplit.run.misuse import shown, wrong_reply, wrong_update
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
+from flsplit.run.shares import client_shares
 from flsplit.seeds import derive_seed, generator, seeded
 from flsplit.server.client_batch import ClientBatch, named, pool, pool_labels
 from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, grouped_by_cut
@@ -393,7 +394,8 @@ class Step:
         checked = isinstance(found, StepGradients) and found.clients is None
         gradients = found.server_gradients if isinstance(found, StepGradients) else found
         if not checked:
-            self._check_update(gradients, segment)
+            if wrong := wrong_update(gradients, segment):
+                raise self._error(f"updated with {wrong}")
             try:
                 check_server_gradients(gradients, segment, self.batches, self.where)
             except ArithmeticError:
@@ -437,37 +439,20 @@ class Step:
             If a client is not in the step, or a gradient has another shape or isn't finite.
         """
         if not isinstance(cut_gradients, Mapping):
-            raise self._error(f"replied with {_shown(cut_gradients)}, expected a dict of gradients")
+            raise self._error(f"replied with {shown(cut_gradients)}, expected a dict of gradients")
         shared = shared_rows or {}
         for client, gradient in cut_gradients.items():
             if (batch := self._batch_of.get(client)) is None:
                 known = ", ".join(map(repr, self.clients))
                 raise self._error(f"replied to client {client!r}, expected one of {known}")
-            self._check_reply(client, gradient, batch.smashed)
+            if wrong := wrong_reply(gradient, batch.smashed):
+                raise self._error(f"replied to client {client!r} with {wrong}")
             self._told[client] = Backward(
                 self.index,
                 None if batch.frozen else gradient,
                 shared.get(client, 0),
                 client in repeated,
             )
-
-    def _check_reply(self, client: str, gradient: object, smashed: Smashed) -> None:
-        tensors = fitting(gradient, smashed)
-        if tensors is None:
-            if isinstance(smashed, Tensor):
-                expected = f"a cut-layer gradient of shape {tuple(smashed.shape)}"
-            else:
-                expected = f"a dict of cut-layer gradients of {smashed.learning}"
-            raise self._error(
-                f"replied to client {client!r} with {_shown(gradient)}, expected {expected}"
-            )
-        for one in tensors:
-            if not (one.is_floating_point() or one.is_complex()):
-                raise self._error(
-                    f"replied to client {client!r} with {one.dtype}, expected floating point"
-                )
-            if not all_finite(one):
-                raise self._error(f"replied to client {client!r} with NaN or infinite values")
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Put numbers into the ledger, by name; a round's entry has their mean over the steps.
@@ -478,13 +463,13 @@ class Step:
             If one is not a number.
         """
         if not isinstance(metrics, Mapping):
-            raise self._error(f"recorded {_shown(metrics)}, expected a dict of numbers")
+            raise self._error(f"recorded {shown(metrics)}, expected a dict of numbers")
         for name, number in metrics.items():
             try:
                 self._round.record_metrics({name: float(number)})
             except (TypeError, ValueError) as error:
                 raise self._error(
-                    f"recorded {name!r} as {_shown(number)}, expected a number"
+                    f"recorded {name!r} as {shown(number)}, expected a number"
                 ) from error
 
     # --- for the strategy's base class ---------------------------------------------------
@@ -569,22 +554,6 @@ class Step:
                 started=started,
             )
 
-    def _check_update(self, gradients: object, segment: ServerSegment) -> None:
-        expected = [tuple(parameter.shape) for parameter in segment.parameters]
-        if not isinstance(gradients, Sequence) or len(gradients) != len(expected):
-            raise self._error(
-                f"updated with {_shown(gradients)}, expected {len(expected)} gradients, one per "
-                "trainable parameter of the server segment"
-            )
-        for index, (gradient, shape) in enumerate(zip(gradients, expected, strict=True)):
-            if gradient is not None and not (
-                isinstance(gradient, Tensor) and tuple(gradient.shape) == shape
-            ):
-                raise self._error(
-                    f"updated with {_shown(gradient)} for parameter {index}, expected a gradient "
-                    f"of shape {shape}"
-                )
-
     def _expect_one_cut(self, what: str) -> None:
         if isinstance(self._segment, CutServerSegment):
             raise self._error(f"{what}, but clients may be cut at different places")
@@ -595,33 +564,3 @@ class Step:
 
     def _error(self, what: str) -> MethodError:
         return MethodError(f"{self._method}.step {what}")
-
-
-def client_shares(batches: Sequence[ClientBatch], shares: Shares) -> dict[str, float]:
-    """Return the clients' shares λ, renormalised over those in the step so that they sum to 1.
-
-    ``examples`` weighs a client by the size of its training data, ``batch`` by its rows in this
-    step (the mean over the concatenated batch), ``equal`` gives all the same.
-    """
-    sizes: dict[str, float] = {}
-    for batch in batches:
-        if shares == "examples":
-            sizes[batch.client] = batch.num_examples
-        else:
-            sizes[batch.client] = len(batch) if shares == "batch" else 1
-    total = sum(sizes.values())
-    for client in sizes:
-        sizes[client] /= total
-    return sizes
-
-
-def ceil_fraction(share: float, count: int) -> int:
-    """Return ⌈share·count⌉, not misled by 0.1 · 30 being a little more than 3."""
-    return math.ceil(share * count - 1e-9)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    plain = value is None or isinstance(value, (str, int, float))
-    return repr(value) if plain else f"a {type(value).__name__}"
