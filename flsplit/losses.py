@@ -40,10 +40,7 @@ class ModelLoss:
     def __call__(self, output: Any, labels: Any) -> Tensor:
         """Return ``output.loss``, ``output["loss"]``, or the first scalar of several outputs.
 
-        Raises
-        ------
-        ConfigError
-            If there is none.
+        ConfigError if there is none.
         """
         loss = getattr(output, "loss", None)
         if loss is None and isinstance(output, Mapping):
@@ -82,10 +79,7 @@ class Criterion:
     torch's own losses are watched while it computes: where one of them gives the mean itself, what
     the mean is over is known, whatever wraps it and however logits and labels were reshaped.
 
-    Raises
-    ------
-    ConfigError
-        If it has parameters of its own: nobody would train them.
+    ConfigError if it has parameters of its own: nobody would train them.
     """
 
     def __init__(self, loss: Loss, device: torch.device) -> None:
@@ -105,12 +99,8 @@ class Criterion:
     def __call__(self, output: Any, labels: Any) -> tuple[Tensor, Count]:
         """Return the mean loss, and what it counts in a mean over several batches.
 
-        Raises
-        ------
-        DataError
-            If the labels don't fit the output.
-        ConfigError
-            If the loss isn't one, or can't be differentiated.
+        DataError if the labels don't fit the output. ConfigError if the loss isn't one, or can't be
+        differentiated.
         """
         try:
             if self._is_torchs:

@@ -32,10 +32,7 @@ class ClientData:
     def load(cls, spec: ClientSpec, context: Context) -> "ClientData":
         """Call the user's ``data`` function and take what it returns.
 
-        Raises
-        ------
-        DataError
-            If it returns neither a data set (or DataLoader) nor a pair of them.
+        DataError if it returns neither a data set (or DataLoader) nor a pair of them.
         """
         loaded, client = spec.data(context), client_name(context)
         train, test = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (loaded, None)

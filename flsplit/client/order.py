@@ -12,10 +12,7 @@ from flsplit.seeds import derive_seed, generator
 def steps_per_round(num_examples: int, plan: RoundPlan, client: str) -> int:
     """Return how many mini-batches a client has this round, those it sits out included.
 
-    Raises
-    ------
-    DataError
-        If there are none.
+    DataError if there are none.
     """
     if num_examples == 0:
         raise DataError(f"client {client!r} has no training examples: its partition is empty")

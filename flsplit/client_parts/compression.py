@@ -117,10 +117,7 @@ class Compression(ClientPart):
     def unpack(self, packed: Packed, memory: Memory) -> Tensor:
         """Return the tensor that was packed; ``memory`` is what this end remembers.
 
-        Raises
-        ------
-        ProtocolError
-            If the pieces are none of this part's.
+        ProtocolError if the pieces are none of this part's.
         """
         try:
             found = self.decode(packed.pieces, packed.shape)
@@ -403,10 +400,7 @@ def _keep(memory: Memory, rows: Tensor, base: Tensor, times: Tensor) -> None:
 def compressing(parts: Sequence[ClientPart], record: str) -> Compression | None:
     """Return the part that packs ``smashed-data`` or the ``cut-gradient``, None if there is none.
 
-    Raises
-    ------
-    ConfigError
-        If there are two.
+    ConfigError if there are two.
     """
     place = SMASHED if record == "smashed-data" else CUT_GRADIENT
     found = [one for one in parts if isinstance(one, Compression) and one.place == place]

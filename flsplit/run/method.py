@@ -341,10 +341,7 @@ class SplitMethod(SaysPhases):
     def clipping(self, participants: Sequence[str]) -> dict[str, Any]:
         """Return what plans say of clipping what is handed over, where the client strategy does.
 
-        Raises
-        ------
-        ConfigError
-            If something that is aggregated isn't at the clients, which would clip it.
+        ConfigError if something that is aggregated isn't at the clients, which would clip it.
         """
         aggregator = self.aggregator
         if not (aggregator and aggregator.clipping_norm):

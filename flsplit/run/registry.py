@@ -70,10 +70,7 @@ def plan_method(
     the whole model. A batch size and a number of steps in the arguments go before ``training``, as
     in a run they go before an app's own.
 
-    Raises
-    ------
-    ConfigError
-        If there is no such strategy, or it refuses its arguments.
+    ConfigError if there is no such strategy, or it refuses its arguments.
     """
     given = arguments_table(strategy_args)
     if name == FEDAVG.name:
@@ -97,10 +94,7 @@ def plan_method(
 def arguments_table(strategy_args: str) -> dict[str, Any]:
     """Return the table that ``strategy_args`` is, as it is written.
 
-    Raises
-    ------
-    ConfigError
-        If it is no TOML inline table.
+    ConfigError if it is no TOML inline table.
     """
     try:
         loaded = tomllib.loads(f"args = {strategy_args or '{}'}")

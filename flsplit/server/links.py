@@ -41,10 +41,7 @@ class Links:
     def unpack(self, client: str, content: RecordDict) -> RecordDict:
         """Return what a client answered, with its smashed data unpacked.
 
-        Raises
-        ------
-        ProtocolError
-            If it can't be.
+        ProtocolError if it can't be.
         """
         if self.up is None:
             return content

@@ -90,10 +90,7 @@ def count_simulated_hosts() -> int:
 class HostedClients:
     """The clients of a host: its own, or any partition of a simulation.
 
-    Raises
-    ------
-    ConfigError
-        If the node's own ``state-dir`` is no absolute path.
+    ConfigError if the node's own ``state-dir`` is no absolute path.
     """
 
     def __init__(self, app: ClientApp, context: Context, invitation: Invitation) -> None:

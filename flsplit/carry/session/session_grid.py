@@ -93,14 +93,9 @@ class SessionGrid(Carrier):
     def open(self) -> None:
         """Open the session.
 
-        Raises
-        ------
-        ConfigError
-            If the ServerApp can't listen where the settings say.
-        NoHostError
-            If no node can dial back; it says which address and port, and what to do.
-        BrokenAppError
-            If no node can run the ClientApp.
+        ConfigError if the ServerApp can't listen where the settings say. NoHostError if no node can
+        dial back; it says which address and port, and what to do. BrokenAppError if no node can run
+        the ClientApp.
         """
         try:
             self._open()
@@ -127,10 +122,7 @@ class SessionGrid(Carrier):
     def end_round(self, server_round: int, timeout: float = 0.0) -> None:
         """Hand over to a new session where ``session_rounds`` says so.
 
-        Raises
-        ------
-        NoHostError
-            If no node has come to a new session after ``timeout`` seconds.
+        NoHostError if no node has come to a new session after ``timeout`` seconds.
         """
         rounds = self._settings.session_rounds
         if rounds and server_round % rounds == 0:
