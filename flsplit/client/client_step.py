@@ -68,9 +68,16 @@ def take_tail(client: Client, request: TailRequest) -> TailReply:
     seed = derive_seed(plan.seed, "tail", client.name, plan.server_round, step)
     try:
         with seeded(seed, client.device), located(f"client {client.name!r}, step {step}"):
-            gradient, client.memory.tail = client.tail.gradients(
+            gradient, stays = client.tail.gradients(
                 request.outputs, pending.smashed, pending.inputs, pending.labels
             )
+        if client.parts.parts:
+            at = _part_step(client, step)
+            gradient, packed, memory = client.parts.output_gradient(at, gradient, pending.labels)
+            stays |= memory
+            if packed:
+                client.packed[WHOLE] = packed
+        client.memory.tail = stays
     except Exception:
         client.undo_forward()
         raise
@@ -142,6 +149,7 @@ def backward(client: Client, request: Backward) -> None:
         _update(client, client.pending, request.gradient)
     if client.tail:  # now: the backward pass may need what the first layers' pass left in them
         client.tail.put_buffers(memory.tail)
+        client.parts.remember(memory.tail)
     memory.drawn = client.pending.drawn
     memory.steps_done += 1
     memory.trained += 1

@@ -43,7 +43,7 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
             client, content = None, message.content
             if PACKED in content:
                 client = find_client(spec, context)
-                content = client.unpacked(content)
+                content = client.unpacked(content, request_type.packed)
             request = request_type.from_content(content)
             client = client or find_client(spec, context)
             client.packed = {}
@@ -55,7 +55,7 @@ def add_handlers(app: ClientApp, spec: ClientSpec) -> None:
                     reply = through_mods(client, message, reply)
                 content = reply.to_content()
                 if client.packed:
-                    put_packed(content, "smashed-data", client.packed)
+                    put_packed(content, reply.packed, client.packed)
                 return Message(content, reply_to=message)
             finally:  # also when a step fails
                 keep_client(client, context)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -294,9 +295,9 @@ class Client:
         self.memory.told = tuple(told[-MOST_TRACES:])
         return found or None
 
-    def unpacked(self, content: RecordDict) -> RecordDict:
-        """Return what the server sent, with its cut-layer gradient unpacked."""
-        return unpacked(content, "cut-gradient", self.parts.unpack)
+    def unpacked(self, content: RecordDict, record: str) -> RecordDict:
+        """Return what the server sent, with what it packed in a record unpacked."""
+        return unpacked(content, record, partial(self.parts.unpack, record))
 
     def _discard_pending(self) -> None:
         self.undo_forward()

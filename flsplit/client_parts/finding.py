@@ -8,6 +8,7 @@ from typing import Any
 
 from flsplit.client_parts.client_part import ClientPart
 from flsplit.client_parts.compression import (
+    PLACES,
     Difference,
     HalfPrecision,
     Int8,
@@ -76,7 +77,7 @@ def describe_parts(parts: Sequence[ClientPart]) -> str:
         part.check_state(arguments)
         where = f"{cls.__module__}:{cls.__qualname__}"
         described.append({"name": cls.name, "class": where, "arguments": arguments})
-    for record in ("smashed-data", "cut-gradient"):
+    for record in PLACES:
         compressing(parts, record)  # refuses two
     text = json.dumps(described) if described else ""
     if len(described) > MAX_PARTS or len(text) > MAX_LENGTH:

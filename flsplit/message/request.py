@@ -112,6 +112,8 @@ class Reply(Content):
         "auxiliary": "auxiliary-up",
     }
     """Under which of the ledger's categories the bytes of a record are counted."""
+    packed: ClassVar[str] = "smashed-data"
+    """The record that client parts may compress."""
 
     client: str
     server_round: int
@@ -163,6 +165,8 @@ class Request(Content):
         "cut-gradient": "gradients-down-unicast",
     }
     """Under which of the ledger's categories the bytes of a record are counted."""
+    packed: ClassVar[str] = "cut-gradient"
+    """The record that client parts may compress."""
 
     server_round: int
     step: int | None

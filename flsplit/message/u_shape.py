@@ -38,6 +38,7 @@ class TailReply(Reply):
     """The gradient of a client's own mean loss by the server segment's outputs."""
 
     categories: ClassVar[dict[str, str]] = {OUTPUT_GRADIENT: "output-gradients-up"}
+    packed = OUTPUT_GRADIENT
 
     client: common.Client
     server_round: common.Round
@@ -58,6 +59,7 @@ class TailRequest(Request):
     answer = TailReply
     echoed = ("server_round", "step")
     categories: ClassVar[dict[str, str]] = {OUTPUTS: "outputs-down"}
+    packed = OUTPUTS
 
     server_round: Annotated[int, In("step", 1)]
     step: Annotated[int, In("step", 0)]

@@ -158,8 +158,8 @@ class DecoupledStrategy(SplitStrategy):
         each of the optimizer's slots.
         """
         copies = 2 + work.training.optimizer_slots if cls.trains_auxiliary else 1
-        smashed_bits = work.training.batch_size * work.activation_bits
-        return (copies * work.auxiliary_bits + smashed_bits) // BITS
+        smashed_bytes = work.training.batch_size * work.place.activation_bytes
+        return copies * work.auxiliary_bits // BITS + smashed_bytes
 
     # --- what a subclass says ------------------------------------------------------------
 

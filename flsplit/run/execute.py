@@ -17,7 +17,7 @@ from flsplit.account import Clock, RoundEntry
 from flsplit.account.ledger import LeftOut
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.choose import open_carrier
-from flsplit.client_parts import describe_parts
+from flsplit.client_parts import check_places, describe_parts, warn_of_second_cut
 from flsplit.errors import NotEnoughClientsError
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
@@ -66,7 +66,10 @@ class Run:
 
     def execute(self, grid: Grid) -> SplitResult:
         """Do all rounds, from the last checkpoint on if the options say so."""
-        options = self.strategy.options
+        options, parts = self.strategy.options, self.strategy.all_client_parts()
+        check_places(parts, two_cuts=options.keeps_labels)
+        if options.keeps_labels:
+            warn_of_second_cut(parts)
         with ExitStack() as stack:
             folder = Path(
                 options.checkpoint_dir or stack.enter_context(TemporaryDirectory(prefix="flsplit-"))

@@ -250,7 +250,8 @@ class SplitMethod(SaysPhases):
             arguments.setdefault(parameter.name, kept)
         for name_of_model in ("model", "cut", "example", "share"):  # a plan has a profile instead
             del arguments[name_of_model]
-        return Method(name or kind.__name__, kind, arguments, given or {})
+        parts = self.all_client_parts()
+        return Method(name or kind.__name__, kind, arguments, given or {}, parts=parts)
 
     # --- state of a run ------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from flsplit.carry.choose import CarrierName
 from flsplit.carry.session import SessionSettings
-from flsplit.client_parts import ClientPart, describe_parts
+from flsplit.client_parts import ClientPart, check_places, describe_parts
 from flsplit.cut.client_cuts import ClientCuts, all_cuts, check_cuts, default_cut
 from flsplit.cut.partial_forward import places_of
 from flsplit.errors import ConfigError
@@ -199,6 +199,7 @@ class SplitOptions:
         for callback in self.callbacks:
             of_kind("callbacks: one of them", callback, Callback)
         describe_parts(self.client_parts)  # what can't be sent is said now
+        check_places(self.client_parts, two_cuts=self.keeps_labels)
         _rate("server_lr", self.server_lr)
         if self.client_lr is not None:
             _rate("client_lr", self.client_lr)
