@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flsplit.errors import ConfigError, NonFiniteError
 from flsplit.run import ParallelStrategy, Reduction, Step, StepGradients, ceil_fraction
-from flsplit.server.arguments import number, one_of
+from flsplit.run.arguments import number, one_of
 from flsplit.storage import State
 
 Floats = NDArray[np.float64]

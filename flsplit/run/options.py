@@ -23,8 +23,8 @@ from flsplit.cut.partial_forward import places_of
 from flsplit.errors import ConfigError
 from flsplit.log import logger
 from flsplit.losses import Loss
+from flsplit.run.arguments import one_of, whole
 from flsplit.run.callbacks import Callback
-from flsplit.server.arguments import one_of, whole
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.fleet_file import find_fleet
 

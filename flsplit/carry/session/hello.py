@@ -10,11 +10,8 @@ from flsplit.errors import ProtocolError
 class Hello(Struct, frozen=True, rename="kebab"):
     """A host's introduction; the server knows from its token which node it is.
 
-    Attributes
-    ----------
-    peers : int
-        In a simulation, how many hosts like this one its resources allow; 0 in a deployment,
-        where nobody asks.
+    ``peers`` says how many hosts like this one the resources of a simulation allow; 0 in a
+    deployment, where nobody asks.
     """
 
     peers: Annotated[int, Meta(ge=0, le=2**20)] = 0

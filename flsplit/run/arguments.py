@@ -1,4 +1,4 @@
-"""Checks of the arguments of passes and rules."""
+"""Checks of what strategies are made with."""
 
 import math
 from collections.abc import Sequence
