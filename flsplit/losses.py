@@ -186,7 +186,7 @@ class _Call(NamedTuple):
         if self.function not in _CROSS_ENTROPY or options.get("reduction", "mean") != "mean":
             return None
         if labels.is_floating_point():  # class probabilities
-            return float(labels.numel() / logits.shape[_class_dim(logits)])
+            return float(labels.numel() / logits.shape[min(1, logits.ndim - 1)])
         if (weight := options.get("weight")) is None:
             return float(labels.numel() if self.all_count else self._counts.sum())
         return float(weight[labels[self._counts]].sum())
@@ -200,7 +200,7 @@ class _Call(NamedTuple):
             return int(((logits > 0) == (labels > 0.5)).sum()), labels.numel()
         if labels.is_floating_point():
             return 0, 0
-        found = logits.argmax(_class_dim(logits)) == labels
+        found = logits.argmax(min(1, logits.ndim - 1)) == labels
         if self.all_count:
             return int(found.sum()), labels.numel()
         return int((found & self._counts).sum()), int(self._counts.sum())
@@ -241,10 +241,6 @@ _WATCHED = (
     functional.multi_margin_loss,
 )
 _NAMES = {one: tuple(inspect.signature(one).parameters) for one in _WATCHED}
-
-
-def _class_dim(logits: Tensor) -> int:
-    return min(1, logits.ndim - 1)
 
 
 def _right(logits: Any, labels: Any) -> tuple[int, int]:

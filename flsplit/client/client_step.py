@@ -262,11 +262,14 @@ def _check_gradient(client: Client, pending: Pending, gradient: CutGradient) -> 
 
 
 def _check_gradients(client: Client, step: int) -> None:
-    found = [one.grad for one in client.parameters if one.grad is not None]
     # One number for all: it is finite only if they are. Only what isn't is looked at closer.
-    total = sum(map(torch.sum, found))
-    finite = isinstance(total, int) or cmath.isfinite(total.item())
-    if not (finite or all(map(all_finite, found))):
+    total: float | Tensor = 0.0
+    for parameter in client.parameters:
+        if parameter.grad is not None:
+            total = total + parameter.grad.sum()
+    if isinstance(total, float) or cmath.isfinite(total.item()):
+        return
+    if not all(all_finite(one.grad) for one in client.parameters if one.grad is not None):
         raise _not_finite(client, f"gradient of the client segment in step {step}")
 
 

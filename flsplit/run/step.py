@@ -88,6 +88,8 @@ class Step:
         Whose they are.
     shares : dict of str to float
         Their shares λ, which sum to 1 over the step.
+    weights : dict of str to float
+        What each client's mean loss counts in the server's: λ, times S for a sum.
     lr : float
         The clients' learning rate in this round.
     where : str
@@ -115,6 +117,7 @@ class Step:
         self.batches, self.clients = list(self._batch_of.values()), list(self._batch_of)
         self.where = f"round {self.round}, step {index}"
         self.shares = client_shares(self.batches, settings.shares)
+        self.weights = self.shares if settings.reduction == "mean" else self._summed(self.shares)
         self._method, self._segment, self._settings = method, segment, settings
         self._round, self._seed = round_, plan.seed
         self.keeps_labels = settings.keeps_labels
@@ -142,11 +145,6 @@ class Step:
         """The clients, those that are cut at the same place together."""
         found = grouped_by_cut(self._segment, self.batches)
         return [[batch.client for batch in own] for _, own in found]
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """What each client's mean loss counts in the server's: λ, times S for a sum."""
-        return self._weights(self.batches)
 
     def pooled(self) -> Tensor:
         """Return the smashed data of all clients, concatenated in their order."""
@@ -203,7 +201,7 @@ class Step:
         segment = segment or self._segment
         whole = batches is self.batches
         names = self.clients if whole else [batch.client for batch in batches]
-        weights = self._weights(batches)
+        weights = self.weights if whole else self._weights(batches)
         compute = partial(self._of_one_cut, weights, per_client, low_memory)
 
         def of_all() -> StepGradients:
@@ -512,14 +510,11 @@ class Step:
             self._losses.append((batch, loss, count))
 
     def _weights(self, batches: Sequence[ClientBatch]) -> dict[str, float]:
-        """Return what each client's mean loss is multiplied with in the server's loss."""
-        shares = self.shares
-        if batches is not self.batches:
-            shares = client_shares(batches, self._settings.shares)
-        if self._settings.reduction == "mean":
-            return shares
-        factor = len(shares)
-        return {client: share * factor for client, share in shares.items()}
+        shares = client_shares(batches, self._settings.shares)
+        return shares if self._settings.reduction == "mean" else self._summed(shares)
+
+    def _summed(self, shares: Mapping[str, float]) -> dict[str, float]:
+        return {client: share * len(shares) for client, share in shares.items()}
 
     def _computed(
         self, segment: ServerSegment, names: Sequence[str], compute: Callable[[], T]

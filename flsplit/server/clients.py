@@ -232,7 +232,8 @@ class Clients:
 
     def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
         content = request.to_content()
-        self.links.pack(name, request.packed, content)
+        if self.links.parts:
+            self.links.pack(name, request.packed, content)
         count(content, request.categories, traffic, sends=self._sends)
         if request.backward and request.backward.shared_rows:  # counted once for all
             traffic.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
@@ -255,7 +256,9 @@ class Clients:
         if message.has_error():
             raise_error(message)
         content = message.content
-        read = self.links.unpack(name, request.answer.packed, content)
+        read = content
+        if self.links.parts:
+            read = self.links.unpack(name, request.answer.packed, content)
         reply = request.answer.from_content(read)
         if reply.traces:
             self._learn_traces(name, reply.traces)
