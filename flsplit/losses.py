@@ -207,8 +207,6 @@ class _Call(NamedTuple):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes calls of torch's own losses."""
-
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []

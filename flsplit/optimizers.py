@@ -241,7 +241,6 @@ def _without(group: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _values(optimizer: Optimizer) -> _Groups:
-    """Return copies of what an optimizer's groups hold beside their parameters."""
     return [_copied(_without(group, ("params",))) for group in optimizer.param_groups]
 
 

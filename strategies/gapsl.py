@@ -219,7 +219,6 @@ class GAPSL(ParallelStrategy):
         )
 
     def _ratio(self, dispersion: float, progress: float) -> float:
-        """Return K in percent."""
         low, high = self._extremes_with(dispersion)
         if high == low:
             return self.k_min

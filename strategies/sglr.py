@@ -196,10 +196,6 @@ _AVERAGES = {
 
 
 def _of(active: Sequence[str], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the active clients' gradients.
-
-    SegmentMismatchError if a client's differs from the first one's in more than the number of rows.
-    """
     first = gradients[active[0]]
     for client in active:
         if gradients[client].shape[1:] != first.shape[1:]:

@@ -169,7 +169,6 @@ def _take_apart(batch: Any) -> tuple[Any, Any] | None:
 
 
 def _fronts(tree: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield place and shape of what a nesting of tensors holds."""
     for place, leaf in leaves_of(tree, whole=PackedSequence):
         if isinstance(leaf, PackedSequence):
             yield place, (int(leaf.batch_sizes[0]),)

@@ -92,7 +92,6 @@ def _why_not(source: Any, unpack: Unpack | None) -> str | None:
 
 
 def _why_no_examples(source: list[Any], unpack: Unpack | None) -> str | None:
-    """Return why a list is none of examples."""
     if not source:
         return "it is empty; a client whose data set has the length 0 is left out"
     if any(isinstance(o, Dataset | DataLoader) or hasattr(o, "__getitems__") for o in source):
@@ -105,7 +104,6 @@ def _why_no_examples(source: list[Any], unpack: Unpack | None) -> str | None:
 
 
 def _is_array(source: Any) -> bool:
-    """Tell whether something is a tensor, of torch, NumPy, pandas or others."""
     return hasattr(type(source), "__array__") and not isinstance(source, Dataset)
 
 

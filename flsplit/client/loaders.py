@@ -91,7 +91,6 @@ def _refused(what: str) -> DataError:
 
 
 def _is_torchs(sampler: Any, dataset: Any) -> bool:
-    """Tell whether a sampler is the one that torch makes for ``shuffle=``."""
     if getattr(sampler, "data_source", None) is not dataset:
         return False
     if type(sampler) is RandomSampler:

@@ -137,7 +137,6 @@ class Run:
 
     @cached_property
     def _fits(self) -> Fits:
-        """What training has shown to fit together; evaluation is judged by itself."""
         pooled = self.strategy.options.server_batchnorm == "pooled"
         return Fits(self.strategy.server_for, pools=pooled and self.strategy.pools)
 
@@ -268,7 +267,6 @@ class Run:
         return round_
 
     def _present(self, clients: Clients, but: Set[str]) -> list[str]:
-        """Return who is connected, without some, as long as the others are enough."""
         names = clients.directory.discover()
         others = [name for name in names if name not in but]
         return others if len(others) >= max(1, self.strategy.least_clients()) else names

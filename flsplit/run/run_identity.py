@@ -210,7 +210,6 @@ def _kept(thing: object, names: Collection[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _extra(module: nn.Module) -> str:
-    """Return a layer's settings, as it prints them."""
     return _ADDRESS.sub("", module.extra_repr())
 
 

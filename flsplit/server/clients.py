@@ -188,7 +188,6 @@ class Clients:
             self.trained[name] = self._begun[name]
 
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
-        """Account for what was sent, and tell the clock."""
         self.exchanges += 1
         broadcast = 0
         for request in sent.requests.values():

@@ -267,7 +267,6 @@ def _twice_computed(
 
 
 def _add_client(result: StepGradients, segment: ServerSegment, passed: Passed) -> ServerGradients:
-    """Add all of one client's gradients to ``result`` but the server's, which are returned."""
     own = backward(segment, passed, {passed.batches[0].client: 1.0})
     result.losses |= own.losses
     result.counts |= own.counts
