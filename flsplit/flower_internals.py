@@ -92,4 +92,6 @@ def content_of(records: dict[str, Any]) -> RecordDict:
             kind, values = one
             record = records[name] = kind.__new__(kind)  # as in `made`, without a call for each
             vars(record).update(_EMPTY[kind], _data=values)
-    return made(RecordDict, records)
+    content = RecordDict.__new__(RecordDict)
+    vars(content).update(_EMPTY[RecordDict], _data=records)
+    return content

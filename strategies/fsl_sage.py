@@ -18,10 +18,10 @@ from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.nested import shapes_of
 from flsplit.optimizers import UserOptimizer
 from flsplit.run import DecoupledStrategy, Round
+from flsplit.run.arguments import number, one_of, whole
 from flsplit.run.decoupled import CLIENTS, AuxiliarySent
 from flsplit.run.options import LearningRate, at_round, of_kind
 from flsplit.seeds import derive_seed, seeded
-from flsplit.server.arguments import number, one_of, whole
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
 from flsplit.untrained import keeping_buffers
@@ -266,12 +266,8 @@ class UploadBuffer:
     def add(self, smashed: Tensor, labels: Tensor) -> None:
         """Take a batch; forget the oldest samples where there are too many.
 
-        Raises
-        ------
-        SegmentMismatchError
-            If its rows have another shape than those before.
-        MethodError
-            If labels are several tensors.
+        SegmentMismatchError if its rows have another shape than those before. MethodError if labels
+        are several tensors.
         """
         if not isinstance(labels, Tensor):
             raise MethodError(

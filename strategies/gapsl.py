@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flsplit.errors import ConfigError, NonFiniteError
 from flsplit.run import ParallelStrategy, Reduction, Step, StepGradients, ceil_fraction
-from flsplit.server.arguments import number, one_of
+from flsplit.run.arguments import number, one_of
 from flsplit.storage import State
 
 Floats = NDArray[np.float64]
@@ -219,7 +219,6 @@ class GAPSL(ParallelStrategy):
         )
 
     def _ratio(self, dispersion: float, progress: float) -> float:
-        """Return K in percent."""
         low, high = self._extremes_with(dispersion)
         if high == low:
             return self.k_min

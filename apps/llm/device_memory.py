@@ -35,7 +35,7 @@ from llm.server_app import strategy_of  # noqa: E402
 from flsplit import LocalGrid  # noqa: E402
 from flsplit.carry.cohort import Cohort  # noqa: E402
 from flsplit.flower_internals import ensure_task_identity  # noqa: E402
-from flsplit.message.types import STEP  # noqa: E402
+from flsplit.message.types import LOCAL, STEP  # noqa: E402
 from flsplit.wire.codec import Decoder, encode  # noqa: E402
 from flsplit.wire.header import Envelope  # noqa: E402
 
@@ -70,7 +70,7 @@ def split_client(connection: Connection, config: dict[str, Any]) -> None:
         if decoded := decoder.add(frame):
             envelope, message, _ = decoded
             send(connection, envelope, cohort.answer(message, context))
-            steps += message.metadata.message_type == STEP
+            steps += message.metadata.message_type in (STEP, LOCAL)
             if steps == 1 and not first:  # its forward pass is done, with all that comes once
                 first = resident("VmHWM")
                 del decoded, message
@@ -135,16 +135,16 @@ def process(work: Callable[..., None], config: dict[str, Any]) -> Iterator[Conne
     child.join()
 
 
-def measure_split(config: dict[str, Any]) -> dict[str, float]:
-    """Return a split client's peak, and the bytes per token that went up and down."""
+def measure_split(config: dict[str, Any], rounds: int = 1) -> dict[str, float]:
+    """Return a split client's peak, and the last round's bytes per token, up and down."""
     torch.manual_seed(0)
     model = add_adapters(load_base(config), config)
     with process(split_client, config) as connection:
         grid = LocalGrid(ElsewhereApp(connection), 1, run_config=config, progress=False)
-        result = strategy_of(config, model).start(grid, model.state_dict(), num_rounds=1)
+        result = strategy_of(config, model).start(grid, model.state_dict(), num_rounds=rounds)
         connection.send_bytes(b"")
         peak, later = connection.recv()
-    (entry,) = result.history
+    entry = result.history[-1]
     sent, tokens = entry.traffic.logical, entry.rows * int(config["seq-length"])
     up = sent["activations-up"] + sent["labels-up"]
     return {
@@ -159,7 +159,8 @@ def measure_whole(config: dict[str, Any]) -> dict[str, float]:
     """Return the peak of somebody who holds the whole model, and what FedAvg sends a round."""
     with process(whole_client, config) as connection:
         connection.send_bytes(b"go on")
-        return {"peak": connection.recv()[0]}
+        peak, later = connection.recv()
+        return {"peak": peak, "later": later}
 
 
 def main() -> None:

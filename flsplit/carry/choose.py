@@ -98,16 +98,9 @@ def open_carrier(
     the folder of simulated clients' states, which a resumed run finds by ``experiment``; empty for
     nowhere.
 
-    Raises
-    ------
-    ConfigError
-        If the ServerApp can't listen where the settings say, also with ``auto``.
-    NotEnoughClientsError
-        If no node has connected by then.
-    NoHostError
-        If ``name`` is ``session`` and no node can dial back.
-    BrokenAppError
-        If no node can run the ClientApp.
+    ConfigError if the ServerApp can't listen where the settings say, also with ``auto``.
+    NotEnoughClientsError if no node has connected by then. NoHostError if ``name`` is ``session``
+    and no node can dial back. BrokenAppError if no node can run the ClientApp.
     """
     if isinstance(grid, Carrier) or name == "flower":
         carrier = (

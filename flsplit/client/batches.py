@@ -59,11 +59,8 @@ class Examples:
     def batch(self, indices: Sequence[int]) -> tuple[Any, Any]:
         """Return inputs and labels of the examples at ``indices``.
 
-        Raises
-        ------
-        DataError
-            If the data set, the collate function or ``unpack`` fails; if inputs or labels are no
-            nesting of tensors, or don't have one row per example in front.
+        DataError if the data set, the collate function or ``unpack`` fails; if inputs or labels are
+        no nesting of tensors, or don't have one row per example in front.
         """
         read = self._read(indices)
         pair = self._unpacked(self.unpack, read) if self.unpack else _take_apart(read)
@@ -172,7 +169,6 @@ def _take_apart(batch: Any) -> tuple[Any, Any] | None:
 
 
 def _fronts(tree: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield place and shape of what a nesting of tensors holds."""
     for place, leaf in leaves_of(tree, whole=PackedSequence):
         if isinstance(leaf, PackedSequence):
             yield place, (int(leaf.batch_sizes[0]),)

@@ -50,12 +50,8 @@ def take_step(client: Client, request: StepRequest) -> StepReply:
 def take_tail(client: Client, request: TailRequest) -> TailReply:
     """Run the last layers of a U-shaped split forward and backward.
 
-    Raises
-    ------
-    ProtocolError
-        If no such step is pending, or the model isn't cut twice.
-    DataError, SegmentMismatchError, NonFiniteError
-        If the last layers or the loss can't take the batch.
+    ProtocolError if no such step is pending, or the model isn't cut twice. DataError,
+    SegmentMismatchError or NonFiniteError if the last layers or the loss can't take the batch.
     """
     started = time.perf_counter()
     client.check_round(request.server_round)
@@ -116,12 +112,8 @@ def forward(client: Client, step: int, place: str | None = WHOLE) -> tuple[Smash
     Both are empty in a step that the client sits out. The smashed data is detached, but says
     whether it needs a gradient. ``place`` is its place in the answer, None if it stays here.
 
-    Raises
-    ------
-    ProtocolError
-        If ``step`` is not the next one.
-    DataError, SegmentMismatchError, NonFiniteError
-        If the batch can't be computed.
+    ProtocolError if ``step`` is not the next one. DataError, SegmentMismatchError or NonFiniteError
+    if the batch can't be computed.
     """
     memory = client.memory
     if not step == memory.steps_done < client.num_steps:
@@ -141,12 +133,8 @@ def forward(client: Client, step: int, place: str | None = WHOLE) -> tuple[Smash
 def backward(client: Client, request: Backward) -> None:
     """Back-propagate the cut-layer gradient of the pending step and let the optimizer step.
 
-    Raises
-    ------
-    ProtocolError
-        If the gradient is of another step or another shape.
-    NonFiniteError
-        If it is NaN or infinite; the weights stay as they were.
+    ProtocolError if the gradient is of another step or another shape. NonFiniteError if it is NaN
+    or infinite; the weights stay as they were.
     """
     memory = client.memory
     if request.step != memory.pending:
@@ -274,11 +262,14 @@ def _check_gradient(client: Client, pending: Pending, gradient: CutGradient) -> 
 
 
 def _check_gradients(client: Client, step: int) -> None:
-    found = [one.grad for one in client.parameters if one.grad is not None]
     # One number for all: it is finite only if they are. Only what isn't is looked at closer.
-    total = sum(map(torch.sum, found))
-    finite = isinstance(total, int) or cmath.isfinite(total.item())
-    if not (finite or all(map(all_finite, found))):
+    total: float | Tensor = 0.0
+    for parameter in client.parameters:
+        if parameter.grad is not None:
+            total = total + parameter.grad.sum()
+    if isinstance(total, float) or cmath.isfinite(total.item()):
+        return
+    if not all(all_finite(one.grad) for one in client.parameters if one.grad is not None):
         raise _not_finite(client, f"gradient of the client segment in step {step}")
 
 

@@ -90,7 +90,6 @@ def evaluate_tail(client: Client, request: EvaluateTailRequest) -> EvaluateTailR
 
 
 def _rows(client: Client, batch: int, batch_size: int) -> tuple[Sequence[int], int]:
-    """Return the examples of a test batch, and how many batches there are."""
     tests, memory = client.data.test, client.memory
     if tests is None:
         return [], 0
@@ -113,7 +112,6 @@ def _rows(client: Client, batch: int, batch_size: int) -> tuple[Sequence[int], i
 
 
 def _run(client: Client, batch: int, rows: Sequence[int]) -> tuple[Smashed, Any, Any]:
-    """Return a test batch's smashed data, inputs and labels."""
     assert client.data.test is not None
     client.undo_forward()
     # Seeded as a training step is: a transform that draws gives the same scores again.

@@ -45,10 +45,7 @@ class FirstLayers:
     def __call__(self, inputs: Any) -> Smashed:
         """Return the smashed data of inputs.
 
-        Raises
-        ------
-        DataError, SegmentMismatchError
-            If the layers can't take the inputs.
+        DataError or SegmentMismatchError if the layers can't take the inputs.
         """
         dtype = self._autocast
         args: tuple[Any, ...] = ()

@@ -273,10 +273,7 @@ class Client:
     def check_round(self, server_round: int) -> None:
         """Raise ProtocolError if a request is of another round than the client is in.
 
-        Raises
-        ------
-        StateLostError
-            If the client is in no round.
+        StateLostError if the client is in no round.
         """
         if self.memory.plan is None or server_round != self.memory.plan.server_round:
             raise ProtocolError(

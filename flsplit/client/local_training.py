@@ -75,10 +75,7 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
 def row_shapes(client: Client, request: ShapeRequest) -> ShapeReply:
     """Return what one row of the client's inputs and of its smashed data looks like.
 
-    Raises
-    ------
-    SegmentMismatchError
-        If the model is cut elsewhere, or several values cross.
+    SegmentMismatchError if the model is cut elsewhere, or several values cross.
     """
     started = time.perf_counter()
     client.check_cut(request.cut)

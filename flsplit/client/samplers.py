@@ -45,10 +45,7 @@ class OwnSampler:
         The seed is torch's, NumPy's, Python's and that of the generators which the sampler holds;
         the epoch is handed to its ``set_epoch``, if it has one.
 
-        Raises
-        ------
-        DataError
-            If the sampler fails, or yields something else than as many indices as it says.
+        DataError if the sampler fails, or yields something else than as many indices as it says.
         """
         try:
             own = self._copied()

@@ -59,10 +59,7 @@ class Tail:
         That is the gradients by the last layers' parameters and by what the first layers have kept
         for them, and the buffers as they are now, all by name.
 
-        Raises
-        ------
-        NonFiniteError
-            If the loss is NaN or infinite.
+        NonFiniteError if the loss is NaN or infinite.
         """
         loss, _, returning = self.loss(outputs, head, inputs, labels)
         if not bool(torch.isfinite(loss)):

@@ -223,8 +223,6 @@ class PartChain:
 
 
 def _in_order(tree: Any, order: Tensor) -> Any:
-    """Return a nesting with the rows of its tensors in another order."""
-
     def ordered(one: Tensor) -> Tensor:
         has_rows = one.ndim and len(one) == len(order)
         return one[order.to(one.device)] if has_rows else one

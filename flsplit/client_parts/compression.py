@@ -128,10 +128,7 @@ class Compression(ClientPart):
     def unpack(self, packed: Packed, memory: Memory) -> Tensor:
         """Return the tensor that was packed; ``memory`` is what this end remembers.
 
-        Raises
-        ------
-        ProtocolError
-            If the pieces are none of this part's.
+        ProtocolError if the pieces are none of this part's.
         """
         try:
             found = self.decode(packed.pieces, packed.shape)
@@ -435,10 +432,7 @@ def _keep(memory: Memory, rows: Tensor, base: Tensor, times: Tensor) -> None:
 def compressing(parts: Sequence[ClientPart], record: str) -> Compression | None:
     """Return the part that packs the record of this name, None if there is none.
 
-    Raises
-    ------
-    ConfigError
-        If there are two.
+    ConfigError if there are two.
     """
     place = PLACES[record]
     found = [one for one in parts if isinstance(one, Compression) and one.place == place]

@@ -64,10 +64,7 @@ def make_part(described: object) -> ClientPart:
 def describe_parts(parts: Sequence[ClientPart]) -> str:
     """Return what is sent of a method's parts: for each its name, class and arguments, as JSON.
 
-    Raises
-    ------
-    ConfigError
-        If something is no client part, or one that can't be sent.
+    ConfigError if something is no client part, or one that can't be sent.
     """
     described = []
     for part in parts:
@@ -93,12 +90,8 @@ def build_parts(text: str, own: Sequence[type[ClientPart]], client: str) -> list
 
     ``own`` are classes that the ClientApp has beside those that are installed.
 
-    Raises
-    ------
-    ProtocolError
-        If the text is malformed.
-    ConfigError
-        If this client has no part of a name, or can't make it with these arguments.
+    ProtocolError if the text is malformed. ConfigError if this client has no part of a name, or
+    can't make it with these arguments.
     """
     if not text:
         return []

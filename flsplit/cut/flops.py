@@ -28,10 +28,7 @@ class CountedSurvey(Survey):
     ``flops`` has those of a module's last call by its name, ``total_flops`` those of the whole
     pass.
 
-    Raises
-    ------
-    CutError
-        If the model can't run on such a batch.
+    CutError if the model can't run on such a batch.
     """
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:

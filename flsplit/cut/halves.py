@@ -100,10 +100,7 @@ class Half(nn.Module):
     ) -> Any:
         """Load this side's state.
 
-        Raises
-        ------
-        StateDictError
-            If keys of this side are missing or others are there, and ``strict`` is set.
+        StateDictError if keys of this side are missing or others are there, and ``strict`` is set.
         """
         if strict:
             check_keys(f"the {self.side} segment's state dict", state_dict, [*self.state_dict()])

@@ -58,10 +58,8 @@ def look(
 ) -> Look:
     """Follow the forward of a copy of a model with one batch.
 
-    Raises
-    ------
-    UnknownCutError, CrossingError, SharedStateError, EmptySegmentError, CutError
-        If the model can't be cut like this.
+    UnknownCutError, CrossingError, SharedStateError, EmptySegmentError or CutError if the model
+    can't be cut like this.
     """
     try:
         return _look(model, cut, args, kwargs, share)

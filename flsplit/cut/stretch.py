@@ -64,10 +64,8 @@ class Crossing:
     ) -> None:
         """Go on with the gradients that the server found, by name, and those of what was kept.
 
-        Raises
-        ------
-        CrossingError
-            If a gradient has another shape than its tensor, or no tensor of that name needs one.
+        CrossingError if a gradient has another shape than its tensor, or no tensor of that name
+        needs one.
         """
         found = {name: g for name, g in gradients.items() if g is not None}
         for name, gradient in found.items():

@@ -45,7 +45,6 @@ def _short(value: SmashedValue) -> str:
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Align the name to the left and everything else to the right."""
     first = row[0].ljust(widths[0])
     rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
     return "  ".join([first, *rest])

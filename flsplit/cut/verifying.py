@@ -25,10 +25,7 @@ def verify(
     on a value that crosses, say) shows here. There is one more model in memory at a time: first
     the whole, then its parts, each with its own side's weights.
 
-    Raises
-    ------
-    CutError
-        If they differ.
+    CutError if they differ.
     """
     expected, result, learns = _whole_step(model, args, kwargs)
     free_copies(model)

@@ -36,13 +36,7 @@ class Unresolved:
     aliases: frozenset[str]
 
     def resolved(self, traces: Mapping[str, Trace]) -> Crossing:
-        """Return the crossing.
-
-        Raises
-        ------
-        ProtocolError
-            If no such trace has come.
-        """
+        """Return the crossing; ProtocolError if no such trace has come."""
         if self.digest not in traces:
             raise ProtocolError(f"crossing: trace is {self.digest!r}, which has not been sent")
         return Crossing(self.values, Trace(traces[self.digest].calls, self.numbers), self.aliases)
@@ -65,13 +59,7 @@ def put_smashed(
 def get_smashed(
     arrays: ArrayRecord, crossings: ConfigRecord | None, place: str, field: str
 ) -> Tensor | Unresolved:
-    """Return the smashed data at a place.
-
-    Raises
-    ------
-    ProtocolError
-        If it isn't there, or can't be read.
-    """
+    """Return the smashed data at a place; ProtocolError if it isn't there, or can't be read."""
     if crossings is None or f"{place}.trace" not in crossings:
         if place not in arrays:
             raise ProtocolError(f"{field}: there is no array {place!r}, but {list(arrays)[:5]}")

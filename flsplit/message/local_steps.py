@@ -81,7 +81,6 @@ def _get_uploads(records: Records) -> dict[int, Batch]:
 
 
 def _step_in(key: str) -> int:
-    """Return the step that an array's place begins with."""
     step = re.match("[0-9]{1,9}", key)
     if step is None or str(int(step.group())) != step.group():
         raise ProtocolError(f"smashed-data: key is {key!r}, expected a step")

@@ -36,10 +36,7 @@ def nesting(key: str) -> Slot:
 def arrays_of(tree: Any, place: str) -> dict[str, Array]:
     """Return the tensors of a nesting, by their places.
 
-    Raises
-    ------
-    DataError
-        If there is something else than tensors in it, or a name that can't be written.
+    DataError if there is something else than tensors in it, or a name that can't be written.
     """
     return {where: to_array(tensor) for where, tensor in _tensors_in(tree, place)}
 
@@ -62,10 +59,7 @@ def _tensors_in(tree: Any, place: str) -> Iterator[tuple[str, Tensor]]:
 def get_nesting(arrays: ArrayRecord, place: str, *, field: str) -> Any:
     """Return the nesting whose arrays' names begin with ``place``; tuples come for lists, too.
 
-    Raises
-    ------
-    ProtocolError
-        If there is none, or the arrays' names are no places of one nesting.
+    ProtocolError if there is none, or the arrays' names are no places of one nesting.
     """
     if len(arrays) == 1 and place in arrays:  # a tensor alone, as in most messages
         return to_tensor(arrays[place], field=field)

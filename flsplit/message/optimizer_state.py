@@ -109,10 +109,7 @@ def _from_json(tree: Any, arrays: ArrayRecord, key: str) -> Any:
 def state_from_records(arrays: ArrayRecord, numbers: ConfigRecord) -> IndexedState:
     """Return the state in records of :func:`state_to_records`.
 
-    Raises
-    ------
-    ProtocolError
-        If a key is not ``"<index>/<name>"`` or an array can't be read.
+    ProtocolError if a key is not ``"<index>/<name>"`` or an array can't be read.
     """
     state: IndexedState = {}
     nested = tuple(f"{key}/" for key, value in numbers.items() if isinstance(value, list))

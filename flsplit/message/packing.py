@@ -45,10 +45,7 @@ def unpacked(content: RecordDict, name: str, unpack: Callable[[str, Packed], Ten
 
     ``content`` stays as it is; ``unpack`` takes a key and what came.
 
-    Raises
-    ------
-    ProtocolError
-        If what came can't be unpacked.
+    ProtocolError if what came can't be unpacked.
     """
     if PACKED not in content:
         return content

@@ -186,14 +186,9 @@ class Request(Content):
     def check(self, reply: Any) -> None:
         """Check what a reply holds; whose it is has been checked, and its plain fields.
 
-        Raises
-        ------
-        ProtocolError
-            If it isn't what was asked for, or its tensors can't be used.
-        SegmentMismatchError
-            If the client handed over another segment than it was given.
-        NonFiniteError
-            If smashed data or a segment handed over is NaN or infinite.
+        ProtocolError if it isn't what was asked for, or its tensors can't be used.
+        SegmentMismatchError if the client handed over another segment than it was given.
+        NonFiniteError if smashed data or a segment handed over is NaN or infinite.
         """
 
 

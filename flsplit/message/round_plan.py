@@ -105,10 +105,7 @@ class RoundPlan(Fields):
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """Return the plan with other values, by field.
 
-        Raises
-        ------
-        ConfigError
-            If there is no such field, or it can't have this value.
+        ConfigError if there is no such field, or it can't have this value.
         """
         known = [one.name for one in fields(self)]
         if unknown := [name for name in changes if name not in known]:

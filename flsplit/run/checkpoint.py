@@ -69,12 +69,8 @@ class Checkpoints:
     def begin(self, experiment: str) -> None:
         """Make the folder that of a new run; one of the same kind that was here is set aside.
 
-        Raises
-        ------
-        ConfigError
-            If the folder has checkpoints of another run.
-        StorageError
-            If it can't be read or written.
+        ConfigError if the folder has checkpoints of another run. StorageError if it can't be read
+        or written.
         """
         if rounds := self._rounds.rounds():
             found = self._run_in_folder()
@@ -95,13 +91,8 @@ class Checkpoints:
     def save(self, clients: State, history: History) -> None:
         """Write down where the run is, after the last round of ``history``.
 
-        Raises
-        ------
-        ConfigError
-            If the method remembers something and has no ``state_dict``, or one that can't be
-            stored.
-        StorageError
-            If a file can't be written.
+        ConfigError if the method remembers something and has no ``state_dict``, or one that can't
+        be stored. StorageError if a file can't be written.
         """
         self._check_state()
         state = {
@@ -119,12 +110,8 @@ class Checkpoints:
         Return what :meth:`save` was told of the clients, the history so far, and the experiment's
         name.
 
-        Raises
-        ------
-        ConfigError
-            If there is no checkpoint, or one of another run than this.
-        StorageError
-            If none can be read.
+        ConfigError if there is no checkpoint, or one of another run than this. StorageError if none
+        can be read.
         """
         if not self._rounds.rounds():
             raise ConfigError(f"resume: there is no checkpoint in {self._rounds.folder}")

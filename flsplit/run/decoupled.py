@@ -19,13 +19,13 @@ from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.message.steps import FinishReply
 from flsplit.nested import shapes_of
 from flsplit.run.ahead import FurtherParts
+from flsplit.run.arguments import one_of, whole
 from flsplit.run.held_memory import HeldMemory
 from flsplit.run.options import of_kind
 from flsplit.run.round import Round
 from flsplit.run.step import Step
 from flsplit.run.strategy import SplitStrategy
 from flsplit.seeds import derive_seed, seeded
-from flsplit.server.arguments import one_of, whole
 from flsplit.server.client_batch import ClientBatch
 from flsplit.storage import State
 from flsplit.untrained import copied

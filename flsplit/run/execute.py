@@ -33,7 +33,7 @@ from flsplit.run.report import log_round
 from flsplit.run.result import SplitResult
 from flsplit.run.round import Round
 from flsplit.run.run_clock import make_clock
-from flsplit.run.run_identity import Identity, describe
+from flsplit.run.run_identity import Identity, describe, identity_of
 from flsplit.seeds import derive_seed, set_aside
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits
@@ -114,7 +114,7 @@ class Run:
         """Return what tells this run from others: its method's identity, and what is told here."""
         configs = {"train_config": self.train_config, "evaluate_config": self.evaluate_config}
         given = {f"{what}.{k}": v for what, one in configs.items() for k, v in (one or {}).items()}
-        found = self.strategy.identity()
+        found = identity_of(self.strategy)
         for name, value in given.items():
             found |= describe(name, value)
         return found
@@ -137,7 +137,6 @@ class Run:
 
     @cached_property
     def _fits(self) -> Fits:
-        """What training has shown to fit together; evaluation is judged by itself."""
         pooled = self.strategy.options.server_batchnorm == "pooled"
         return Fits(self.strategy.server_for, pools=pooled and self.strategy.pools)
 
@@ -268,7 +267,6 @@ class Run:
         return round_
 
     def _present(self, clients: Clients, but: Set[str]) -> list[str]:
-        """Return who is connected, without some, as long as the others are enough."""
         names = clients.directory.discover()
         others = [name for name in names if name not in but]
         return others if len(others) >= max(1, self.strategy.least_clients()) else names

@@ -22,10 +22,7 @@ class HistoryFile:
     def add(self, entry: RoundEntry) -> State:
         """Write a round's line, and return what :meth:`read` needs to find the file's end again.
 
-        Raises
-        ------
-        StorageError
-            If the file can't be written.
+        StorageError if the file can't be written.
         """
         line = (json.dumps(entry.to_json(), allow_nan=False) + "\n").encode()
         try:
@@ -44,12 +41,7 @@ class HistoryFile:
     def read(self, end: State) -> History:
         """Return the history up to where :meth:`add` said that it ends, and go on from there.
 
-        Raises
-        ------
-        BrokenFileError
-            If it isn't what was written.
-        StorageError
-            If the file can't be read.
+        BrokenFileError if it isn't what was written. StorageError if the file can't be read.
         """
         try:
             with open(self.path, "rb") as file:

@@ -23,8 +23,8 @@ from flsplit.cut.partial_forward import places_of
 from flsplit.errors import ConfigError
 from flsplit.log import logger
 from flsplit.losses import Loss
+from flsplit.run.arguments import one_of, whole
 from flsplit.run.callbacks import Callback
-from flsplit.server.arguments import one_of, whole
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.fleet_file import find_fleet
 
@@ -245,7 +245,6 @@ class SplitOptions:
             )
 
     def _check_kept_labels(self) -> None:
-        """Refuse what needs labels at the server."""
         where = f"cut is {self.cut!r}, so labels stay at the clients:"
         if not all(places_of(cut)[1] for cut in all_cuts(self.cut)):
             raise ConfigError(f"{where} then those of all clients do, and all are cut twice")
@@ -342,7 +341,6 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Raise ConfigError for what isn't an object like those of torchmetrics."""
     for name, metric in metrics.items():
         if isinstance(metric, type):
             raise ConfigError(

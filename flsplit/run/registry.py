@@ -10,8 +10,8 @@ from torch import nn
 
 from flsplit.client_parts import make_part
 from flsplit.errors import ConfigError
-from flsplit.run.method import argument_names
 from flsplit.run.options import refuse_unknown
+from flsplit.run.own_arguments import argument_names
 from flsplit.run.strategy import SplitStrategy
 from flsplit.wireless.phases import Method, Training
 from flsplit.wireless.profile import ModelProfile
@@ -70,10 +70,7 @@ def plan_method(
     the whole model. A batch size and a number of steps in the arguments go before ``training``, as
     in a run they go before an app's own.
 
-    Raises
-    ------
-    ConfigError
-        If there is no such strategy, or it refuses its arguments.
+    ConfigError if there is no such strategy, or it refuses its arguments.
     """
     given = arguments_table(strategy_args)
     if name == FEDAVG.name:
@@ -97,10 +94,7 @@ def plan_method(
 def arguments_table(strategy_args: str) -> dict[str, Any]:
     """Return the table that ``strategy_args`` is, as it is written.
 
-    Raises
-    ------
-    ConfigError
-        If it is no TOML inline table.
+    ConfigError if it is no TOML inline table.
     """
     try:
         loaded = tomllib.loads(f"args = {strategy_args or '{}'}")

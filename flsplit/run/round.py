@@ -121,10 +121,7 @@ class Round:
     def plan_of(self, client: str) -> RoundPlan:
         """Return a client's plan: the round's, but for what ``overrides`` says.
 
-        Raises
-        ------
-        ConfigError
-            If that can't be used.
+        ConfigError if that can't be used.
         """
         if client not in self.overrides:
             return self.plan
@@ -247,10 +244,7 @@ class Round:
 
         ``outputs`` are by client, who has the layers that come after them.
 
-        Raises
-        ------
-        LostClientsError
-            If not all clients answer; those that don't are left out of the round.
+        LostClientsError if not all clients answer; those that don't are left out of the round.
         """
         requests = {
             name: TailRequest(self.plan.server_round, step, one) for name, one in outputs.items()

@@ -42,10 +42,7 @@ class Scores:
     def update(self, output: Any, labels: Any, loss: float, count: Count) -> None:
         """Count a test batch, its mean loss and what that is over.
 
-        Raises
-        ------
-        ConfigError
-            If a metric can't take the logits or labels; the batch isn't counted then.
+        ConfigError if a metric can't take the logits or labels; the batch isn't counted then.
         """
         logits = logits_of(output)
         for name, metric in self._metrics.items():

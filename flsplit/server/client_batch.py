@@ -59,13 +59,7 @@ class ClientBatch:
 
     @property
     def tensor(self) -> Tensor:
-        """The smashed data as one tensor.
-
-        Raises
-        ------
-        MethodError
-            If several values cross.
-        """
+        """The smashed data as one tensor; MethodError if several values cross."""
         if isinstance(self.smashed, Tensor):
             return self.smashed
         raise MethodError(
@@ -84,10 +78,7 @@ def named(batches: Sequence[ClientBatch]) -> str:
 def pool(smashed: Sequence[Tensor], batches: Sequence[ClientBatch]) -> Tensor:
     """Return the clients' smashed data, concatenated.
 
-    Raises
-    ------
-    SegmentMismatchError
-        If one client's differs from another's in more than the number of rows.
+    SegmentMismatchError if one client's differs from another's in more than the number of rows.
     """
     if len(smashed) == 1:
         return smashed[0]
@@ -104,10 +95,8 @@ def pool(smashed: Sequence[Tensor], batches: Sequence[ClientBatch]) -> Tensor:
 def pool_labels(batches: Sequence[ClientBatch]) -> Any:
     """Return the clients' labels, concatenated.
 
-    Raises
-    ------
-    DataError
-        If one client's differ from those of most in more than the number of rows; it names it.
+    DataError if one client's differ from those of most in more than the number of rows; it names
+    it.
     """
     kinds = [
         tuple((place, leaf.shape[1:]) for place, leaf in leaves_of(batch.labels))

@@ -188,7 +188,6 @@ class Clients:
             self.trained[name] = self._begun[name]
 
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
-        """Account for what was sent, and tell the clock."""
         self.exchanges += 1
         broadcast = 0
         for request in sent.requests.values():
@@ -232,7 +231,8 @@ class Clients:
 
     def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
         content = request.to_content()
-        self.links.pack(name, request.packed, content)
+        if self.links.parts:
+            self.links.pack(name, request.packed, content)
         count(content, request.categories, traffic, sends=self._sends)
         if request.backward and request.backward.shared_rows:  # counted once for all
             traffic.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
@@ -255,7 +255,9 @@ class Clients:
         if message.has_error():
             raise_error(message)
         content = message.content
-        read = self.links.unpack(name, request.answer.packed, content)
+        read = content
+        if self.links.parts:
+            read = self.links.unpack(name, request.answer.packed, content)
         reply = request.answer.from_content(read)
         if reply.traces:
             self._learn_traces(name, reply.traces)

@@ -108,10 +108,7 @@ def gradients_by_cut(
     renormalised over the clients that leave a parameter to the server, so that it is trained on a
     weighted mean of their losses, as those that all leave to it are.
 
-    Raises
-    ------
-    MethodError
-        If each client's own gradients were computed with ``low_memory``.
+    MethodError if each client's own gradients were computed with ``low_memory``.
     """
     groups = grouped_by_cut(segment, batches)
     found = results([compute(part, own) for part, own in groups], ask)

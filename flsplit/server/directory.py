@@ -64,13 +64,9 @@ class Directory:
     def wait_for(self, minimum: int) -> list[str]:
         """Return the connected clients once there are at least ``minimum``.
 
-        Raises
-        ------
-        NotEnoughClientsError
-            If there are fewer after ``timeout`` seconds, or at once where none can join: over a
-            grid in this process.
-        BrokenAppError
-            If no node can run the ClientApp, nor another comes that can.
+        NotEnoughClientsError if there are fewer after ``timeout`` seconds, or at once where none
+        can join: over a grid in this process. BrokenAppError if no node can run the ClientApp, nor
+        another comes that can.
         """
         timeout, told = self._timeout if self._can_join else 0.0, False
         for _ in polling(timeout):

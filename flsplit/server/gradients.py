@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ class Passed:
 
 def forward(segment: ServerSegment, batches: Sequence[ClientBatch]) -> Passed:
     """Run the concatenated smashed data of clients through the server segment."""
-    leaves = [as_leaves(batch.smashed) for batch in batches]
+    leaves = list(map(as_leaves, map(attrgetter("smashed"), batches)))
     try:
         if len(batches) == 1:
             outputs = [segment.forward(leaves[0], batches[0].labels)]
@@ -266,7 +267,6 @@ def _twice_computed(
 
 
 def _add_client(result: StepGradients, segment: ServerSegment, passed: Passed) -> ServerGradients:
-    """Add all of one client's gradients to ``result`` but the server's, which are returned."""
     own = backward(segment, passed, {passed.batches[0].client: 1.0})
     result.losses |= own.losses
     result.counts |= own.counts

@@ -23,17 +23,17 @@ class Links:
     """What is packed on its way to clients, and unpacked when it comes."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, Compression] = {}  # by record
+        self.parts: dict[str, Compression] = {}  # by record, what the round's plan says
         self._memory: dict[str, dict[str, Memory]] = {}
 
     def follow(self, parts: Sequence[ClientPart]) -> None:
         """Do as the client parts of a round's plan say."""
         found = {record: compressing(parts, record) for record in PLACES}
-        self._parts = {record: part for record, part in found.items() if part}
+        self.parts = {record: part for record, part in found.items() if part}
 
     def pack(self, client: str, record: str, content: RecordDict) -> None:
         """Pack a record of a message, if the plan says so and it is there."""
-        part = self._parts.get(record)
+        part = self.parts.get(record)
         if part is None or record not in content:
             return
         packed = {
@@ -45,12 +45,9 @@ class Links:
     def unpack(self, client: str, record: str, content: RecordDict) -> RecordDict:
         """Return what a client answered, with a record unpacked that the plan says is packed.
 
-        Raises
-        ------
-        ProtocolError
-            If it can't be.
+        ProtocolError if it can't be.
         """
-        part = self._parts.get(record)
+        part = self.parts.get(record)
         if part is None:
             return content
         return unpacked(content, record, partial(self._unpacked, client, part, record))

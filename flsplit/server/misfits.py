@@ -67,7 +67,6 @@ class Fits:
         return server, _rows_of(smashed), _rows_of(labels)
 
     def _problem(self, client: str, smashed: Smashed, labels: Any) -> FlsplitError | None:
-        """Try a batch of a new kind."""
         if (kind := self._kind(client, smashed, labels)) in self._taken:
             return None
         segment = self._server_for(client)

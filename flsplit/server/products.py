@@ -151,7 +151,6 @@ def layer_gram(layer: Sequence[KeptGradient]) -> Tensor:
 
 
 def _all_factors(layer: Sequence[KeptGradient]) -> list[Factors]:
-    """Return the layer's factors, if that is what all clients have."""
     factors = [one for one in layer if isinstance(one, Factors)]
     return factors if len(factors) == len(layer) else []
 
@@ -176,7 +175,6 @@ def _factors_gram(factors: list[Factors]) -> Tensor:
 
 
 def _tensors_gram(layer: Sequence[Tensor | None]) -> Tensor:
-    """Return the inner products in float64, block by block."""
     size = len(layer)
     total = torch.zeros(size, size, dtype=torch.float64)
     present = [index for index, gradient in enumerate(layer) if gradient is not None]

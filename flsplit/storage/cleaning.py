@@ -68,10 +68,7 @@ def find_leftovers(
 def remove(leftover: Leftover) -> None:
     """Remove a folder that may go; nothing that flsplit didn't write, and what is left around it.
 
-    Raises
-    ------
-    StorageError
-        If it is in use by now, or can't be removed.
+    StorageError if it is in use by now, or can't be removed.
     """
     lock = FolderLock(leftover.folder)
     if not lock.take():

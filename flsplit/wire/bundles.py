@@ -44,10 +44,7 @@ def bundled(frames: Iterator[bytes], more_wait: Callable[[], bool]) -> Iterator[
 def unbundled(payload: bytes) -> Iterator[bytes]:
     """Yield the frames in what one gRPC message holds.
 
-    Raises
-    ------
-    WireError
-        If it is a bundle whose lengths do not fit.
+    WireError if it is a bundle whose lengths do not fit.
     """
     if payload[:1] != _BUNDLE_BYTE:
         yield payload

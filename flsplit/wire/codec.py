@@ -46,10 +46,7 @@ def encode(envelope: Envelope, message: Message, max_bytes: int = DEFAULT_MAX_BY
 
     What it holds is taken down at once: later changes to the message are not sent.
 
-    Raises
-    ------
-    WireError
-        If the message holds something that the format cannot carry, or is too long.
+    WireError if the message holds something that the format cannot carry, or is too long.
     """
     parcel = Parcel(*write_header(envelope, message))
     _check_length("header", len(parcel.header), MAX_HEADER_BYTES)
@@ -80,10 +77,7 @@ class Decoder:
     def add(self, frame: bytes) -> tuple[Envelope, Message, int] | None:
         """Take one frame; return envelope, message and its size once it is complete.
 
-        Raises
-        ------
-        WireError
-            If the frame does not fit, naming the field, what was expected and what came.
+        WireError if the frame does not fit, naming the field, what was expected and what came.
         """
         if self._failed:
             raise WireError("frame", "none after an error", Told("another frame"))

@@ -95,10 +95,7 @@ class TokenBook:
     def issue(self, host: str, epoch: int = 0) -> str:
         """Return a new token for `host`; its earlier ones stop being good.
 
-        Raises
-        ------
-        ValueError
-            If the host has been given one of a later epoch.
+        ValueError if the host has been given one of a later epoch.
         """
         token = secrets.token_urlsafe(_TOKEN_BYTES)
         digest = _digest(token)
@@ -116,10 +113,7 @@ class TokenBook:
     def redeem(self, token: str) -> Ticket:
         """Return whom `token` belongs to, and never again.
 
-        Raises
-        ------
-        TokenRefused
-            If it is unknown, used already, or replaced by a newer one.
+        TokenRefused if it is unknown, used already, or replaced by a newer one.
         """
         # Looked up by digest: how long that takes tells nothing about the tokens that there are.
         found = _digest(token)

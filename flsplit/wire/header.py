@@ -152,10 +152,7 @@ class CheckedHeader:
 def write_header(envelope: Envelope, message: Message) -> tuple[bytes, list[bytes]]:
     """Return the header of `message` and the segments that follow it.
 
-    Raises
-    ------
-    WireError
-        If the message holds something that the format cannot carry.
+    WireError if the message holds something that the format cannot carry.
     """
     segments: list[bytes] = []
     metadata = message.metadata
@@ -178,13 +175,7 @@ def write_header(envelope: Envelope, message: Message) -> tuple[bytes, list[byte
 
 
 def read_header(raw: bytes) -> CheckedHeader:
-    """Return the checked header.
-
-    Raises
-    ------
-    WireError
-        If anything in it does not fit.
-    """
+    """Return the checked header; WireError if anything in it does not fit."""
     fields = _check_fields(parse_json("header", raw))
     if (fields.records is UNSET) is (fields.error is UNSET):
         found = "neither" if fields.error is UNSET else "both"

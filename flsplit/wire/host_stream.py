@@ -85,10 +85,7 @@ class HostStream:
         ``token`` is what the server has issued for this host; ``certificate_pem`` the only
         certificate to trust, None to dial without TLS. The bounds are as in `SessionServer`.
 
-        Raises
-        ------
-        DialError
-            If it cannot be opened. It names the address and a remedy.
+        DialError if it cannot be opened. It names the address and a remedy.
         """
         introduction = write_hello(hello)
         channel = open_channel(address, certificate_pem, keepalive or Keepalive())
@@ -114,14 +111,8 @@ class HostStream:
     def send(self, envelope: Envelope, message: Message, timeout: float | None = None) -> int:
         """Send a message to the server; returns its bytes on the wire once it is queued.
 
-        Raises
-        ------
-        WireError
-            If the message cannot be sent as it is; the stream is unharmed.
-        StreamEnded
-            If the stream is over.
-        TimeoutError
-            If there is no room within `timeout` seconds.
+        WireError if the message cannot be sent as it is; the stream is unharmed. StreamEnded if the
+        stream is over. TimeoutError if there is no room within `timeout` seconds.
         """
         parcel = encode(envelope, message, self._max_message_bytes)
         self._outbox.put(parcel.frames(), parcel.size, timeout)

@@ -139,7 +139,6 @@ class FleetClock:
         self._compute(self._costs.alignment_flops(rows, epochs), started)
 
     def _compute(self, flops: float, started: float) -> None:
-        """Let the server compute: FLOPs by its FLOP/s."""
         took = flops / self._fleet.server.compute_flops
         self._server_at += took
         self._play(started, took)

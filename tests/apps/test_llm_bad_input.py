@@ -7,10 +7,10 @@ import torch
 from llm.data import load_partition
 from llm.models import cut_name, load_base, num_client_blocks
 from llm.sequences import IGNORED, Sequences, loader, make_sequences
-from llm.server_app import describe
+from llm.server_app import describe, perplexity_of_clients, prepared_model
 from llm.texts import Document, docstrings, documents_of, public_texts
 from llm.tokenizing import VOCABULARY, trained_tokenizer
-from llm_runs import bytewise_tokenizer, config_of, context_of, new_model, save_tiny
+from llm_runs import FAMILIES, bytewise_tokenizer, config_of, context_of, new_model, save_tiny
 from transformers import AutoModelForCausalLM, GPT2Config
 
 TEXTS = [Document("one", "a" * 40), Document("two", "b" * 7)]
@@ -54,6 +54,44 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
 def test_sequences_beyond_the_models_positions_are_refused(tiny):
     with pytest.raises(ValueError, match="which has 64 positions: expected 2"):
         load_base(config_of(tiny, seq_length=65))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cut": 9}, "cut='9' is no block"),
+        ({"rank": -1}, "rank=-1, expected"),
+        ({"data": "x"}, "data='x' is unknown"),
+        ({"strategy": "x"}, "there is no strategy 'x'"),
+        ({"strategy_args": "{upload = 3}"}, "has no argument 'upload'"),
+        ({"strategy": "fsl-sage", "label_private": True}, "can't do without them"),
+        ({"adapt": "client", "train_head": False}, "leave the server nothing to train, expected"),
+    ],
+    ids=lambda one: "-".join(one) if isinstance(one, dict) else "",
+)
+def test_what_is_wrong_is_said_before_the_base_is_trained(changes, said, monkeypatch):
+    monkeypatch.setattr("llm.server_app.train_base", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(ValueError, match=said):
+        prepared_model(config_of("gpt2-small", **changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_a_tokenizer_is_refused(family, tmp_path):
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model='{tmp_path}' comes without a tokenizer"):
+        load_base(config_of(str(tmp_path)))
+
+
+def test_a_model_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    place = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"model='{place}' is none of gpt2-small, llama-small"):
+        load_base(config_of(place))
+
+
+def test_held_out_text_that_is_all_prompt_is_refused(tiny):
+    config = config_of(tiny, data="instructions", seq_length=8)
+    with pytest.raises(ValueError, match="seq-length=8 leaves no sequence of data='instructions'"):
+        perplexity_of_clients(new_model(config), config, 1)
 
 
 def test_unknown_values_are_refused_with_those_that_there_are(tiny):

@@ -63,11 +63,11 @@ def test_fedavg_of_one_client_is_plain_fine_tuning(tiny):
     twin = methods.add_adapters(methods.load_base(config), config)
     twin.load_state_dict(model.state_dict())
     loader = methods.client_data(config, 0, 1)[0]
-    found = methods.fedavg(model, config, [loader])
+    found = methods.fedavg(model, config, [loader], [loader])
 
     optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=0.01)
-    batches = methods.batches_of(loader, 0)
-    for _ in range(methods.ROUNDS * methods.STEPS):
+    batches, rounds = methods.batches_of(loader, 0, config["batch-size"]), 2
+    for _ in range(rounds * config["local-steps"]):
         batch = next(batches)
         loss = methods.next_token(twin(input_ids=batch["input_ids"]), batch["labels"])
         optimizer.zero_grad()
@@ -76,4 +76,6 @@ def test_fedavg_of_one_client_is_plain_fine_tuning(tiny):
     for name, parameter in twin.named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], parameter), name
     trained = sum(p.numel() for p in twin.parameters() if p.requires_grad)
-    assert found["bytes"] == 2 * 4 * trained * methods.ROUNDS
+    assert [point["bytes"] for point in found["curve"]] == [2 * 4 * trained, 2 * 4 * trained * 2]
+    tokens = config["local-steps"] * config["batch-size"] * config["seq-length"]
+    assert found["up"] == found["down"] == 4 * trained / tokens

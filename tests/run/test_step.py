@@ -13,7 +13,7 @@ from flsplit.cut import split
 from flsplit.errors import MethodError, NonFiniteError
 from flsplit.losses import Criterion
 from flsplit.run import ParallelStrategy
-from flsplit.run.step import client_shares
+from flsplit.run.shares import client_shares
 from flsplit.server.client_batch import ClientBatch
 from tests.server.one_step import MadeUpRound, RecordedSegment, make_step
 

@@ -102,6 +102,8 @@ def add_adapters(model: nn.Module, config: RunConfig) -> nn.Module:
     another kind has its words in other numbers, and low ranks can't say that.
     """
     rank = int(config["rank"])
+    if rank < 0:
+        raise ValueError(f"rank={rank}, expected that of the adapters, or 0 for none")
     if rank == 0:
         return model
     where = one_of(config, "adapt", ADAPT)
@@ -177,7 +179,7 @@ def _blocks(config: RunConfig) -> tuple[str, int]:
 @lru_cache
 def _blocks_of(name: str) -> tuple[str, int]:
     """Return the name of a model's list of blocks, and its length."""
-    config = RANDOM.get(name) or AutoConfig.from_pretrained(name)
+    config = RANDOM.get(name) or config_at(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     number = config.num_hidden_layers
@@ -206,9 +208,26 @@ def one_of(config: RunConfig, key: str, known: Mapping[str, object] | tuple[str,
     return found
 
 
+def config_at(place: str) -> PretrainedConfig:
+    """Return the configuration of a model by its name on a hub, or in a folder.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model={place!r} is none of {', '.join(RANDOM)}, and neither the absolute path of a "
+            f"model's folder on this machine nor a name on a hub that can be reached: {error}"
+        ) from error
+
+
 def _config_of(config: RunConfig) -> PretrainedConfig:
     name = str(config["model"])
-    found = copy.deepcopy(RANDOM[name]) if name in RANDOM else AutoConfig.from_pretrained(name)
+    found = copy.deepcopy(RANDOM[name]) if name in RANDOM else config_at(name)
     # Training needs no keys and values. But without them models look whether positions are those of
     # packed sequences, which the server then has to know; auxiliary models take one tensor only.
     found.use_cache = config["strategy"] in DECOUPLED

@@ -1,5 +1,6 @@
 """The server: trains the other blocks, and says what the model was worth before and after."""
 
+import copy
 import itertools
 import logging
 import math
@@ -20,6 +21,7 @@ from flsplit.carry.polling import polling
 from flsplit.run import SplitResult, SplitStrategy, make_strategy
 from llm.auxiliary import SequenceHead, next_token
 from llm.base import perplexity, train_base
+from llm.checking import check
 from llm.data import client_data
 from llm.generating import generate
 from llm.models import (
@@ -46,14 +48,14 @@ def main(grid: Grid, context: Context) -> None:
     if (threads := int(config["torch-threads"])) > 0:
         torch.set_num_threads(threads)
     model = prepared_model(config)
+    strategy = checked_strategy(config, model)
     describe(model, cut_name(config))
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     num_clients = number_of(grid)
     before = perplexity_of_clients(model, config, num_clients)
 
-    result = strategy_of(config, model).start(
-        grid, model.state_dict(), num_rounds=int(config["num-server-rounds"])
-    )
+    rounds = int(config["num-server-rounds"])
+    result = strategy.start(grid, model.state_dict(), num_rounds=rounds)
     result.history.save(folder / "history.jsonl")
     trained, tokenizer, written = whole_models(result), load_tokenizer(config), []
     model.cpu()  # on a GPU a part of it is there now
@@ -84,6 +86,8 @@ def prepared_model(config: RunConfig) -> nn.Module:
     torch.manual_seed(int(config["seed"]))
     base, steps = load_base(config), int(config["base-steps"])
     if begins_random(config) and steps:
+        with torch.random.fork_rng(devices=[]):
+            checked_strategy(config, add_adapters(copy.deepcopy(base), config))  # before the wait
         started = time.perf_counter()
         train_base(base, load_tokenizer(config), steps, int(config["seed"]))
         logger.info(
@@ -106,7 +110,18 @@ def describe(model: nn.Module, cut: str) -> None:
 def perplexity_of_clients(model: nn.Module, config: RunConfig, num_clients: int) -> float:
     """Return the perplexity of the text that clients hold out, which is public here."""
     loaders = [client_data(config, client, num_clients)[1] for client in range(num_clients)]
+    if not any(len(loader.dataset) for loader in loaders):
+        raise ValueError(
+            f"seq-length={config['seq-length']} leaves no sequence of data={config['data']!r} "
+            "with a label that is not masked, expected a longer one"
+        )
     return perplexity(model, itertools.chain.from_iterable(loaders))
+
+
+def checked_strategy(config: RunConfig, model: nn.Module) -> SplitStrategy:
+    """Return the strategy, or refuse what could not be trained."""
+    check(model, config)
+    return strategy_of(config, model)
 
 
 def strategy_of(config: RunConfig, model: nn.Module) -> SplitStrategy:

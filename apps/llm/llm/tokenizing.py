@@ -34,9 +34,14 @@ def tokenizer_at(place: str) -> PreTrainedTokenizerBase:
     Raises
     ------
     ValueError
-        If it has no token that ends a text.
+        If there is none, or it has no token that ends a text.
     """
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={place!r} comes without a tokenizer: {error}") from error
+    if not tokenizer("a")["input_ids"]:  # where files are missing, some are made that are empty
+        raise ValueError(f"model={place!r} comes without a tokenizer: none writes its text")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of model={place!r} has no end-of-text token")
     return tokenizer

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from flsplit.carry.session.hello import Hello
-from flsplit.carry.session.host import OWN_CLIENT
+from flsplit.carry.session.host import OWN_CLIENT, Hello
 from flsplit.flower_internals import SERVER_NODE_ID
 from flsplit.log import logger
 
