@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "fsha" in attacks or "fsha-sgd" in attacks:
             found = known_weights(private[:400], public[:800], seed)
             print(f"seed {seed}: known weights, no gradient: explained {found:.3f}", flush=True)
-        kinds = {"fsha": (Adam, RATE), "fsha-sgd": (partial(SGD, **MOMENTUM), 0.05)}
+        kinds = {"fsha": (Adam, RATE), "fsha-sgd": (partial(SGD, **MOMENTUM), 0.002)}
         for name, (optimizer, lr) in kinds.items():
             if name in attacks:
                 course = hijacking(
