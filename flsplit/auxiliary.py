@@ -70,10 +70,7 @@ def first_stage(parts: Split, shape: Sequence[int], num_classes: int) -> nn.Modu
     The first stage is the first module with parameters after the cut layer, among its siblings or
     else those of the module around it. Its weights are drawn anew.
 
-    Raises
-    ------
-    ConfigError
-        If there is none, or it can't take smashed data on its own.
+    ConfigError if there is none, or it can't take smashed data on its own.
     """
     name, stage = _first_stage_of(parts)
     for module in stage.modules():
@@ -118,25 +115,11 @@ def build_auxiliary(
 ) -> nn.Module:
     """Return an auxiliary model, with weights as torch's random state says.
 
-    Parameters
-    ----------
-    kind : {'linear', 'first-stage', 'given'}
-        How it is made.
-    shape : sequence of int
-        Shape of one row of smashed data.
-    num_classes : int
-        Classes.
-    given : callable or None
-        The user's function.
-    parts : callable
-        Returns the model, cut in two; called for ``first-stage`` only.
+    ``given`` is the user's function; ``parts`` returns the model, cut in two, and is called for
+    ``first-stage`` only.
 
-    Raises
-    ------
-    ConfigError
-        If it can't be made.
-    SegmentMismatchError
-        If it doesn't turn such smashed data into logits of these classes.
+    ConfigError if it can't be made. SegmentMismatchError if it doesn't turn such smashed data into
+    logits of these classes.
     """
     if kind == GIVEN:
         if given is None:

@@ -41,6 +41,7 @@ __all__ = [
     "NORM_BIT",
     "SERVER_NODE_ID",
     "Run",
+    "content_of",
     "ensure_task_identity",
     "made",
     "set_message_id",
@@ -82,3 +83,15 @@ def made(kind: type[R], values: dict[str, Any]) -> R:
     record = kind.__new__(kind)
     vars(record).update(_EMPTY[kind], _data=values)
     return record
+
+
+def content_of(records: dict[str, Any]) -> RecordDict:
+    """Return a message's content: each a record, or a kind of record and what it is made of."""
+    for name, one in records.items():
+        if type(one) is tuple:
+            kind, values = one
+            record = records[name] = kind.__new__(kind)  # as in `made`, without a call for each
+            vars(record).update(_EMPTY[kind], _data=values)
+    content = RecordDict.__new__(RecordDict)
+    vars(content).update(_EMPTY[RecordDict], _data=records)
+    return content

@@ -12,12 +12,7 @@ _said: set[tuple[str, str]] = set()
 def warn_once(run: str, text: str) -> None:
     """Log a warning that every client of a run, and every message, would repeat.
 
-    Parameters
-    ----------
-    run : str
-        Names the run; in another one of the same process it is said again.
-    text : str
-        The warning.
+    In another run of the same process it is said again.
     """
     if (run, text) not in _said:
         _said.add((run, text))
@@ -28,13 +23,6 @@ class RareLog:
     """Lets the first few lines of each minute through, and then says how many it has kept back.
 
     For what a stranger or one client can repeat as often as it likes.
-
-    Parameters
-    ----------
-    target : logging.Logger
-        Where warnings go.
-    per_minute : int
-        How many of them.
     """
 
     def __init__(self, target: logging.Logger, per_minute: int = 20) -> None:

@@ -40,10 +40,7 @@ class ModelLoss:
     def __call__(self, output: Any, labels: Any) -> Tensor:
         """Return ``output.loss``, ``output["loss"]``, or the first scalar of several outputs.
 
-        Raises
-        ------
-        ConfigError
-            If there is none.
+        ConfigError if there is none.
         """
         loss = getattr(output, "loss", None)
         if loss is None and isinstance(output, Mapping):
@@ -82,17 +79,7 @@ class Criterion:
     torch's own losses are watched while it computes: where one of them gives the mean itself, what
     the mean is over is known, whatever wraps it and however logits and labels were reshaped.
 
-    Parameters
-    ----------
-    loss : callable
-        See :data:`Loss`, or a :class:`ModelLoss`.
-    device : torch.device
-        Where its buffers, class weights say, are needed.
-
-    Raises
-    ------
-    ConfigError
-        If it has parameters of its own: nobody would train them.
+    ConfigError if it has parameters of its own: nobody would train them.
     """
 
     def __init__(self, loss: Loss, device: torch.device) -> None:
@@ -112,12 +99,8 @@ class Criterion:
     def __call__(self, output: Any, labels: Any) -> tuple[Tensor, Count]:
         """Return the mean loss, and what it counts in a mean over several batches.
 
-        Raises
-        ------
-        DataError
-            If the labels don't fit the output.
-        ConfigError
-            If the loss isn't one, or can't be differentiated.
+        DataError if the labels don't fit the output. ConfigError if the loss isn't one, or can't be
+        differentiated.
         """
         try:
             if self._is_torchs:
@@ -203,7 +186,7 @@ class _Call(NamedTuple):
         if self.function not in _CROSS_ENTROPY or options.get("reduction", "mean") != "mean":
             return None
         if labels.is_floating_point():  # class probabilities
-            return float(labels.numel() / logits.shape[_class_dim(logits)])
+            return float(labels.numel() / logits.shape[min(1, logits.ndim - 1)])
         if (weight := options.get("weight")) is None:
             return float(labels.numel() if self.all_count else self._counts.sum())
         return float(weight[labels[self._counts]].sum())
@@ -217,15 +200,13 @@ class _Call(NamedTuple):
             return int(((logits > 0) == (labels > 0.5)).sum()), labels.numel()
         if labels.is_floating_point():
             return 0, 0
-        found = logits.argmax(_class_dim(logits)) == labels
+        found = logits.argmax(min(1, logits.ndim - 1)) == labels
         if self.all_count:
             return int(found.sum()), labels.numel()
         return int((found & self._counts).sum()), int(self._counts.sum())
 
 
 class _Watch(TorchFunctionMode):
-    """Notes calls of torch's own losses."""
-
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []
@@ -258,10 +239,6 @@ _WATCHED = (
     functional.multi_margin_loss,
 )
 _NAMES = {one: tuple(inspect.signature(one).parameters) for one in _WATCHED}
-
-
-def _class_dim(logits: Tensor) -> int:
-    return min(1, logits.ndim - 1)
 
 
 def _right(logits: Any, labels: Any) -> tuple[int, int]:

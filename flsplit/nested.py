@@ -11,19 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     """Return ``tree`` with each tensor replaced by ``change(tensor)``.
 
-    Parameters
-    ----------
-    change : callable
-        What becomes of a tensor.
-    tree : nesting of tensors
-        Tuples and named tuples stay what they are, other sequences become lists and mappings
-        dicts. What is no tensor stays, the same object, and so do the lengths that a packed
-        sequence holds.
-
-    Returns
-    -------
-    nesting
-        New containers, in the order of the old ones.
+    These are new containers, in the order of the old ones: tuples and named tuples stay what they
+    are, other sequences become lists and mappings dicts. What is no tensor stays, the same object,
+    and so do the lengths that a packed sequence holds.
     """
     if isinstance(tree, Tensor):
         return change(tree)

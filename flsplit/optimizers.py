@@ -31,29 +31,11 @@ _SET_HERE = ("params", "lr")
 class UserOptimizer:
     """An optimizer that a user's factory made, with its learning rates.
 
-    Parameters
-    ----------
-    option : str
-        What the user calls the factory; errors name it.
-    build : callable
-        Called as ``build(parameters, lr=…)``.
-    named : iterable of (str, Parameter)
-        The parameters to train, with their names.
-    lr : float
-        The learning rate.
+    ``option`` is what the user calls the factory, which is called as ``build(parameters, lr=…)``;
+    ``left_out`` are the names of parameters that what it returned does not train.
 
-    Attributes
-    ----------
-    torch : torch.optim.Optimizer
-        The optimizer itself.
-    left_out : list of str
-        Names of the parameters that it does not train.
-
-    Raises
-    ------
-    ConfigError
-        If the factory fails, or gives no optimizer, one that steps only with a closure, or one
-        of other parameters.
+    ConfigError if the factory fails, or gives no optimizer, one that steps only with a closure, or
+    one of other parameters.
     """
 
     def __init__(
@@ -102,10 +84,7 @@ class UserOptimizer:
     def step(self, lr_factor: float = 1.0) -> None:
         """Step with the parameters' gradients, at ``lr_factor`` times the learning rates.
 
-        Raises
-        ------
-        ConfigError
-            If the optimizer can't, or keeps what can neither travel nor be stored.
+        ConfigError if the optimizer can't, or keeps what can neither travel nor be stored.
         """
         groups = self.torch.param_groups
         rates = list(map(itemgetter("lr"), groups))
@@ -162,10 +141,7 @@ class UserOptimizer:
     def load(self, state: Mapping[int, Mapping[str, Any]]) -> None:
         """Go on from a :meth:`state`; rates and what was not in it are as they were made.
 
-        Raises
-        ------
-        ProtocolError
-            If it is the state of an optimizer with more parameters or groups.
+        ProtocolError if it is the state of an optimizer with more parameters or groups.
         """
         optimizer, count = self.torch, self._num_parameters()
         most = count + len(optimizer.param_groups)
@@ -233,10 +209,7 @@ def make_scheduler(
 ) -> LRScheduler:
     """Return ``build(optimizer)``.
 
-    Raises
-    ------
-    ConfigError
-        If that fails, or gives no scheduler, or one that needs more than the round.
+    ConfigError if that fails, or gives no scheduler, or one that needs more than the round.
     """
     scheduler = _call("server_scheduler", build, optimizer.torch)
     if isinstance(scheduler, ReduceLROnPlateau):
@@ -268,7 +241,6 @@ def _without(group: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _values(optimizer: Optimizer) -> _Groups:
-    """Return copies of what an optimizer's groups hold beside their parameters."""
     return [_copied(_without(group, ("params",))) for group in optimizer.param_groups]
 
 

@@ -19,17 +19,7 @@ import torch
 def derive_seed(seed: int, *labels: str | int) -> int:
     """Return a seed for one use, e.g. ``derive_seed(0, "client", "3", round, step)``.
 
-    Parameters
-    ----------
-    seed : int
-        The run's seed.
-    *labels : str or int
-        What the random numbers are for. Different labels give independent seeds.
-
-    Returns
-    -------
-    int
-        A number from 0 to 2**63 - 1.
+    Different labels give independent seeds, from 0 to 2**63 - 1.
     """
     text = "\x1f".join(map(str, (seed, *labels)))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
@@ -53,12 +43,7 @@ class seeded:  # noqa: N801 - it is used as contextlib's own are
     A class, since one made of a generator, around another of torch's, took longer than a step of
     a small network.
 
-    Parameters
-    ----------
-    seed : int
-        The seed.
-    device : torch.device, optional
-        A GPU whose generator is seeded as well as the processor's; others are left alone.
+    Of GPUs the generator of ``device`` is seeded as well as the processor's; others are left alone.
     """
 
     def __init__(self, seed: int, device: torch.device | None = None) -> None:

@@ -51,23 +51,30 @@ def names_of_frozen(module: nn.Module) -> frozenset[str]:
     return frozenset(name for name, p in named if not p.requires_grad)
 
 
-Owners = list[dict[str, Tensor | None]]
-"""Where a module and those in it have their buffers; they may put other tensors in their place."""
+class Buffers:
+    """The buffers of a module and of those in it, found without a walk over all modules.
 
+    What is remembered is where they are: modules may put other tensors in their place.
+    """
 
-def owners_of_buffers(module: nn.Module) -> Owners:
-    """Return where the buffers are, so that not every step walks over all modules."""
-    return [one._buffers for one in module.modules()]
+    def __init__(self, module: nn.Module) -> None:
+        self._owners = [one._buffers for one in module.modules()]
 
+    def copied(self) -> list[Tensor]:
+        """Return copies of the buffers that are there now, as ``module.buffers()`` has them."""
+        return list(map(torch.clone, self._now()))
 
-def buffers_of(owners: Owners) -> list[Tensor]:
-    """Return the buffers that are there now, as ``module.buffers()`` does."""
-    found = {}
-    for own in owners:
-        for buffer in own.values():
-            if buffer is not None:
-                found[id(buffer)] = buffer
-    return list(found.values())
+    def put(self, values: Iterable[Tensor]) -> None:
+        """Put the buffers back to what :meth:`copied` returned."""
+        put_all(self._now(), values)
+
+    def _now(self) -> Iterable[Tensor]:
+        found = {}
+        for own in self._owners:
+            for buffer in own.values():
+                if buffer is not None:
+                    found[id(buffer)] = buffer
+        return found.values()
 
 
 class _Detaching(TorchFunctionMode):

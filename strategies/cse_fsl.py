@@ -8,10 +8,10 @@ from torch import Tensor
 from flsplit.auxiliary import emulated_gradient
 from flsplit.message.steps import FinishReply
 from flsplit.run import DecoupledStrategy, Round
+from flsplit.run.arguments import number
 from flsplit.run.decoupled import AuxiliarySent
 from flsplit.run.options import LearningRate, at_round, of_kind
 from flsplit.server.aggregate import average_buffers
-from flsplit.server.arguments import number
 from flsplit.storage import State
 from flsplit.untrained import keeping_buffers
 from flsplit.wireless.phases import Phase, Work, aggregation

@@ -3,7 +3,7 @@
 from typing import Any
 
 from flsplit.run import ParallelStrategy, Step
-from flsplit.server.arguments import whole
+from flsplit.run.arguments import whole
 from flsplit.wireless.phases import Phase, Work, parallel_steps, server_passes
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from flsplit.errors import ConfigError, DataError
 from flsplit.losses import Loss, ModelLoss
 from flsplit.run import ClientBatch, ParallelStrategy, Step, ceil_fraction
-from flsplit.server.arguments import fraction, one_of
+from flsplit.run.arguments import fraction, one_of
 from flsplit.wireless.phases import Phase, Work, parallel_steps, server_passes
 
 Aggregation = Literal["replay", "shared_delta"]
@@ -201,10 +201,7 @@ class EPSL(ParallelStrategy):
 def _logit_gradients(step: Step, outputs: Any) -> list[Tensor]:
     """Return each client's gradient of its mean loss by its logits ``(b, C)``.
 
-    Raises
-    ------
-    DataError
-        If these are not a classifier's logits and labels.
+    DataError if these are not a classifier's logits and labels.
     """
     for batch in step.batches:
         labels = batch.labels

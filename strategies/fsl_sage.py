@@ -18,10 +18,10 @@ from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.nested import shapes_of
 from flsplit.optimizers import UserOptimizer
 from flsplit.run import DecoupledStrategy, Round
+from flsplit.run.arguments import number, one_of, whole
 from flsplit.run.decoupled import CLIENTS, AuxiliarySent
 from flsplit.run.options import LearningRate, at_round, of_kind
 from flsplit.seeds import derive_seed, seeded
-from flsplit.server.arguments import number, one_of, whole
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
 from flsplit.untrained import keeping_buffers
@@ -252,13 +252,7 @@ class FSLSAGE(DecoupledStrategy):
 
 
 class UploadBuffer:
-    """A client's latest uploads, first in, first out.
-
-    Parameters
-    ----------
-    size : int
-        How many samples it keeps.
-    """
+    """A client's latest uploads, first in, first out."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -272,12 +266,8 @@ class UploadBuffer:
     def add(self, smashed: Tensor, labels: Tensor) -> None:
         """Take a batch; forget the oldest samples where there are too many.
 
-        Raises
-        ------
-        SegmentMismatchError
-            If its rows have another shape than those before.
-        MethodError
-            If labels are several tensors.
+        SegmentMismatchError if its rows have another shape than those before. MethodError if labels
+        are several tensors.
         """
         if not isinstance(labels, Tensor):
             raise MethodError(
@@ -298,41 +288,21 @@ class UploadBuffer:
 
 @dataclass(frozen=True)
 class AlignmentOutcome:
-    """What an alignment came to.
+    """What an alignment came to."""
 
-    Attributes
-    ----------
-    cosine_before, cosine_after : float
-        Between the emulated and the true gradient of the buffer.
-    error_before, error_after : float
-        Sum of squared errors between the two.
-    diverged : bool
-        Whether the result was thrown away: an error or a weight that is NaN or infinite, or an
-        error larger than before. Never without a guard.
-    """
-
-    cosine_before: float
+    cosine_before: float  # between the emulated and the true gradient of the buffer
     cosine_after: float
-    error_before: float
+    error_before: float  # sum of squared errors between the two
     error_after: float
+    # Whether the result was thrown away: an error or a weight that is NaN or infinite, or an error
+    # larger than before. Never without a guard.
     diverged: bool
 
 
 class AlignedAuxiliary:
     """The server's copy of one client's auxiliary model, changed by alignment alone.
 
-    Parameters
-    ----------
-    module : nn.Module
-        The auxiliary model, on the server's device.
-    optimizer : callable
-        Called as ``optimizer(parameters, lr=…)``; lives as long as the run.
-    lr : float
-        Its learning rate.
-    buffer_size : int
-        Samples that the buffer keeps.
-    criterion : Criterion
-        The loss.
+    Its optimizer lives as long as the run.
     """
 
     def __init__(

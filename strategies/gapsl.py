@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flsplit.errors import ConfigError, NonFiniteError
 from flsplit.run import ParallelStrategy, Reduction, Step, StepGradients, ceil_fraction
-from flsplit.server.arguments import number, one_of
+from flsplit.run.arguments import number, one_of
 from flsplit.storage import State
 
 Floats = NDArray[np.float64]
@@ -25,36 +25,16 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class LeaderAlignment:
-    """How the clients of a step stand to the leader; arrays in the clients' order.
+    """How the clients of a step stand to the leader; arrays in the clients' order."""
 
-    Attributes
-    ----------
-    scores : numpy.ndarray
-        Mean angle of each client to the others, in radians.
-    dispersion : float
-        Standard deviation of the scores.
-    ratio : float
-        K, the percentage of clients that make up the leader.
-    leaders : numpy.ndarray of bool
-        Who they are.
-    angles : numpy.ndarray
-        Each client's angle to the leader.
-    threshold : float
-        The largest angle that is kept.
-    kept : numpy.ndarray of bool
-        Whose gradients the server steps with.
-    lead_norm : float
-        Length of the leader gradient.
-    """
-
-    scores: Floats
-    dispersion: float
-    ratio: float
-    leaders: NDArray[np.bool_]
-    angles: Floats
-    threshold: float
-    kept: NDArray[np.bool_]
-    lead_norm: float
+    scores: Floats  # mean angle of each client to the others, in radians
+    dispersion: float  # standard deviation of the scores
+    ratio: float  # K, the percentage of clients that make up the leader
+    leaders: NDArray[np.bool_]  # who they are
+    angles: Floats  # each client's angle to the leader
+    threshold: float  # the largest angle that is kept
+    kept: NDArray[np.bool_]  # whose gradients the server steps with
+    lead_norm: float  # length of the leader gradient
 
 
 class GAPSL(ParallelStrategy):
@@ -239,7 +219,6 @@ class GAPSL(ParallelStrategy):
         )
 
     def _ratio(self, dispersion: float, progress: float) -> float:
-        """Return K in percent."""
         low, high = self._extremes_with(dispersion)
         if high == low:
             return self.k_min

@@ -76,7 +76,7 @@ class SequentialSL(SplitStrategy):
         finished: dict[str, FinishReply] = {}
         for name in round_.participants:
             finished |= self._take_turn(round_, name)
-            if round_.ended:
+            if round_.problem:
                 break
         return finished
 

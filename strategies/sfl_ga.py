@@ -61,12 +61,7 @@ def broadcast_mean(
 ) -> dict[str, Tensor]:
     """Return the λ-weighted mean at each position, for each client as long as its batch.
 
-    Parameters
-    ----------
-    gradients : mapping of str to torch.Tensor
-        Cut-layer gradients ``(b_i, ...)`` of the clients' own mean losses.
-    shares : mapping of str to float
-        Their shares λ.
+    The gradients ``(b_i, ...)`` are those of the clients' own mean losses.
     """
     longest = max(gradients.values(), key=len)
     total, weight = torch.zeros_like(longest), torch.zeros(len(longest)).to(longest)

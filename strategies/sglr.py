@@ -9,8 +9,8 @@ from torch import Tensor
 from flsplit.cut.smashed import CutGradient, value_by_value
 from flsplit.errors import ConfigError, SegmentMismatchError
 from flsplit.run import ParallelStrategy, Round, Step, ceil_fraction
+from flsplit.run.arguments import fraction, number, one_of
 from flsplit.run.options import at_round
-from flsplit.server.arguments import fraction, number, one_of
 
 Averaging = Literal["position_mean", "position_sum", "batch_mean"]
 
@@ -196,13 +196,6 @@ _AVERAGES = {
 
 
 def _of(active: Sequence[str], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the active clients' gradients.
-
-    Raises
-    ------
-    SegmentMismatchError
-        If a client's differs from the first one's in more than the number of rows.
-    """
     first = gradients[active[0]]
     for client in active:
         if gradients[client].shape[1:] != first.shape[1:]:

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from flsplit.run import ParallelStrategy, Step
-from flsplit.server.arguments import one_of
+from flsplit.run.arguments import one_of
 
 Order = Literal["random", "fixed"]
 

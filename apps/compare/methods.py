@@ -30,6 +30,7 @@ MEAN: Grid = {"client_lr": CLIENT, "server_lr": [0.03, 0.1]}
 TURNS: Grid = {"client_lr": CLIENT, "server_lr": [0.01, 0.03]}
 SCALED: Grid = {"client_lr": CLIENT, "alpha": [0.5, 1.0]}  # SGLR's server rate follows from these
 WHOLE: Grid = {"lr": [0.01, 0.03, 0.1]}  # one rate for all layers
+FROZEN: Grid = {"server_lr": [0.03, 0.1]}  # the clients' is 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ METHODS = {
         "PSL",
         "one server step on all clients' smashed data together; clients keep their segments",
         "psl",
+    ),
+    "frozen": Method(
+        "PSL, clients frozen",
+        "clients keep the weights that they begin with: what no training of theirs is needed for",
+        "psl", FROZEN, {"client_lr": 0.0},
     ),
     "sglr": Method(
         "SGLR",

@@ -284,7 +284,8 @@ def _end(numbers: Numbers) -> str:
         "decoder finds more, also where noise was added.",
         "* Smashed data in evaluation leave without any defence.",
         "* The attacker of this table is honest, has data of the same kind and the segment. What a "
-        "malicious server can do (FSHA), or one without the segment (SDAR), is not measured.",
+        "malicious server does (FSHA), and one that simulates clients (SDAR), is [measured apart]"
+        "(leakage.md#servers-that-do-more-than-look).",
         "* Differences of a point of accuracy are within the spread of the seeds.",
         f"* Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
         "no GPU; no number depends on how many processes there are.",

@@ -7,65 +7,34 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Leg:
-    """A piece of a client's work: it computes, then it sends.
+    """A piece of a client's work: it computes, then it sends."""
 
-    Attributes
-    ----------
-    forward_rows, backward_rows : int
-        Rows that go forward and backward through its segment.
-    auxiliary_rows : int
-        Rows that go forward and backward through its auxiliary model.
-    tail_rows : int
-        Rows that go forward and backward through the last layers of a U-shaped split.
-    up_bytes : int
-        What it sends then.
-    step : int or None
-        The step whose smashed data is among that.
-    """
-
-    forward_rows: int = 0
+    forward_rows: int = 0  # rows that go forward and backward through its segment
     backward_rows: int = 0
-    auxiliary_rows: int = 0
+    auxiliary_rows: int = 0  # rows that go forward and backward through its auxiliary model
+    # Rows that go forward and backward through the last layers of a U-shaped split
     tail_rows: int = 0
-    up_bytes: int = 0
-    step: int | None = None
+    up_bytes: int = 0  # what it sends then
+    step: int | None = None  # the step whose smashed data is among that
 
 
 @dataclass(frozen=True)
 class Errand:
-    """What an exchange has one client do: receive, then the legs, one after the other.
+    """What an exchange has one client do: receive, then the legs, one after the other."""
 
-    Attributes
-    ----------
-    down_bytes : int
-        What is sent to this client alone.
-    legs : tuple of Leg
-        Its work; none if no answer came.
-    """
-
-    down_bytes: int
-    legs: tuple[Leg, ...] = ()
+    down_bytes: int  # what is sent to this client alone
+    legs: tuple[Leg, ...] = ()  # its work; none if no answer came
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What was asked of clients at the same time.
+    """What was asked of clients at the same time."""
 
-    Attributes
-    ----------
-    errands : mapping of str to Errand
-        By client.
-    shared_bytes : int
-        What is sent to several clients alike, once.
-    after_server : bool
-        Whether clients begin when the server is ready, or where they left off.
-    before_server : bool
-        Whether the server goes on when all have answered, or works on answers as they come.
-    """
-
-    errands: Mapping[str, Errand]
-    shared_bytes: int = 0
+    errands: Mapping[str, Errand]  # by client
+    shared_bytes: int = 0  # what is sent to several clients alike, once
+    # Whether clients begin when the server is ready, or where they left off
     after_server: bool = True
+    # Whether the server goes on when all have answered, or works on answers as they come
     before_server: bool = True
 
 

@@ -64,7 +64,6 @@ _Column = Mapping[str, Sequence[float | None]]
 
 
 def _unit(column: _Column, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
-    """Return the largest unit that the greatest value reaches."""
     most = max((value or 0.0 for values in column.values() for value in values), default=0.0)
     return next((pair for pair in units if most >= pair[0]), units[-1])
 

@@ -84,7 +84,6 @@ def _count_hosts(grid: Grid, nodes: list[int]) -> int:
 
 
 def _exchange(grid: Grid, nodes: list[int], payload: bytes) -> float:
-    """Send the payload to all nodes and get it back; return the seconds that this took."""
     started = time.perf_counter()
     array = Array("float32", (len(payload) // 4,), "flsplit.raw", payload)
     messages = [

@@ -25,19 +25,8 @@ def measure_carriers(
 ) -> dict[str, Exchanges]:
     """Return the seconds of exchanges by carrier, e.g. ``session-deployed``.
 
-    Parameters
-    ----------
-    clients, floats : int or None
-        How many clients, and floats per client each way; by default those that the two settings
-        have of their own.
-    steps : int
-        Exchanges to measure; fewer for Flower's messages.
-    say : callable
-        Told what is going on.
-    settings : sequence of str
-        ``deployed``, ``simulated``.
-    flower : bool
-        Whether to measure Flower's messages, too.
+    Numbers of clients and floats per client each way are by default those that the two settings
+    have of their own. Of Flower's messages fewer exchanges are measured.
     """
     figures: dict[str, Exchanges] = {}
     for setting in settings:

@@ -23,24 +23,12 @@ class BenchError(FlsplitError):
 
 @dataclass(frozen=True)
 class Exchanges:
-    """How long exchanges of one carrier took.
+    """How long exchanges of one carrier took."""
 
-    Attributes
-    ----------
-    seconds : sequence of float
-        One entry per exchange of all clients, warm-up left out.
-    clients : int
-        How many clients take part in each.
-    floats : int
-        Floats (4 bytes) per client, each way.
-    hosts : int
-        How many processes answer.
-    """
-
-    seconds: Sequence[float]
-    clients: int
-    floats: int
-    hosts: int
+    seconds: Sequence[float]  # one entry per exchange of all clients, warm-up left out
+    clients: int  # how many clients take part in each
+    floats: int  # floats (4 bytes) per client, each way
+    hosts: int  # how many processes answer
 
     @property
     def median(self) -> float:

@@ -28,16 +28,8 @@ _Queue = queue.SimpleQueue[bytes | None]
 def measure_echo(processes: int, clients: int, floats: int, steps: int) -> list[float]:
     """Return the seconds that each exchange took.
 
-    Parameters
-    ----------
-    processes : int
-        How many processes send back what they get.
-    clients : int
-        Messages per exchange, dealt out over the processes.
-    floats : int
-        Floats (4 bytes) per message.
-    steps : int
-        How many exchanges, besides the warm-up.
+    ``clients`` messages per exchange are dealt out over the processes; ``steps`` exchanges are
+    measured besides the warm-up.
     """
     joined: queue.SimpleQueue[_Queue] = queue.SimpleQueue()
     arrived: queue.SimpleQueue[int] = queue.SimpleQueue()

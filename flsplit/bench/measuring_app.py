@@ -42,17 +42,8 @@ def measuring(
 ) -> Iterator[Measure]:
     """Start Flower, and yield what runs an app there.
 
-    Parameters
-    ----------
-    setting : {'deployed', 'simulated'}
-        SuperNodes as processes, or one SuperLink that simulates them.
-    clients : int
-        How many.
-    module : module
-        Has the functions ``client_app`` and ``server_app``, and ``CONFIG``: the keys of the run
-        config and their defaults, ``clients`` and ``output`` among them.
-    timeout : float
-        Seconds that a run may take.
+    ``module`` has the functions ``client_app`` and ``server_app``, and ``CONFIG``: the keys of the
+    run config and their defaults, ``clients`` and ``output`` among them.
     """
     with tempfile.TemporaryDirectory(prefix="flsplit-bench-") as temporary:
         folder = Path(temporary)

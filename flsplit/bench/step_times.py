@@ -28,16 +28,7 @@ def measure_training(
 ) -> tuple[PerStep, dict[str, str]]:
     """Return the seconds per step by name and number of clients, and notes on what is missing.
 
-    Parameters
-    ----------
-    clients : sequence of int
-        Numbers of clients.
-    steps : int
-        Steps to measure for each.
-    say : callable
-        Told what is going on.
-    names : sequence of str
-        Which to measure, of ``MEASURES``.
+    ``names`` are some of ``MEASURES``.
     """
     per_step: PerStep = {}
     notes: dict[str, str] = {}

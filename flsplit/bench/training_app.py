@@ -80,15 +80,7 @@ class PooledSteps(ParallelStrategy):
 class Stopwatch:
     """Notes when the server's optimizer steps, which it does once in a step of the method.
 
-    Parameters
-    ----------
-    memory : bool
-        Whether to note this process's memory on the way.
-
-    Attributes
-    ----------
-    memory : list of (int, int)
-        Steps done, and bytes.
+    With ``memory``, this process's memory is noted on the way, as steps done and bytes.
     """
 
     def __init__(self, *, memory: bool = False) -> None:

@@ -28,14 +28,7 @@ class TooSlowError(FlsplitError):
 class FlowerCarrier(Carrier):
     """Carries a run's messages over any Grid, one by one.
 
-    Parameters
-    ----------
-    grid : Grid
-        What Flower handed in.
-    why_no_session : str
-        Why this is a fallback; empty if it was wanted.
-    simulated : bool
-        Whether the nodes are simulated.
+    ``why_no_session`` says why this is a fallback; it is empty if it was wanted.
     """
 
     def __init__(self, grid: Grid, why_no_session: str = "", *, simulated: bool = False) -> None:
@@ -99,32 +92,15 @@ def open_carrier(
 ) -> Iterator[Carrier]:
     """Open the carrier of a run, and close it at its end.
 
-    Parameters
-    ----------
-    grid : Grid
-        What Flower handed in, or a Carrier, e.g. a LocalGrid, which is used as it is.
-    name : {'auto', 'session', 'flower'}
-        ``auto`` opens a session and falls back on Flower's messages.
-    settings : SessionSettings
-        For a session.
-    timeout : float
-        How many seconds to wait for the first node, without which no session can be opened, and
-        for a first host, which may be busy with another run.
-    experiment : str
-        Names the folder of the clients' states on disk; a resumed run keeps it.
-    state_dir : str
-        Where that folder lies with simulated hosts; empty for nowhere.
+    A grid that is a Carrier, such as a LocalGrid, is used as it is. ``auto`` opens a session and
+    falls back on Flower's messages. ``timeout`` is for the first node, without which no session can
+    be opened, and for a first host, which may be busy with another run. Below ``state_dir`` lies
+    the folder of simulated clients' states, which a resumed run finds by ``experiment``; empty for
+    nowhere.
 
-    Raises
-    ------
-    ConfigError
-        If the ServerApp can't listen where the settings say, also with ``auto``.
-    NotEnoughClientsError
-        If no node has connected by then.
-    NoHostError
-        If ``name`` is ``session`` and no node can dial back.
-    BrokenAppError
-        If no node can run the ClientApp.
+    ConfigError if the ServerApp can't listen where the settings say, also with ``auto``.
+    NotEnoughClientsError if no node has connected by then. NoHostError if ``name`` is ``session``
+    and no node can dial back. BrokenAppError if no node can run the ClientApp.
     """
     if isinstance(grid, Carrier) or name == "flower":
         carrier = (

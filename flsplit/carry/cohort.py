@@ -19,15 +19,8 @@ from flsplit.storage import ClientStore, RoundFolder, StorageError
 class Cohort:
     """Dispatches messages to a ClientApp on behalf of several clients.
 
-    Parameters
-    ----------
-    app : ClientApp
-        Whose handlers answer.
-    store : ClientStore, optional
-        Where a client's state is looked up when it first appears, and written at the end of each
-        of its rounds.
-    cache : bool
-        Keep live clients between messages.
+    In ``store`` a client's state is looked up when it first appears, and written at the end of each
+    of its rounds. With ``cache``, live clients are kept between messages.
     """
 
     def __init__(

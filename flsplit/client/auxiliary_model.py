@@ -90,10 +90,7 @@ class Auxiliary:
     def gradient(self, smashed: Tensor, labels: Any, seed: int) -> Tensor:
         """Return ĝ of a batch; where the client trains the model, it then takes a step itself.
 
-        Raises
-        ------
-        NonFiniteError
-            If its loss or a gradient is NaN or infinite; its weights stay as they were.
+        NonFiniteError if its loss or a gradient is NaN or infinite; its weights stay as they were.
         """
         if smashed.ndim != len(self.plan.shape) + 1:  # sizes are the module's affair
             raise SegmentMismatchError(

@@ -25,33 +25,16 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Examples:
-    """A map-style data set, and how its examples become a batch of inputs and labels.
+    """A map-style data set, and how its examples become a batch of inputs and labels."""
 
-    Attributes
-    ----------
-    dataset : object
-        Has a length, and an item for every index.
-    client : str
-        Whose it is; errors say so.
-    what : str
-        ``training`` or ``test``, likewise.
-    collate : callable
-        Makes a batch of a list of items.
-    unpack : callable, optional
-        Makes inputs and labels of a batch; ``None`` for batches that say what is what.
-    sampler : OwnSampler, optional
-        Says which examples are gone over, where not all are.
-    options : LoaderOptions
-        What else the DataLoader said.
-    """
-
-    dataset: Any
-    client: str
-    what: str
-    collate: Callable[[list[Any]], Any] = default_collate
+    dataset: Any  # has a length, and an item for every index
+    client: str  # whose it is; errors say so
+    what: str  # ``training`` or ``test``, likewise
+    collate: Callable[[list[Any]], Any] = default_collate  # makes a batch of a list of items
+    # Makes inputs and labels of a batch; ``None`` for batches that say what is what
     unpack: Unpack | None = None
-    sampler: OwnSampler | None = None
-    options: LoaderOptions = field(default_factory=LoaderOptions)
+    sampler: OwnSampler | None = None  # says which examples are gone over, where not all are
+    options: LoaderOptions = field(default_factory=LoaderOptions)  # what else the DataLoader said
 
     def __len__(self) -> int:
         """Return how many examples are gone over in an epoch, now."""
@@ -76,13 +59,14 @@ class Examples:
     def batch(self, indices: Sequence[int]) -> tuple[Any, Any]:
         """Return inputs and labels of the examples at ``indices``.
 
-        Raises
-        ------
-        DataError
-            If the data set, the collate function or ``unpack`` fails; if inputs or labels are no
-            nesting of tensors, or don't have one row per example in front.
+        DataError if the data set, the collate function or ``unpack`` fails; if inputs or labels are
+        no nesting of tensors, or don't have one row per example in front.
         """
-        inputs, labels = self._unpacked(self._read(indices), indices)
+        read = self._read(indices)
+        pair = self._unpacked(self.unpack, read) if self.unpack else _take_apart(read)
+        if pair is None:
+            raise self._wrong(f"a batch is {_described(read)}, expected (inputs, labels); {_HINT}")
+        inputs, labels = pair
         rows = len(indices)
         for name, tree in (("inputs", inputs), ("labels", labels)):
             if isinstance(tree, Tensor) and tree.ndim and tree.size(0) == rows:
@@ -123,16 +107,9 @@ class Examples:
                 raise self._failed(f"example {index} can't be read", error) from error
         return items
 
-    def _unpacked(self, batch: Any, indices: Sequence[int]) -> tuple[Any, Any]:
-        if self.unpack is None:
-            found = _take_apart(batch)
-            if found is None:
-                raise self._wrong(
-                    f"a batch is {_described(batch)}, expected (inputs, labels); {_HINT}"
-                )
-            return found
+    def _unpacked(self, unpack: Unpack, batch: Any) -> tuple[Any, Any]:
         try:
-            pair: Any = self.unpack(batch)
+            pair: Any = unpack(batch)
         except Exception as error:
             raise self._failed(
                 f"unpack can't take a batch that is {_described(batch)}", error
@@ -192,7 +169,6 @@ def _take_apart(batch: Any) -> tuple[Any, Any] | None:
 
 
 def _fronts(tree: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield place and shape of what a nesting of tensors holds."""
     for place, leaf in leaves_of(tree, whole=PackedSequence):
         if isinstance(leaf, PackedSequence):
             yield place, (int(leaf.batch_sizes[0]),)

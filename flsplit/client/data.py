@@ -32,10 +32,7 @@ class ClientData:
     def load(cls, spec: ClientSpec, context: Context) -> "ClientData":
         """Call the user's ``data`` function and take what it returns.
 
-        Raises
-        ------
-        DataError
-            If it returns neither a data set (or DataLoader) nor a pair of them.
+        DataError if it returns neither a data set (or DataLoader) nor a pair of them.
         """
         loaded, client = spec.data(context), client_name(context)
         train, test = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (loaded, None)
@@ -95,7 +92,6 @@ def _why_not(source: Any, unpack: Unpack | None) -> str | None:
 
 
 def _why_no_examples(source: list[Any], unpack: Unpack | None) -> str | None:
-    """Return why a list is none of examples."""
     if not source:
         return "it is empty; a client whose data set has the length 0 is left out"
     if any(isinstance(o, Dataset | DataLoader) or hasattr(o, "__getitems__") for o in source):
@@ -108,7 +104,6 @@ def _why_no_examples(source: list[Any], unpack: Unpack | None) -> str | None:
 
 
 def _is_array(source: Any) -> bool:
-    """Tell whether something is a tensor, of torch, NumPy, pandas or others."""
     return hasattr(type(source), "__array__") and not isinstance(source, Dataset)
 
 

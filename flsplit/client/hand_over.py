@@ -25,10 +25,7 @@ _CLIPPING = (fixedclipping_mod, adaptiveclipping_mod)
 def sort_mods(mods: Iterable[Mod]) -> tuple[list[Mod], list[Mod]]:
     """Return the mods that go around every handler, and those for the hand-over.
 
-    Raises
-    ------
-    ConfigError
-        If one would let everything through unprotected, though it is there to protect.
+    ConfigError if one would let everything through unprotected, though it is there to protect.
     """
     around: list[Mod] = []
     at_hand_over: list[Mod] = []
@@ -54,10 +51,7 @@ def sort_mods(mods: Iterable[Mod]) -> tuple[list[Mod], list[Mod]]:
 def check_mods(mods: Iterable[Mod], plan: RoundPlan) -> None:
     """Refuse a round in which the client strategy counts on a mod that isn't there, or not on one.
 
-    Raises
-    ------
-    ConfigError
-        If so.
+    ConfigError if so.
     """
     clipping = [mod for mod in mods if mod in _CLIPPING]
     wanted = adaptiveclipping_mod if plan.norm_bit else fixedclipping_mod
@@ -80,12 +74,8 @@ def through_mods(client: Client, message: Message, reply: Reply) -> Reply:
     They see what they would see of a whole model: a message with the trainable parameters as the
     server gave them last, answered by one with those that are handed over.
 
-    Raises
-    ------
-    ConfigError, DataError
-        If a mod answers with an error, or nothing was trained.
-    SegmentMismatchError
-        If what a mod returns doesn't fit.
+    ConfigError or DataError if a mod answers with an error, or nothing was trained.
+    SegmentMismatchError if what a mod returns doesn't fit.
     """
     mods = client.spec.privacy_mods
     if not (mods and isinstance(reply, FinishReply | LocalReply)):

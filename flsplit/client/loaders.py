@@ -26,18 +26,10 @@ _UNUSED = {
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What a DataLoader says about batches beside its data set, collate function and sampler.
+    """What a DataLoader says about batches beside its data set, collate function and sampler."""
 
-    Attributes
-    ----------
-    notices : tuple of str
-        Options that aren't used, each with what holds instead.
-    batch_size, drop_last
-        Compared with the server's.
-    """
-
-    notices: tuple[str, ...] = ()
-    batch_size: int = 1
+    notices: tuple[str, ...] = ()  # options that aren't used, each with what holds instead
+    batch_size: int = 1  # compared with the server's
     drop_last: bool = False
 
     def unused(self, plan: RoundPlan) -> list[str]:
@@ -67,10 +59,7 @@ class LoaderOptions:
 def read_loader(loader: DataLoader[Any]) -> tuple[OwnSampler | None, LoaderOptions]:
     """Return a loader's sampler, if it is one of the user's own, and its other options.
 
-    Raises
-    ------
-    DataError
-        If batches are made otherwise than from so many indices of a sampler.
+    DataError if batches are made otherwise than from so many indices of a sampler.
     """
     inner = loader.batch_sampler
     if inner is None:
@@ -102,7 +91,6 @@ def _refused(what: str) -> DataError:
 
 
 def _is_torchs(sampler: Any, dataset: Any) -> bool:
-    """Tell whether a sampler is the one that torch makes for ``shuffle=``."""
     if getattr(sampler, "data_source", None) is not dataset:
         return False
     if type(sampler) is RandomSampler:

@@ -2,18 +2,20 @@
 
 import time
 
+import torch
 from torch import Tensor
 
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
 from flsplit.client.auxiliary_model import Auxiliary
+from flsplit.client.client_step import backward, forward
 from flsplit.client.live_client import Client
-from flsplit.cut.smashed import Smashed
-from flsplit.errors import ProtocolError, SegmentMismatchError, StateLostError
+from flsplit.cut.smashed import Smashed, values_of
+from flsplit.errors import DataError, ProtocolError, SegmentMismatchError, StateLostError
 from flsplit.message.local_steps import LocalReply, LocalRequest
 from flsplit.message.request import Backward, Batch
 from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.nested import map_tensors, num_rows
-from flsplit.seeds import derive_seed
+from flsplit.seeds import derive_seed, seeded
 
 
 def train_locally(client: Client, request: LocalRequest) -> LocalReply:
@@ -30,18 +32,18 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
     rows: list[int] = []
     own, emulating = Activations(), Activations()
     if request.peek:
-        smashed, labels = client.forward(request.step, str(request.step))
+        smashed, labels = forward(client, request.step, str(request.step))
         rows.append(num_rows(labels))
         if request.step in wanted:
             uploads[request.step] = smashed, labels
     for step in range(request.step, end):
         with measuring_activations(own, client.segment, active=step == 0):
-            smashed, labels = client.forward(step, str(step) if step in wanted else None)
+            smashed, labels = forward(client, step, str(step) if step in wanted else None)
         gradient = None
         if num_rows(labels):  # else the client sits this step out
             with measuring_activations(emulating, auxiliary.module, active=step == 0):
                 gradient = auxiliary.gradient(_one(client, smashed), labels, _seed(client, step))
-        client.backward(Backward(step, gradient))
+        backward(client, Backward(step, gradient))
         rows.append(num_rows(labels))
         if step in wanted:
             uploads[step] = smashed, labels
@@ -69,10 +71,26 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
     )
 
 
+@torch.no_grad()
 def row_shapes(client: Client, request: ShapeRequest) -> ShapeReply:
-    """Return what one row of the client's inputs and of its smashed data looks like."""
+    """Return what one row of the client's inputs and of its smashed data looks like.
+
+    SegmentMismatchError if the model is cut elsewhere, or several values cross.
+    """
     started = time.perf_counter()
-    inputs, smashed = client.one_row(request.cut)
+    client.check_cut(request.cut)
+    examples = client.data.train
+    if len(examples) == 0:
+        raise DataError(f"client {client.name!r} has no training examples")
+    client.undo_forward()
+    with seeded(derive_seed(0, "shape", client.name), client.device):
+        inputs, _ = examples.batch([examples.in_order("")[0]])
+    smashed = client.first.evaluated(inputs)
+    if not isinstance(smashed, Tensor):
+        raise SegmentMismatchError(
+            f"client {client.name!r}: the method needs smashed data that is one tensor, here "
+            f"{len(values_of(smashed))} values cross"
+        )
     return ShapeReply(
         client=client.name,
         server_round=request.server_round,

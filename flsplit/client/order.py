@@ -12,10 +12,7 @@ from flsplit.seeds import derive_seed, generator
 def steps_per_round(num_examples: int, plan: RoundPlan, client: str) -> int:
     """Return how many mini-batches a client has this round, those it sits out included.
 
-    Raises
-    ------
-    DataError
-        If there are none.
+    DataError if there are none.
     """
     if num_examples == 0:
         raise DataError(f"client {client!r} has no training examples: its partition is empty")
@@ -56,9 +53,8 @@ class Order:
         """Return the examples of a step, and how many were drawn after it."""
         epoch, offset = divmod(drawn, self.num_examples)
         if plan.batch_sizes:
-            return self._exactly(plan, plan.rows_at(step), epoch, offset), drawn + plan.rows_at(
-                step
-            )
+            rows = plan.rows_at(step)
+            return self._exactly(plan, rows, epoch, offset), drawn + rows
         if plan.drop_last and self.num_examples - offset < plan.batch_size:
             epoch, offset = epoch + 1, 0
         order = self._order if epoch == self._epoch else self._of(plan, epoch)

@@ -42,19 +42,10 @@ class OwnSampler:
     def draw(self, seed: int, epoch: int, run: str) -> Tensor:
         """Return the indices ``(n,)`` of an epoch.
 
-        Parameters
-        ----------
-        seed : int
-            Seeds torch, NumPy, Python's random and the generators that the sampler holds.
-        epoch : int
-            Handed to its ``set_epoch``, if it has one.
-        run : str
-            Names the run in which a warning is said once.
+        The seed is torch's, NumPy's, Python's and that of the generators which the sampler holds;
+        the epoch is handed to its ``set_epoch``, if it has one.
 
-        Raises
-        ------
-        DataError
-            If the sampler fails, or yields something else than as many indices as it says.
+        DataError if the sampler fails, or yields something else than as many indices as it says.
         """
         try:
             own = self._copied()

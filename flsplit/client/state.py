@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from flsplit.message.arrays import from_record, to_array
-from flsplit.message.fields import Content, In, Record, Records, Slot, nested, record
+from flsplit.message.fields import Content, In, Records, Slot, Written, nested, record
 from flsplit.message.local_steps import AuxiliaryPlan
 from flsplit.message.optimizer_state import IndexedState, indexed
 from flsplit.message.round_plan import RoundPlan
@@ -22,7 +22,7 @@ NO_SEGMENT = -1
 def _tensors(key: str) -> Slot:
     """Return how tensors are kept: raw, since NumPy doesn't know all their types."""
 
-    def put(records: dict[str, Record], tensors: dict[str, Tensor]) -> None:
+    def put(records: Written, tensors: dict[str, Tensor]) -> None:
         arrays = records[key] = ArrayRecord()
         for name, tensor in tensors.items():
             arrays[name] = to_array(tensor)
@@ -30,7 +30,7 @@ def _tensors(key: str) -> Slot:
     return Slot(key, put, lambda records: from_record(record(records, key, ArrayRecord), field=key))
 
 
-def _put_told(records: dict[str, Record], told: tuple[str, ...]) -> None:
+def _put_told(records: Written, told: tuple[str, ...]) -> None:
     if told:
         records[f"{_PREFIX}told"] = ConfigRecord({"traces": list(told)})
 
@@ -47,27 +47,17 @@ _AUXILIARY_PLAN = nested(f"{_AUXILIARY}-plan", AuxiliaryPlan)
 
 @dataclass
 class AuxiliaryState(Content):
-    """A client's auxiliary model between two messages.
+    """A client's auxiliary model between two messages."""
 
-    Attributes
-    ----------
-    plan : AuxiliaryPlan
-        How it is built and what for.
-    tensors : dict of str to torch.Tensor
-        Parameters and buffers by name.
-    optimizer : IndexedState
-        Of the optimizer that trains it; empty where the client doesn't.
-    version : int
-        Which of the server's versions it came from.
-    """
-
-    plan: Annotated[AuxiliaryPlan, _AUXILIARY_PLAN]
+    plan: Annotated[AuxiliaryPlan, _AUXILIARY_PLAN]  # how it is built and what for
     tensors: Annotated[dict[str, Tensor], _tensors(_AUXILIARY)]
+    # Of the optimizer that trains it; empty where the client doesn't
     optimizer: Annotated[IndexedState, indexed(f"{_AUXILIARY}-optimizer")]
+    # Which of the server's versions it came from
     version: Annotated[int, In(f"{_AUXILIARY}-progress")]
 
 
-def _put_auxiliary(records: dict[str, Record], state: AuxiliaryState) -> None:
+def _put_auxiliary(records: Written, state: AuxiliaryState) -> None:
     records.update(state.to_content())
 
 
@@ -78,66 +68,43 @@ class ClientState(Content):
     A forward pass is undone by definition until its gradient arrives: while a step is pending,
     the state is the one *before* its forward pass, which can be computed again exactly from
     ``drawn`` and the seeds (BatchNorm buffers move once, not twice).
-
-    Attributes
-    ----------
-    segment : dict of str to torch.Tensor
-        Parameters and buffers (also those that a state dict leaves out), by name.
-    optimizer : IndexedState
-        Momentum, moments and step counts.
-    version : int
-        Which of the server's segments this one came from; -1 before the first.
-    drawn : int
-        Examples drawn since the run began; what an epoch left out counts as well.
-    num_examples : int
-        Size of the training data when the round began.
-    num_tests : int
-        Size of the test data when the last evaluation began.
-    steps_done : int
-        Steps done in this round.
-    trained : int
-        Steps done in this run.
-    pending : int
-        The step whose gradient is awaited; -1 if none.
-    plan : RoundPlan or None
-        The round the client is in.
-    auxiliary : AuxiliaryState or None
-        Its auxiliary model, where the method has one.
-    parts : IndexedState
-        What client parts remember, by their index.
-    round_start : dict of str to torch.Tensor
-        Trainable parameters when the round began, where a client part needs them.
-    given : dict of str to torch.Tensor
-        Trainable parameters as the server gave them last, where a privacy mod needs them.
-    told : tuple of str
-        Digests of the traces that were sent in this round.
-    tail : dict of str to torch.Tensor
-        Of the last layers of a U-shaped split: what the pending step's passes have left.
-    tested : dict of str to torch.Tensor
-        Sums over the test batches of an evaluation, where a client computes them itself.
     """
 
+    # Parameters and buffers (also those that a state dict leaves out), by name
     segment: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}segment")]
+    # Momentum, moments and step counts
     optimizer: Annotated[IndexedState, indexed(f"{_PREFIX}optimizer")] = field(default_factory=dict)
+    # Which of the server's segments this one came from; -1 before the first
     version: Annotated[int, In(_PROGRESS)] = NO_SEGMENT
+    # Examples drawn since the run began; what an epoch left out counts as well
     drawn: Annotated[int, In(_PROGRESS)] = 0
+    # Size of the training data when the round began
     num_examples: Annotated[int, In(_PROGRESS, 0)] = 0
+    # Size of the test data when the last evaluation began
     num_tests: Annotated[int, In(_PROGRESS, 0)] = 0
-    steps_done: Annotated[int, In(_PROGRESS)] = 0
-    trained: Annotated[int, In(_PROGRESS, 0)] = 0
+    steps_done: Annotated[int, In(_PROGRESS)] = 0  # steps done in this round
+    trained: Annotated[int, In(_PROGRESS, 0)] = 0  # steps done in this run
+    # The step whose gradient is awaited; -1 if none
     pending: Annotated[int, In(_PROGRESS)] = NO_STEP
     plan: Annotated[RoundPlan | None, nested(f"{_PREFIX}plan", RoundPlan)] = None
+    # Its auxiliary model, where the method has one
     auxiliary: Annotated[
         AuxiliaryState | None,
         Slot(_AUXILIARY_PLAN.record, _put_auxiliary, AuxiliaryState.from_content),
     ] = None
+    # What client parts remember, by their index
     parts: Annotated[IndexedState, indexed(f"{_PREFIX}parts")] = field(default_factory=dict)
+    # Trainable parameters when the round began, where a client part needs them
     round_start: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}round-start")] = field(
         default_factory=dict
     )
+    # Trainable parameters as the server gave them last, where a privacy mod needs them
     given: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}given")] = field(default_factory=dict)
+    # Digests of the traces that were sent in this round
     told: Annotated[tuple[str, ...], _TOLD] = ()
+    # Of the last layers of a U-shaped split: what the pending step's passes have left
     tail: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}tail")] = field(default_factory=dict)
+    # Sums over the test batches of an evaluation, where a client computes them itself
     tested: Annotated[dict[str, Tensor], _tensors(f"{_PREFIX}tested")] = field(default_factory=dict)
 
     def is_ahead_of(self, server_round: int, experiment: str) -> bool:

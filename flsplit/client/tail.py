@@ -21,17 +21,7 @@ _GRADIENT, _KEPT, _BUFFER = "gradient:", "kept:", "buffer:"
 
 
 class Tail:
-    """The last layers of a client's segment, with the loss.
-
-    Parameters
-    ----------
-    segment : ClientHalf
-        The client segment of a model with two cuts.
-    spec : ClientSpec
-        Loss and dtype.
-    device : torch.device
-        Where to compute.
-    """
+    """The last layers of a client's segment, with the loss."""
 
     def __init__(self, segment: ClientHalf, spec: ClientSpec, device: torch.device) -> None:
         self._segment, self._device, self._autocast = segment, device, spec.autocast
@@ -44,14 +34,7 @@ class Tail:
     ) -> tuple[Tensor, Count, Any]:
         """Return the mean loss of a batch, what it counts, and what collects its gradients.
 
-        Parameters
-        ----------
-        outputs : torch.Tensor
-            What the server segment gave for the batch.
-        head : torch.Tensor or Crossing
-            What the first layers gave for it.
-        inputs, labels : nesting of torch.Tensor
-            The batch.
+        ``head`` is what the first layers gave for it, ``outputs`` what the server segment did.
         """
         args, kwargs = as_arguments(to_device(inputs, self._device))
         labels = to_device(labels, self._device)
@@ -76,10 +59,7 @@ class Tail:
         That is the gradients by the last layers' parameters and by what the first layers have kept
         for them, and the buffers as they are now, all by name.
 
-        Raises
-        ------
-        NonFiniteError
-            If the loss is NaN or infinite.
+        NonFiniteError if the loss is NaN or infinite.
         """
         loss, _, returning = self.loss(outputs, head, inputs, labels)
         if not bool(torch.isfinite(loss)):

@@ -1,5 +1,6 @@
 """What a method has its clients do beside the plain split step, inside autograd."""
 
+from flsplit.client_parts.both_cuts import check_places, warn_of_second_cut
 from flsplit.client_parts.client_part import ClientPart, ClientWhere, PartWhere
 from flsplit.client_parts.compression import (
     Compression,
@@ -29,7 +30,9 @@ __all__ = [
     "Proximal",
     "Shuffle",
     "TopK",
+    "check_places",
     "describe_parts",
     "make_part",
     "part_names",
+    "warn_of_second_cut",
 ]

@@ -22,7 +22,9 @@ from flsplit.cut.smashed import CutGradient, Smashed, differentiable
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.nested import map_tensors
 
-_HOOKS = ("smashed", "cut_gradient", "loss", "gradients")
+_HOOKS = ("smashed", "cut_gradient", "output_gradient", "loss", "gradients")
+
+_MEMORY = "memory:"
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,17 @@ class ClientStep:
     segment: nn.Module
     round_start: Mapping[str, Tensor]
 
-    def at(self, index: int, hook: str) -> ClientWhere:
+    def at(self, index: int, hook: str, labels: Any = None) -> ClientWhere:
         """Return the place of one hook of the part at ``index``."""
         seed = seed_at(self.seed, self.client, self.round, self.step, index, hook)
         where = (self.client, self.round, self.step, seed)
-        return ClientWhere(*where, self.segment, self.round_start)
+        return ClientWhere(*where, self.segment, self.round_start, labels=labels)
 
 
 class PartChain:
     """The parts that a plan describes, in the order of the plan.
 
-    Parameters
-    ----------
-    described : str
-        The plan's ``client_parts``.
-    own : sequence of type
-        Classes that the ClientApp has beside those that are installed.
-    client : str
-        The client's name.
+    ``own`` are classes that the ClientApp has beside those that are installed.
     """
 
     def __init__(self, described: str, own: Sequence[type[ClientPart]], client: str) -> None:
@@ -143,11 +138,34 @@ class PartChain:
             if differentiable(one) and name not in raw
         }
 
-    def unpack(self, key: str, packed: Packed) -> Tensor:
-        """Return a cut-layer gradient that came packed."""
-        part = compressing(self.parts, "cut-gradient")
+    def output_gradient(
+        self, step: ClientStep, gradient: Tensor, labels: Any
+    ) -> tuple[Tensor, Packed | None, dict[str, Tensor]]:
+        """Return the gradient that goes up at the second cut, and how it is sent, if packed.
+
+        What is to be remembered of that once the step is done comes last, for :meth:`remember`.
+        """
+        for index, part in self._hooks["output_gradient"]:
+            where = step.at(index, "output_gradient", labels)
+            gradient = _called(part, "output_gradient", where, gradient)
+        sends = compressing(self.parts, "output-gradient")
+        if sends is None:
+            return gradient, None, {}
+        memory = dict(sends.memory_of(""))  # a copy: the step may be asked for again
+        packed = sends.pack(gradient, memory)
+        return gradient, packed, {_MEMORY + name: one for name, one in memory.items()}
+
+    def remember(self, stays: Mapping[str, Tensor]) -> None:
+        """Remember what :meth:`output_gradient` said, which may be among other things."""
+        if part := compressing(self.parts, "output-gradient"):
+            own = {name: one for name, one in stays.items() if name.startswith(_MEMORY)}
+            part.memory_of("").update({n.removeprefix(_MEMORY): one for n, one in own.items()})
+
+    def unpack(self, record: str, key: str, packed: Packed) -> Tensor:
+        """Return what the server sent packed in a record."""
+        part = compressing(self.parts, record)
         if part is None:
-            raise ProtocolError("packed: a gradient came packed, which the plan doesn't say")
+            raise ProtocolError(f"packed: {record!r} came packed, which the plan doesn't say")
         return part.unpack(packed, {})
 
     def forget(self) -> None:
@@ -205,8 +223,6 @@ class PartChain:
 
 
 def _in_order(tree: Any, order: Tensor) -> Any:
-    """Return a nesting with the rows of its tensors in another order."""
-
     def ordered(one: Tensor) -> Tensor:
         has_rows = one.ndim and len(one) == len(order)
         return one[order.to(one.device)] if has_rows else one

@@ -29,7 +29,7 @@ class PartWhere:
     seed : int
         Follows from the run's seed and all of this, the part's index and the hook.
     labels : nesting of torch.Tensor, optional
-        Of the step's rows; in :meth:`ClientPart.down` alone.
+        Of the step's rows; in :meth:`ClientPart.down` and :meth:`ClientPart.output_gradient`.
     """
 
     client: str
@@ -105,6 +105,14 @@ class ClientPart:
         of those that cross.
         """
         return None
+
+    def output_gradient(self, where: ClientWhere, gradient: Tensor) -> Tensor:
+        """Return the gradient that goes up at a U-shaped split's second cut, of the same shape.
+
+        It is that of the client's mean loss by the server's outputs. The last layers learn from
+        their own, whatever is returned here.
+        """
+        return gradient
 
     def gradients(self, where: ClientWhere, parameters: Sequence[nn.Parameter]) -> None:
         """Edit ``grad`` of the client's parameters (those that have one) in place."""

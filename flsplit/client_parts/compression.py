@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from flsplit.client_parts.client_part import ClientPart
-from flsplit.client_parts.stock import CUT_GRADIENT, SMASHED
+from flsplit.client_parts.stock import (
+    CUT_GRADIENT,
+    OUTPUT_GRADIENT,
+    OUTPUTS,
+    SMASHED,
+    check_place,
+)
 from flsplit.errors import ConfigError, ProtocolError
 
 Pieces = dict[str, Tensor]
@@ -19,28 +25,26 @@ Pieces = dict[str, Tensor]
 Memory = dict[str, Tensor]
 """What one end of a link remembers of a tensor from step to step."""
 
+PLACES = {
+    "smashed-data": SMASHED,
+    "cut-gradient": CUT_GRADIENT,
+    "outputs": OUTPUTS,
+    "output-gradient": OUTPUT_GRADIENT,
+}
+"""What can be compressed, by the messages' records."""
+
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor on its way.
+    """A tensor on its way."""
 
-    Attributes
-    ----------
-    pieces : dict of str to torch.Tensor
-        What is sent.
-    shape : tuple of int
-        The tensor's.
-    dtype : torch.dtype
-        The tensor's.
-    """
-
-    pieces: Pieces
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    pieces: Pieces  # what is sent
+    shape: tuple[int, ...]  # the tensor's
+    dtype: torch.dtype  # the tensor's
 
 
 class Compression(ClientPart):
-    """Base of parts that pack what crosses the cut, and unpack it at the other end.
+    """Base of parts that pack what crosses a cut, and unpack it at the other end.
 
     It acts where messages are made: the server (or the client) computes with what was unpacked, and
     the client's gradient goes back as if nothing had been lost (straight through). Auxiliary
@@ -52,7 +56,8 @@ class Compression(ClientPart):
     Attributes
     ----------
     place : str
-        ``smashed`` for the way up or ``cut-gradient`` for the way down.
+        ``smashed`` for the way up or ``cut-gradient`` for the way down; at the second cut of a
+        U-shaped split ``output-gradient`` and ``outputs``.
     feedback : bool
         Whether what was lost is kept for the next step.
     """
@@ -63,11 +68,7 @@ class Compression(ClientPart):
     """Whether it must know which examples are in the batch."""
 
     def __init__(self, place: str, feedback: bool) -> None:
-        if place not in (SMASHED, CUT_GRADIENT):
-            raise ConfigError(
-                f"client part {self.name!r}: place is {place!r}, expected 'smashed' or "
-                "'cut-gradient'"
-            )
+        check_place(self, place, *PLACES.values())
         if not isinstance(feedback, bool):
             raise ConfigError(
                 f"client part {self.name!r}: feedback is {feedback!r}, expected a bool"
@@ -127,10 +128,7 @@ class Compression(ClientPart):
     def unpack(self, packed: Packed, memory: Memory) -> Tensor:
         """Return the tensor that was packed; ``memory`` is what this end remembers.
 
-        Raises
-        ------
-        ProtocolError
-            If the pieces are none of this part's.
+        ProtocolError if the pieces are none of this part's.
         """
         try:
             found = self.decode(packed.pieces, packed.shape)
@@ -143,6 +141,19 @@ class Compression(ClientPart):
                 f"packed: {self.name!r} unpacked shape {tuple(found.shape)}, not {packed.shape}"
             )
         return found.to(packed.dtype)
+
+    def nbytes(self, rows: int, numbers: int, dtype: torch.dtype) -> int:
+        """Return how many bytes are sent of a batch; by default ``rows`` times those of one row.
+
+        Parameters
+        ----------
+        rows, numbers : int
+            Rows of the batch, and numbers in each.
+        dtype : torch.dtype
+            The tensor's.
+        """
+        pieces = self.encode(torch.zeros(1, numbers, dtype=dtype))
+        return rows * sum(one.nbytes for one in pieces.values())
 
     # --- what the client remembers -------------------------------------------------------
 
@@ -189,7 +200,7 @@ class Int8(Compression):
 
     Parameters
     ----------
-    place : {'smashed', 'cut-gradient'}
+    place : {'smashed', 'cut-gradient', 'outputs', 'output-gradient'}
         What is sent so.
     feedback : bool
         As in :class:`Compression`.
@@ -221,7 +232,7 @@ class HalfPrecision(Compression):
 
     Parameters
     ----------
-    place : {'smashed', 'cut-gradient'}
+    place : {'smashed', 'cut-gradient', 'outputs', 'output-gradient'}
         What is sent so.
     dtype : {'float16', 'bfloat16'}
         What is sent. What is too large for float16 is sent as its largest number.
@@ -244,7 +255,7 @@ class HalfPrecision(Compression):
     def encode(self, tensor: Tensor) -> Pieces:
         """Return the numbers, rounded."""
         dtype = getattr(torch, self.dtype)
-        most = torch.finfo(dtype).max
+        most = min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max)
         return {"numbers": tensor.clamp(-most, most).to(dtype)}
 
     def decode(self, pieces: Pieces, shape: tuple[int, ...]) -> Tensor:
@@ -261,7 +272,7 @@ class TopK(Compression):
     ----------
     share : float
         How many of a row's numbers are sent, above 0 and at most 1.
-    place : {'smashed', 'cut-gradient'}
+    place : {'smashed', 'cut-gradient', 'outputs', 'output-gradient'}
         What is sent so.
     feedback : bool
         As in :class:`Compression`.
@@ -309,7 +320,7 @@ class LowRank(Compression):
     ----------
     rank : int
         How many; a batch with fewer rows is sent exactly.
-    place : {'smashed', 'cut-gradient'}
+    place : {'smashed', 'cut-gradient', 'outputs', 'output-gradient'}
         What is sent so.
     feedback : bool
         As in :class:`Compression`.
@@ -329,6 +340,10 @@ class LowRank(Compression):
         """Return the factors."""
         u, s, v = torch.linalg.svd(tensor.float().reshape(len(tensor), -1), full_matrices=False)
         return {"left": u[:, : self.rank] * s[: self.rank], "right": v[: self.rank]}
+
+    def nbytes(self, rows: int, numbers: int, dtype: torch.dtype) -> int:
+        """Return the bytes of both factors, in float32."""
+        return 4 * min(self.rank, rows, numbers) * (rows + numbers)
 
     def decode(self, pieces: Pieces, shape: tuple[int, ...]) -> Tensor:
         """Return their product."""
@@ -355,6 +370,10 @@ class Difference(Int8):
     def arguments(self) -> dict[str, Any]:
         """Return none: where it acts is fixed."""
         return {}
+
+    def nbytes(self, rows: int, numbers: int, dtype: torch.dtype) -> int:
+        """Return the bytes of differences, and of two int32 beside each row."""
+        return super().nbytes(rows, numbers, dtype) + 8 * rows
 
     def pack(self, tensor: Tensor, memory: Memory, rows: Tensor | None = None) -> Packed:
         """Return the difference, which examples these are, and how often each was sent."""
@@ -411,14 +430,11 @@ def _keep(memory: Memory, rows: Tensor, base: Tensor, times: Tensor) -> None:
 
 
 def compressing(parts: Sequence[ClientPart], record: str) -> Compression | None:
-    """Return the part that packs ``smashed-data`` or the ``cut-gradient``, None if there is none.
+    """Return the part that packs the record of this name, None if there is none.
 
-    Raises
-    ------
-    ConfigError
-        If there are two.
+    ConfigError if there are two.
     """
-    place = SMASHED if record == "smashed-data" else CUT_GRADIENT
+    place = PLACES[record]
     found = [one for one in parts if isinstance(one, Compression) and one.place == place]
     if len(found) > 1:
         names = " and ".join(repr(one.name) for one in found)

@@ -10,7 +10,7 @@ from torch import Tensor
 from flsplit.client_parts.client_part import ClientPart, ClientWhere, PartWhere
 from flsplit.client_parts.distance import distance_correlation
 from flsplit.client_parts.marvell import marvell_noise
-from flsplit.client_parts.stock import check_number
+from flsplit.client_parts.stock import CUT_GRADIENT, OUTPUT_GRADIENT, check_number, check_place
 from flsplit.errors import ConfigError
 from flsplit.nested import tensors_of
 from flsplit.seeds import generator
@@ -74,13 +74,14 @@ class Shuffle(ClientPart):
 
 
 class LabelNoise(ClientPart):
-    """Add Gaussian noise to the cut-layer gradients that the server sends down.
+    """Add Gaussian noise to gradients that labels can be told by.
 
-    It protects labels that the *server* has from clients that see gradients. Of two classes,
-    ``marvell`` chooses the noise's covariance as Li et al. 2022 (https://arxiv.org/abs/2102.08504)
-    do: least sum of both Kullback-Leibler divergences between the classes' gradients at a given
-    power. Otherwise, and where the labels of a batch are not of two classes, noise is the same in
-    all directions.
+    It protects labels that the *server* has from clients that see cut-layer gradients, or in a
+    U-shaped split, with ``place="output-gradient"``, the clients' labels from the server. Of two
+    classes, ``marvell`` chooses the noise's covariance as Li et al. 2022
+    (https://arxiv.org/abs/2102.08504) do: least sum of both Kullback-Leibler divergences between
+    the classes' gradients at a given power. Otherwise, and where the labels of a batch are not of
+    two classes, noise is the same in all directions.
 
     Parameters
     ----------
@@ -89,19 +90,29 @@ class LabelNoise(ClientPart):
         distance between the classes' mean gradients, else of the rows' mean squared length.
     marvell : bool
         Whether to choose the covariance.
+    place : {'cut-gradient', 'output-gradient'}
+        What it is added to: by the server on the way down, or by clients on the way up.
     """
 
     name = "label-noise"
 
-    def __init__(self, power: float, marvell: bool = True) -> None:
-        self.power, self.marvell = power, marvell
+    def __init__(self, power: float, marvell: bool = True, place: str = CUT_GRADIENT) -> None:
+        self.power, self.marvell, self.place = power, marvell, place
+        check_place(self, place, CUT_GRADIENT, OUTPUT_GRADIENT)
         check_number(self, "power", power, above_zero=False)
         if not isinstance(marvell, bool):
             raise ConfigError(f"client part 'label-noise': marvell is {marvell!r}, expected a bool")
 
     def down(self, where: PartWhere, cut_gradient: Tensor) -> Tensor:
-        """Add the noise."""
-        rows = cut_gradient.detach().cpu().float().reshape(len(cut_gradient), -1)
+        """Add the noise on the way down."""
+        return self._noisy(where, cut_gradient) if self.place == CUT_GRADIENT else cut_gradient
+
+    def output_gradient(self, where: ClientWhere, gradient: Tensor) -> Tensor:
+        """Add the noise on the way up."""
+        return self._noisy(where, gradient) if self.place == OUTPUT_GRADIENT else gradient
+
+    def _noisy(self, where: PartWhere, gradient: Tensor) -> Tensor:
+        rows = gradient.detach().cpu().float().reshape(len(gradient), -1)
         labels = where.labels
         plain = isinstance(labels, Tensor) and labels.ndim == 1
         classes = torch.unique(labels) if plain else []
@@ -110,4 +121,4 @@ class LabelNoise(ClientPart):
         else:
             sigma = (self.power * rows.square().sum(1).mean() / rows.shape[1]).sqrt()
             noise = torch.randn(rows.shape, generator=where.rng) * sigma
-        return cut_gradient + noise.reshape(cut_gradient.shape).to(cut_gradient)
+        return gradient + noise.reshape(gradient.shape).to(gradient)

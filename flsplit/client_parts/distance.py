@@ -39,10 +39,7 @@ def distance_correlation(x: Tensor, y: Tensor) -> Tensor:
 def row_distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return the matrices ``(n, n)`` of the rows' Euclidean distances, in ``y``'s precision.
 
-    Raises
-    ------
-    ConfigError
-        If they have not the same number of rows, or fewer than 2.
+    ConfigError if they have not the same number of rows, or fewer than 2.
     """
     if x.shape[:1] != y.shape[:1] or x.ndim == 0 or len(x) < 2:
         raise ConfigError(

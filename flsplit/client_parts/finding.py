@@ -8,6 +8,7 @@ from typing import Any
 
 from flsplit.client_parts.client_part import ClientPart
 from flsplit.client_parts.compression import (
+    PLACES,
     Difference,
     HalfPrecision,
     Int8,
@@ -63,10 +64,7 @@ def make_part(described: object) -> ClientPart:
 def describe_parts(parts: Sequence[ClientPart]) -> str:
     """Return what is sent of a method's parts: for each its name, class and arguments, as JSON.
 
-    Raises
-    ------
-    ConfigError
-        If something is no client part, or one that can't be sent.
+    ConfigError if something is no client part, or one that can't be sent.
     """
     described = []
     for part in parts:
@@ -79,7 +77,7 @@ def describe_parts(parts: Sequence[ClientPart]) -> str:
         part.check_state(arguments)
         where = f"{cls.__module__}:{cls.__qualname__}"
         described.append({"name": cls.name, "class": where, "arguments": arguments})
-    for record in ("smashed-data", "cut-gradient"):
+    for record in PLACES:
         compressing(parts, record)  # refuses two
     text = json.dumps(described) if described else ""
     if len(described) > MAX_PARTS or len(text) > MAX_LENGTH:
@@ -90,21 +88,10 @@ def describe_parts(parts: Sequence[ClientPart]) -> str:
 def build_parts(text: str, own: Sequence[type[ClientPart]], client: str) -> list[ClientPart]:
     """Return the parts that a plan describes.
 
-    Parameters
-    ----------
-    text : str
-        What :func:`describe_parts` returned.
-    own : sequence of type
-        Classes that the ClientApp has beside those that are installed.
-    client : str
-        Who asks, for errors.
+    ``own`` are classes that the ClientApp has beside those that are installed.
 
-    Raises
-    ------
-    ProtocolError
-        If the text is malformed.
-    ConfigError
-        If this client has no part of a name, or can't make it with these arguments.
+    ProtocolError if the text is malformed. ConfigError if this client has no part of a name, or
+    can't make it with these arguments.
     """
     if not text:
         return []

@@ -13,16 +13,7 @@ def marvell_noise(rows: Tensor, positive: Tensor, power: float, rng: torch.Gener
     each other direction. They are such that the sum of both Kullback-Leibler divergences between
     the noisy classes is least, at a mean squared length of ``power`` times ‖Δ‖².
 
-    Parameters
-    ----------
-    rows : torch.Tensor
-        ``(n, d)``.
-    positive : torch.Tensor
-        ``(n,)`` booleans, some of both kinds.
-    power : float
-        The expected squared length of noise, in units of ‖Δ‖².
-    rng : torch.Generator
-        Where it comes from.
+    ``rows`` are ``(n, d)``, and some of both kinds.
     """
     d = rows.shape[1]
     own = {True: rows[positive], False: rows[~positive]}
@@ -49,18 +40,8 @@ def marvell_variances(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return (along, across) Δ of the positive and of the negative class's noise.
 
-    Parameters
-    ----------
-    gap : float
-        ‖Δ‖².
-    variances : list of float
-        Of the positive and of the negative gradients, in each direction.
-    d : int
-        Dimensions.
-    share : float
-        Of positive rows.
-    power : float
-        Expected squared length of noise over both classes.
+    ``gap`` is ‖Δ‖², ``variances`` those of the positive and of the negative gradients in each of
+    ``d`` directions, ``share`` that of positive rows.
     """
     from scipy.optimize import minimize  # takes a second, and few ask for it
 

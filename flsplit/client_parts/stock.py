@@ -11,13 +11,16 @@ from flsplit.errors import ConfigError
 from flsplit.finite import clip_gradients
 
 SMASHED, CUT_GRADIENT, GRADIENTS = "smashed", "cut-gradient", "gradients"
+OUTPUTS, OUTPUT_GRADIENT = "outputs", "output-gradient"
+"""What crosses a U-shaped split's second cut: down, and up."""
 
 
-def _check_place(part: ClientPart, place: object) -> None:
-    if place not in (SMASHED, CUT_GRADIENT, GRADIENTS):
+def check_place(part: ClientPart, place: object, *places: str) -> None:
+    """Raise ConfigError if a part is to act where it can't."""
+    if place not in places:
+        *others, last = map(repr, places)
         raise ConfigError(
-            f"client part {part.name!r}: place is {place!r}, expected 'smashed', 'cut-gradient' or "
-            "'gradients'"
+            f"client part {part.name!r}: place is {place!r}, expected {', '.join(others)} or {last}"
         )
 
 
@@ -38,7 +41,7 @@ class Clip(ClientPart):
         The longest allowed.
     per : {'sample', 'batch'}
         Whether each row of a batch is measured, or all of it together.
-    place : {'smashed', 'cut-gradient', 'gradients'}
+    place : {'smashed', 'cut-gradient', 'output-gradient', 'gradients'}
         What is clipped. The factor of smashed data is differentiated, too. Gradients of the
         client segment are those of a batch's mean and clipped per batch, all parameters
         together, as `torch.nn.utils.clip_grad_norm_` does.
@@ -48,7 +51,7 @@ class Clip(ClientPart):
 
     def __init__(self, norm: float = 1.0, per: str = "sample", place: str = SMASHED) -> None:
         self.norm, self.per, self.place = norm, per, place
-        _check_place(self, place)
+        check_place(self, place, SMASHED, CUT_GRADIENT, OUTPUT_GRADIENT, GRADIENTS)
         check_number(self, "norm", norm, above_zero=True)
         if per not in ("sample", "batch"):
             raise ConfigError(f"client part 'clip': per is {per!r}, expected 'sample' or 'batch'")
@@ -65,6 +68,10 @@ class Clip(ClientPart):
     def cut_gradient(self, where: ClientWhere, gradient: Tensor) -> Tensor:
         """Clip the cut-layer gradient."""
         return self._clipped(gradient) if self.place == CUT_GRADIENT else gradient
+
+    def output_gradient(self, where: ClientWhere, gradient: Tensor) -> Tensor:
+        """Clip the gradient that goes up at the second cut."""
+        return self._clipped(gradient) if self.place == OUTPUT_GRADIENT else gradient
 
     def gradients(self, where: ClientWhere, parameters: Sequence[nn.Parameter]) -> None:
         """Clip the client segment's gradients."""
@@ -85,7 +92,7 @@ class Noise(ClientPart):
     ----------
     sigma : float
         The standard deviation.
-    place : {'smashed', 'cut-gradient', 'gradients'}
+    place : {'smashed', 'cut-gradient', 'output-gradient', 'gradients'}
         What it is added to.
     """
 
@@ -93,7 +100,7 @@ class Noise(ClientPart):
 
     def __init__(self, sigma: float, place: str = SMASHED) -> None:
         self.sigma, self.place = sigma, place
-        _check_place(self, place)
+        check_place(self, place, SMASHED, CUT_GRADIENT, OUTPUT_GRADIENT, GRADIENTS)
         check_number(self, "sigma", sigma, above_zero=False)
 
     def smashed(self, where: ClientWhere, smashed: Tensor) -> Tensor:
@@ -103,6 +110,11 @@ class Noise(ClientPart):
     def cut_gradient(self, where: ClientWhere, gradient: Tensor) -> Tensor:
         """Add noise to the cut-layer gradient."""
         return gradient + self._noise(where, gradient) if self.place == CUT_GRADIENT else gradient
+
+    def output_gradient(self, where: ClientWhere, gradient: Tensor) -> Tensor:
+        """Add noise to the gradient that goes up at the second cut."""
+        noisy = self.place == OUTPUT_GRADIENT
+        return gradient + self._noise(where, gradient) if noisy else gradient
 
     def gradients(self, where: ClientWhere, parameters: Sequence[nn.Parameter]) -> None:
         """Add noise to the client segment's gradients."""

@@ -19,10 +19,7 @@ DEFAULT = "default"
 def check_cuts(cuts: ClientCuts) -> None:
     """Refuse what can't say where clients are cut.
 
-    Raises
-    ------
-    ConfigError
-        If it is no name, no mapping of names to names, and no function.
+    ConfigError if it is no name, no mapping of names to names, and no function.
     """
     if isinstance(cuts, tuple) and len(cuts) == 2 and all(isinstance(cut, str) for cut in cuts):
         return
@@ -40,13 +37,7 @@ def check_cuts(cuts: ClientCuts) -> None:
 
 
 def cut_of(cuts: ClientCuts, client: str) -> str:
-    """Return a client's cut layer.
-
-    Raises
-    ------
-    ConfigError
-        If there is none for this client.
-    """
+    """Return a client's cut layer; ConfigError if there is none for this client."""
     if isinstance(cuts, str | tuple):
         return cut_name(cuts)
     found: Place | None
@@ -70,10 +61,7 @@ def default_cut(cuts: ClientCuts) -> str:
 def all_cuts(cuts: ClientCuts) -> list[str]:
     """Return every cut that a client may have.
 
-    Raises
-    ------
-    ConfigError
-        If a function says it: of whom it will be asked isn't known.
+    ConfigError if a function says it: of whom it will be asked isn't known.
     """
     if isinstance(cuts, str | tuple):
         return [cut_name(cuts)]
@@ -90,17 +78,7 @@ def joined(splits: Sequence[Split], cut: str) -> Split:
 
     What lies between the earliest and the latest cut is in both.
 
-    Parameters
-    ----------
-    splits : sequence of Split
-        One model, cut at several places.
-    cut : str
-        What the result calls its cut.
-
-    Raises
-    ------
-    ConfigError
-        If no cut is the earliest, or none the latest.
+    ConfigError if no cut is the earliest, or none the latest.
     """
     earliest = max(splits, key=lambda one: len(one.server.state_dict()))
     latest = max(splits, key=lambda one: len(one.client.state_dict()))

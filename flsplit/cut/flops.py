@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flsplit.cut.cut_errors import CutError
 from flsplit.cut.examples import needs_values, with_values
+from flsplit.cut.scripted import plain_copy
 from flsplit.cut.sides import without_data
 from flsplit.cut.survey import Survey
 from flsplit.cut.trace import Spec, map_tree
-from flsplit.cut.watch import plain_copy
 from flsplit.seeds import seeded
 
 # More than one sample, because BatchNorm may want that, and to recognise the batch dimension.
@@ -25,17 +25,10 @@ class CountedSurvey(Survey):
     It runs on the *meta* device, where nothing is computed; of a model that asks for values (of a
     mask, say) a copy runs on the CPU.
 
-    Attributes
-    ----------
-    flops : dict of str to int
-        By the module's name; of its last call.
-    total_flops : int
-        Of the whole pass.
+    ``flops`` has those of a module's last call by its name, ``total_flops`` those of the whole
+    pass.
 
-    Raises
-    ------
-    CutError
-        If the model can't run on such a batch.
+    CutError if the model can't run on such a batch.
     """
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
-from flsplit.cut.look import Look, fresh, look, undisturbed, verify
+from flsplit.cut.look import Look, fresh, look, undisturbed
+from flsplit.cut.partial_forward import eager, instrument, place_of, places_of
 from flsplit.cut.plain_chain import PlainChain
 from flsplit.cut.remembering import remembered
 from flsplit.cut.sides import AWAY, filled, without_data
+from flsplit.cut.stand_ins import Script
 from flsplit.cut.stretch import (
     Crossing,
     Returning,
@@ -28,44 +30,22 @@ from flsplit.cut.stretch import (
 )
 from flsplit.cut.survey import Passage
 from flsplit.cut.trace import Spec, Trace, leaves_in, map_tree, tensors_in
-from flsplit.cut.watch import (
-    Recording,
-    Script,
-    eager,
-    instrument,
-    place_of,
-    places_of,
-)
+from flsplit.cut.verifying import verify
+from flsplit.cut.watch import Recording
 from flsplit.errors import TORCH_ERRORS
 from flsplit.untrained import copied, put_all
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A cut of one model: where, what may be sent, and what was found out.
+    """A cut of one model: where, what may be sent, and what was found out."""
 
-    Attributes
-    ----------
-    name : str
-        The cut layer, as the user gave it; or the two of a U-shaped split.
-    share : set of str
-        Inputs that may be sent to the server.
-    found : Look
-        What was found with the batch that the model was split with.
-    rows : tuple of (shape, dtype)
-        Without an example: what a row of the model's input may be.
-    key : object
-        Stands for the model, see `remembering.fingerprint`.
-    compiled : bool
-        Whether modules of the model are compiled.
-    """
-
-    name: str
-    share: frozenset[str]
-    found: Look
-    rows: tuple[Row, ...]
-    key: Any
-    compiled: bool = False
+    name: str  # the cut layer, as the user gave it; or the two of a U-shaped split
+    share: frozenset[str]  # inputs that may be sent to the server
+    found: Look  # what was found with the batch that the model was split with
+    rows: tuple[Row, ...]  # without an example: what a row of the model's input may be
+    key: Any  # stands for the model, see `remembering.fingerprint`
+    compiled: bool = False  # whether modules of the model are compiled
 
 
 class Half(nn.Module):
@@ -73,13 +53,6 @@ class Half(nn.Module):
 
     Its parameters and buffers are the model's own, under the model's names. Those of the other
     side are out of reach of ``parameters()``, ``state_dict()`` and ``to()``: they have no data.
-
-    Parameters
-    ----------
-    whole : nn.Module
-        The model with this side's state, see `one_side`.
-    cut : Cut
-        Where it is cut.
     """
 
     side = ""
@@ -127,10 +100,7 @@ class Half(nn.Module):
     ) -> Any:
         """Load this side's state.
 
-        Raises
-        ------
-        StateDictError
-            If keys of this side are missing or others are there, and ``strict`` is set.
+        StateDictError if keys of this side are missing or others are there, and ``strict`` is set.
         """
         if strict:
             check_keys(f"the {self.side} segment's state dict", state_dict, [*self.state_dict()])
@@ -208,14 +178,7 @@ class ClientHalf(Half):
     ) -> Returning:
         """Return what :meth:`tail` takes: what the server segment of a U-shaped split returned.
 
-        Parameters
-        ----------
-        given : Tensor
-            That.
-        head : Tensor or Crossing
-            What :meth:`forward` returned for the same batch.
-        args, kwargs
-            That batch.
+        ``given`` is that, ``head`` what :meth:`forward` returned for the same batch.
         """
         known: tuple[Passage, ...] = vars(self)["_passages"][batch_key(args, kwargs, self.training)]
         passage = known[0]
@@ -226,12 +189,8 @@ class ClientHalf(Half):
     def tail(self, returning: Returning, /, **extra: Any) -> Any:
         """Return the model's output, computed by the last layers of a U-shaped split.
 
-        Parameters
-        ----------
-        returning : Returning
-            From :meth:`returning`. It is worked on in a copy.
-        **extra
-            Arguments of the model that only these layers need, such as ``labels``.
+        ``returning`` is worked on in a copy; ``extra`` are arguments of the model that only these
+        layers need, such as ``labels``.
         """
         own = vars(self)
         second = places_of(own["_cut"].name)[1]

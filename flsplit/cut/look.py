@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flsplit.cut.clean_cuts import nearest, unshared
 from flsplit.cut.cut_errors import (
     CrossingError,
     CutError,
@@ -19,26 +20,12 @@ from flsplit.cut.cut_errors import (
     UnknownCutError,
     listed,
 )
+from flsplit.cut.partial_forward import place_of, places_of
 from flsplit.cut.private import Unseen
-from flsplit.cut.sides import one_side
-from flsplit.cut.stretch import (
-    Crossing,
-    aliases,
-    for_tail,
-    run_from_cut,
-    run_to_cut,
-    tensor_at,
-)
-from flsplit.cut.survey import Call, Passage, State, Survey, Value
+from flsplit.cut.scripted import plain_copy
+from flsplit.cut.survey import Call, Passage, State, Survey
 from flsplit.cut.trace import map_tree, tensors_in
-from flsplit.cut.watch import (
-    eager,
-    instrument,
-    place_of,
-    places_of,
-    plain_copy,
-)
-from flsplit.errors import TORCH_ERRORS
+from flsplit.cut.whose_state import divided, spans
 from flsplit.seeds import seeded
 
 _TRIES = 3
@@ -52,25 +39,14 @@ _LARGE = 2**26
 
 @dataclass(frozen=True)
 class Look:
-    """What was found out about a cut.
+    """What was found out about a cut."""
 
-    Attributes
-    ----------
-    passage : Passage
-        What crosses, on the way that the batch took.
-    before : set of str
-        The modules that are done before the cut.
-    client, server : set of str
-        Names of the parameters and buffers that each side needs. What is frozen may be on both.
-    item : int
-        Of two cuts: which of the tensors that the second layer returns comes back.
-    """
-
-    passage: Passage
-    before: frozenset[str]
+    passage: Passage  # what crosses, on the way that the batch took
+    before: frozenset[str]  # the modules that are done before the cut
+    # Names of the parameters and buffers that each side needs. What is frozen may be on both.
     client: frozenset[str]
     server: frozenset[str]
-    item: int = 0
+    item: int = 0  # of two cuts: which of the tensors that the second layer returns comes back
 
 
 def look(
@@ -82,10 +58,8 @@ def look(
 ) -> Look:
     """Follow the forward of a copy of a model with one batch.
 
-    Raises
-    ------
-    UnknownCutError, CrossingError, SharedStateError, EmptySegmentError, CutError
-        If the model can't be cut like this.
+    UnknownCutError, CrossingError, SharedStateError, EmptySegmentError or CutError if the model
+    can't be cut like this.
     """
     try:
         return _look(model, cut, args, kwargs, share)
@@ -260,64 +234,10 @@ def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
     return tensor
 
 
-# ----------------------------------------------------------------------------------- clean cuts
-
-
-def clean(
-    survey: Survey, share: frozenset[str] = frozenset(), *, several: bool = False
-) -> Iterator[tuple[Call, list[Value]]]:
-    """Return the module calls after which a single tensor crosses, one for each place.
-
-    Of several that end at the same place, such as ``layer1`` and ``layer1.1``, it is the
-    innermost, which returns first. What is made of inputs in ``share`` may cross beside it; where
-    ``several``, any number of tensors.
-    """
-    places = set[int]()
-    for call in survey.calls:
-        if call.reached in places or len(survey.calls_of(call.name)) > 1 or not _may_be_cut(call):
-            continue
-        values = survey.crossing(call)
-        smashed = [value for value in values if value.learnt or not value.inputs <= share]
-        if not smashed or (len(smashed) > 1 and not several):
-            continue
-        if any(spans(s, call) for s in survey.state.values()):
-            continue
-        if not any(_is_servers(s, call) for s in survey.state.values()):
-            continue
-        passage = survey.passage(call)
-        if passage.item is None and (
-            not (share or several) or _unshared(survey, call, passage, share)
-        ):
-            continue
-        places.add(call.reached)
-        yield call, [*smashed, *(value for value in values if value not in smashed)]
-
-
-def _is_servers(state: State, call: Call) -> bool:
-    return isinstance(state.tensor, nn.Parameter) and _sides(state, call)[1]
-
-
-def _may_be_cut(call: Call) -> bool:
-    return call.grad and not call.drawn and not call.inside_torch
-
-
-def nearest(survey: Survey, call: Call) -> str:
-    """Return a sentence about the clean cuts around a call."""
-    found = [c for c, _ in clean(survey)]
-    before = [f"{c.name!r} (before it)" for c in found if c.reached < call.reached][-1:]
-    after = [f"{c.name!r} (after it)" for c in found if c.reached > call.reached][:1]
-    if both := [*before, *after]:
-        return f"The nearest cuts that a single tensor crosses are {' and '.join(both)}"
-    return "No single tensor crosses anywhere near it"
-
-
-# ---------------------------------------------------------------------------------------- checks
-
-
 def _check_values(
     survey: Survey, call: Call, passage: Passage, cut: str, share: frozenset[str]
 ) -> None:
-    for value in _unshared(survey, call, passage, share):
+    for value in unshared(survey, call, passage, share):
         shape = f" {value.spec.shape}" if value.spec else ""
         names = ", ".join(map(repr, sorted(value.inputs - share)))
         raise CrossingError(
@@ -325,29 +245,6 @@ def _check_values(
             f"{names} alone: cut elsewhere, or allow it with share=({names},). "
             f"{nearest(survey, call)}"
         )
-
-
-def _unshared(survey: Survey, call: Call, passage: Passage, share: frozenset[str]) -> list[Value]:
-    """Return what crosses and is made of inputs alone that may not leave the client."""
-    # The layer's own output was named by the user: it may cross even if nothing was learnt yet.
-    own = [id(value) for value in survey.values_in(call.returned)]
-    return [
-        value
-        for value in [*passage.values.values(), *passage.reads]
-        if value.inputs - share and not value.learnt and id(value) not in own
-    ]
-
-
-def _sides(state: State, call: Call, end: Call | None = None) -> tuple[bool, bool]:
-    """Tell whether the client uses a parameter or buffer, and whether the server does."""
-    at_server = [call.reached <= use and not (end and end.reached <= use) for use in state.uses]
-    return not all(at_server), any(at_server)
-
-
-def spans(state: State, call: Call, end: Call | None = None) -> bool:
-    """Tell whether both sides of a cut would change a parameter or buffer."""
-    changes = state.tensor.requires_grad or state.tensor._version != state.version
-    return changes and all(_sides(state, call, end))
 
 
 def _check_state(survey: Survey, call: Call, end: Call | None, cut: str) -> None:
@@ -360,146 +257,3 @@ def _check_state(survey: Survey, call: Call, end: Call | None, cut: str) -> None
             "(give each side its own module), freeze them, or cut where all their uses are on one "
             f"side. {nearest(survey, call)}"
         )
-
-
-def divided(
-    survey: Survey, call: Call, end: Call | None = None
-) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names of the state that the client and the server need."""
-    client, server = set[str](), set[str]()
-    for state in survey.state.values():
-        sides = _sides(state, call, end)
-        if not state.uses:
-            unused = _unused_is_clients(survey, state, call, end)
-            sides = unused, not unused
-        for names, needs in zip((client, server), sides, strict=True):
-            if needs:
-                names.update(state.names)
-    return frozenset(client), frozenset(server)
-
-
-def _unused_is_clients(survey: Survey, state: State, call: Call, end: Call | None) -> bool:
-    """Give what forward never uses to the side of the innermost called module that holds it."""
-    holder = state.names[0]
-    while "." in holder:
-        holder = holder.rpartition(".")[0]
-        if calls := survey.calls_of(holder):
-            of_tail = end is not None and calls[0].start >= end.reached
-            return calls[0].reached <= call.reached or of_tail
-    return False
-
-
-# ------------------------------------------------------------------------------------ comparing
-
-
-def verify(
-    model: nn.Module, cut: str, found: Look, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> None:
-    """Run one step whole and split, on copies, and compare the results.
-
-    Outputs, gradients and buffers must agree up to the order of a sum: what no rule sees (a hook
-    on a value that crosses, say) shows here. There is one more model in memory at a time: first
-    the whole, then its parts, each with its own side's weights.
-
-    Raises
-    ------
-    CutError
-        If they differ.
-    """
-    expected, result, learns = _whole_step(model, args, kwargs)
-    free_copies(model)
-    client, server = (plain_copy(one_side(model, names)) for names in (found.client, found.server))
-    for half in (client, server):
-        instrument(half, cut, found.before)
-    with undisturbed(args, kwargs), eager():
-        args, kwargs = fresh(args, kwargs)
-        trace, held = run_to_cut(client, cut, args, kwargs, [found.passage])
-        if trace != found.passage.trace:
-            raise CutError(f"forward takes another way before {cut!r} when it is run again")
-        values = {key: held[key] for key in found.passage.values}
-        kept = {key: held[key] for key in found.passage.kept}
-        crossing = Crossing(values, trace, aliases(values), kept=kept)
-        sent = crossing.detached()
-        try:
-            output = middle = run_from_cut(server, cut, sent)
-            if found.passage.tail:
-                middle = tensor_at(found.item, output)
-                tail = for_tail(found.passage, middle.detach(), crossing)
-                output = run_from_cut(client, places_of(cut)[1], tail)
-        except TORCH_ERRORS as error:
-            if isinstance(error, CutError):
-                raise
-            raise CutError(
-                f"cut at {cut!r}, the rest of forward fails, and uncut it doesn't: {error}"
-            ) from error
-        if learns:
-            _backward(output)
-            if found.passage.tail and (gradient := tail.given.grad) is not None:
-                middle.backward(gradient)
-        if learns and (crossing.learning or kept):
-            gradients = {key: sent.values[key].grad for key in crossing.learning}
-            crossing.backward(gradients, tail.gradients if kept else {})
-    pairs: list[tuple[str, Tensor | None, Tensor | None]] = [
-        ("an output", *both) for both in zip(expected, tensors_in(output), strict=True)
-    ]
-    theirs = {half: dict(_named(half)) for half in (client, server)}
-    for name, tensor in result.items():
-        other = theirs[client if name in found.client else server][name]
-        if not isinstance(other, nn.Parameter):
-            pairs.append((name, tensor, other))
-        elif learns:
-            pairs.append((f"the gradient of {name}", tensor, other.grad))
-    for what, a, b in pairs:
-        if a is not b and (a is None or b is None or not _close(a, b)):
-            raise CutError(f"cut at {cut!r}, the model computes something else: {what} differs")
-
-
-def _whole_step(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[list[Tensor], dict[str, Tensor | None], bool]:
-    """Return what a copy computes: its outputs, gradients and buffers, and whether it can learn."""
-    whole = plain_copy(model)
-    with undisturbed(args, kwargs), eager():
-        own_args, own_kwargs = fresh(args, kwargs)
-        output = whole(*own_args, **own_kwargs)
-        try:
-            _backward(output)
-            learns = torch.is_grad_enabled()
-        except RuntimeError:  # this model can't be trained in one piece, either
-            learns = False
-    _check_frozen(model, whole)
-    result = {n: t.grad if isinstance(t, nn.Parameter) else t for n, t in _named(whole)}
-    # Without their graph, which holds the weights.
-    return [tensor.detach() for tensor in tensors_in(output)], result, learns
-
-
-def _check_frozen(before: nn.Module, after: nn.Module) -> None:
-    """Refuse a forward that moves frozen parameters: they are sent once, and never averaged."""
-    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
-    for (name, old), new in pairs:
-        if not (old.requires_grad or torch.equal(old, new) or bool(old.isnan().any())):
-            raise CutError(
-                f"forward changes the frozen parameter {name!r} itself (a moving average?): make "
-                "it a buffer (register_buffer), which is kept and averaged as part of the state"
-            )
-
-
-def _backward(output: Any) -> None:
-    floats = [t for t in tensors_in(output) if t.requires_grad]
-    if floats and torch.is_grad_enabled():
-        torch.stack([t.abs().double().square().mean() for t in floats]).sum().backward()  # type: ignore[no-untyped-call]
-
-
-def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.layout is not torch.strided or a.is_nested:
-        a, b = a.to_dense(), b.to_dense()
-    if torch.equal(a, b):
-        return True
-    tolerance = 1e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    return torch.allclose(a.detach(), b.detach(), rtol=tolerance, atol=1e-6, equal_nan=True)

@@ -12,15 +12,7 @@ from flsplit.cut.trace import Trace
 
 
 class PlainChain:
-    """The modules around a cut layer, and which of their children leads to it.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    layer : str
-        The cut layer's name.
-    """
+    """The modules around a cut layer, and which of their children leads to it."""
 
     def __init__(self, model: nn.Module, layer: str) -> None:
         self._levels: list[tuple[nn.Module, int]] = []

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from flsplit.cut.clean_cuts import clean
 from flsplit.cut.cut_errors import CutError
 from flsplit.cut.flops import BATCH, CountedSurvey
-from flsplit.cut.look import clean, divided
 from flsplit.cut.survey import Call, Value
 from flsplit.cut.trace import tensors_in
+from flsplit.cut.whose_state import divided
 from flsplit.nested import as_arguments
 
 

@@ -23,14 +23,7 @@ _lock = Lock()
 def remembered(key: Any, make: Callable[[], T], alive: Any = None) -> T:
     """Return what was found out under a key before, or find it out.
 
-    Parameters
-    ----------
-    key : hashable
-        What it is about.
-    make : callable
-        Finds it out.
-    alive : object
-        What has to live as long: see `fingerprint`.
+    ``alive`` has to live as long, see `fingerprint`.
     """
     with _lock:
         if key in _found:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flsplit.cut.watch import plain_copy, uninstrument
+from flsplit.cut.partial_forward import uninstrument
+from flsplit.cut.scripted import plain_copy
 
 AWAY = "_away"
 """In a module of one side: the names of the tensors that are the other side's, and whether each is

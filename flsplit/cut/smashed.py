@@ -93,14 +93,8 @@ def value_by_value(
 ) -> dict[str, CutGradient]:
     """Apply what a method does with the clients' cut-layer gradients to each value that crosses.
 
-    Parameters
-    ----------
-    change : callable
-        Takes tensors ``(b_i, ...)`` by client and returns some of the clients'.
-    gradients : mapping of str to torch.Tensor or dict of str to torch.Tensor
-        By client.
-    rows : mapping of str to int
-        How many rows each client has.
+    ``change`` takes tensors ``(b_i, ...)`` by client and returns some of the clients'; ``rows``
+    says how many rows each client has.
 
     Raises
     ------

@@ -11,10 +11,11 @@ from torch.nn.parameter import is_lazy
 from flsplit.cut.cut_errors import CutError, ExampleError, check_keys, listed
 from flsplit.cut.examples import NEEDS_VALUES, ROWS, likely_rows, needs_values, with_values
 from flsplit.cut.halves import ClientHalf, Cut, ServerHalf, batch_key
-from flsplit.cut.look import Look, find_layer, look, verify
+from flsplit.cut.look import Look, find_layer, look
+from flsplit.cut.partial_forward import is_compiled, places_of
 from flsplit.cut.remembering import fingerprint, remembered
 from flsplit.cut.sides import one_side, without_data
-from flsplit.cut.watch import is_compiled, places_of
+from flsplit.cut.verifying import verify
 from flsplit.nested import as_arguments, to_device
 
 T = TypeVar("T")

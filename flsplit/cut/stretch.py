@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from flsplit.cut.cut_errors import CrossingError, UnknownCutError
+from flsplit.cut.partial_forward import PartialForward
+from flsplit.cut.stand_ins import Absent, Replaying, Script
 from flsplit.cut.survey import Passage
 from flsplit.cut.trace import Trace, tensors_in
-from flsplit.cut.watch import Absent, PartialForward, Recording, Replaying, Script
+from flsplit.cut.watch import Recording
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,8 @@ class Crossing:
     ) -> None:
         """Go on with the gradients that the server found, by name, and those of what was kept.
 
-        Raises
-        ------
-        CrossingError
-            If a gradient has another shape than its tensor, or no tensor of that name needs one.
+        CrossingError if a gradient has another shape than its tensor, or no tensor of that name
+        needs one.
         """
         found = {name: g for name, g in gradients.items() if g is not None}
         for name, gradient in found.items():
@@ -87,10 +87,7 @@ class Returning(Crossing):
 
     All that needs a gradient are leaves, which collect it.
 
-    Attributes
-    ----------
-    name : str
-        Which of the values came from the server.
+    ``name`` says which of the values came from the server.
     """
 
     name: str = ""
@@ -126,15 +123,7 @@ def run_to_cut(
 ) -> tuple[Trace, dict[str, Tensor]]:
     """Run a model up to the cut.
 
-    Parameters
-    ----------
-    passages : iterable of Passage
-        The ways that forward may take.
-
-    Returns
-    -------
-    tuple of Trace and dict
-        The trace, and the values that cross on any of the ways.
+    Return the trace, and the values that cross on any of the ways that forward may take.
     """
     known = list(passages)
     keys = {key for passage in known for key in (*passage.values, *passage.kept)}
@@ -169,14 +158,7 @@ def run_from_cut(
 ) -> Any:
     """Run a model from the cut and return its output; of two cuts, from one to the other.
 
-    Parameters
-    ----------
-    given : Crossing
-        What came from the client.
-    extra : mapping of str to anything
-        Arguments of the model that the server has itself, such as ``labels``.
-    script : Script, optional
-        As `script_for` returned it for the same trace.
+    ``extra`` are arguments of the model that the server has itself, such as ``labels``.
     """
     run = Replaying(script or script_for(given), given.trace.numbers, given.values, cut)
     output = run.go_on(model, extra or {})
@@ -203,14 +185,8 @@ def tensor_at(item: int, output: Any) -> Tensor:
 def for_tail(passage: Passage, given: Tensor, head: Tensor | Crossing) -> Returning:
     """Return what crosses the second cut.
 
-    Parameters
-    ----------
-    passage : Passage
-        The way that the forward up to the first cut took.
-    given : Tensor
-        What the server segment returned.
-    head : Tensor or Crossing
-        What that forward returned.
+    ``passage`` is the way that the forward up to the first cut took, ``head`` what it returned,
+    ``given`` what the server segment did.
     """
     assert passage.tail is not None  # there are two cuts
     kept, numbers = (head.kept, head.trace.numbers) if isinstance(head, Crossing) else ({}, ())

@@ -4,6 +4,7 @@ import inspect
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flsplit.cut.call_names import LIKES, asks, name_of
 from flsplit.cut.cut_errors import CrossingError, CutError
+from flsplit.cut.partial_forward import PartialForward, Stub, eager, instrument
 from flsplit.cut.private import Unseen, bare
+from flsplit.cut.scripted import Scripted
 from flsplit.cut.trace import Number, Same, Spec, Trace, can_be_sent, map_tree, tensors_in
-from flsplit.cut.watch import (
-    LIKES,
-    PartialForward,
-    Scripted,
-    Stub,
-    asks,
-    eager,
-    instrument,
-    name_of,
-    sendable,
-)
+from flsplit.cut.watch import sendable
 
 
 @dataclass
@@ -99,32 +93,17 @@ class Written:
 
 @dataclass(frozen=True)
 class Passage:
-    """What crosses at one place.
+    """What crosses at one place."""
 
-    Attributes
-    ----------
-    trace : Trace
-        The calls before it.
-    whole : set of str
-        The modules that are one call.
-    values : dict of str to Value
-        The tensors that cross.
-    reads : tuple of Value
-        The numbers that cross, as part of the trace.
-    item : int or None
-        If a single tensor crosses and no number: which of the tensors that the layer returns.
-    tail : Passage or None
-        At the first of two cuts: what crosses at the second one.
-    """
-
-    trace: Trace
-    whole: frozenset[str]
-    values: dict[str, Value]
-    reads: tuple[Value, ...]
+    trace: Trace  # the calls before it
+    whole: frozenset[str]  # the modules that are one call
+    values: dict[str, Value]  # the tensors that cross
+    reads: tuple[Value, ...]  # the numbers that cross, as part of the trace
+    # If a single tensor crosses and no number: which of the tensors that the layer returns
     item: int | None
-    tail: "Passage | None" = None
+    tail: "Passage | None" = None  # at the first of two cuts: what crosses at the second one
 
-    @property
+    @cached_property
     def kept(self) -> frozenset[str]:
         """Names of what the client keeps for its last layers, after the second cut."""
         places = len(self.trace.calls)
@@ -149,14 +128,8 @@ class _Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class Survey(TorchFunctionMode, PartialForward):
     """One forward of a copied model, with all that it does written down.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A copy; it is changed for good.
-    args, kwargs
-        What to call it with.
-    before : Survey, optional
-        The same copy's forward before, of which nothing may be used in this one.
+    The copy is changed for good. Of the same copy's forward ``before`` nothing may be used in this
+    one.
     """
 
     watches = True

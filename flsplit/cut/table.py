@@ -19,16 +19,8 @@ _HEADER = (
 def format_cuts(points: Sequence[CutPoint]) -> str:
     """Return cut points as a table in plain text, one line each under a header.
 
-    Parameters
-    ----------
-    points : sequence of CutPoint
-        As `cuts` returns them.
-
-    Returns
-    -------
-    str
-        MFLOP (10**6) and KiB (1024 bytes) are of one sample's forward pass and of all that
-        crosses; elements are of what gets a gradient.
+    MFLOP (10**6) and KiB (1024 bytes) are of one sample's forward pass and of all that crosses;
+    elements are of what gets a gradient.
     """
     rows = [_HEADER, *(_row(point) for point in points)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
@@ -53,7 +45,6 @@ def _short(value: SmashedValue) -> str:
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Align the name to the left and everything else to the right."""
     first = row[0].ljust(widths[0])
     rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
     return "  ".join([first, *rest])

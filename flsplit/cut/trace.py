@@ -136,10 +136,7 @@ class Trace:
     def from_json(cls, text: str) -> "Trace":
         """Read what `to_json` wrote.
 
-        Raises
-        ------
-        PathError
-            If it is something else, or longer or deeper than a trace may be.
+        PathError if it is something else, or longer or deeper than a trace may be.
         """
         try:
             if len(text) > MAX_BYTES:
@@ -161,10 +158,7 @@ def numbers_to_json(numbers: Iterable[Any]) -> str:
 def numbers_from_json(text: str) -> tuple[Any, ...]:
     """Read what `numbers_to_json` wrote.
 
-    Raises
-    ------
-    PathError
-        If it is something else, or longer than a trace may be.
+    PathError if it is something else, or longer than a trace may be.
     """
     try:
         if len(text) > MAX_BYTES:

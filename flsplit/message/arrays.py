@@ -98,10 +98,7 @@ def readable(content: RecordDict) -> None:
 def to_tensor(array: Array, *, field: str) -> Tensor:
     """Return the tensor (CPU, a copy) in a raw or a NumPy array.
 
-    Raises
-    ------
-    ProtocolError
-        If dtype, shape and data don't fit together; ``field`` names the array.
+    ProtocolError if dtype, shape and data don't fit together; ``field`` names the array.
     """
     if array.stype != RAW:
         return _from_npy(array, field)
@@ -163,10 +160,7 @@ def check_like(
 
     Those called as in ``free``, a module's buffers, may have any shape.
 
-    Raises
-    ------
-    SegmentMismatchError
-        If names or shapes differ.
+    SegmentMismatchError if names or shapes differ.
     """
     missing = [name for name in like if name not in tensors]
     unexpected = [name for name in tensors if name not in like]

@@ -17,18 +17,8 @@ from flsplit.cut import Crossing, CutError, Trace
 from flsplit.cut.smashed import CutGradient, Smashed, differentiable
 from flsplit.cut.trace import numbers_from_json, numbers_to_json
 from flsplit.errors import ProtocolError
-from flsplit.flower_internals import made
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import (
-    WHOLE,
-    Record,
-    Records,
-    Slot,
-    only_array,
-    record,
-    refuse_others,
-    value,
-)
+from flsplit.message.fields import WHOLE, Records, Slot, Written, record, refuse_others, value
 
 MOST_TRACES = 32
 """How many traces a client takes for known to the server: those that it has sent last."""
@@ -46,13 +36,7 @@ class Unresolved:
     aliases: frozenset[str]
 
     def resolved(self, traces: Mapping[str, Trace]) -> Crossing:
-        """Return the crossing.
-
-        Raises
-        ------
-        ProtocolError
-            If no such trace has come.
-        """
+        """Return the crossing; ProtocolError if no such trace has come."""
         if self.digest not in traces:
             raise ProtocolError(f"crossing: trace is {self.digest!r}, which has not been sent")
         return Crossing(self.values, Trace(traces[self.digest].calls, self.numbers), self.aliases)
@@ -75,13 +59,7 @@ def put_smashed(
 def get_smashed(
     arrays: ArrayRecord, crossings: ConfigRecord | None, place: str, field: str
 ) -> Tensor | Unresolved:
-    """Return the smashed data at a place.
-
-    Raises
-    ------
-    ProtocolError
-        If it isn't there, or can't be read.
-    """
+    """Return the smashed data at a place; ProtocolError if it isn't there, or can't be read."""
     if crossings is None or f"{place}.trace" not in crossings:
         if place not in arrays:
             raise ProtocolError(f"{field}: there is no array {place!r}, but {list(arrays)[:5]}")
@@ -117,25 +95,20 @@ def _names(crossings: ConfigRecord, key: str, values: Mapping[str, Tensor]) -> l
 def one_smashed(key: str) -> Slot:
     """Return how the smashed data of one step travels."""
 
-    def put(records: dict[str, Record], smashed: Smashed) -> None:
-        if isinstance(smashed, Tensor):
-            records[key] = made(ArrayRecord, {WHOLE: to_array(smashed)})
-            return
+    def put(records: Written, smashed: Smashed) -> None:
         arrays: dict[str, Array] = {}
         crossings: dict[str, Any] = {}
         put_smashed(arrays, crossings, WHOLE, smashed)
-        records[key] = made(ArrayRecord, arrays)
-        records["crossing"] = made(ConfigRecord, crossings)
+        records[key] = ArrayRecord, arrays
+        records["crossing"] = ConfigRecord, crossings
 
     def get(records: Records) -> Tensor | Unresolved:
-        if "crossing" not in records and (array := only_array(records, key)):
-            return to_tensor(array, field=key)
         arrays, crossings = record(records, key, ArrayRecord), crossings_in(records)
         if crossings is None:
             refuse_others(arrays, key)
         return get_smashed(arrays, crossings, WHOLE, key)
 
-    return Slot(key, put, get, required=True)
+    return Slot(key, put, get, required=True, alone=True)
 
 
 def crossings_in(records: Records) -> ConfigRecord | None:
@@ -143,7 +116,7 @@ def crossings_in(records: Records) -> ConfigRecord | None:
     return record(records, "crossing", ConfigRecord) if "crossing" in records else None
 
 
-def _put_traces(records: dict[str, Record], traces: Mapping[str, Trace]) -> None:
+def _put_traces(records: Written, traces: Mapping[str, Trace]) -> None:
     records["traces"] = ConfigRecord({key: one.to_json() for key, one in traces.items()})
 
 
@@ -164,7 +137,7 @@ TRACES = Slot("traces", _put_traces, _get_traces)
 """How traces travel that the server doesn't know yet, by digest."""
 
 
-def _put_frozen(records: dict[str, Record], frozen: bool) -> None:
+def _put_frozen(records: Written, frozen: bool) -> None:
     records["frozen"] = ConfigRecord({"frozen": frozen})
 
 
@@ -175,17 +148,17 @@ FROZEN = Slot("frozen", _put_frozen, lambda records: True, absent=False)
 def one_gradient(key: str) -> Slot:
     """Return how a cut-layer gradient travels."""
 
-    def put(records: dict[str, Record], gradient: CutGradient) -> None:
+    def put(records: Written, gradient: CutGradient) -> None:
         if isinstance(gradient, Tensor):
             arrays = {WHOLE: to_array(gradient)}
         else:
             arrays = {f"{WHOLE}:{name}": to_array(one) for name, one in gradient.items()}
-        records[key] = made(ArrayRecord, arrays)
+        records[key] = ArrayRecord, arrays
 
     def get(records: Records) -> CutGradient:
-        if array := only_array(records, key):
-            return to_tensor(array, field=key)
         arrays = record(records, key, ArrayRecord)
+        if list(arrays) == [WHOLE]:
+            return to_tensor(arrays[WHOLE], field=key)
         if arrays:  # none where none of the values learns
             refuse_others(arrays, key)
         found = {}

@@ -79,10 +79,10 @@ class EvaluateRequest(Request):
         """Check the smashed data and labels, if there are any; only the last batch may be short."""
         if not reply.num_batches:
             return
-        check_batch(reply.smashed, reply.labels, self.batch_size)
+        rows = num_rows(reply.labels)
+        check_batch(reply.smashed, reply.labels, rows, self.batch_size)
         if self.keeps_labels:
             refuse_labels(reply.labels)
-        rows = num_rows(reply.labels)
         if self.batch + 1 < reply.num_batches and rows < self.batch_size:
             raise ProtocolError(
                 f"smashed-data: test batch {self.batch} of {reply.num_batches} has {rows} rows, "

@@ -12,69 +12,51 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args
 from typing import get_type_hints as hints_of
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
 
 from flsplit.errors import ProtocolError
-from flsplit.flower_internals import made
-from flsplit.message.arrays import dtype_name, dtype_of
+from flsplit.flower_internals import content_of
+from flsplit.message.arrays import dtype_name, dtype_of, to_array, to_tensor
 from flsplit.message.raised import shortened
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
 Records = Mapping[str, Record]
+Written = dict[str, Record | tuple[type[Record], dict[str, Any]]]
+"""What is to be a message: records, or the kind and the values of each."""
 
 T = TypeVar("T", ArrayRecord, ConfigRecord, MetricRecord)
 Value = TypeVar("Value", bool, int, float, str)
 
+WHOLE = "0"
+"""The place of what a message has one of."""
+
 
 @dataclass(frozen=True)
 class In:
-    """Where a plain value travels, and what it must at least be.
+    """Where a plain value travels, and what it must at least be."""
 
-    Attributes
-    ----------
-    record : str
-        The record's name. One called ``metrics`` or ``memory`` is a MetricRecord.
-    least, most : float, optional
-        The smallest and the greatest number allowed; of a list, in it.
-    key : str
-        The field's name there; by default that of the dataclass, in kebab-case.
-    length : int
-        How many numbers a list has at least.
-    longest : int, optional
-        How many it has at most.
-    """
-
-    record: str = ""
-    least: float | None = None
-    key: str = ""
-    length: int = 0
-    most: float = math.inf
-    longest: int | None = None
+    record: str = ""  # the record's name. One called ``metrics`` or ``memory`` is a MetricRecord
+    least: float | None = None  # the smallest number allowed; of a list, in it
+    key: str = ""  # the field's name there; by default that of the dataclass, in kebab-case
+    length: int = 0  # how many numbers a list has at least
+    most: float = math.inf  # the greatest
+    longest: int | None = None  # how many it has at most
 
 
 @dataclass(frozen=True)
 class Slot:
-    """How a value that is no plain field is written into a message and read from it.
+    """How a value that is no plain field is written into a message and read from it."""
 
-    Attributes
-    ----------
-    record : str
-        The record that tells whether it is there.
-    put : callable
-        Takes a message's records and the value, and adds what it is written in.
-    get : callable
-        Takes the records by name and returns the value.
-    required : bool
-        Whether every message has it; the value is None otherwise.
-    absent : object
-        Another value that isn't written: the field's default.
-    """
-
-    record: str
-    put: Callable[[dict[str, Record], Any], None]
-    get: Callable[[Records], Any]
-    required: bool = False
-    absent: object = None
+    record: str  # the record that tells whether it is there
+    # Takes a message's records and the value, and adds what it is written in
+    put: Callable[[Written, Any], None]
+    get: Callable[[Records], Any]  # takes the records by name and returns the value
+    required: bool = False  # whether every message has it; the value is None otherwise
+    absent: object = None  # another value that isn't written: the field's default
+    # Whether the value may be a tensor alone, which is the one array of the record then, raw.
+    # Nearly always it is, and needs neither ``put`` nor ``get``.
+    alone: bool = False
 
 
 class _FieldAt(NamedTuple):
@@ -127,7 +109,7 @@ class Content:
 
     def to_content(self) -> RecordDict:
         """Return the content of a message."""
-        records: dict[str, Record] = {}
+        records: Written = {}
         for record_name, make, entries in self._groups:
             fields = {}
             for name, key, kind, *_ in entries:
@@ -137,12 +119,14 @@ class Content:
                 elif kind is torch.dtype:
                     found = dtype_name(found)
                 fields[key] = found
-            records[record_name] = made(make, fields)
+            records[record_name] = make, fields
         for name, slot in self._slots:
             found = getattr(self, name)
-            if found is not None and found is not slot.absent:
+            if slot.alone and isinstance(found, Tensor):
+                records[slot.record] = ArrayRecord, {WHOLE: to_array(found)}
+            elif found is not None and found is not slot.absent:
                 slot.put(records, found)
-        return made(RecordDict, records)
+        return content_of(records)
 
     @classmethod
     def from_content(cls, content: RecordDict | Records) -> Self:
@@ -150,7 +134,13 @@ class Content:
         records: Records = content if type(content) is dict else dict(content.items())
         values = read_fields(records, cls._groups)
         for name, slot in cls._slots:
-            if slot.required or slot.record in records:
+            found = records.get(slot.record)
+            if slot.alone and type(found) is ArrayRecord:
+                arrays = dict(found.items())
+                if len(arrays) == 1 and WHOLE in arrays:
+                    values[name] = to_tensor(arrays[WHOLE], field=slot.record)
+                    continue
+            if slot.required or found is not None:
                 values[name] = slot.get(records)
         return cls(**values)
 
@@ -178,7 +168,7 @@ class Fields(Content):
 def nested(key: str, kind: type[Fields]) -> Slot:
     """Return how a dataclass that is one record travels in a message."""
 
-    def put(records: dict[str, Record], value: Fields) -> None:
+    def put(records: Written, value: Fields) -> None:
         records[key] = value.to_config()
 
     return Slot(key, put, lambda records: kind.from_config(record(records, key, ConfigRecord)))
@@ -272,19 +262,6 @@ def value(
     group = ("it", type(fields), [_FieldAt("it", key, kind, minimum, math.inf, (0, None))])
     found: Value = read_fields({"it": fields}, [group])["it"]
     return found
-
-
-WHOLE = "0"
-"""The place of what a message has one of."""
-
-
-def only_array(content: Records, key: str) -> Array | None:
-    """Return the array of a record that holds this one alone, as nearly all do; else None."""
-    found = content.get(key)
-    if type(found) is not ArrayRecord:
-        found = record(content, key, ArrayRecord)
-    arrays = list(found.items())
-    return arrays[0][1] if len(arrays) == 1 and arrays[0][0] == WHOLE else None
 
 
 def refuse_others(arrays: ArrayRecord, key: str) -> None:

@@ -16,10 +16,9 @@ from flsplit.account.clock import Leg
 from flsplit.cut import Trace
 from flsplit.cut.smashed import values_of
 from flsplit.errors import ProtocolError
-from flsplit.flower_internals import made
 from flsplit.message import request as common
 from flsplit.message.crossings import Unresolved, crossings_in, get_smashed, put_smashed
-from flsplit.message.fields import Fields, In, Record, Records, Slot, nested, record, value
+from flsplit.message.fields import Fields, In, Records, Slot, Written, nested, record, value
 from flsplit.message.nestings import arrays_of, get_nesting
 from flsplit.message.request import (
     Batch,
@@ -40,48 +39,29 @@ _MEMORY = ("segment", "activations", "auxiliary", "auxiliary-activations")
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryPlan(Fields):
-    """Which auxiliary model a client works with in a round, and what it does with it.
+    """Which auxiliary model a client works with in a round, and what it does with it."""
 
-    Attributes
-    ----------
-    kind : {'linear', 'first-stage', 'given'}
-        How it is built.
-    shape : tuple of int
-        Shape of one row of the smashed data it takes.
-    num_classes : int
-        How many classes it tells apart.
-    version : int
-        Which of the server's versions the client must hold.
-    train : bool
-        Whether the client trains it on its own loss.
-    lr : float
-        The learning rate for that.
-    given_loss : bool
-        Whether its loss is the client's own, as the strategy's is not plain cross-entropy.
-    """
-
-    kind: str
+    kind: str  # how it is built: 'linear', 'first-stage' or 'given'
+    # Shape of one row of the smashed data it takes
     shape: Annotated[tuple[int, ...], In(least=1, length=1)]
-    num_classes: Annotated[int, In(least=1)]
-    version: Annotated[int, In(least=0)]
-    train: bool
-    lr: Annotated[float, In(least=0.0)]
+    num_classes: Annotated[int, In(least=1)]  # how many classes it tells apart
+    version: Annotated[int, In(least=0)]  # which of the server's versions the client must hold
+    train: bool  # whether the client trains it on its own loss
+    lr: Annotated[float, In(least=0.0)]  # the learning rate for that
+    # Whether its loss is the client's own, as the strategy's is not plain cross-entropy
     given_loss: bool = False
 
 
-def _put_uploads(records: dict[str, Record], uploads: Mapping[int, Batch]) -> None:
+def _put_uploads(records: Written, uploads: Mapping[int, Batch]) -> None:
     smashed: dict[str, Array] = {}
     labels: dict[str, Array] = {}
     crossings: dict[str, Any] = {}
     for step, (rows, of_rows) in uploads.items():
         put_smashed(smashed, crossings, str(step), rows)
         labels |= arrays_of(of_rows, str(step))
-    records["smashed-data"], records["labels"] = (
-        made(ArrayRecord, smashed),
-        made(ArrayRecord, labels),
-    )
+    records["smashed-data"], records["labels"] = (ArrayRecord, smashed), (ArrayRecord, labels)
     if crossings:
-        records["crossing"] = made(ConfigRecord, crossings)
+        records["crossing"] = ConfigRecord, crossings
 
 
 def _get_uploads(records: Records) -> dict[int, Batch]:
@@ -101,14 +81,13 @@ def _get_uploads(records: Records) -> dict[int, Batch]:
 
 
 def _step_in(key: str) -> int:
-    """Return the step that an array's place begins with."""
     step = re.match("[0-9]{1,9}", key)
     if step is None or str(int(step.group())) != step.group():
         raise ProtocolError(f"smashed-data: key is {key!r}, expected a step")
     return int(step.group())
 
 
-def _put_memory(records: dict[str, Record], memory: Mapping[str, int]) -> None:
+def _put_memory(records: Written, memory: Mapping[str, int]) -> None:
     records["memory"] = MetricRecord({name: memory[name] for name in _MEMORY})
 
 
@@ -125,55 +104,34 @@ _State = Annotated[dict[str, Tensor] | None, common.state_dict("auxiliary")]
 
 @dataclass(frozen=True, kw_only=True)
 class LocalReply(Reply):
-    """What came of a client's local steps.
-
-    Attributes
-    ----------
-    client : str
-        Whose reply it is.
-    server_round, step : int
-        Which request it answers.
-    uploads : mapping of int to (Smashed, nesting)
-        Smashed data ``(b, ...)`` and labels ``(b, ...)`` by step.
-    num_examples : int
-        Size of the client's training data.
-    num_steps, steps_done : int
-        How many steps the client has this round, and how many it has done.
-    steps_before : int
-        How many it had done in the run before this round.
-    rows : sequence of int
-        How many rows each step that was asked for had, from ``step`` on.
-    seconds : float
-        Compute time.
-    memory : mapping of str to int
-        Measured bytes: ``segment`` and ``auxiliary`` (parameters, buffers, gradients, optimizer)
-        and ``activations`` and ``auxiliary-activations`` (what a batch leaves for backward; 0
-        where step 0 was not among the steps).
-    segment, auxiliary : dict of str to torch.Tensor or None
-        State dicts, where they were asked for and the client's round has ended.
-    clipped : bool or None
-        Whether a privacy mod clipped the segment, where one does.
-    """
+    """What came of a client's local steps."""
 
     client: common.Client
     server_round: common.Round
     step: Annotated[int, In("reply", 0)]
+    # Smashed data ``(b, ...)`` and labels ``(b, ...)`` by step
     uploads: Annotated[
         Mapping[int, Batch], Slot("smashed-data", _put_uploads, _get_uploads, required=True)
     ]
-    num_examples: common.Examples
+    num_examples: common.Examples  # size of the client's training data
+    # How many steps the client has this round, and how many it has done
     num_steps: Annotated[int, In("metrics", 1)]
     steps_done: Annotated[int, In("metrics", 0)]
+    # How many rows each step that was asked for had, from ``step`` on
     rows: Annotated[Sequence[int], In("metrics", 0, length=1)]
     seconds: common.Seconds
+    # Measured bytes: ``segment`` and ``auxiliary`` (parameters, buffers, gradients, optimizer) and
+    # ``activations`` and ``auxiliary-activations`` (what a batch leaves for backward; 0 where step
+    # 0 was not among the steps)
     memory: Annotated[
         Mapping[str, int], Slot("memory", _put_memory, _get_memory, required=True)
     ] = field(default_factory=lambda: dict.fromkeys(_MEMORY, 0))
+    # State dicts, where they were asked for and the client's round has ended
     segment: common.State = None
     auxiliary: _State = None
     traces: common.Traces = None
-    steps_before: common.StepsBefore = 0
-    clipped: common.Clipped = None
+    steps_before: common.StepsBefore = 0  # how many it had done in the run before this round
+    clipped: common.Clipped = None  # whether a privacy mod clipped the segment, where one does
 
     @property
     def ends_round(self) -> bool:
@@ -218,40 +176,7 @@ class LocalReply(Reply):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalRequest(Request):
-    """Asks a client for local steps from ``step`` on.
-
-    Attributes
-    ----------
-    server_round, step : int
-        The round, and the first step to take.
-    stop : int
-        The first step not to take; 0 stands for the end of the client's round.
-    upload_every : int
-        Smashed data and labels of every step that this divides go up.
-    upload_from : int
-        Nothing of earlier steps goes up.
-    peek : bool
-        Take no step: send the smashed data of ``step`` only.
-    upload_segment, upload_auxiliary : bool
-        Whether to hand them over when the client's round ends.
-    plan, auxiliary_plan : RoundPlan, AuxiliaryPlan
-        Begin a round; they come with step 0 only.
-    segment : SegmentArrays or None
-        The client segment, for a client that doesn't hold it.
-    auxiliary : dict of str to torch.Tensor or None
-        The auxiliary model's state dict, likewise.
-    auxiliary_held : bool
-        Whether the client is believed to hold that auxiliary model. It stays on the server.
-    like : SegmentArrays or None
-        What a segment that is handed over must fit. It stays on the server.
-    auxiliary_like : dict of str to torch.Tensor or None
-        The same for an auxiliary model.
-    num_steps, num_examples : int or None
-        How many steps the client has this round and how much data, as far as that is known. They
-        stay on the server.
-    planned : RoundPlan or None
-        The plan of the client's round. It stays on the server, too.
-    """
+    """Asks a client for local steps from ``step`` on."""
 
     kind = LOCAL
     answer = LocalReply
@@ -259,24 +184,32 @@ class LocalRequest(Request):
 
     server_round: Annotated[int, In("local", 1)]
     step: Annotated[int, In("local", 0)]
+    # The first step not to take; 0 stands for the end of the client's round
     stop: Annotated[int, In("local", 0)] = 0
+    # Smashed data and labels of every step that this divides go up
     upload_every: Annotated[int, In("local", 1)] = 1
-    upload_from: Annotated[int, In("local", 0)] = 0
+    upload_from: Annotated[int, In("local", 0)] = 0  # nothing of earlier steps goes up
+    # Take no step: send the smashed data of ``step`` only
     peek: Annotated[bool, In("local")] = False
+    # Whether to hand them over when the client's round ends
     upload_segment: Annotated[bool, In("local")] = False
     upload_auxiliary: Annotated[bool, In("local")] = False
-    plan: common.Plan = None
+    plan: common.Plan = None  # begins a round, as does the next: they come with step 0 only
     auxiliary_plan: Annotated[AuxiliaryPlan | None, nested("auxiliary-config", AuxiliaryPlan)] = (
         None
     )
-    segment: common.Segment = None
-    auxiliary: _State = None
+    segment: common.Segment = None  # the client segment, for a client that doesn't hold it
+    auxiliary: _State = None  # the auxiliary model's state dict, likewise
+    # Whether the client is believed to hold that auxiliary model. It stays on the server.
     auxiliary_held: bool = False
+    # What a segment that is handed over must fit. It stays on the server.
     like: SegmentArrays | None = None
-    auxiliary_like: dict[str, Tensor] | None = None
+    auxiliary_like: dict[str, Tensor] | None = None  # the same for an auxiliary model
+    # How many steps the client has this round and how much data, as far as that is known. They stay
+    # on the server.
     num_steps: int | None = None
     num_examples: int | None = None
-    planned: RoundPlan | None = None
+    planned: RoundPlan | None = None  # the plan of the client's round. It stays on the server, too
 
     def uploads(self, done: int, plan: RoundPlan | None) -> list[int]:
         """Return the steps whose smashed data goes up, if the client has done ``done`` steps.
@@ -311,7 +244,8 @@ class LocalRequest(Request):
                 f"smashed-data is of steps {list(reply.uploads)}, expected steps {expected}"
             )
         for step, (smashed, labels) in reply.uploads.items():
-            check_batch(smashed, labels, self.planned.rows_at(step) if self.planned else None)
+            most = self.planned.rows_at(step) if self.planned else None
+            check_batch(smashed, labels, num_rows(labels), most)
             if (found := num_rows(labels)) != (rows := reply.rows[step - self.step]):
                 raise ProtocolError(
                     f"smashed-data of step {step} has {found} rows, field 'rows' says {rows}"

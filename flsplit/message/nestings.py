@@ -12,9 +12,8 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from flsplit.errors import DataError, ProtocolError
-from flsplit.flower_internals import made
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import WHOLE, Record, Records, Slot, only_array, record, refuse_others
+from flsplit.message.fields import WHOLE, Records, Slot, Written, record, refuse_others
 
 _STEP = re.compile(r"\.([^.\[\]]{1,100})|\[(0|[1-9]\d{0,3})\]")
 _MAX_DEPTH, _MAX_TENSORS = 8, 10_000
@@ -23,28 +22,21 @@ _MAX_DEPTH, _MAX_TENSORS = 8, 10_000
 def nesting(key: str) -> Slot:
     """Return how a nesting of tensors travels raw, alone in a record."""
 
-    def put(records: dict[str, Record], tree: Any) -> None:
-        alone = isinstance(tree, Tensor)
-        arrays = {WHOLE: to_array(tree)} if alone else arrays_of(tree, WHOLE)
-        records[key] = made(ArrayRecord, arrays)
+    def put(records: Written, tree: Any) -> None:
+        records[key] = ArrayRecord, arrays_of(tree, WHOLE)
 
     def get(records: Records) -> Any:
-        if array := only_array(records, key):
-            return to_tensor(array, field=key)
         arrays = record(records, key, ArrayRecord)
         refuse_others(arrays, key)
         return get_nesting(arrays, WHOLE, field=key)
 
-    return Slot(key, put, get, required=True)
+    return Slot(key, put, get, required=True, alone=True)
 
 
 def arrays_of(tree: Any, place: str) -> dict[str, Array]:
     """Return the tensors of a nesting, by their places.
 
-    Raises
-    ------
-    DataError
-        If there is something else than tensors in it, or a name that can't be written.
+    DataError if there is something else than tensors in it, or a name that can't be written.
     """
     return {where: to_array(tensor) for where, tensor in _tensors_in(tree, place)}
 
@@ -67,10 +59,7 @@ def _tensors_in(tree: Any, place: str) -> Iterator[tuple[str, Tensor]]:
 def get_nesting(arrays: ArrayRecord, place: str, *, field: str) -> Any:
     """Return the nesting whose arrays' names begin with ``place``; tuples come for lists, too.
 
-    Raises
-    ------
-    ProtocolError
-        If there is none, or the arrays' names are no places of one nesting.
+    ProtocolError if there is none, or the arrays' names are no places of one nesting.
     """
     if len(arrays) == 1 and place in arrays:  # a tensor alone, as in most messages
         return to_tensor(arrays[place], field=field)

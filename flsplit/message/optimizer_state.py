@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import Record, Records, Slot, record
+from flsplit.message.fields import Records, Slot, Written, record
 from flsplit.optimizers import UserOptimizer
 
 IndexedState = dict[int, dict[str, Any]]
@@ -42,7 +42,7 @@ def indexed(key: str) -> Slot:
     """Return how such a state travels, and is kept: in the records ``key`` and ``key-numbers``."""
     numbers = f"{key}-numbers"
 
-    def put(records: dict[str, Record], state: IndexedState) -> None:
+    def put(records: Written, state: IndexedState) -> None:
         records[key], records[numbers] = state_to_records(state)
 
     def get(records: Records) -> IndexedState:
@@ -109,10 +109,7 @@ def _from_json(tree: Any, arrays: ArrayRecord, key: str) -> Any:
 def state_from_records(arrays: ArrayRecord, numbers: ConfigRecord) -> IndexedState:
     """Return the state in records of :func:`state_to_records`.
 
-    Raises
-    ------
-    ProtocolError
-        If a key is not ``"<index>/<name>"`` or an array can't be read.
+    ProtocolError if a key is not ``"<index>/<name>"`` or an array can't be read.
     """
     state: IndexedState = {}
     nested = tuple(f"{key}/" for key, value in numbers.items() if isinstance(value, list))

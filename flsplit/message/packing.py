@@ -43,19 +43,9 @@ def put_packed(content: RecordDict, name: str, packed: Mapping[str, Packed]) -> 
 def unpacked(content: RecordDict, name: str, unpack: Callable[[str, Packed], Tensor]) -> RecordDict:
     """Return a message's content with arrays in the place of the pieces in the record ``name``.
 
-    Parameters
-    ----------
-    content : RecordDict
-        As it came; it stays as it is.
-    name : str
-        The record that may hold packed tensors.
-    unpack : callable
-        Takes a key and what came.
+    ``content`` stays as it is; ``unpack`` takes a key and what came.
 
-    Raises
-    ------
-    ProtocolError
-        If what came can't be unpacked.
+    ProtocolError if what came can't be unpacked.
     """
     if PACKED not in content:
         return content

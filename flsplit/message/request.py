@@ -13,15 +13,14 @@ from flsplit.cut import Trace
 from flsplit.cut.smashed import CutGradient, Smashed, gradients_in, learning_in
 from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite, can_be_squared
-from flsplit.flower_internals import made
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.crossings import FROZEN, TRACES, one_gradient, one_smashed
 from flsplit.message.fields import (
     Content,
     In,
-    Record,
     Records,
     Slot,
+    Written,
     nested,
     read_fields,
     record,
@@ -30,7 +29,7 @@ from flsplit.message.fields import (
 from flsplit.message.nestings import nesting
 from flsplit.message.optimizer_state import OptimizerState, indexed
 from flsplit.message.round_plan import RoundPlan
-from flsplit.nested import num_rows, shapes_of, tensors_of
+from flsplit.nested import shapes_of, tensors_of
 
 Batch = tuple[Smashed, Any]
 """Smashed data ``(b, ...)`` and labels ``(b, ...)``, a nesting of tensors."""
@@ -103,17 +102,7 @@ class Backward:
 
 
 class Reply(Content):
-    """Base of what a client answers.
-
-    Attributes
-    ----------
-    client : str
-        Whose reply it is.
-    server_round : int
-        The round asked for.
-    seconds : float
-        Compute time since the message arrived.
-    """
+    """Base of what a client answers."""
 
     categories: ClassVar[dict[str, str]] = {
         "smashed-data": "activations-up",
@@ -123,10 +112,12 @@ class Reply(Content):
         "auxiliary": "auxiliary-up",
     }
     """Under which of the ledger's categories the bytes of a record are counted."""
+    packed: ClassVar[str] = "smashed-data"
+    """The record that client parts may compress."""
 
     client: str
     server_round: int
-    seconds: float
+    seconds: float  # compute time since the message arrived
     num_steps: int | None
     num_examples: int | None
     steps_before: int | None
@@ -174,6 +165,8 @@ class Request(Content):
         "cut-gradient": "gradients-down-unicast",
     }
     """Under which of the ledger's categories the bytes of a record are counted."""
+    packed: ClassVar[str] = "cut-gradient"
+    """The record that client parts may compress."""
 
     server_round: int
     step: int | None
@@ -193,24 +186,18 @@ class Request(Content):
     def check(self, reply: Any) -> None:
         """Check what a reply holds; whose it is has been checked, and its plain fields.
 
-        Raises
-        ------
-        ProtocolError
-            If it isn't what was asked for, or its tensors can't be used.
-        SegmentMismatchError
-            If the client handed over another segment than it was given.
-        NonFiniteError
-            If smashed data or a segment handed over is NaN or infinite.
+        ProtocolError if it isn't what was asked for, or its tensors can't be used.
+        SegmentMismatchError if the client handed over another segment than it was given.
+        NonFiniteError if smashed data or a segment handed over is NaN or infinite.
         """
 
 
-def check_batch(smashed: Smashed, labels: Any, most: int | None = None) -> None:
+def check_batch(smashed: Smashed, labels: Any, rows: int, most: int | None = None) -> None:
     """Check smashed data and labels of a step that may have up to ``most`` rows, if that is known.
 
-    A client that sits a step out sends none. How many rows there are the labels tell: values that
-    cross may have them in any dimension.
+    A client that sits a step out sends none. How many ``rows`` there are the labels tell: values
+    that cross may have them in any dimension.
     """
-    rows = num_rows(labels)
     if isinstance(smashed, Tensor):
         if not (smashed.is_floating_point() or smashed.is_complex()):
             raise ProtocolError(f"smashed-data: dtype is {smashed.dtype}, expected floating point")
@@ -286,7 +273,7 @@ def check_handed_over(
 def state_dict(key: str) -> Slot:
     """Return how a state dict travels."""
 
-    def put(records: dict[str, Record], tensors: dict[str, Tensor]) -> None:
+    def put(records: Written, tensors: dict[str, Tensor]) -> None:
         records[key] = to_record(tensors)
 
     return Slot(key, put, lambda records: from_record(record(records, key, ArrayRecord), field=key))
@@ -295,7 +282,7 @@ def state_dict(key: str) -> Slot:
 _GRADIENT, _ARRAYS = one_gradient("cut-gradient"), state_dict("arrays")
 
 
-def _put_segment(records: dict[str, Record], segment: SegmentArrays) -> None:
+def _put_segment(records: Written, segment: SegmentArrays) -> None:
     _ARRAYS.put(records, segment.tensors)
     records["segment"] = ConfigRecord({"version": segment.version})
 
@@ -310,7 +297,7 @@ class _BackwardFields(Content):
     update: Annotated[bool, In("backward")]
 
 
-def _put_clipped(records: dict[str, Record], clipped: bool) -> None:
+def _put_clipped(records: Written, clipped: bool) -> None:
     records["clipping"] = ConfigRecord({"clipped": clipped})
 
 
@@ -318,9 +305,9 @@ def _get_clipped(records: Records) -> bool:
     return value(record(records, "clipping", ConfigRecord), "clipped", bool)
 
 
-def _put_backward(records: dict[str, Record], backward: Backward) -> None:
+def _put_backward(records: Written, backward: Backward) -> None:
     update = backward.gradient is not None
-    records["backward"] = made(ConfigRecord, {"step": backward.step, "update": update})
+    records["backward"] = ConfigRecord, {"step": backward.step, "update": update}
     if update:
         _GRADIENT.put(records, backward.gradient)
 

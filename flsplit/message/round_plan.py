@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Annotated, Any, Self
 
 from flsplit.errors import ConfigError, ProtocolError
@@ -67,7 +68,7 @@ class RoundPlan(Fields):
     clipping_norm: Annotated[float, In(least=0.0)] = 0.0
     norm_bit: bool = False
 
-    @property
+    @cached_property
     def keeps_labels(self) -> bool:
         """Whether the client has the last layers, too, and so keeps its labels."""
         return "," in self.cut
@@ -104,10 +105,7 @@ class RoundPlan(Fields):
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """Return the plan with other values, by field.
 
-        Raises
-        ------
-        ConfigError
-            If there is no such field, or it can't have this value.
+        ConfigError if there is no such field, or it can't have this value.
         """
         known = [one.name for one in fields(self)]
         if unknown := [name for name in changes if name not in known]:

@@ -20,25 +20,13 @@ MAX_DIMENSIONS, MOST_VALUES = 16, 2**28
 
 @dataclass(frozen=True)
 class ShapeReply(Reply):
-    """What one row of a client's data looks like.
-
-    Attributes
-    ----------
-    client : str
-        Whose reply it is.
-    server_round : int
-        The round asked for.
-    shape : tuple of int
-        Shape of a row of smashed data.
-    inputs : nesting of torch.Tensor
-        The inputs' shapes ``(0, ...)`` and dtypes, without a row.
-    seconds : float
-        Compute time.
-    """
+    """What one row of a client's data looks like."""
 
     client: common.Client
     server_round: common.Round
+    # Shape of a row of smashed data
     shape: Annotated[tuple[int, ...], In("smashed-data", 1, length=1, longest=MAX_DIMENSIONS)]
+    # The inputs' shapes ``(0, ...)`` and dtypes, without a row
     inputs: Annotated[Any, nesting("inputs")]
     seconds: common.Seconds
 

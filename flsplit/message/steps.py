@@ -36,44 +36,24 @@ from flsplit.nested import leaves_of, num_rows
 
 @dataclass(frozen=True)
 class StepReply(Reply):
-    """A client's smashed data and labels for one step.
-
-    Attributes
-    ----------
-    client : str
-        The client's name.
-    server_round, step : int
-        Which step this is.
-    smashed : torch.Tensor or Crossing
-        Activations at the cut layer, floating point, the batch in front: ``(b, ...)``; or all that
-        crosses, where that is more than one tensor.
-    labels : nesting of torch.Tensor
-        Labels, ``(b, ...)``.
-    num_examples : int
-        Size of the client's training data.
-    num_steps : int
-        How many steps the client has this round.
-    seconds : float
-        Compute time since the message arrived.
-    traces : mapping of str to Trace or None
-        Traces of what crosses that the client has not sent in this round, by digest.
-    frozen : bool
-        Whether the client needs no cut-layer gradient: nothing before the cut is trained.
-    steps_before : int
-        Steps that the client had done in the run when its round began; with less than it has done,
-        it has lost some of its state.
-    """
+    """A client's smashed data and labels for one step."""
 
     client: common.Client
     server_round: common.Round
     step: Annotated[int, In("reply", 0)]
+    # Activations at the cut layer, floating point, the batch in front: ``(b, ...)``; or all that
+    # crosses, where that is more than one tensor
     smashed: common.SmashedField
     labels: common.Labels
-    num_examples: common.Examples
-    num_steps: Annotated[int, In("metrics", 1)]
+    num_examples: common.Examples  # size of the client's training data
+    num_steps: Annotated[int, In("metrics", 1)]  # how many steps the client has this round
     seconds: common.Seconds
+    # Traces of what crosses that the client has not sent in this round, by digest
     traces: common.Traces = None
+    # Whether the client needs no cut-layer gradient: nothing before the cut is trained
     frozen: common.Frozen = False
+    # Steps that the client had done in the run when its round began; with less than it has done, it
+    # has lost some of its state
     steps_before: common.StepsBefore = 0
 
     def resolved(self, traces: Mapping[str, Trace]) -> Self:
@@ -126,10 +106,10 @@ class StepRequest(Request):
 
     def check(self, reply: StepReply) -> None:
         """Check the number of steps, the smashed data and the labels."""
-        if self.planned:
+        if self.planned and self.num_examples is None:  # else both are echoed
             self.planned.check_steps(reply.num_steps, reply.num_examples)
         most = self.planned.rows_at(self.step) if self.planned else None
-        check_batch(reply.smashed, reply.labels, most)
+        check_batch(reply.smashed, reply.labels, reply.rows, most)
         if self.planned and self.planned.keeps_labels:
             refuse_labels(reply.labels)
 

@@ -14,10 +14,8 @@ from torch import Tensor
 from flsplit.account.clock import Leg
 from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite
-from flsplit.flower_internals import made
 from flsplit.message import request as common
-from flsplit.message.arrays import to_array, to_tensor
-from flsplit.message.fields import WHOLE, In, Record, Records, Slot, only_array
+from flsplit.message.fields import In, Records, Slot, Written, record
 from flsplit.message.request import Reply, Request
 from flsplit.message.types import EVALUATE_TAIL, TAIL
 
@@ -25,39 +23,27 @@ OUTPUTS, OUTPUT_GRADIENT = "outputs", "output-gradient"
 
 
 def _one_tensor(key: str) -> Slot:
-    def put(records: dict[str, Record], tensor: Tensor) -> None:
-        records[key] = made(ArrayRecord, {WHOLE: to_array(tensor)})
+    def put(records: Written, found: object) -> None:
+        raise TypeError(f"{key} is {found!r}, expected a tensor")
 
     def get(records: Records) -> Tensor:
-        if array := only_array(records, key):
-            return to_tensor(array, field=key)
+        record(records, key, ArrayRecord)
         raise ProtocolError(f"record {key!r} holds several arrays or none, expected one")
 
-    return Slot(key, put, get, required=True)
+    return Slot(key, put, get, required=True, alone=True)
 
 
 @dataclass(frozen=True)
 class TailReply(Reply):
-    """The gradient of a client's own mean loss by the server segment's outputs.
-
-    Attributes
-    ----------
-    client : str
-        The client's name.
-    server_round, step : int
-        Which step this is.
-    gradient : torch.Tensor
-        Of the outputs' shape.
-    seconds : float
-        Compute time since the message arrived.
-    """
+    """The gradient of a client's own mean loss by the server segment's outputs."""
 
     categories: ClassVar[dict[str, str]] = {OUTPUT_GRADIENT: "output-gradients-up"}
+    packed = OUTPUT_GRADIENT
 
     client: common.Client
     server_round: common.Round
     step: Annotated[int, In("reply", 0)]
-    gradient: Annotated[Tensor, _one_tensor(OUTPUT_GRADIENT)]
+    gradient: Annotated[Tensor, _one_tensor(OUTPUT_GRADIENT)]  # of the outputs' shape
     seconds: common.Seconds
 
     def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
@@ -73,6 +59,7 @@ class TailRequest(Request):
     answer = TailReply
     echoed = ("server_round", "step")
     categories: ClassVar[dict[str, str]] = {OUTPUTS: "outputs-down"}
+    packed = OUTPUTS
 
     server_round: Annotated[int, In("step", 1)]
     step: Annotated[int, In("step", 0)]
@@ -93,22 +80,14 @@ class TailRequest(Request):
 
 @dataclass(frozen=True)
 class EvaluateTailReply(Reply):
-    """What a client's test data give, at the end of an evaluation; zeros before that.
-
-    Attributes
-    ----------
-    loss, weight : float
-        Sum of the loss, and of what counts in its mean.
-    correct, classified, num_examples : int
-        Right predictions, of how many, and test examples.
-    """
+    """What a client's test data give, at the end of an evaluation; zeros before that."""
 
     client: common.Client
     server_round: Annotated[int, In("reply", 0)]
     batch: Annotated[int, In("reply", 0)]
-    loss: Annotated[float, In("metrics")]
+    loss: Annotated[float, In("metrics")]  # sum of the loss, and of what counts in its mean
     weight: Annotated[float, In("metrics", 0.0)]
-    correct: Annotated[int, In("metrics", 0)]
+    correct: Annotated[int, In("metrics", 0)]  # right predictions, of how many, and test examples
     classified: Annotated[int, In("metrics", 0)]
     num_examples: Annotated[int, In("metrics", 0, most=common.MOST_EXAMPLES)]
     seconds: common.Seconds

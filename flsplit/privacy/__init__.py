@@ -3,18 +3,22 @@
 from flsplit.client_parts.distance import distance_correlation
 from flsplit.privacy.accountant import epsilon, gaussian_epsilon
 from flsplit.privacy.dependence import dcor_unbiased, mutual_information
+from flsplit.privacy.hijack import Hijack
 from flsplit.privacy.inversion import invert
 from flsplit.privacy.label_inference import auc, cluster_attack, cosine_attack, norm_attack
 from flsplit.privacy.membership import loss_membership, nearest_membership
 from flsplit.privacy.reconstruction import Reconstruction, reconstruct, ssim
 from flsplit.privacy.recording import Record, RecordedRun, RecordedStep, read_recording
 from flsplit.privacy.replay import Smashing, attack_inputs, attack_labels
+from flsplit.privacy.simulation import Simulation, simulate
 
 __all__ = [
+    "Hijack",
     "Reconstruction",
     "Record",
     "RecordedRun",
     "RecordedStep",
+    "Simulation",
     "Smashing",
     "attack_inputs",
     "attack_labels",
@@ -32,5 +36,6 @@ __all__ = [
     "norm_attack",
     "read_recording",
     "reconstruct",
+    "simulate",
     "ssim",
 ]

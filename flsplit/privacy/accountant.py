@@ -82,10 +82,7 @@ def epsilon(
 def gaussian_epsilon(ratio: float, delta: float) -> float:
     """Return the ε of one Gaussian mechanism whose noise is ``ratio`` times its sensitivity.
 
-    Raises
-    ------
-    ConfigError
-        If dp-accounting is not installed.
+    ConfigError if dp-accounting is not installed.
     """
     try:
         import dp_accounting

@@ -167,7 +167,7 @@ def _network(smashed: Tensor, inputs: Tensor, epochs: int, seed: int) -> Decode:
     middle = smashed.mean(0)
     scale = smashed.std() or torch.tensor(1.0)
     with seeded(seed):
-        network = _build(tuple(smashed.shape[1:]), tuple(inputs.shape[1:]))
+        network = build_decoder(tuple(smashed.shape[1:]), tuple(inputs.shape[1:]))
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     steps = epochs * -(-len(inputs) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
@@ -189,7 +189,8 @@ def _network(smashed: Tensor, inputs: Tensor, epochs: int, seed: int) -> Decode:
     return decode
 
 
-def _build(smashed: tuple[int, ...], inputs: tuple[int, ...]) -> nn.Module:
+def build_decoder(smashed: tuple[int, ...], inputs: tuple[int, ...]) -> nn.Module:
+    """Return an untrained network from smashed data of a shape to inputs of a shape."""
     if len(smashed) == 3 and len(inputs) == 3:
         return nn.Sequential(
             nn.Conv2d(smashed[0], 32, 3, padding=1),

@@ -77,7 +77,6 @@ class Record(Callback):
         self._clients, self.nbytes = list(state["clients"]), state["nbytes"]
 
     def _begin(self, request: Request) -> None:
-        """Note what kind of run it is, once."""
         assert request.plan is not None
         plan, path = request.plan, self.folder / _RUN
         about = {"experiment": plan.experiment, "cut": plan.cut, "client-parts": plan.client_parts}

@@ -175,16 +175,7 @@ def attack_inputs(
 class Smashing:
     """A client segment with the client parts of a run: makes smashed data as it leaves there.
 
-    Parameters
-    ----------
-    segment : nn.Module
-        The client segment.
-    client_parts : str
-        What describes the parts, as in a plan; empty for none.
-    client : str
-        The client's name.
-    seed : int
-        What the parts' random numbers follow from.
+    ``client_parts`` describes the parts as a plan does, empty for none.
     """
 
     def __init__(

@@ -14,12 +14,7 @@ context is left, or the starter dies.
         assert run.finish(timeout=120).completed
 """
 
-from flsplit.processes.federation import (
-    Federation,
-    deployment,
-    simulation,
-    simulation_config,
-)
+from flsplit.processes.federation import Federation, deployment, simulation, simulation_config
 from flsplit.processes.flower_process import FlowerProcess
 from flsplit.processes.flower_run import FinishedRun, FlowerRun
 from flsplit.processes.home import FlowerHome

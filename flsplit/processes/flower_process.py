@@ -13,16 +13,7 @@ from flsplit.processes.waiting import START_TIMEOUT, wait_until, without_colours
 class FlowerProcess:
     """A long-running process of Flower (a SuperLink, a SuperNode), and all that it starts.
 
-    Parameters
-    ----------
-    name : str
-        What error messages call it.
-    command : list of str
-        The command.
-    env : mapping
-        Its environment.
-    log_path : Path
-        Where its output goes.
+    ``name`` is what error messages call it.
     """
 
     def __init__(

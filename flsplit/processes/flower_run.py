@@ -162,10 +162,7 @@ class FlowerRun:
     def finish(self, timeout: float | None = None) -> FinishedRun:
         """Wait for its end and ask the SuperLink how it went.
 
-        Raises
-        ------
-        TimeoutError
-            If it has not ended after `timeout` seconds.
+        TimeoutError if it has not ended after `timeout` seconds.
         """
         left = None if timeout is None else timeout - (time.monotonic() - self._started)
         self._reader.join(None if left is None else max(left, 0.0))

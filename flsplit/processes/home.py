@@ -116,12 +116,7 @@ class FlowerHome:
     ) -> FlowerProcess:
         """Start a SuperLink on this home's port, wait until it answers, and tell ``flwr`` of it.
 
-        Parameters
-        ----------
-        options : list of str
-            Options of ``flower-superlink`` besides its address.
-        root_certificates : Path, optional
-            What ``flwr`` trusts; without TLS by default.
+        ``root_certificates`` is what ``flwr`` trusts; without TLS by default.
         """
         address = ["--host", "127.0.0.1", "--port"]
         for attempt in (1, 2, 3):

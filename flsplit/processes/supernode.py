@@ -10,10 +10,7 @@ from flsplit.processes.waiting import START_TIMEOUT, free_ports, wait_until
 class SuperNode(FlowerProcess):
     """A SuperNode, the ClientApp processes that it starts, and how to disturb them.
 
-    Attributes
-    ----------
-    node_id : int
-        Flower's id of the node, once it was online.
+    ``node_id`` is Flower's id of the node, once it was online.
     """
 
     node_id = 0

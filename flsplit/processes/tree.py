@@ -73,12 +73,7 @@ class ProcessTree:
     parent; so descendants and members of a marked process's session count as well, and sessions
     once seen are remembered. The session and the process of the caller are never touched.
 
-    Parameters
-    ----------
-    mark : str, optional
-        The name of the environment variable; a new one by default.
-    spare_session : int, optional
-        The session that must never be touched, by default that of this process.
+    The session that must never be touched is by default that of this process.
     """
 
     def __init__(self, mark: str | None = None, spare_session: int | None = None) -> None:

@@ -33,10 +33,7 @@ def free_ports(count: int) -> list[int]:
 def wait_until(ask: Callable[[], T | None], what: str, timeout: float, poll: float = POLL) -> T:
     """Call `ask` until it returns something true, and return that.
 
-    Raises
-    ------
-    TimeoutError
-        If that took longer than `timeout` seconds.
+    TimeoutError if that took longer than `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     while not (answer := ask()):

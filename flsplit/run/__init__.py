@@ -7,9 +7,11 @@ from flsplit.run.parallel import ParallelStrategy
 from flsplit.run.registry import make_strategy, strategy_names
 from flsplit.run.result import SplitResult
 from flsplit.run.round import Round
-from flsplit.run.step import Step, ceil_fraction
+from flsplit.run.shares import ceil_fraction
+from flsplit.run.step import Step
 from flsplit.run.strategy import SplitStrategy
-from flsplit.server.gradients import ClientBatch, StepGradients
+from flsplit.server.client_batch import ClientBatch
+from flsplit.server.gradients import StepGradients
 
 __all__ = [
     "Callback",

@@ -20,15 +20,6 @@ class FurtherParts:
     those before it are there, whatever the clients after it are at. Requests are sent before the
     ones before them are answered. What a client may be ahead of the server is bounded, and so is
     what piles up at the server.
-
-    Parameters
-    ----------
-    round_ : Round
-        The round.
-    first : mapping of str to LocalReply
-        The replies to its first part.
-    request : callable
-        Makes a request.
     """
 
     def __init__(

@@ -93,8 +93,6 @@ def may_stop(callback: Callback) -> bool:
 
 
 class _Best(Callback):
-    """Knows the best value so far of a metric."""
-
     def __init__(self, metric: str, mode: Literal["auto", "max", "min"]) -> None:
         if mode not in ("auto", "max", "min"):
             raise ConfigError(f"mode is {mode!r}, expected 'auto', 'max' or 'min'")

@@ -42,16 +42,8 @@ _PLAIN = (
 class Checkpoints:
     """The checkpoints of one run in a folder of its own, the last two rounds kept.
 
-    Parameters
-    ----------
-    folder : Path
-        ``checkpoint_dir`` of the options; nobody else must be using it.
-    method : SplitMethod
-        What is written down.
-    callbacks : sequence of Callback
-        What watches over the run, and may remember something, too.
-    identity : mapping of str to plain values
-        What the run is; a run of another identity is a stranger in the folder.
+    The folder is ``checkpoint_dir`` of the options; nobody else must be using it. A run of another
+    identity is a stranger there.
     """
 
     def __init__(
@@ -77,12 +69,8 @@ class Checkpoints:
     def begin(self, experiment: str) -> None:
         """Make the folder that of a new run; one of the same kind that was here is set aside.
 
-        Raises
-        ------
-        ConfigError
-            If the folder has checkpoints of another run.
-        StorageError
-            If it can't be read or written.
+        ConfigError if the folder has checkpoints of another run. StorageError if it can't be read
+        or written.
         """
         if rounds := self._rounds.rounds():
             found = self._run_in_folder()
@@ -103,13 +91,8 @@ class Checkpoints:
     def save(self, clients: State, history: History) -> None:
         """Write down where the run is, after the last round of ``history``.
 
-        Raises
-        ------
-        ConfigError
-            If the method remembers something and has no ``state_dict``, or one that can't be
-            stored.
-        StorageError
-            If a file can't be written.
+        ConfigError if the method remembers something and has no ``state_dict``, or one that can't
+        be stored. StorageError if a file can't be written.
         """
         self._check_state()
         state = {
@@ -124,17 +107,11 @@ class Checkpoints:
     def load(self) -> tuple[State, History, str]:
         """Set the method back to the last checkpoint that is whole.
 
-        Returns
-        -------
-        tuple
-            What :meth:`save` was told of the clients, the history so far, the experiment's name.
+        Return what :meth:`save` was told of the clients, the history so far, and the experiment's
+        name.
 
-        Raises
-        ------
-        ConfigError
-            If there is no checkpoint, or one of another run than this.
-        StorageError
-            If none can be read.
+        ConfigError if there is no checkpoint, or one of another run than this. StorageError if none
+        can be read.
         """
         if not self._rounds.rounds():
             raise ConfigError(f"resume: there is no checkpoint in {self._rounds.folder}")

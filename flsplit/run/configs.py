@@ -21,10 +21,7 @@ def make_plan(
 ) -> RoundPlan:
     """Return a round's plan; ``config`` goes before ``options``.
 
-    Raises
-    ------
-    ConfigError
-        If ``config`` has an unknown key or a value that can't be used.
+    ConfigError if ``config`` has an unknown key or a value that can't be used.
     """
     given = {key: value for key, value in config.items() if key not in _SET_BY_FLOWER}
     refuse_unknown("train_config", given, _TRAIN_KEYS)

@@ -9,22 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flsplit.auxiliary import (
-    FIRST_STAGE,
-    GIVEN,
-    LINEAR,
-    BuildAuxiliary,
-    build_auxiliary,
-    cosine,
-)
+from flsplit.auxiliary import FIRST_STAGE, GIVEN, LINEAR, BuildAuxiliary, build_auxiliary, cosine
 from flsplit.cut.flops import forward_flops
-from flsplit.errors import (
-    ConfigError,
-    DataError,
-    FlsplitError,
-    SegmentMismatchError,
-    located,
-)
+from flsplit.errors import ConfigError, DataError, FlsplitError, SegmentMismatchError, located
 from flsplit.log import logger
 from flsplit.losses import ModelLoss, is_plain_cross_entropy, logits_of
 from flsplit.message.local_steps import AuxiliaryPlan, LocalReply, LocalRequest
@@ -32,14 +19,14 @@ from flsplit.message.shape import ShapeReply, ShapeRequest
 from flsplit.message.steps import FinishReply
 from flsplit.nested import shapes_of
 from flsplit.run.ahead import FurtherParts
+from flsplit.run.arguments import one_of, whole
 from flsplit.run.held_memory import HeldMemory
 from flsplit.run.options import of_kind
 from flsplit.run.round import Round
 from flsplit.run.step import Step
 from flsplit.run.strategy import SplitStrategy
 from flsplit.seeds import derive_seed, seeded
-from flsplit.server.arguments import one_of, whole
-from flsplit.server.gradients import ClientBatch
+from flsplit.server.client_batch import ClientBatch
 from flsplit.storage import State
 from flsplit.untrained import copied
 from flsplit.wireless.phases import BITS, Phase, Stage, Where, Work, server_passes
@@ -171,8 +158,8 @@ class DecoupledStrategy(SplitStrategy):
         each of the optimizer's slots.
         """
         copies = 2 + work.training.optimizer_slots if cls.trains_auxiliary else 1
-        smashed_bits = work.training.batch_size * work.activation_bits
-        return (copies * work.auxiliary_bits + smashed_bits) // BITS
+        smashed_bytes = work.training.batch_size * work.place.activation_bytes
+        return copies * work.auxiliary_bits // BITS + smashed_bytes
 
     # --- what a subclass says ------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from flsplit.account import Clock, RoundEntry
 from flsplit.account.ledger import LeftOut
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.choose import open_carrier
-from flsplit.client_parts import describe_parts
+from flsplit.client_parts import check_places, describe_parts, warn_of_second_cut
 from flsplit.errors import NotEnoughClientsError
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
@@ -33,7 +33,7 @@ from flsplit.run.report import log_round
 from flsplit.run.result import SplitResult
 from flsplit.run.round import Round
 from flsplit.run.run_clock import make_clock
-from flsplit.run.run_identity import Identity, describe
+from flsplit.run.run_identity import Identity, describe, identity_of
 from flsplit.seeds import derive_seed, set_aside
 from flsplit.server.clients import Clients
 from flsplit.server.misfits import Fits
@@ -66,7 +66,10 @@ class Run:
 
     def execute(self, grid: Grid) -> SplitResult:
         """Do all rounds, from the last checkpoint on if the options say so."""
-        options = self.strategy.options
+        options, parts = self.strategy.options, self.strategy.all_client_parts()
+        check_places(parts, two_cuts=options.keeps_labels)
+        if options.keeps_labels:
+            warn_of_second_cut(parts)
         with ExitStack() as stack:
             folder = Path(
                 options.checkpoint_dir or stack.enter_context(TemporaryDirectory(prefix="flsplit-"))
@@ -111,7 +114,7 @@ class Run:
         """Return what tells this run from others: its method's identity, and what is told here."""
         configs = {"train_config": self.train_config, "evaluate_config": self.evaluate_config}
         given = {f"{what}.{k}": v for what, one in configs.items() for k, v in (one or {}).items()}
-        found = self.strategy.identity()
+        found = identity_of(self.strategy)
         for name, value in given.items():
             found |= describe(name, value)
         return found
@@ -134,7 +137,6 @@ class Run:
 
     @cached_property
     def _fits(self) -> Fits:
-        """What training has shown to fit together; evaluation is judged by itself."""
         pooled = self.strategy.options.server_batchnorm == "pooled"
         return Fits(self.strategy.server_for, pools=pooled and self.strategy.pools)
 
@@ -265,7 +267,6 @@ class Run:
         return round_
 
     def _present(self, clients: Clients, but: Set[str]) -> list[str]:
-        """Return who is connected, without some, as long as the others are enough."""
         names = clients.directory.discover()
         others = [name for name in names if name not in but]
         return others if len(others) >= max(1, self.strategy.least_clients()) else names
@@ -291,17 +292,12 @@ class Run:
         seed = derive_seed(options.seed, "evaluate", round_.plan.server_round)
         batch_size, batches = evaluate_amounts(options, self.evaluate_config)
         round_.entry.evaluation, self._client_scores = evaluate_clients(
-            self.strategy.server_for,
+            self.strategy,
             round_.clients,
             sample(names, count, seed),
-            self.strategy.segment_for,
             round_.entry,
             batch_size=batch_size,
             batches=batches,
-            metrics=options.metrics,
-            fits=Fits(self.strategy.server_for, pools=False),
-            each=options.client_strategy is not None,
-            keeps_labels=options.keeps_labels,
         )
 
     def _evaluate_centrally(self, server_round: int) -> None:

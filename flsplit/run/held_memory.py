@@ -6,18 +6,12 @@ from contextlib import contextmanager
 from flsplit.account.memory import Activations, measuring_activations, state_bytes
 from flsplit.cut.smashed import values_of
 from flsplit.message.local_steps import LocalReply
-from flsplit.server.gradients import ClientBatch
+from flsplit.server.client_batch import ClientBatch
 from flsplit.server.segment import ServerSegment
 
 
 class HeldMemory:
-    """Measures one round.
-
-    Parameters
-    ----------
-    server : ServerSegment
-        The other part of the whole model.
-    """
+    """Measures one round."""
 
     def __init__(self, server: ServerSegment) -> None:
         self._server = server

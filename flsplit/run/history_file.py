@@ -12,10 +12,7 @@ from flsplit.storage import BrokenFileError, State, StorageError
 class HistoryFile:
     """The lines of a run's rounds, which a checkpoint only needs to count.
 
-    Parameters
-    ----------
-    path : Path
-        The file; what is in it is of no account until :meth:`read`.
+    What is in the file is of no account until :meth:`read`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,10 +22,7 @@ class HistoryFile:
     def add(self, entry: RoundEntry) -> State:
         """Write a round's line, and return what :meth:`read` needs to find the file's end again.
 
-        Raises
-        ------
-        StorageError
-            If the file can't be written.
+        StorageError if the file can't be written.
         """
         line = (json.dumps(entry.to_json(), allow_nan=False) + "\n").encode()
         try:
@@ -47,12 +41,7 @@ class HistoryFile:
     def read(self, end: State) -> History:
         """Return the history up to where :meth:`add` said that it ends, and go on from there.
 
-        Raises
-        ------
-        BrokenFileError
-            If it isn't what was written.
-        StorageError
-            If the file can't be read.
+        BrokenFileError if it isn't what was written. StorageError if the file can't be read.
         """
         try:
             with open(self.path, "rb") as file:

@@ -1,7 +1,6 @@
 """What a method is: what it says of itself, its server segment, its state, its step."""
 
 import copy
-import inspect
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 
 from flsplit.client.spec import pick_device
-from flsplit.client_parts import ClientPart, describe_parts
+from flsplit.client_parts import ClientPart
 from flsplit.cut import Split, split
 from flsplit.cut.client_cuts import all_cuts, cut_of, joined
 from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, LostClientsError, at, located
@@ -21,29 +20,18 @@ from flsplit.flower_internals import NORM_BIT
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.request import Backward, SegmentArrays
 from flsplit.message.steps import FinishReply
-from flsplit.run.options import SplitOptions, at_round, option_names, refuse_unknown
+from flsplit.run.options import SplitOptions, at_round, refuse_unknown
+from flsplit.run.own_arguments import argument_names, own_parameters
 from flsplit.run.round import Round
-from flsplit.run.run_identity import (
-    Identity,
-    describe,
-    describe_arguments,
-    describe_model,
-    describe_optimizer,
-)
 from flsplit.run.step import Step, StepSettings
 from flsplit.server.aggregate import CLIENT_SEGMENTS, SegmentAggregator, Upload
+from flsplit.server.client_batch import ClientBatch
 from flsplit.server.cut_segment import CutServerSegment
-from flsplit.server.gradients import ClientBatch, culprits
+from flsplit.server.gradient_checks import culprits
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
 from flsplit.untrained import names_of_buffers, names_of_frozen
 from flsplit.wireless.phases import Method, SaysPhases
-
-_NO_NUMBERS = (
-    "callbacks", "carrier", "checkpoint_dir", "device", "example", "fleet", "min_available_nodes",
-    "overlap", "realtime", "resume", "session", "share_client_segments",
-)  # fmt: skip
-"""Options that may change when a run is resumed: they change no number, or the last digit."""
 
 
 class SplitMethod(SaysPhases):
@@ -262,7 +250,8 @@ class SplitMethod(SaysPhases):
             arguments.setdefault(parameter.name, kept)
         for name_of_model in ("model", "cut", "example", "share"):  # a plan has a profile instead
             del arguments[name_of_model]
-        return Method(name or kind.__name__, kind, arguments, given or {})
+        parts = self.all_client_parts()
+        return Method(name or kind.__name__, kind, arguments, given or {}, parts=parts)
 
     # --- state of a run ------------------------------------------------------------------
 
@@ -353,10 +342,7 @@ class SplitMethod(SaysPhases):
     def clipping(self, participants: Sequence[str]) -> dict[str, Any]:
         """Return what plans say of clipping what is handed over, where the client strategy does.
 
-        Raises
-        ------
-        ConfigError
-            If something that is aggregated isn't at the clients, which would clip it.
+        ConfigError if something that is aggregated isn't at the clients, which would clip it.
         """
         aggregator = self.aggregator
         if not (aggregator and aggregator.clipping_norm):
@@ -435,29 +421,6 @@ class SplitMethod(SaysPhases):
         """Return the FLOPs of a row's forward pass through an auxiliary model, if there is one."""
         return 0
 
-    def identity(self) -> Identity:
-        """Return what a run must have in common with the one that it resumes.
-
-        All that changes numbers, by name; an option counts unless it is known to change none.
-        """
-        options, aggregator = self.options, self.aggregator
-        found: Identity = {
-            "strategy": type(self).__name__,
-            "seed": options.seed,
-            "client_parts": describe_parts(self.all_client_parts()),
-            "client_strategy": "",
-        }
-        found |= describe_model("model", options.model)
-        found |= describe_optimizer("server_optimizer", self.server.optimizer)
-        if aggregator:
-            found |= describe("client_strategy", aggregator.strategy)
-        own = [name for name in own_argument_names(type(self)) if name not in _NO_NUMBERS]
-        found |= describe_arguments(self, own)
-        for one in fields(options):
-            if one.name not in (*found, *_NO_NUMBERS):
-                found |= describe(one.name, getattr(options, one.name))
-        return found
-
     def state_dict(self) -> State:
         """Return all that a checkpoint of the run needs: nested dicts of tensors and numbers.
 
@@ -503,23 +466,3 @@ class SplitMethod(SaysPhases):
             min_available_nodes=options.min_available_nodes,
             weighted_by_key=options.weighted_by_key,
         )
-
-
-def argument_names(cls: type[SplitMethod]) -> list[str]:
-    """Return the arguments that a strategy's constructor takes, its own ones first."""
-    return own_argument_names(cls) + option_names()
-
-
-def own_argument_names(cls: type[SplitMethod]) -> list[str]:
-    """Return the arguments that a strategy takes beside the options of all."""
-    return [parameter.name for parameter in own_parameters(cls)]
-
-
-def own_parameters(cls: type[SplitMethod]) -> list[inspect.Parameter]:
-    """Return the parameters that a strategy's constructor has beside the options of all."""
-    own: list[inspect.Parameter] = []
-    for one in cls.__mro__:
-        if "__init__" in vars(one) and issubclass(one, SplitMethod):
-            parameters = list(inspect.signature(one.__init__).parameters.values())[1:]
-            own += [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return own

@@ -17,14 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from flsplit.carry.choose import CarrierName
 from flsplit.carry.session import SessionSettings
-from flsplit.client_parts import ClientPart, describe_parts
+from flsplit.client_parts import ClientPart, check_places, describe_parts
 from flsplit.cut.client_cuts import ClientCuts, all_cuts, check_cuts, default_cut
-from flsplit.cut.watch import places_of
+from flsplit.cut.partial_forward import places_of
 from flsplit.errors import ConfigError
 from flsplit.log import logger
 from flsplit.losses import Loss
+from flsplit.run.arguments import one_of, whole
 from flsplit.run.callbacks import Callback
-from flsplit.server.arguments import one_of, whole
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.fleet_file import find_fleet
 
@@ -199,6 +199,7 @@ class SplitOptions:
         for callback in self.callbacks:
             of_kind("callbacks: one of them", callback, Callback)
         describe_parts(self.client_parts)  # what can't be sent is said now
+        check_places(self.client_parts, two_cuts=self.keeps_labels)
         _rate("server_lr", self.server_lr)
         if self.client_lr is not None:
             _rate("client_lr", self.client_lr)
@@ -244,7 +245,6 @@ class SplitOptions:
             )
 
     def _check_kept_labels(self) -> None:
-        """Refuse what needs labels at the server."""
         where = f"cut is {self.cut!r}, so labels stay at the clients:"
         if not all(places_of(cut)[1] for cut in all_cuts(self.cut)):
             raise ConfigError(f"{where} then those of all clients do, and all are cut twice")
@@ -341,7 +341,6 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Raise ConfigError for what isn't an object like those of torchmetrics."""
     for name, metric in metrics.items():
         if isinstance(metric, type):
             raise ConfigError(

@@ -13,15 +13,7 @@ MOST_ATTEMPTS = 3
 
 
 class Beginning:
-    """The server as it is before a round, to go back to; a copy in main memory.
-
-    Parameters
-    ----------
-    method : SplitMethod
-        What trains.
-    clients : Clients
-        Who is trained with.
-    """
+    """The server as it is before a round, to go back to; a copy in main memory."""
 
     def __init__(self, method: SplitMethod, clients: Clients) -> None:
         self._method, self._clients = method, clients

@@ -10,8 +10,8 @@ from torch import nn
 
 from flsplit.client_parts import make_part
 from flsplit.errors import ConfigError
-from flsplit.run.method import argument_names
 from flsplit.run.options import refuse_unknown
+from flsplit.run.own_arguments import argument_names
 from flsplit.run.strategy import SplitStrategy
 from flsplit.wireless.phases import Method, Training
 from flsplit.wireless.profile import ModelProfile
@@ -66,24 +66,11 @@ def plan_method(
 ) -> tuple[Method, Training]:
     """Return the strategy called ``name`` as a plan takes it, and how it then trains.
 
-    Parameters
-    ----------
-    name : str
-        As `make_strategy` takes it; or ``fedavg``, for devices that train the whole model.
-    strategy_args : str
-        As `make_strategy` takes them. A batch size and a number of steps in them go before
-        ``training``, as in a run they go before an app's own.
-    model : nn.Module
-        The model.
-    profile : ModelProfile
-        Its profile.
-    training : Training
-        Batch size and steps.
+    Name and arguments are as `make_strategy` takes them; ``fedavg`` stands for devices that train
+    the whole model. A batch size and a number of steps in the arguments go before ``training``, as
+    in a run they go before an app's own.
 
-    Raises
-    ------
-    ConfigError
-        If there is no such strategy, or it refuses its arguments.
+    ConfigError if there is no such strategy, or it refuses its arguments.
     """
     given = arguments_table(strategy_args)
     if name == FEDAVG.name:
@@ -107,10 +94,7 @@ def plan_method(
 def arguments_table(strategy_args: str) -> dict[str, Any]:
     """Return the table that ``strategy_args`` is, as it is written.
 
-    Raises
-    ------
-    ConfigError
-        If it is no TOML inline table.
+    ConfigError if it is no TOML inline table.
     """
     try:
         loaded = tomllib.loads(f"args = {strategy_args or '{}'}")

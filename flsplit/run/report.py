@@ -41,7 +41,6 @@ def log_summary(strategy: SplitMethod, own_arguments: list[str]) -> None:
 
 
 def _chosen(options: SplitOptions) -> dict[str, object]:
-    """Return the options that the user has set."""
     chosen = {}
     for one in fields(options):
         default = one.default if one.default_factory is MISSING else one.default_factory()

@@ -22,8 +22,8 @@ from flsplit.message.round_plan import RoundPlan
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.message.u_shape import TailReply, TailRequest
 from flsplit.run.callbacks import Callback
+from flsplit.server.client_batch import ClientBatch
 from flsplit.server.clients import Clients, Sent
-from flsplit.server.gradients import ClientBatch
 from flsplit.server.misfits import Fits, leave_out_misfits
 
 
@@ -110,11 +110,6 @@ class Round:
         self.entry = RoundEntry(self.plan.server_round, participants=list(self.participants))
         self._started = time.perf_counter()
 
-    @property
-    def ended(self) -> bool:
-        """Whether the round has ended early."""
-        return bool(self.problem)
-
     def begin_with(self, segment: SegmentArrays) -> None:
         """Let the next clients begin with another segment than the round's first."""
         self.segment = segment
@@ -126,10 +121,7 @@ class Round:
     def plan_of(self, client: str) -> RoundPlan:
         """Return a client's plan: the round's, but for what ``overrides`` says.
 
-        Raises
-        ------
-        ConfigError
-            If that can't be used.
+        ConfigError if that can't be used.
         """
         if client not in self.overrides:
             return self.plan
@@ -250,17 +242,9 @@ class Round:
     def ask_tails(self, step: int, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradients of clients' own mean losses by the server segment's outputs.
 
-        Parameters
-        ----------
-        step : int
-            The step.
-        outputs : mapping of str to torch.Tensor
-            By client, who has the layers that come after them.
+        ``outputs`` are by client, who has the layers that come after them.
 
-        Raises
-        ------
-        LostClientsError
-            If not all clients answer; those that don't are left out of the round.
+        LostClientsError if not all clients answer; those that don't are left out of the round.
         """
         requests = {
             name: TailRequest(self.plan.server_round, step, one) for name, one in outputs.items()
@@ -288,7 +272,7 @@ class Round:
         NotEnoughClientsError
             In that case.
         """
-        if self.ended:
+        if self.problem:
             return False
         if not self.entry.left_out:
             return True
@@ -325,7 +309,7 @@ class Round:
         if self.entry.left_out:
             self.problem = str(error)
             logger.warning("the round ends early: %s", error)
-        return self.ended
+        return bool(self.problem)
 
     def leave_out(self, client: str, step: int, error: FlsplitError) -> None:
         """Leave a client out for the rest of the round, because of its batch in a step."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flsplit.account.ledger import RoundEntry
-from flsplit.cut.watch import places_of
+from flsplit.cut.partial_forward import places_of
 from flsplit.errors import ConfigError, located
 from flsplit.log import logger
 from flsplit.message.shape import ShapeReply, ShapeRequest
@@ -56,7 +56,6 @@ def make_clock(
 
 
 def _profile(options: SplitOptions, clients: Clients, server_round: int) -> ModelProfile:
-    """Profile the model on inputs as the clients have them."""
     request = ShapeRequest(server_round, options.default_cut)
     for name in clients.directory.discover():
         reply = clients.exchange({name: request}, RoundEntry(server_round)).get(name)

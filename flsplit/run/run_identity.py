@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from hashlib import blake2b
 from inspect import signature
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+
+from flsplit.client_parts import describe_parts
+from flsplit.run.method import SplitMethod
+from flsplit.run.own_arguments import own_argument_names
 
 Plain = bool | int | float | str | None
 Identity = dict[str, Plain]
@@ -26,6 +31,37 @@ _DEEPEST = 5
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _SHOWN = 8  # differences that an error lists
 _SHORT = 200
+
+
+_NO_NUMBERS = (
+    "callbacks", "carrier", "checkpoint_dir", "device", "example", "fleet", "min_available_nodes",
+    "overlap", "realtime", "resume", "session", "share_client_segments",
+)  # fmt: skip
+"""Options that may change when a run is resumed: they change no number, or the last digit."""
+
+
+def identity_of(method: SplitMethod) -> Identity:
+    """Return what a run of a method must have in common with the one that it resumes.
+
+    All that changes numbers, by name; an option counts unless it is known to change none.
+    """
+    options, aggregator = method.options, method.aggregator
+    found: Identity = {
+        "strategy": type(method).__name__,
+        "seed": options.seed,
+        "client_parts": describe_parts(method.all_client_parts()),
+        "client_strategy": "",
+    }
+    found |= describe_model("model", options.model)
+    found |= describe_optimizer("server_optimizer", method.server.optimizer)
+    if aggregator:
+        found |= describe("client_strategy", aggregator.strategy)
+    own = [name for name in own_argument_names(type(method)) if name not in _NO_NUMBERS]
+    found |= describe_arguments(method, own)
+    for one in fields(options):
+        if one.name not in (*found, *_NO_NUMBERS):
+            found |= describe(one.name, getattr(options, one.name))
+    return found
 
 
 def describe(name: str, value: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> Identity:
@@ -174,7 +210,6 @@ def _kept(thing: object, names: Collection[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _extra(module: nn.Module) -> str:
-    """Return a layer's settings, as it prints them."""
     return _ADDRESS.sub("", module.extra_repr())
 
 

@@ -31,10 +31,7 @@ class Scored(NamedTuple):
 class Scores:
     """Loss and metrics over all samples of one evaluation.
 
-    Parameters
-    ----------
-    metrics : mapping of str to torchmetrics.Metric
-        Further metrics by name; the objects themselves are left as they are.
+    The metrics' objects themselves are left as they are.
     """
 
     def __init__(self, metrics: "Mapping[str, Metric]") -> None:
@@ -45,10 +42,7 @@ class Scores:
     def update(self, output: Any, labels: Any, loss: float, count: Count) -> None:
         """Count a test batch, its mean loss and what that is over.
 
-        Raises
-        ------
-        ConfigError
-            If a metric can't take the logits or labels; the batch isn't counted then.
+        ConfigError if a metric can't take the logits or labels; the batch isn't counted then.
         """
         logits = logits_of(output)
         for name, metric in self._metrics.items():

@@ -12,37 +12,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flsplit.cut.smashed import CutGradient, Smashed, fitting
+from flsplit.cut.smashed import CutGradient
 from flsplit.errors import MethodError, located
-from flsplit.finite import all_finite
 from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.message.request import Backward
 from flsplit.nested import map_tensors
+from flsplit.run.misuse import shown, wrong_reply, wrong_update
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
+from flsplit.run.shares import client_shares
 from flsplit.seeds import derive_seed, generator, seeded
+from flsplit.server.client_batch import ClientBatch, named, pool, pool_labels
 from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, grouped_by_cut
+from flsplit.server.gradient_checks import check_finite, check_loss, check_server_gradients
 from flsplit.server.gradients import (
     AskTails,
-    ClientBatch,
     Computation,
     StepGradients,
     backward,
-    can_be_pooled,
-    check_finite,
-    check_loss,
-    check_server_gradients,
     client_gradients,
     client_loss,
     forward,
-    named,
-    pool,
-    pool_labels,
     pooled_gradients,
     separate_gradients,
     with_tails,
 )
+from flsplit.server.pooling import can_be_pooled
 from flsplit.server.segment import ServerGradients, ServerSegment
 
 T = TypeVar("T")
@@ -53,24 +49,12 @@ POOL = "pooled rows"
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step takes from the strategy's options.
+    """What a step takes from the strategy's options."""
 
-    Attributes
-    ----------
-    shares : {'examples', 'batch', 'equal'}
-        What a client's share λ follows.
-    reduction : {'mean', 'sum'}
-        Σ λ_i L_i, or S times that for S clients.
-    pools : bool
-        Whether the clients' rows go through the server segment together.
-    keeps_labels : bool
-        Whether the clients have the last layers, the labels and the loss.
-    """
-
-    shares: Shares
-    reduction: Reduction
-    pools: bool
-    keeps_labels: bool = False
+    shares: Shares  # what a client's share λ follows
+    reduction: Reduction  # Σ λ_i L_i, or S times that for S clients
+    pools: bool  # whether the clients' rows go through the server segment together
+    keeps_labels: bool = False  # whether the clients have the last layers, the labels and the loss
 
 
 @dataclass(frozen=True)
@@ -104,6 +88,8 @@ class Step:
         Whose they are.
     shares : dict of str to float
         Their shares λ, which sum to 1 over the step.
+    weights : dict of str to float
+        What each client's mean loss counts in the server's: λ, times S for a sum.
     lr : float
         The clients' learning rate in this round.
     where : str
@@ -131,6 +117,7 @@ class Step:
         self.batches, self.clients = list(self._batch_of.values()), list(self._batch_of)
         self.where = f"round {self.round}, step {index}"
         self.shares = client_shares(self.batches, settings.shares)
+        self.weights = self.shares if settings.reduction == "mean" else self._summed(self.shares)
         self._method, self._segment, self._settings = method, segment, settings
         self._round, self._seed = round_, plan.seed
         self.keeps_labels = settings.keeps_labels
@@ -158,11 +145,6 @@ class Step:
         """The clients, those that are cut at the same place together."""
         found = grouped_by_cut(self._segment, self.batches)
         return [[batch.client for batch in own] for _, own in found]
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """What each client's mean loss counts in the server's: λ, times S for a sum."""
-        return self._weights(self.batches)
 
     def pooled(self) -> Tensor:
         """Return the smashed data of all clients, concatenated in their order."""
@@ -219,7 +201,7 @@ class Step:
         segment = segment or self._segment
         whole = batches is self.batches
         names = self.clients if whole else [batch.client for batch in batches]
-        weights = self._weights(batches)
+        weights = self.weights if whole else self._weights(batches)
         compute = partial(self._of_one_cut, weights, per_client, low_memory)
 
         def of_all() -> StepGradients:
@@ -248,7 +230,7 @@ class Step:
         segment_of : mapping of str to ServerSegment
             Server segments by client.
         """
-        if not self.keeps_labels:
+        if not self._ask:
             for batch in self.batches:
                 yield batch, self.gradients([batch], segment=segment_of[batch.client])
             return
@@ -410,12 +392,13 @@ class Step:
         checked = isinstance(found, StepGradients) and found.clients is None
         gradients = found.server_gradients if isinstance(found, StepGradients) else found
         if not checked:
-            self._check_update(gradients, segment)
+            if wrong := wrong_update(gradients, segment):
+                raise self._error(f"updated with {wrong}")
             try:
                 check_server_gradients(gradients, segment, self.batches, self.where)
             except ArithmeticError:
                 if id(segment) in self._buffers:
-                    segment.put_buffers(self._buffers[id(segment)][1])
+                    segment.buffers.put(self._buffers[id(segment)][1])
                 raise
         if self._mixed and id(segment) not in self._before:
             # Whose rows can't be computed may turn out later: the step is then done without them.
@@ -454,37 +437,20 @@ class Step:
             If a client is not in the step, or a gradient has another shape or isn't finite.
         """
         if not isinstance(cut_gradients, Mapping):
-            raise self._error(f"replied with {_shown(cut_gradients)}, expected a dict of gradients")
+            raise self._error(f"replied with {shown(cut_gradients)}, expected a dict of gradients")
         shared = shared_rows or {}
         for client, gradient in cut_gradients.items():
             if (batch := self._batch_of.get(client)) is None:
                 known = ", ".join(map(repr, self.clients))
                 raise self._error(f"replied to client {client!r}, expected one of {known}")
-            self._check_reply(client, gradient, batch.smashed)
+            if wrong := wrong_reply(gradient, batch.smashed):
+                raise self._error(f"replied to client {client!r} with {wrong}")
             self._told[client] = Backward(
                 self.index,
                 None if batch.frozen else gradient,
                 shared.get(client, 0),
                 client in repeated,
             )
-
-    def _check_reply(self, client: str, gradient: object, smashed: Smashed) -> None:
-        tensors = fitting(gradient, smashed)
-        if tensors is None:
-            if isinstance(smashed, Tensor):
-                expected = f"a cut-layer gradient of shape {tuple(smashed.shape)}"
-            else:
-                expected = f"a dict of cut-layer gradients of {smashed.learning}"
-            raise self._error(
-                f"replied to client {client!r} with {_shown(gradient)}, expected {expected}"
-            )
-        for one in tensors:
-            if not (one.is_floating_point() or one.is_complex()):
-                raise self._error(
-                    f"replied to client {client!r} with {one.dtype}, expected floating point"
-                )
-            if not all_finite(one):
-                raise self._error(f"replied to client {client!r} with NaN or infinite values")
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Put numbers into the ledger, by name; a round's entry has their mean over the steps.
@@ -495,13 +461,13 @@ class Step:
             If one is not a number.
         """
         if not isinstance(metrics, Mapping):
-            raise self._error(f"recorded {_shown(metrics)}, expected a dict of numbers")
+            raise self._error(f"recorded {shown(metrics)}, expected a dict of numbers")
         for name, number in metrics.items():
             try:
                 self._round.record_metrics({name: float(number)})
             except (TypeError, ValueError) as error:
                 raise self._error(
-                    f"recorded {name!r} as {_shown(number)}, expected a number"
+                    f"recorded {name!r} as {shown(number)}, expected a number"
                 ) from error
 
     # --- for the strategy's base class ---------------------------------------------------
@@ -526,7 +492,7 @@ class Step:
     def break_off(self) -> dict[str, Backward]:
         """Return what clients were told before the step failed; all else is as if it never was."""
         for segment, before in self._buffers.values():
-            segment.put_buffers(before)
+            segment.buffers.put(before)
         for segment, state in self._before.values():
             segment.load_state_dict(state)
         return self._counted()
@@ -544,14 +510,11 @@ class Step:
             self._losses.append((batch, loss, count))
 
     def _weights(self, batches: Sequence[ClientBatch]) -> dict[str, float]:
-        """Return what each client's mean loss is multiplied with in the server's loss."""
-        shares = self.shares
-        if batches is not self.batches:
-            shares = client_shares(batches, self._settings.shares)
-        if self._settings.reduction == "mean":
-            return shares
-        factor = len(shares)
-        return {client: share * factor for client, share in shares.items()}
+        shares = client_shares(batches, self._settings.shares)
+        return shares if self._settings.reduction == "mean" else self._summed(shares)
+
+    def _summed(self, shares: Mapping[str, float]) -> dict[str, float]:
+        return {client: share * len(shares) for client, share in shares.items()}
 
     def _computed(
         self, segment: ServerSegment, names: Sequence[str], compute: Callable[[], T]
@@ -565,13 +528,13 @@ class Step:
         use = f"server again {calls}" if calls else "server"
         seed = derive_seed(self._seed, use, self.round, self.index, *names)
         segment.train()
-        before = segment.copied_buffers()
+        before = segment.buffers.copied()
         self._buffers.setdefault(id(segment), (segment, before))
         try:
             with seeded(seed, segment.device):
                 return compute()
         except Exception:
-            segment.put_buffers(before)
+            segment.buffers.put(before)
             raise
 
     def _count(
@@ -586,22 +549,6 @@ class Step:
                 started=started,
             )
 
-    def _check_update(self, gradients: object, segment: ServerSegment) -> None:
-        expected = [tuple(parameter.shape) for parameter in segment.parameters]
-        if not isinstance(gradients, Sequence) or len(gradients) != len(expected):
-            raise self._error(
-                f"updated with {_shown(gradients)}, expected {len(expected)} gradients, one per "
-                "trainable parameter of the server segment"
-            )
-        for index, (gradient, shape) in enumerate(zip(gradients, expected, strict=True)):
-            if gradient is not None and not (
-                isinstance(gradient, Tensor) and tuple(gradient.shape) == shape
-            ):
-                raise self._error(
-                    f"updated with {_shown(gradient)} for parameter {index}, expected a gradient "
-                    f"of shape {shape}"
-                )
-
     def _expect_one_cut(self, what: str) -> None:
         if isinstance(self._segment, CutServerSegment):
             raise self._error(f"{what}, but clients may be cut at different places")
@@ -612,33 +559,3 @@ class Step:
 
     def _error(self, what: str) -> MethodError:
         return MethodError(f"{self._method}.step {what}")
-
-
-def client_shares(batches: Sequence[ClientBatch], shares: Shares) -> dict[str, float]:
-    """Return the clients' shares λ, renormalised over those in the step so that they sum to 1.
-
-    ``examples`` weighs a client by the size of its training data, ``batch`` by its rows in this
-    step (the mean over the concatenated batch), ``equal`` gives all the same.
-    """
-    sizes: dict[str, float] = {}
-    for batch in batches:
-        if shares == "examples":
-            sizes[batch.client] = batch.num_examples
-        else:
-            sizes[batch.client] = len(batch) if shares == "batch" else 1
-    total = sum(sizes.values())
-    for client in sizes:
-        sizes[client] /= total
-    return sizes
-
-
-def ceil_fraction(share: float, count: int) -> int:
-    """Return ⌈share·count⌉, not misled by 0.1 · 30 being a little more than 3."""
-    return math.ceil(share * count - 1e-9)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    plain = value is None or isinstance(value, (str, int, float))
-    return repr(value) if plain else f"a {type(value).__name__}"

@@ -12,8 +12,9 @@ from flsplit.errors import ConfigError
 from flsplit.message.arrays import to_record
 from flsplit.run.callbacks import stopping
 from flsplit.run.execute import EvaluateFn, Run
-from flsplit.run.method import SplitMethod, own_argument_names
+from flsplit.run.method import SplitMethod
 from flsplit.run.options import of_kind
+from flsplit.run.own_arguments import own_argument_names
 from flsplit.run.report import log_start, log_summary
 from flsplit.run.result import SplitResult
 

@@ -85,18 +85,10 @@ _TINY = 1e-15  # its square is still a number in float32
 class SegmentAggregator:
     """Lets a Flower strategy choose a round's clients and aggregate what they upload.
 
-    Parameters
-    ----------
-    strategy : flwr.serverapp.strategy.Strategy
-        FedAvg, FedAdam, Krum, …; only ``configure_train`` and ``aggregate_train`` are called.
-    buffers : set of str
-        Names of the state dict's buffers. They don't go through the strategy: floating-point
-        buffers are averaged by ``num_examples``, integer ones (BatchNorm's counter) take the
-        maximum.
-    frozen : set of str
-        Names of parameters that nobody trains: they stay, where an average could differ in a bit.
-    sees : str
-        What is aggregated, in words.
+    Of the Flower strategy only ``configure_train`` and ``aggregate_train`` are called. Buffers
+    don't go through it: floating-point ones are averaged by ``num_examples``, integer ones
+    (BatchNorm's counter) take the maximum. Frozen parameters stay, where an average could differ in
+    a bit. ``sees`` says in words what is aggregated.
     """
 
     def __init__(
@@ -244,15 +236,7 @@ class SegmentAggregator:
     def evaluate(
         self, server_round: int, scores: Mapping[str, Mapping[str, float]]
     ) -> MetricRecord:
-        """Return what the strategy makes of the clients' evaluations, as Flower calls it.
-
-        Parameters
-        ----------
-        server_round : int
-            The round.
-        scores : mapping of str to mapping of str to float
-            Each client's loss and metrics, ``num-examples`` among them.
-        """
+        """Return what the strategy makes of the clients' evaluations, as Flower calls it."""
         key = getattr(self._layers[-1], "weighted_by_key", "num-examples")
         replies, known = [], _common(list(scores.values()))
         for index, numbers in enumerate(scores.values()):

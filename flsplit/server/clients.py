@@ -32,35 +32,19 @@ _GONE = "its node is not connected any more"
 
 @dataclass(frozen=True)
 class Sent:
-    """Requests that are on their way.
-
-    Attributes
-    ----------
-    requests : dict of str to Request
-        By client.
-    traffic : dict of str to Traffic
-        What each client receives and sends.
-    started : float
-        When clients could begin, by `time.perf_counter`.
-    ids : list of str
-        The messages' ids, where answers are taken later.
-    """
+    """Requests that are on their way."""
 
     requests: dict[str, Request]
-    traffic: dict[str, Traffic]
-    started: float
-    ids: list[str] = field(default_factory=list)
+    traffic: dict[str, Traffic]  # what each client receives and sends
+    started: float  # when clients could begin, by `time.perf_counter`
+    ids: list[str] = field(default_factory=list)  # the messages' ids, where answers are taken later
 
 
 class Clients:
     """The clients of a run behind a Grid, known by name.
 
-    Parameters
-    ----------
-    carrier : Carrier
-        What to send messages over.
-    timeout : float
-        Seconds to wait for the answers of one exchange, and for nodes to connect.
+    ``timeout`` is how many seconds to wait for the answers of one exchange, and for nodes to
+    connect.
     """
 
     def __init__(self, carrier: Carrier, timeout: float) -> None:
@@ -204,7 +188,6 @@ class Clients:
             self.trained[name] = self._begun[name]
 
     def _close(self, sent: Sent, replies: Mapping[str, Reply], entry: RoundEntry) -> None:
-        """Account for what was sent, and tell the clock."""
         self.exchanges += 1
         broadcast = 0
         for request in sent.requests.values():
@@ -248,8 +231,8 @@ class Clients:
 
     def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
         content = request.to_content()
-        if self.links.down:
-            self.links.pack(name, content)
+        if self.links.parts:
+            self.links.pack(name, request.packed, content)
         count(content, request.categories, traffic, sends=self._sends)
         if request.backward and request.backward.shared_rows:  # counted once for all
             traffic.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
@@ -272,7 +255,9 @@ class Clients:
         if message.has_error():
             raise_error(message)
         content = message.content
-        read = self.links.unpack(name, content) if self.links.up else content
+        read = content
+        if self.links.parts:
+            read = self.links.unpack(name, request.answer.packed, content)
         reply = request.answer.from_content(read)
         if reply.traces:
             self._learn_traces(name, reply.traces)

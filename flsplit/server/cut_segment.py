@@ -7,13 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flsplit.errors import ConfigError, MethodError
-from flsplit.server.gradients import (
-    AskTails,
-    ClientBatch,
-    Computation,
-    StepGradients,
-    results,
-)
+from flsplit.server.client_batch import ClientBatch
+from flsplit.server.gradients import AskTails, Computation, StepGradients, results
 from flsplit.server.products import (
     KeptGradient,
     KeptGradients,
@@ -22,21 +17,14 @@ from flsplit.server.products import (
     layer_gram,
 )
 from flsplit.server.segment import ServerGradients, ServerSegment, only_dtype
-from flsplit.untrained import owners_of_buffers
+from flsplit.untrained import Buffers
 
 
 class CutServerSegment(ServerSegment):
     """A server segment from the earliest cut on, of which each client uses what is after its own.
 
-    Parameters
-    ----------
-    halves : mapping of str to nn.Module
-        Server segments by cut layer. They share their parameters and buffers, and the first one
-        has all of them.
-    cut_for : callable
-        Returns where a client is cut.
-    **settings
-        Of :class:`ServerSegment`.
+    ``halves`` are the server segments by cut layer. They share their parameters and buffers, and
+    the first one has all of them.
     """
 
     def __init__(
@@ -67,7 +55,7 @@ class _Part(ServerSegment):
         vars(self).update(vars(whole))  # device, loss and optimizer are the same
         self.module = module.to(whole.device).train()
         _share_buffers(whole.module, module)
-        self._owners = owners_of_buffers(module)
+        self.buffers = Buffers(module)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError(
@@ -116,24 +104,11 @@ def gradients_by_cut(
 
     A parameter's gradient is that of the losses of the clients that leave it to the server.
 
-    Parameters
-    ----------
-    segment : ServerSegment
-        The whole segment.
-    batches : sequence of ClientBatch
-        The clients' smashed data and labels.
-    compute : callable
-        Computes the gradients of the batches of clients that are cut at one place.
-    ask : callable or None
-        Asks clients that keep their labels, all at once.
-    means : bool
-        Whether weights are renormalised over the clients that leave a parameter to the server, so
-        that it is trained on a weighted mean of their losses, as those that all leave to it are.
+    ``compute`` does those of clients that are cut at one place. With ``means``, weights are
+    renormalised over the clients that leave a parameter to the server, so that it is trained on a
+    weighted mean of their losses, as those that all leave to it are.
 
-    Raises
-    ------
-    MethodError
-        If each client's own gradients were computed with ``low_memory``.
+    MethodError if each client's own gradients were computed with ``low_memory``.
     """
     groups = grouped_by_cut(segment, batches)
     found = results([compute(part, own) for part, own in groups], ask)

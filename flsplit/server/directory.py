@@ -35,13 +35,6 @@ class Directory:
 
     Of several nodes with the same name one is used: the first of the run to have it, as long as it
     is connected. A node that has been one client can't be another later.
-
-    Parameters
-    ----------
-    carrier : Carrier
-        What asks nodes for their clients' names.
-    timeout : float
-        Seconds to wait for answers, and for nodes to connect.
     """
 
     def __init__(self, carrier: Carrier, timeout: float) -> None:
@@ -71,13 +64,9 @@ class Directory:
     def wait_for(self, minimum: int) -> list[str]:
         """Return the connected clients once there are at least ``minimum``.
 
-        Raises
-        ------
-        NotEnoughClientsError
-            If there are fewer after ``timeout`` seconds, or at once where none can join: over a
-            grid in this process.
-        BrokenAppError
-            If no node can run the ClientApp, nor another comes that can.
+        NotEnoughClientsError if there are fewer after ``timeout`` seconds, or at once where none
+        can join: over a grid in this process. BrokenAppError if no node can run the ClientApp, nor
+        another comes that can.
         """
         timeout, told = self._timeout if self._can_join else 0.0, False
         for _ in polling(timeout):

@@ -7,61 +7,59 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from flsplit.client_parts import ClientPart
-from flsplit.client_parts.compression import Compression, Memory, Packed, compressing
+from flsplit.client_parts.compression import (
+    PLACES,
+    Compression,
+    Memory,
+    Packed,
+    compressing,
+)
 from flsplit.message.arrays import to_tensor
 from flsplit.message.packing import put_packed, unpacked
 from flsplit.storage import State
 
-_UP, _DOWN = "smashed-data", "cut-gradient"
-
 
 class Links:
-    """What is packed on its way to clients, and unpacked when it comes.
-
-    Attributes
-    ----------
-    up, down : Compression or None
-        What the round's plan compresses smashed data and cut-layer gradients with.
-    """
+    """What is packed on its way to clients, and unpacked when it comes."""
 
     def __init__(self) -> None:
-        self.up: Compression | None = None
-        self.down: Compression | None = None
+        self.parts: dict[str, Compression] = {}  # by record, what the round's plan says
         self._memory: dict[str, dict[str, Memory]] = {}
 
     def follow(self, parts: Sequence[ClientPart]) -> None:
         """Do as the client parts of a round's plan say."""
-        self.up, self.down = compressing(parts, _UP), compressing(parts, _DOWN)
+        found = {record: compressing(parts, record) for record in PLACES}
+        self.parts = {record: part for record, part in found.items() if part}
 
-    def pack(self, client: str, content: RecordDict) -> None:
-        """Pack the cut-layer gradients in a message, if the plan says so."""
-        part = self.down
-        if part is None or _DOWN not in content:
+    def pack(self, client: str, record: str, content: RecordDict) -> None:
+        """Pack a record of a message, if the plan says so and it is there."""
+        part = self.parts.get(record)
+        if part is None or record not in content:
             return
         packed = {
-            key: part.pack(to_tensor(array, field=_DOWN), self._memory_of(client, f"{_DOWN}:{key}"))
-            for key, array in content.array_records[_DOWN].items()
+            key: part.pack(to_tensor(array, field=record), self._memory_of(client, record, key))
+            for key, array in content.array_records[record].items()
         }
-        put_packed(content, _DOWN, packed)
+        put_packed(content, record, packed)
 
-    def unpack(self, client: str, content: RecordDict) -> RecordDict:
-        """Return what a client answered, with its smashed data unpacked.
+    def unpack(self, client: str, record: str, content: RecordDict) -> RecordDict:
+        """Return what a client answered, with a record unpacked that the plan says is packed.
 
-        Raises
-        ------
-        ProtocolError
-            If it can't be.
+        ProtocolError if it can't be.
         """
-        if self.up is None:
+        part = self.parts.get(record)
+        if part is None:
             return content
-        return unpacked(content, _UP, partial(self._unpacked, client, self.up))
+        return unpacked(content, record, partial(self._unpacked, client, part, record))
 
-    def _unpacked(self, client: str, part: Compression, key: str, packed: Packed) -> Tensor:
+    def _unpacked(
+        self, client: str, part: Compression, record: str, key: str, packed: Packed
+    ) -> Tensor:
         # Of local steps the key begins with the step; what is remembered is the value's.
-        return part.unpack(packed, self._memory_of(client, f"{_UP}:{key.partition(':')[2]}"))
+        return part.unpack(packed, self._memory_of(client, record, key.partition(":")[2]))
 
-    def _memory_of(self, client: str, value: str) -> Memory:
-        return self._memory.setdefault(client, {}).setdefault(value, {})
+    def _memory_of(self, client: str, record: str, value: str) -> Memory:
+        return self._memory.setdefault(client, {}).setdefault(f"{record}:{value}", {})
 
     def state_dict(self) -> State:
         """Return what is remembered, by client and value."""

@@ -24,13 +24,7 @@ class Fits:
 
     As long as all are of one shape and kind nothing is computed. Of others, a batch is tried.
 
-    Parameters
-    ----------
-    server_for : callable
-        Returns the server segment that goes on where a client is cut.
-    pools : bool
-        Whether the method computes with all rows of a step together, so that they must be of one
-        shape.
+    Where a method ``pools`` all rows of a step, they must be of one shape.
     """
 
     def __init__(self, server_for: Callable[[str], ServerSegment], *, pools: bool) -> None:
@@ -73,7 +67,6 @@ class Fits:
         return server, _rows_of(smashed), _rows_of(labels)
 
     def _problem(self, client: str, smashed: Smashed, labels: Any) -> FlsplitError | None:
-        """Try a batch of a new kind."""
         if (kind := self._kind(client, smashed, labels)) in self._taken:
             return None
         segment = self._server_for(client)

@@ -21,10 +21,7 @@ GROUPS = 2
 class ClientGradients(ABC):
     """The gradients g_i of each client's own mean loss by the server segment's parameters.
 
-    Attributes
-    ----------
-    clients : list of str
-        The clients, in the order of the matrix and the coefficients.
+    ``clients`` are in the order of the matrix and the coefficients.
     """
 
     clients: list[str]
@@ -39,15 +36,7 @@ class ClientGradients(ABC):
 
 
 class KeptGradients(ClientGradients):
-    """Gradients that are all in memory.
-
-    Parameters
-    ----------
-    clients : list of str
-        Whose they are.
-    gradients : sequence of sequences of Tensor, Factors or None
-        One client after the other, a gradient per parameter.
-    """
+    """Gradients that are all in memory."""
 
     def __init__(self, clients: list[str], gradients: "Sequence[Sequence[KeptGradient]]") -> None:
         self.clients = clients
@@ -82,16 +71,7 @@ class TwiceComputedGradients(ClientGradients):
     compared, and thrown away. The groups go from the last layers to the first, so all but one of
     these backward passes are partial; when the combination is known, one more computes it.
 
-    Parameters
-    ----------
-    clients : list of str
-        Whose they are.
-    parameters : sequence of torch.Tensor
-        The server segment's.
-    losses : list of torch.Tensor
-        The clients' mean losses.
-    leaves : list of list of torch.Tensor
-        Their smashed data in the graph, as far as it collects gradients.
+    ``leaves`` are the clients' smashed data in the graph, as far as it collects gradients.
     """
 
     def __init__(
@@ -149,18 +129,10 @@ def grouped(parameters: Sequence[Tensor], groups: int) -> list[list[Tensor]]:
 
 @dataclass(frozen=True)
 class Factors:
-    """The gradient of a Linear layer's weight, :math:`D^T X`.
+    """The gradient of a Linear layer's weight, :math:`D^T X`."""
 
-    Attributes
-    ----------
-    outputs : torch.Tensor
-        D, the gradient by the layer's output, ``(n, out)`` for n rows.
-    inputs : torch.Tensor
-        X, what went into the layer, ``(n, in)``.
-    """
-
-    outputs: Tensor
-    inputs: Tensor
+    outputs: Tensor  # D, the gradient by the layer's output, ``(n, out)`` for n rows
+    inputs: Tensor  # X, what went into the layer, ``(n, in)``
 
     def tensor(self) -> Tensor:
         """Return the gradient itself, ``(out, in)``."""
@@ -179,7 +151,6 @@ def layer_gram(layer: Sequence[KeptGradient]) -> Tensor:
 
 
 def _all_factors(layer: Sequence[KeptGradient]) -> list[Factors]:
-    """Return the layer's factors, if that is what all clients have."""
     factors = [one for one in layer if isinstance(one, Factors)]
     return factors if len(factors) == len(layer) else []
 
@@ -204,7 +175,6 @@ def _factors_gram(factors: list[Factors]) -> Tensor:
 
 
 def _tensors_gram(layer: Sequence[Tensor | None]) -> Tensor:
-    """Return the inner products in float64, block by block."""
     size = len(layer)
     total = torch.zeros(size, size, dtype=torch.float64)
     present = [index for index, gradient in enumerate(layer) if gradient is not None]
@@ -267,12 +237,7 @@ class LinearRecorder:
     Only where factors are the cheaper: two gradients of n rows are compared in n²(in + out)
     multiplications then, instead of in · out.
 
-    Parameters
-    ----------
-    module : nn.Module
-        What has the layers.
-    parameters : sequence of torch.Tensor
-        The trainable parameters; other layers are left alone.
+    Layers of which the weight is none of ``parameters`` are left alone.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -322,12 +287,7 @@ class LinearRecorder:
     def gradient(self, parameter: Tensor, other: Tensor | None) -> Tensor | Factors | None:
         """Return a parameter's gradient.
 
-        Parameters
-        ----------
-        parameter : torch.Tensor
-            Whose gradient it is.
-        other : torch.Tensor or None
-            What autograd found, which lacks what was recorded.
+        ``other`` is what autograd found, which lacks what was recorded.
         """
         calls = self._calls.get(id(parameter))
         if calls is None or not calls.outputs:

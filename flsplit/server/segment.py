@@ -1,7 +1,7 @@
 """The server segment with its optimizer, which lives as long as the run."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,14 +18,7 @@ from flsplit.message.arrays import check_like
 from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.optimizers import UserOptimizer, make_scheduler
 from flsplit.seeds import seeded
-from flsplit.untrained import (
-    buffers_of,
-    keeping_buffers,
-    load_state,
-    names_of_buffers,
-    owners_of_buffers,
-    put_all,
-)
+from flsplit.untrained import Buffers, keeping_buffers, load_state, names_of_buffers
 
 ServerGradients = list[Tensor | None]
 """One gradient per trainable parameter of the server segment, None where there is none."""
@@ -34,20 +27,8 @@ ServerGradients = list[Tensor | None]
 class ServerSegment:
     """The server's part of the model, on its device, with optimizer, scheduler and loss.
 
-    Parameters
-    ----------
-    module : nn.Module
-        The server segment.
-    loss : callable or None
-        See :data:`flsplit.losses.Loss`; None where clients have the last layers and compute it.
-    optimizer : callable
-        Called as ``optimizer(parameters, lr=…)``.
-    lr : float
-        The first learning rate.
-    scheduler : callable, optional
-        Takes the optimizer and returns a torch scheduler, which steps once per round.
-    device : torch.device
-        Where to compute.
+    There is no ``loss`` where clients have the last layers and compute it. The scheduler steps once
+    per round.
     """
 
     def __init__(
@@ -61,7 +42,7 @@ class ServerSegment:
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
         self.module = module.to(device).train()
-        self._owners = owners_of_buffers(module)
+        self.buffers = Buffers(module)
         self.device = device
         self.criterion = ClientsCriterion() if loss is None else Criterion(loss, device)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -120,14 +101,6 @@ class ServerSegment:
                 f"the server segment can't take {smashed_in_words(smashed)}: {kind}{error}"
             ) from error
         return logits
-
-    def copied_buffers(self) -> list[Tensor]:
-        """Return copies of the buffers (BatchNorm's)."""
-        return list(map(torch.clone, buffers_of(self._owners)))
-
-    def put_buffers(self, before: Sequence[Tensor]) -> None:
-        """Put the buffers back to what :meth:`copied_buffers` returned."""
-        put_all(buffers_of(self._owners), before)
 
     @contextmanager
     def trying(self) -> Iterator[None]:

@@ -19,16 +19,7 @@ def count(
 ) -> None:
     """Count a message's arrays by the categories of their records.
 
-    Parameters
-    ----------
-    content : RecordDict
-        What the message holds.
-    categories : mapping of str to str
-        The ledger's category by record.
-    traffic : Traffic
-        Where to count.
-    sends : bool
-        Whether anything goes over a wire.
+    ``sends`` says whether anything goes over a wire.
     """
     for name, record in content.items():
         if name in categories and type(record) is ArrayRecord:
@@ -48,15 +39,6 @@ def exchange_of(
     """Return an exchange as a clock wants it.
 
     A segment or an auxiliary model that goes to several clients is sent once, to all.
-
-    Parameters
-    ----------
-    requests, replies : mapping of str to Request, Reply
-        What was asked of each client, and what those that did answered.
-    traffic : mapping of str to Traffic
-        What each client received and sent.
-    shared_rows_bytes : int
-        Bytes of the gradient rows that clients share.
     """
     shared = [
         category

@@ -23,27 +23,13 @@ _OURS = re.compile(
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder that a run made.
-
-    Attributes
-    ----------
-    folder : Path
-        The folder.
-    files : list of Path
-        What may be removed there, the lock last; of a temporary folder, all of it.
-    age_days : float
-        Days since the newest of them was written.
-    is_temporary : bool
-        Whether nobody but the run that made it has any use for it.
-    keep : str
-        Why it stays; empty if it may go.
-    """
+    """A folder that a run made."""
 
     folder: Path
-    files: list[Path]
-    age_days: float
-    is_temporary: bool
-    keep: str
+    files: list[Path]  # what may be removed there, the lock last; of a temporary folder, all of it
+    age_days: float  # days since the newest of them was written
+    is_temporary: bool  # whether nobody but the run that made it has any use for it
+    keep: str  # why it stays; empty if it may go
 
     @property
     def nbytes(self) -> int:
@@ -82,10 +68,7 @@ def find_leftovers(
 def remove(leftover: Leftover) -> None:
     """Remove a folder that may go; nothing that flsplit didn't write, and what is left around it.
 
-    Raises
-    ------
-    StorageError
-        If it is in use by now, or can't be removed.
+    StorageError if it is in use by now, or can't be removed.
     """
     lock = FolderLock(leftover.folder)
     if not lock.take():

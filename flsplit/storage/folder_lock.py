@@ -16,10 +16,7 @@ LOCK_FILE = "flsplit.lock"
 class FolderLock:
     """A lock on a folder; nobody else can have it until it is let go or the process ends.
 
-    Parameters
-    ----------
-    folder : Path
-        It is made if it isn't there.
+    The folder is made if it isn't there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,10 +26,7 @@ class FolderLock:
     def take(self) -> bool:
         """Take the lock; tell whether it could be had.
 
-        Raises
-        ------
-        StorageError
-            If nothing can be written to the folder.
+        StorageError if nothing can be written to the folder.
         """
         if self._lock.is_locked:
             return True
@@ -48,10 +42,7 @@ class FolderLock:
     def take_or_refuse(self, option: str) -> None:
         """Take the lock, or say that the folder of an option is in use.
 
-        Raises
-        ------
-        ConfigError
-            If somebody else has it.
+        ConfigError if somebody else has it.
         """
         if not self.take():
             raise ConfigError(

@@ -34,10 +34,7 @@ def save_records(path: Path, records: RecordDict) -> None:
 
     Arrays are read back as raw arrays, whatever they were. Bytes in a ConfigRecord are refused.
 
-    Raises
-    ------
-    StorageError
-        If the file can't be written; what was there before is still there.
+    StorageError if the file can't be written; what was there before is still there.
     """
     tensors = {
         f"{name}\n{key}": to_tensor(array, field=key)
@@ -57,12 +54,7 @@ def save_records(path: Path, records: RecordDict) -> None:
 def load_records(path: Path) -> RecordDict:
     """Return the records in a file of :func:`save_records`.
 
-    Raises
-    ------
-    BrokenFileError
-        If it isn't what was written.
-    StorageError
-        If the file can't be read.
+    BrokenFileError if it isn't what was written. StorageError if the file can't be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -89,10 +81,7 @@ def load_records(path: Path) -> RecordDict:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` write a new file, and put it in the place of ``path`` when it is on the disk.
 
-    Raises
-    ------
-    StorageError
-        If that fails; what was there before is still there.
+    StorageError if that fails; what was there before is still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -27,12 +27,7 @@ _LONGEST_NAME = 100
 class RoundFolder:
     """Records by round in one folder, which is made when the first are written.
 
-    Attributes
-    ----------
-    folder : Path
-        The folder.
-    problems : list of str
-        Which files were broken when they were to be read, and where they are now.
+    ``problems`` say which files were broken when they were to be read, and where they are now.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,10 +37,7 @@ class RoundFolder:
     def rounds(self) -> list[int]:
         """Return the rounds that are stored, the oldest first.
 
-        Raises
-        ------
-        StorageError
-            If the folder can't be read.
+        StorageError if the folder can't be read.
         """
         try:
             names = os.listdir(self.folder)
@@ -58,10 +50,7 @@ class RoundFolder:
     def save(self, server_round: int, records: RecordDict) -> None:
         """Write the records after a round; forget all but the last two rounds.
 
-        Raises
-        ------
-        StorageError
-            If the file can't be written.
+        StorageError if the file can't be written.
         """
         save_records(self._path(server_round), records)
         for old in [one for one in self.rounds() if one <= server_round][:-KEEP_ROUNDS]:
@@ -73,10 +62,7 @@ class RoundFolder:
 
         A broken file is set aside, under another name, and the round before is taken.
 
-        Raises
-        ------
-        StorageError
-            If a file can't be read, though it may well be whole.
+        StorageError if a file can't be read, though it may well be whole.
         """
         return next(self.stored(at_most), None)
 

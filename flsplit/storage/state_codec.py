@@ -23,10 +23,7 @@ _TENSORS, _TREE = "tensors", "tree"
 def to_records(state: Mapping[str, Any]) -> RecordDict:
     """Return a state as records.
 
-    Raises
-    ------
-    ConfigError
-        If something in it can't be stored; its place in the state is named.
+    ConfigError if something in it can't be stored; its place in the state is named.
     """
     arrays = ArrayRecord()
     tree = _encode(state, "", arrays)

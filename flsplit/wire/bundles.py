@@ -21,12 +21,7 @@ _BUNDLE_BYTE = bytes([BUNDLE])
 def bundled(frames: Iterator[bytes], more_wait: Callable[[], bool]) -> Iterator[bytes]:
     """Yield frames in their order, short ones in bundles while more of them wait already.
 
-    Parameters
-    ----------
-    frames : iterator of bytes
-        The frames; asking for the next may take long when none wait.
-    more_wait : callable
-        Whether the next frame is there already.
+    Asking for the next frame may take long when none wait.
     """
     short: list[bytes] = []
     size = 0
@@ -49,10 +44,7 @@ def bundled(frames: Iterator[bytes], more_wait: Callable[[], bool]) -> Iterator[
 def unbundled(payload: bytes) -> Iterator[bytes]:
     """Yield the frames in what one gRPC message holds.
 
-    Raises
-    ------
-    WireError
-        If it is a bundle whose lengths do not fit.
+    WireError if it is a bundle whose lengths do not fit.
     """
     if payload[:1] != _BUNDLE_BYTE:
         yield payload

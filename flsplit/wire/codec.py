@@ -26,18 +26,10 @@ DEFAULT_MAX_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A message made ready to be sent.
+    """A message made ready to be sent."""
 
-    Parameters
-    ----------
-    header : bytes
-        The JSON header.
-    segments : list of bytes
-        The raw bytes that follow it; those of the message itself, not copies.
-    """
-
-    header: bytes
-    segments: list[bytes]
+    header: bytes  # the JSON header
+    segments: list[bytes]  # the raw bytes that follow it; those of the message itself, not copies
 
     @property
     def size(self) -> int:
@@ -54,19 +46,7 @@ def encode(envelope: Envelope, message: Message, max_bytes: int = DEFAULT_MAX_BY
 
     What it holds is taken down at once: later changes to the message are not sent.
 
-    Parameters
-    ----------
-    envelope : Envelope
-        For whom the message is.
-    message : Message
-        The message, with content or an error.
-    max_bytes : int
-        The other side's limit.
-
-    Raises
-    ------
-    WireError
-        If the message holds something that the format cannot carry, or is too long.
+    WireError if the message holds something that the format cannot carry, or is too long.
     """
     parcel = Parcel(*write_header(envelope, message))
     _check_length("header", len(parcel.header), MAX_HEADER_BYTES)
@@ -79,13 +59,6 @@ class Decoder:
 
     Everything is checked on arrival, and a message costs no more memory than twice what has arrived
     of it. After an error the stream has lost its place, so the decoder takes nothing more.
-
-    Parameters
-    ----------
-    max_bytes : int
-        The longest message, header and segments together.
-    max_header_bytes : int
-        The longest header.
     """
 
     def __init__(
@@ -104,10 +77,7 @@ class Decoder:
     def add(self, frame: bytes) -> tuple[Envelope, Message, int] | None:
         """Take one frame; return envelope, message and its size once it is complete.
 
-        Raises
-        ------
-        WireError
-            If the frame does not fit, naming the field, what was expected and what came.
+        WireError if the frame does not fit, naming the field, what was expected and what came.
         """
         if self._failed:
             raise WireError("frame", "none after an error", Told("another frame"))

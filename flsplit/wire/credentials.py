@@ -31,18 +31,10 @@ MOST_TOKENS = 2**16
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """A self-signed certificate and its private key, both in PEM.
+    """A self-signed certificate and its private key, both in PEM."""
 
-    Parameters
-    ----------
-    certificate_pem : bytes
-        What a host pins; public.
-    key_pem : bytes
-        Stays in the server's process.
-    """
-
-    certificate_pem: bytes
-    key_pem: bytes
+    certificate_pem: bytes  # what a host pins; public
+    key_pem: bytes  # stays in the server's process
 
     def __repr__(self) -> str:
         """Leave the key out of logs."""
@@ -52,13 +44,8 @@ class Certificate:
 def make_certificate(hosts: Iterable[str] = (), valid_for: timedelta | None = None) -> Certificate:
     """Make the certificate of one session, on the curve P-256.
 
-    Parameters
-    ----------
-    hosts : iterable of str
-        The names and IP addresses under which the server can be reached.
-    valid_for : timedelta, optional
-        How long a stream can be opened with it; an open one is not cut off. By default there is no
-        end: a host pins the certificate for one session, whose invitations have an end.
+    By default a stream can be opened with it without end: a host pins the certificate for one
+    session, whose invitations have an end. A stream that is open is not cut off.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SESSION_NAME)])
@@ -87,18 +74,10 @@ def make_certificate(hosts: Iterable[str] = (), valid_for: timedelta | None = No
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What a token stands for.
+    """What a token stands for."""
 
-    Parameters
-    ----------
-    host : str
-        The host that was given it.
-    epoch : int
-        The host's epoch at that time.
-    """
-
-    host: str
-    epoch: int
+    host: str  # the host that was given it
+    epoch: int  # the host's epoch at that time
 
 
 class TokenBook:
@@ -116,10 +95,7 @@ class TokenBook:
     def issue(self, host: str, epoch: int = 0) -> str:
         """Return a new token for `host`; its earlier ones stop being good.
 
-        Raises
-        ------
-        ValueError
-            If the host has been given one of a later epoch.
+        ValueError if the host has been given one of a later epoch.
         """
         token = secrets.token_urlsafe(_TOKEN_BYTES)
         digest = _digest(token)
@@ -137,10 +113,7 @@ class TokenBook:
     def redeem(self, token: str) -> Ticket:
         """Return whom `token` belongs to, and never again.
 
-        Raises
-        ------
-        TokenRefused
-            If it is unknown, used already, or replaced by a newer one.
+        TokenRefused if it is unknown, used already, or replaced by a newer one.
         """
         # Looked up by digest: how long that takes tells nothing about the tokens that there are.
         found = _digest(token)

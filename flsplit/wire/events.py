@@ -10,19 +10,11 @@ from flsplit.wire.header import Envelope
 
 @dataclass(frozen=True, slots=True)
 class HostJoined:
-    """A host has opened its stream and introduced itself.
+    """A host has opened its stream and introduced itself."""
 
-    Parameters
-    ----------
-    host, epoch
-        What the token was issued for; in all events.
-    hello : dict
-        What the host says of itself. It comes from outside: check it.
-    """
-
-    host: str
+    host: str  # what the token was issued for; in all events
     epoch: int
-    hello: dict[str, Any]
+    hello: dict[str, Any]  # what the host says of itself. It comes from outside: check it
 
 
 @dataclass(frozen=True, slots=True)

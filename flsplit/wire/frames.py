@@ -39,14 +39,7 @@ def cut(header: bytes, segments: list[bytes], frame_bytes: int = FRAME_BYTES) ->
 
     Each frame is made when it is asked for, so a long message is never in memory twice.
 
-    Parameters
-    ----------
-    header : bytes
-        The JSON header; it must leave room in the first frame.
-    segments : list of bytes
-        What follows the header, in its order.
-    frame_bytes : int
-        The length at which to cut.
+    The header must leave room in the first frame.
     """
     pieces: list[bytes | memoryview] = [FIRST_PREFIX.pack(FIRST, len(header)), header]
     room = frame_bytes - FIRST_PREFIX.size - len(header)

@@ -25,13 +25,9 @@ _LOOKAHEAD = 4 * 2**20
 class Keepalive:
     """When a silent peer counts as dead.
 
-    Parameters
-    ----------
-    interval : float
-        Seconds of silence after which it is asked for a sign of life.
-    timeout : float
-        Seconds it has to answer. Question and answer travel behind data that is in the buffers of
-        the sockets already, so on a slow link this must be longer than those take to empty.
+    After ``interval`` seconds of silence it is asked for a sign of life, which it has ``timeout``
+    seconds to give. Question and answer travel behind data that is in the buffers of the sockets
+    already, so on a slow link this must be longer than those take to empty.
     """
 
     interval: float = 5.0

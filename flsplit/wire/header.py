@@ -35,25 +35,15 @@ MAX_DIMENSIONS = 64
 
 
 class Envelope(Struct, frozen=True, forbid_unknown_fields=True):
-    """The address of one message within a session.
+    """The address of one message within a session."""
 
-    Parameters
-    ----------
-    client : str
-        Which client of the host's cohort the message is for, or comes from.
-    sequence : int
-        The number that a reply shares with the message it answers.
-    epoch : int
-        Raised when a host or client starts over, so that what is left over from before can be
-        told from what is new.
-    kind : str
-        What sort of message this is; free for the layers above.
-    """
-
-    client: str
+    client: str  # which client of the host's cohort the message is for, or comes from
+    # The number that a reply shares with the message it answers
     sequence: Annotated[int, Meta(ge=0)]
+    # Raised when a host or client starts over, so that what is left over from before can be told
+    # from what is new
     epoch: Annotated[int, Meta(ge=0)]
-    kind: str = "message"
+    kind: str = "message"  # what sort of message this is; free for the layers above
 
 
 _Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
@@ -162,10 +152,7 @@ class CheckedHeader:
 def write_header(envelope: Envelope, message: Message) -> tuple[bytes, list[bytes]]:
     """Return the header of `message` and the segments that follow it.
 
-    Raises
-    ------
-    WireError
-        If the message holds something that the format cannot carry.
+    WireError if the message holds something that the format cannot carry.
     """
     segments: list[bytes] = []
     metadata = message.metadata
@@ -188,13 +175,7 @@ def write_header(envelope: Envelope, message: Message) -> tuple[bytes, list[byte
 
 
 def read_header(raw: bytes) -> CheckedHeader:
-    """Return the checked header.
-
-    Raises
-    ------
-    WireError
-        If anything in it does not fit.
-    """
+    """Return the checked header; WireError if anything in it does not fit."""
     fields = _check_fields(parse_json("header", raw))
     if (fields.records is UNSET) is (fields.error is UNSET):
         found = "neither" if fields.error is UNSET else "both"

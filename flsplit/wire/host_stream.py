@@ -82,25 +82,10 @@ class HostStream:
     ) -> "HostStream":
         """Open a stream to the server of a session.
 
-        Parameters
-        ----------
-        address : str
-            The server, as ``host:port``.
-        token : str
-            What the server has issued for this host.
-        certificate_pem : bytes or None
-            The only certificate to trust; None dials without TLS.
-        hello : dict
-            What the host says of itself, in values that JSON can hold.
-        timeout : float
-            Seconds until it must be open.
-        max_message_bytes, max_queued_bytes, keepalive
-            As in `SessionServer`.
+        ``token`` is what the server has issued for this host; ``certificate_pem`` the only
+        certificate to trust, None to dial without TLS. The bounds are as in `SessionServer`.
 
-        Raises
-        ------
-        DialError
-            If it cannot be opened. It names the address and a remedy.
+        DialError if it cannot be opened. It names the address and a remedy.
         """
         introduction = write_hello(hello)
         channel = open_channel(address, certificate_pem, keepalive or Keepalive())
@@ -126,14 +111,8 @@ class HostStream:
     def send(self, envelope: Envelope, message: Message, timeout: float | None = None) -> int:
         """Send a message to the server; returns its bytes on the wire once it is queued.
 
-        Raises
-        ------
-        WireError
-            If the message cannot be sent as it is; the stream is unharmed.
-        StreamEnded
-            If the stream is over.
-        TimeoutError
-            If there is no room within `timeout` seconds.
+        WireError if the message cannot be sent as it is; the stream is unharmed. StreamEnded if the
+        stream is over. TimeoutError if there is no room within `timeout` seconds.
         """
         parcel = encode(envelope, message, self._max_message_bytes)
         self._outbox.put(parcel.frames(), parcel.size, timeout)

@@ -33,16 +33,8 @@ _BROKEN = (
 class HostLink:
     """One host's stream: sends what is given to it, and reports what the host does.
 
-    Parameters
-    ----------
-    ticket : Ticket
-        Whose stream this is.
-    context : Any
-        gRPC's handle on it.
-    events : SimpleQueue
-        Takes `(link, event)`, in the order in which things happened.
-    max_message_bytes, max_queued_bytes, unasked_messages
-        As in `SessionServer`.
+    What happens goes into ``events`` as ``(link, event)``, in that order. The three bounds are
+    those of `SessionServer`.
     """
 
     def __init__(

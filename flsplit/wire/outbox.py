@@ -13,10 +13,7 @@ DEFAULT_MAX_QUEUED_BYTES = 64 * 2**20
 class Outbox:
     """A queue of messages, bounded by their bytes, that one thread fills and gRPC empties.
 
-    Parameters
-    ----------
-    max_bytes : int
-        How much may wait. One message is always let in, however long it is.
+    One message is always let in, however long it is.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -31,12 +28,8 @@ class Outbox:
     def put(self, frames: Iterable[bytes], size: int, timeout: float | None = None) -> None:
         """Add a message, waiting until there is room.
 
-        Raises
-        ------
-        StreamEnded
-            If the stream is over, or ends while this waits.
-        TimeoutError
-            If there is no room within `timeout` seconds.
+        StreamEnded if the stream is over, or ends while this waits. TimeoutError if there is no
+        room within `timeout` seconds.
         """
         with self._changed:
             if not self._has_room(size) and not self._changed.wait_for(

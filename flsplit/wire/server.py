@@ -141,14 +141,9 @@ class SessionServer:
         This waits while more than `max_queued_bytes` wait for the host. It never waits longer than
         the keep-alive for a host that is dead or stopped.
 
-        Raises
-        ------
-        WireError
-            If the message cannot be sent as it is; the stream is unharmed.
-        StreamEnded
-            If the host is not connected, or is lost while this waits.
-        TimeoutError
-            If the host is alive but has not made room within `timeout` seconds.
+        WireError if the message cannot be sent as it is; the stream is unharmed. StreamEnded if the
+        host is not connected, or is lost while this waits. TimeoutError if the host is alive but
+        has not made room within `timeout` seconds.
         """
         with self._lock:
             link = self._links.get(host)

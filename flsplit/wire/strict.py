@@ -35,16 +35,8 @@ def parse_json(field: str, raw: bytes) -> Any:
 def fitted(field: str, value: Any, kind: Any, names: Sequence[str] | None = None) -> Any:
     """Return parsed JSON as the type `kind`, without any conversion but of integers to floats.
 
-    Parameters
-    ----------
-    field : str
-        Where the value stands; empty for the header as a whole.
-    value : Any
-        What was parsed.
-    kind : type
-        What `msgspec.convert` knows.
-    names : sequence of str, optional
-        What the positions of a list in a list are called; without, errors name `field` alone.
+    ``names`` say what the positions of a list in a list are called; without, errors name ``field``
+    alone, which is empty for the header as a whole.
     """
     try:
         return convert(value, kind)

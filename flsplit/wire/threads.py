@@ -16,11 +16,6 @@ class StreamThreads(Executor):
     The interpreter waits for the threads of the standard `ThreadPoolExecutor` before it exits. A
     stream occupies a thread until it ends, so a program that raises while hosts are connected would
     hang there for ever, and its hosts with it.
-
-    Parameters
-    ----------
-    name : str
-        What the threads' names begin with.
     """
 
     def __init__(self, name: str) -> None:

@@ -8,14 +8,7 @@ _SHOWN = 120
 class WireError(ValueError):
     """Something on the wire, or on its way there, does not fit the format.
 
-    Parameters
-    ----------
-    field : str
-        Where it was found, such as ``records[0].entries[2].shape``.
-    expected : str
-        What belongs there.
-    got : Any
-        What was found there; shown shortened.
+    ``field`` is where it was found, such as ``records[0].entries[2].shape``.
     """
 
     def __init__(self, field: str, expected: str, got: Any) -> None:
@@ -36,16 +29,8 @@ class TokenRefused(PermissionError):  # noqa: N818 - reads as what happened
 class DialError(ConnectionError):
     """A host could not open a stream to the session's server.
 
-    Parameters
-    ----------
-    address : str
-        Where it tried, as ``host:port``.
-    kind : str
-        ``unreachable``, ``certificate``, ``token``, ``version`` or ``refused``.
-    cause : str
-        What happened.
-    remedy : str
-        What a person can do about it.
+    ``kind`` is ``unreachable``, ``certificate``, ``token``, ``version`` or ``refused``; ``remedy``
+    is what a person can do about it.
     """
 
     def __init__(self, address: str, kind: str, cause: str, remedy: str) -> None:

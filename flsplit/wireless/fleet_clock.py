@@ -62,19 +62,8 @@ class FleetClock:
     ready and, unless the method is decoupled, when all clients are. So the time doesn't depend
     on the carrier. Test batches take no time.
 
-    Parameters
-    ----------
-    fleet : Fleet
-        With devices that are called as the run's clients are, and speeds in FLOP/s.
-    rates : Rates
-        What the links carry, in bit/s; of all the fleet's devices.
-    costs : Costs
-        FLOPs per row.
-    wait : callable, optional
-        Waits for a number of seconds: whatever really ended too soon does so until its simulated
-        time has passed.
-    now : callable
-        Tells the real time, in s.
+    ``wait`` waits for a number of seconds: whatever really ended too soon does so until its
+    simulated time has passed. ``now`` tells the real time, in s.
     """
 
     def __init__(
@@ -150,7 +139,6 @@ class FleetClock:
         self._compute(self._costs.alignment_flops(rows, epochs), started)
 
     def _compute(self, flops: float, started: float) -> None:
-        """Let the server compute: FLOPs by its FLOP/s."""
         took = flops / self._fleet.server.compute_flops
         self._server_at += took
         self._play(started, took)

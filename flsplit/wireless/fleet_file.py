@@ -119,7 +119,6 @@ def fleet_from(data: Mapping[str, Any]) -> Fleet:
 
 
 def _devices(group: Any, first: int, on_radio: bool, rng: np.random.Generator) -> list[Device]:
-    """Return the devices of one ``[[devices]]`` table."""
     where = f"[[devices]] from device {first}"
     if not isinstance(group, Mapping):
         raise ConfigError(f"{where} is {group!r}, not a table")
@@ -148,7 +147,6 @@ def _devices(group: Any, first: int, on_radio: bool, rng: np.random.Generator) -
 
 
 def _draw(where: str, value: Any, parse: Reader, rng: np.random.Generator) -> float:
-    """Return a value, or one drawn from [least, greatest]."""
     if not isinstance(value, list):
         return float(_read(where, value, parse))
     if len(value) != 2:

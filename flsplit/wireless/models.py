@@ -21,10 +21,7 @@ def load_model(name: str, classes: int | None = None) -> nn.Module:
     returns a model; the module is also looked for in the working directory. ``classes`` is passed
     on as ``num_classes``.
 
-    Raises
-    ------
-    ConfigError
-        If there is no such model, or the function fails or returns something else.
+    ConfigError if there is no such model, or the function fails or returns something else.
     """
     make = find_function(name, "the model") if ":" in name else _torchvision(name)
     options = {} if classes is None else {"num_classes": classes}
@@ -47,10 +44,7 @@ def example_input(text: str) -> Tensor | tuple[int, ...] | list[Tensor] | dict[s
     which is then the model's. Several inputs are written one after the other, by their names or in
     the order in which the model takes them: ``ids=7:int64,mask=7:int64``.
 
-    Raises
-    ------
-    ConfigError
-        If it says something else.
+    ConfigError if it says something else.
     """
     if "," not in text and "=" not in text:
         return _input(text)
@@ -98,10 +92,7 @@ def _torchvision(name: str) -> Callable[..., Any]:
 def find_function(name: str, what: str) -> Callable[..., Any]:
     """Return the function that ``module:function`` names; ``what`` it is stands in errors.
 
-    Raises
-    ------
-    ConfigError
-        If there is none.
+    ConfigError if there is none.
     """
     module_name, _, function = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:

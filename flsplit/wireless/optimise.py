@@ -119,8 +119,6 @@ class Optimiser:
 
 
 class _Descent:
-    """A descent with one freedom."""
-
     def __init__(self, shared: Optimiser, freedom: Freedom, seed: int) -> None:
         self.shared, self.freedom, self.seed = shared, freedom, seed
         self.fleet, self.terms = shared.problem.fleet, shared.terms
@@ -152,7 +150,6 @@ class _Descent:
         return state, [*history, *more[1:]]
 
     def _descend(self, state: _State, blocks: Sequence[_Block]) -> _End:
-        """Improve one block after the other until no more is gained; return the way there."""
         history = [state.seconds]
         for _ in range(_MOST_SWEEPS):
             before = state.seconds

@@ -7,22 +7,31 @@ had theirs. A stage is an amount of FLOPs or bits. In the formulas here and in t
 - n devices each train on ``steps`` mini-batches of b samples,
 - :math:`F_c, B_c, F_s, B_s` are the FLOPs per sample of a forward and a backward pass on the client
   and on the server, :math:`B_l` those of the last layer's backward pass,
-- :math:`\Gamma` are the bits of one sample's smashed data, and of its gradient,
+- :math:`\Gamma` are the bits of one sample's smashed data, and of its gradient; where client parts
+  compress, those that they send, which may differ up and down,
 - :math:`|w_c|, |w|` are the bits of the client segment's and the whole model's parameters.
 
 Labels, message headers and the time of the optimizers are left out.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar
 
+import torch
+
+from flsplit.client_parts import ClientPart
+from flsplit.client_parts.client_part import overrides
+from flsplit.client_parts.compression import compressing
 from flsplit.errors import ConfigError
 from flsplit.wireless.profile import BACKWARD_PER_FORWARD, ModelProfile, Place
 
 BITS = 8
 """Bits per byte."""
+
+
+_FLOATS = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 
 
 class Where(Enum):
@@ -117,12 +126,15 @@ class Work:
         How many devices train.
     training : Training
         On what.
+    parts : sequence of ClientPart
+        What clients do beside the plain step; those that compress change bits.
     """
 
     profile: ModelProfile
     place: Place
     num_devices: int
     training: Training
+    parts: Sequence[ClientPart] = ()
 
     @property
     def rows(self) -> int:
@@ -130,14 +142,39 @@ class Work:
         return self.num_devices * self.training.batch_size
 
     @property
-    def activation_bits(self) -> int:
+    def activation_bits(self) -> float:
         """Bits of one sample's smashed data, and of inputs that go with it."""
-        return BITS * self.place.activation_bytes
+        place = self.place
+        return self._sent_bits("smashed-data", place.gradient_bytes) + BITS * place.shared_bytes
 
     @property
-    def gradient_bits(self) -> int:
+    def gradient_bits(self) -> float:
         """Bits of one sample's cut-layer gradient."""
-        return BITS * self.place.gradient_bytes
+        return self._sent_bits("cut-gradient", self.place.gradient_bytes)
+
+    @property
+    def output_bits(self) -> float:
+        """Bits of what the server returns of a sample in a U-shaped split."""
+        return self._sent_bits("outputs", self.place.output_bytes)
+
+    @property
+    def output_gradient_bits(self) -> float:
+        """Bits of its gradient, which goes up."""
+        return self._sent_bits("output-gradient", self.place.output_bytes)
+
+    @property
+    def shares_gradients(self) -> bool:
+        """Whether cut-layer gradients can be broadcast: no part makes them each client's own."""
+        edited = any(overrides(part, "down") for part in self.parts)
+        return not (edited or compressing(self.parts, "cut-gradient"))
+
+    def _sent_bits(self, record: str, bytes_of_row: int) -> float:
+        """Return a sample's bits in a message; of a whole batch's a share, where it is packed."""
+        part, size = compressing(self.parts, record), self.place.element_bytes
+        if part is None:
+            return BITS * bytes_of_row
+        rows, dtype = self.training.batch_size, _FLOATS.get(size, torch.float32)
+        return BITS * part.nbytes(rows, bytes_of_row // size, dtype) / rows
 
     @property
     def client_bits(self) -> int:
@@ -215,10 +252,12 @@ class Method:
     given: Mapping[str, Any] = field(default_factory=dict)
     # whether devices train the whole model, so that there is nothing to cut
     whole_model: bool = False
+    # what its clients do beside the plain step
+    parts: Sequence[ClientPart] = ()
 
     def phases(self, work: Work) -> tuple[Phase, ...]:
         """Return what a round consists of; a ConfigError says if the class doesn't."""
-        found = self.kind.phases(work, **self.arguments)
+        found = self.kind.phases(replace(work, parts=self.parts), **self.arguments)
         if not (isinstance(found, tuple) and all(isinstance(one, Phase) for one in found)):
             raise ConfigError(f"phases of {self.name} are {found!r}, expected a tuple of Phase")
         return found
@@ -242,7 +281,8 @@ def parallel_steps(
       device).
 
     In a round of several steps the last phase of a step and the first of the next are one: a
-    device goes on without waiting for the others.
+    device goes on without waiting for the others. Rows that client parts compress or edit are each
+    device's own: then nothing is broadcast.
 
     Parameters
     ----------
@@ -255,6 +295,7 @@ def parallel_steps(
     """
     place, rows, steps = work.place, work.training.batch_size, work.training.steps
     bits = work.gradient_bits
+    shared_rows = shared_rows if work.shares_gradients else 0
     up = (
         Stage("client forward", Where.DEVICE, rows * place.client_flops_forward),
         Stage("uplink", Where.UPLINK, rows * work.activation_bits),
@@ -285,11 +326,10 @@ def tail_stages(work: Work) -> tuple[Stage, ...]:
     place, rows = work.place, work.training.batch_size
     if not place.output_elements:
         return ()
-    bits = BITS * rows * place.output_bytes
     return (
-        Stage("outputs", Where.DOWNLINK, bits),
+        Stage("outputs", Where.DOWNLINK, rows * work.output_bits),
         Stage("last layers", Where.DEVICE, rows * place.tail_flops),
-        Stage("output gradients", Where.UPLINK, bits),
+        Stage("output gradients", Where.UPLINK, rows * work.output_gradient_bits),
     )
 
 

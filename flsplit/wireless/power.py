@@ -200,8 +200,6 @@ def control_power(
 
 @dataclass(frozen=True)
 class _Search:
-    """Looks for the shortest deadlines that the powers allow."""
-
     basin: Basin
     total_w: float
     bandwidth_hz: float

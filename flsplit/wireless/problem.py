@@ -57,13 +57,7 @@ class Problem:
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
-        """Places that every device has the memory for.
-
-        Raises
-        ------
-        CutError
-            If there is none.
-        """
+        """Places that every device has the memory for; CutError if there is none."""
         out = {one.place.cut: one for one in self.excluded}
         places = tuple(place for place in self.all_places if place.cut not in out)
         if not places:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flsplit.cut import CutError, cuts
 from flsplit.cut.examples import needs_values, with_values
-from flsplit.cut.watch import places_of
+from flsplit.cut.partial_forward import places_of
 from flsplit.nested import as_arguments, map_tensors, tensors_of
 from flsplit.seeds import seeded
 from flsplit.untrained import copied
@@ -115,10 +115,7 @@ class ModelProfile:
     def place(self, cut: str) -> Place:
         """Return the place that is called ``cut``, or where a module of that name ends.
 
-        Raises
-        ------
-        CutError
-            If there is none.
+        CutError if there is none.
         """
         first, second = places_of(cut)
         named = [
@@ -134,10 +131,7 @@ class ModelProfile:
     def cut_twice(self, second: str) -> "ModelProfile":
         """Return the profile with the places of U-shaped splits whose second cut is this one.
 
-        Raises
-        ------
-        CutError
-            If the model can't be cut there, or nowhere before.
+        CutError if the model can't be cut there, or nowhere before.
         """
         last = self.place(second)
         before = [one for one in self.places if one.client_params < last.client_params]

@@ -40,10 +40,7 @@ class Quantity:
     def parse(self, text: object) -> float:
         """Return ``text``, a number and a unit, in SI units.
 
-        Raises
-        ------
-        ConfigError
-            If it is no text, has no number, or its unit is missing or unknown.
+        ConfigError if it is no text, has no number, or its unit is missing or unknown.
         """
         example = f"for instance '5 {next(iter(self.units))}'"
         if not isinstance(text, str):

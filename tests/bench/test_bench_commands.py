@@ -40,9 +40,14 @@ def test_less_than_one_is_refused(option):
     assert option in result.output
 
 
-def test_training_is_measured_and_written(tmp_path):
-    path = tmp_path / "figures.json"
+def test_training_is_measured_and_written(tmp_path, monkeypatch):
+    path, measured = tmp_path / "figures.json", {}
 
+    def measure(*given, **options):
+        measured["seconds"], notes = measure_training(*given, **options)
+        return measured["seconds"], notes
+
+    monkeypatch.setattr("flsplit.bench.step_times.measure_training", measure)
     arguments = ["--clients", "1,2", "--steps", "2", "--only", "floor,local,nvflare"]
     result = RUN.invoke(commands.bench, ["train", *arguments, "--json", str(path)])
 
@@ -53,12 +58,9 @@ def test_training_is_measured_and_written(tmp_path):
     assert all(seconds > 0 for one in per_step.values() for seconds in one.values())
     assert ("nvflare" in per_step) != ("nvflare" in written["notes"])
     assert "floor" in result.output
-
-
-def test_as_many_steps_are_measured_as_asked_for():
-    per_step, _ = measure_training([2], 3, lambda text: None, ["floor", "local"])
-
-    assert {name: len(one[2]) for name, one in per_step.items()} == {"floor": 3, "local": 3}
+    # As many steps as asked for.
+    found = measured["seconds"]
+    assert {len(found[name][n]) for name in ("floor", "local") for n in (1, 2)} == {2}
 
 
 def test_all_carriers_of_the_json_can_be_measured():

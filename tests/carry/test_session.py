@@ -106,6 +106,27 @@ def test_what_is_compressed_crosses_as_it_is_counted():
             assert 0 < entry.traffic.logical[category] == entry.traffic.wire[category]
 
 
+def test_what_is_compressed_at_a_second_cut_does_too():
+    cut = ("front", "middle")
+    app = split_app(noisy_net, make_parts(SIZES, noisy_net), optimizer=MOMENTUM, cut=cut)
+
+    def trained(grid):
+        strategy = PSL(
+            model=fresh(noisy_net), cut=cut, server_lr=LR, batch_size=4, seed=SEED, local_steps=2,
+            client_parts=[Int8("outputs"), TopK(0.3, "output-gradient", feedback=True)],
+            session=SessionSettings(join_timeout=20.0, grace=2.0),
+        )  # fmt: skip
+        return start(strategy, grid)
+
+    grid = ThreadedGrid(app, len(SIZES))
+    result = trained(grid)
+    grid.join()
+    assert outcome(result) == outcome(trained(LocalGrid(app, len(SIZES))))
+    for entry in result.history:
+        for category in ("outputs-down", "output-gradients-up"):
+            assert 0 < entry.traffic.logical[category] == entry.traffic.wire[category]
+
+
 def test_plain_text_gives_the_same_numbers():
     settings = SessionSettings(tls=False, join_timeout=20.0)
     result = start(make_strategy(session=settings), ThreadedGrid(make_app(), len(SIZES)))

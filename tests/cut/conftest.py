@@ -30,12 +30,12 @@ def torchvision_models():
 def small_vit(torchvision_models):
     """vit_b_16 with patches as large but everything else smaller: 2 x 2 patches + class token."""
 
-    def build():
+    def build(num_layers=3):
         torch.manual_seed(0)
         return torchvision_models.VisionTransformer(
             image_size=32,
             patch_size=16,
-            num_layers=3,
+            num_layers=num_layers,
             num_heads=4,
             hidden_dim=64,
             mlp_dim=128,

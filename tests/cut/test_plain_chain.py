@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flsplit.cut import split
-from flsplit.cut.watch import PartialForward
+from flsplit.cut.partial_forward import PartialForward
 
 LABELS = torch.tensor([0, 1, 2, 0])
 

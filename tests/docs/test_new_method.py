@@ -68,7 +68,7 @@ def test_its_entry_points_are_toml():
 
 def test_the_tables_have_all_that_there_is():
     set_in_init = {"batches", "clients", "shares", "lr", "index", "num_steps"}
-    set_in_init |= {"round", "num_rounds", "where", "keeps_labels"}
+    set_in_init |= {"round", "num_rounds", "where", "keeps_labels", "weights"}
     assert table("Step") == (public(Step) | set_in_init) - {
         "end",
         "break_off",

@@ -19,7 +19,7 @@ from flsplit.carry.session import SessionSettings
 from flsplit.errors import ConfigError
 from flsplit.run import EarlyStopping
 from flsplit.run.history_file import HistoryFile
-from flsplit.run.run_identity import describe, differences
+from flsplit.run.run_identity import describe, differences, identity_of
 from flsplit.storage import BrokenFileError, FolderLock, StorageError
 from flsplit.strategies import CSEFSL, EPSL, PSL, SplitFedV2
 
@@ -34,7 +34,7 @@ def run(folder, rounds=1, cls=PSL, **options):
 def identity(cls=PSL, build=plain_net, **options):
     strategy = cls(**({"model": fresh(build), "cut": CUT, "device": "cpu"} | options))
     strategy.begin(ArrayRecord(fresh(build).state_dict()))
-    return strategy.identity()
+    return identity_of(strategy)
 
 
 def dropping(p):

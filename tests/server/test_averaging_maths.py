@@ -6,7 +6,7 @@ from reference import plain_net
 from torch import nn
 
 from flsplit.errors import SegmentMismatchError
-from flsplit.server.gradients import ClientBatch
+from flsplit.server.client_batch import ClientBatch
 from flsplit.strategies import SGLR
 from flsplit.strategies.sglr import averaged
 from tests.server.one_step import MadeUpRound, RecordedSegment, taken

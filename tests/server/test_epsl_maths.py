@@ -5,7 +5,7 @@ import torch
 from reference import plain_net
 from torch import nn
 
-from flsplit.server.gradients import ClientBatch
+from flsplit.server.client_batch import ClientBatch
 from flsplit.strategies import EPSL
 from tests.server.one_step import RecordedSegment, taken
 

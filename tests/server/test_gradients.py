@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from flsplit.cut import split
-from flsplit.run.step import client_shares
+from flsplit.run.shares import client_shares
 from flsplit.server import gradients
-from flsplit.server.gradients import ClientBatch
+from flsplit.server.client_batch import ClientBatch
 from flsplit.server.products import Factors, KeptGradients
 from flsplit.server.segment import ServerSegment
 

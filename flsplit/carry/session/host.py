@@ -4,14 +4,14 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from msgspec import Meta, Struct, ValidationError, convert, to_builtins
 
 from flsplit.carry.cohort import Cohort
 from flsplit.carry.ray_cluster import count_places
-from flsplit.carry.session.hello import Hello
 from flsplit.carry.session.invitation import Invitation
 from flsplit.carry.session.settings import HOW_TO_SET
 from flsplit.client.spec import client_name
@@ -29,14 +29,34 @@ OWN_CLIENT = ""
 """How an envelope addresses the client of the node itself."""
 
 
+class Hello(Struct, frozen=True, rename="kebab"):
+    """A host's introduction; the server knows from its token which node it is.
+
+    ``peers`` says how many hosts like this one the resources of a simulation allow; 0 in a
+    deployment, where nobody asks.
+    """
+
+    peers: Annotated[int, Meta(ge=0, le=2**20)] = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is sent."""
+        found: dict[str, Any] = to_builtins(self)
+        return found
+
+    @classmethod
+    def from_json(cls, hello: dict[str, Any]) -> Self:
+        """Return what came; ProtocolError if it is malformed."""
+        try:
+            return convert(hello, cls)
+        except ValidationError as error:
+            raise ProtocolError(f"hello: {error}") from error
+
+
 def serve_session(app: ClientApp, message: Message, context: Context) -> Message:
     """Serve messages over a stream until it ends; the answer to ``train.session``.
 
-    Returns
-    -------
-    Message
-        How many messages were served; an Error if the server can't be reached, or if the node's
-        own configuration can't be used.
+    The answer says how many messages were served; it is an Error if the server can't be reached, or
+    if the node's own configuration can't be used.
     """
     invitation = Invitation.from_content(message.content)
     if invitation.expired:
@@ -93,19 +113,7 @@ def count_simulated_hosts() -> int:
 class HostedClients:
     """The clients of a host: its own, or any partition of a simulation.
 
-    Parameters
-    ----------
-    app : ClientApp
-        What answers for them.
-    context : Context
-        What Flower handed in.
-    invitation : Invitation
-        Says where the states of simulated clients are kept.
-
-    Raises
-    ------
-    ConfigError
-        If the node's own ``state-dir`` is no absolute path.
+    ConfigError if the node's own ``state-dir`` is no absolute path.
     """
 
     def __init__(self, app: ClientApp, context: Context, invitation: Invitation) -> None:

@@ -13,39 +13,18 @@ SESSION = "train.session"
 
 
 class Invitation(Struct, frozen=True, rename="kebab"):
-    """Asks a node to dial back and serve.
+    """Asks a node to dial back and serve."""
 
-    Attributes
-    ----------
-    session : str
-        The session's id.
-    experiment : str
-        Names the clients' states on disk; a resumed run keeps it.
-    address : str
-        What to dial, as ``host:port``.
-    token : str
-        Lets this host in, once.
-    certificate : bytes
-        The only certificate to trust, PEM; empty without TLS.
-    expires : float
-        Unix time after which the invitation is void.
-    max_step_bytes : int
-        The longest message.
-    state_dir : str
-        Where a simulated host keeps its clients' states; a deployed one has its own
-        ``state-dir``.
-    simulated : bool
-        Whether the node is one of a simulation, whose hosts serve any of its clients.
-    """
-
-    session: str
-    experiment: str
-    address: str
-    token: str
-    certificate: bytes
-    expires: Annotated[float, Meta(ge=0.0)]
-    max_step_bytes: Annotated[int, Meta(ge=1)]
+    session: str  # the session's id
+    experiment: str  # names the clients' states on disk; a resumed run keeps it
+    address: str  # what to dial, as ``host:port``
+    token: str  # lets this host in, once
+    certificate: bytes  # the only certificate to trust, PEM; empty without TLS
+    expires: Annotated[float, Meta(ge=0.0)]  # Unix time after which the invitation is void
+    max_step_bytes: Annotated[int, Meta(ge=1)]  # the longest message
+    # Where a simulated host keeps its clients' states; a deployed one has its own ``state-dir``
     state_dir: str
+    # Whether the node is one of a simulation, whose hosts serve any of its clients
     simulated: bool = False
 
     @property

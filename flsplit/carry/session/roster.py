@@ -3,26 +3,17 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from flsplit.carry.session.hello import Hello
-from flsplit.carry.session.host import OWN_CLIENT
+from flsplit.carry.session.host import OWN_CLIENT, Hello
 from flsplit.flower_internals import SERVER_NODE_ID
 from flsplit.log import logger
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a client is served.
+    """Where a client is served."""
 
-    Attributes
-    ----------
-    host : str
-        The host's name in the session: Flower's id of its node.
-    client : str
-        The client's name in envelopes.
-    """
-
-    host: str
-    client: str
+    host: str  # the host's name in the session: Flower's id of its node
+    client: str  # the client's name in envelopes
 
 
 @dataclass
@@ -33,23 +24,12 @@ class Roster:
     simulation any host can serve any partition: the partitions, with ids of their own, are
     dealt out evenly, and when a host is lost, its partitions move to the others. Which of the two
     it is, and how many partitions there are, Flower tells the server; no host is asked.
-
-    Attributes
-    ----------
-    epochs : dict of str to int
-        The epoch of each connected host.
-    simulated : bool
-        Whether the nodes are simulated.
-    num_partitions : int
-        How many clients the simulation has; 0 in a deployment.
-    peers : int
-        How many hosts a simulation can have at the same time; 0 in a deployment.
     """
 
-    simulated: bool = False
-    epochs: dict[str, int] = field(default_factory=dict)
-    num_partitions: int = 0
-    peers: int = 0
+    simulated: bool = False  # whether the nodes are simulated
+    epochs: dict[str, int] = field(default_factory=dict)  # the epoch of each connected host
+    num_partitions: int = 0  # how many clients the simulation has; 0 in a deployment
+    peers: int = 0  # how many hosts a simulation can have at the same time; 0 in a deployment
     _hosted: dict[int, str] = field(default_factory=dict)
 
     def join(self, host: str, epoch: int, hello: Hello) -> None:

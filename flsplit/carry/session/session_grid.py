@@ -11,14 +11,9 @@ from flwr.serverapp import Grid
 
 from flsplit.carry.carrier import Carrier
 from flsplit.carry.polling import polling
-from flsplit.carry.ray_cluster import (
-    START_SECONDS,
-    cluster_address,
-    count_places,
-    running_ray,
-)
+from flsplit.carry.ray_cluster import START_SECONDS, cluster_address, count_places, running_ray
 from flsplit.carry.refusals import BrokenAppError, Refusals
-from flsplit.carry.session.hello import Hello
+from flsplit.carry.session.host import Hello
 from flsplit.carry.session.invitation import SESSION, Invitation
 from flsplit.carry.session.roster import Roster, Seat
 from flsplit.carry.session.settings import HOW_TO_SET, SessionSettings
@@ -48,8 +43,6 @@ class NoHostError(FlsplitError):
 
 @dataclass
 class _OnItsWay:
-    """A message on its way to a host, or waiting for its answer."""
-
     message: Message
     seat: Seat
     epoch: int
@@ -62,18 +55,8 @@ class SessionGrid(Carrier):
     A ``with`` block opens the session: each node gets one Flower message ``train.session``,
     inside which its ClientApp dials back and serves messages until the block ends.
 
-    Parameters
-    ----------
-    grid : Grid
-        Flower's grid, for the session messages themselves.
-    settings : SessionSettings
-        Addresses, limits and timeouts.
-    experiment : str
-        Names the clients' states on disk.
-    state_dir : str
-        Where simulated hosts keep their clients' states; empty for nowhere.
-    timeout : float
-        Seconds to wait for the first host, where the settings don't say.
+    ``grid`` is for the session messages themselves; ``timeout`` says how long to wait for the first
+    host, where the settings don't.
     """
 
     works_ahead = True
@@ -108,14 +91,9 @@ class SessionGrid(Carrier):
     def open(self) -> None:
         """Open the session.
 
-        Raises
-        ------
-        ConfigError
-            If the ServerApp can't listen where the settings say.
-        NoHostError
-            If no node can dial back; it says which address and port, and what to do.
-        BrokenAppError
-            If no node can run the ClientApp.
+        ConfigError if the ServerApp can't listen where the settings say. NoHostError if no node can
+        dial back; it says which address and port, and what to do. BrokenAppError if no node can run
+        the ClientApp.
         """
         try:
             self._open()
@@ -142,10 +120,7 @@ class SessionGrid(Carrier):
     def end_round(self, server_round: int, timeout: float = 0.0) -> None:
         """Hand over to a new session where ``session_rounds`` says so.
 
-        Raises
-        ------
-        NoHostError
-            If no node has come to a new session after ``timeout`` seconds.
+        NoHostError if no node has come to a new session after ``timeout`` seconds.
         """
         rounds = self._settings.session_rounds
         if rounds and server_round % rounds == 0:
@@ -482,7 +457,6 @@ class SessionGrid(Carrier):
         self._dropped.warning("a message of host %s is dropped: it %s", event.host, problem)
 
     def _wait_for_nodes(self) -> None:
-        """Wait until all nodes have handed their session message back."""
         waiting = set(self._invited.values())
         for _ in polling(_END_SECONDS, every=_LOOK_SECONDS / 5):
             for message in self._grid.pull_messages(list(waiting)):
@@ -492,5 +466,4 @@ class SessionGrid(Carrier):
 
 
 def _error(message: Message, reason: str) -> Message:
-    """Answer for a client whose host is not there."""
     return Message(Error(NODE_AWAY, reason), reply_to=message)

@@ -117,7 +117,6 @@ class SessionSettings:
 
 
 def _key(name: str) -> str:
-    """Return how a run config calls a field."""
     return "session-" + name.removeprefix("session_").replace("_", "-")
 
 

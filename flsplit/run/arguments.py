@@ -1,4 +1,4 @@
-"""Checks of the arguments of passes and rules."""
+"""Checks of what strategies are made with."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,7 @@ def number(
 ) -> float:
     """Return ``value`` as a float.
 
-    Raises
-    ------
-    ConfigError
-        If it isn't a finite number from ``minimum`` to ``maximum``.
+    ConfigError if it isn't a finite number from ``minimum`` to ``maximum``.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and math.isfinite(value) and minimum <= value <= maximum:  # type: ignore[arg-type, operator]

@@ -1,0 +1,28 @@
+"""Names of torch's calls: which compute, and which only ask a tensor what it is like."""
+
+from typing import Any
+
+# Calls that ask a tensor for what an `Absent` knows, too. So do all properties but these VIEWS.
+# Every other call either computes or turns values into numbers, and so is written down.
+ASKS_SIZES = {"size", "numel", "nelement", "__len__", "stride", "is_contiguous", "storage_offset"}
+ASKS_SIZES |= {"is_same_size", "untyped_storage", ".shape", ".itemsize", ".nbytes"}
+ASKS = ASKS_SIZES | {"dim", "ndimension", "is_floating_point", "is_complex", "is_signed"}
+ASKS |= {"is_inference", "element_size", "get_device", "data_ptr", "has_torch_function"}
+ASKS |= {"is_tensor", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
+HOOKS = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
+VIEWS = {".T", ".mT", ".H", ".mH", ".data", ".real", ".imag", ".grad"}
+
+# Calls that only look at the shape, dtype and device of their first tensor.
+LIKES = {f"{kind}_like" for kind in ("empty", "zeros", "ones", "full", "rand", "randn", "randint")}
+LIKES |= {f"new_{kind}" for kind in ("empty", "zeros", "ones", "full", "tensor")}
+
+
+def name_of(func: Any) -> str:
+    """Return what a call is called; a property has a dot before it."""
+    name = getattr(func, "__name__", None) or str(func)
+    return f".{func.__self__.__name__}" if name == "__get__" else name
+
+
+def asks(name: str) -> bool:
+    """Tell whether a call asks a tensor only for what an `Absent` knows."""
+    return name in ASKS or (name[0] == "." and name not in VIEWS)
