@@ -36,7 +36,7 @@ def test_no_position_of_an_auxiliary_model_sees_a_later_one():
 def test_a_head_begins_as_the_models_last_layer(tiny):
     config = config_of(tiny, strategy="fsl-sage")
     model = new_model(config)
-    (weight,) = (p for name, p in model.named_parameters() if name.endswith("default.weight"))
+    (weight,) = (p for name, p in model.named_parameters() if name.endswith("save.default.weight"))
     trained = weight.detach().clone().mul_(2)
     weight.data.copy_(trained)
     auxiliary = strategy_of(config, model).auxiliary((5, 16), 257)
