@@ -17,6 +17,7 @@ from flsplit.carry.session.invitation import Invitation
 from tests.chaos.proxy import Proxy
 
 ROUNDS = 3
+LONG = 4.0  # seconds; a busy machine may take one or two for a step in which nothing is wrong
 SESSION = SessionSettings(join_timeout=20.0, grace=5.0, step_timeout=20.0)
 
 
@@ -102,9 +103,9 @@ def test_a_link_that_halts_for_a_while_changes_no_number(proxy):
     "its client is left out with the reason, and is back when the link is",
 )
 def test_a_link_that_halts_for_long_costs_its_client_the_round(proxy):
-    session = replace(SESSION, step_timeout=1.0)
+    session = replace(SESSION, step_timeout=LONG)
     result = run(proxy, proxy.halt, session)
-    assert "no answer within 1 s" in result.history[1].left_out[0].reason
+    assert f"no answer within {LONG:g} s" in result.history[1].left_out[0].reason
     assert_only_lost_after_a_step(result)
 
 
@@ -137,7 +138,7 @@ def test_a_round_that_a_reset_breaks_is_done_again(proxy, tmp_path):
     "a link stays open at one end only", "its client is left out after the step timeout"
 )
 def test_a_half_open_link_costs_a_client_the_round(proxy):
-    session = replace(SESSION, step_timeout=1.0)
+    session = replace(SESSION, step_timeout=LONG)
     result = run(proxy, proxy.swallow, session)
     assert_only_lost_after_a_step(result)
 
