@@ -115,12 +115,12 @@ def simulate(
     own = [*fake.parameters(), *last.parameters()]
     by_client = torch.optim.Adam(own, lr)
     by_critic = torch.optim.Adam(critic.parameters(), lr, betas=(0.5, 0.9))
+    is_real = (torch.arange(2 * batch_size) < batch_size).to(smashed)[:, None]
     for _ in range(steps):
         rows = torch.randint(len(inputs), (batch_size,), generator=rng)
         real = smashed[torch.randint(len(smashed), (batch_size,), generator=rng)]
         made = fake(inputs[rows])
         scores = critic(torch.cat([real, made.detach()]) / scale)
-        is_real = (torch.arange(2 * batch_size) < batch_size).to(scores)[:, None]
         by_critic.zero_grad()
         torch.autograd.backward(functional.binary_cross_entropy_with_logits(scores, is_real))
         by_critic.step()
