@@ -9,10 +9,10 @@ from typing import Any
 
 from experiment import Experiment
 from measured import SIMULATED
-from methods import Grid, Rates, find_method
+from methods import find_method
 from simulated import digest
 from training import DECIDING, FINAL, SCREENING, Setting
-from tuning import Choice, choose, grid_for
+from tuning import Choice, Grid, Rates, choose, grid_for
 
 from flsplit.errors import ConfigError
 

@@ -14,14 +14,12 @@ from typing import Any
 
 from flwr.serverapp.strategy import FedAvg
 from task import pooled_classifier
+from tuning import Grid, Rates
 
 from flsplit.auxiliary import BuildAuxiliary
 from flsplit.errors import ConfigError
 from flsplit.run import SplitStrategy, make_strategy
 from flsplit.run.registry import GROUP, arguments_table, strategy_names
-
-Rates = dict[str, float]
-Grid = Mapping[str, Sequence[float]]
 
 # The client's rate matters most: three of them, two of the server's. A step of the mean over
 # clients takes a larger server rate than ten steps in turn, or a sum of ten gradients.

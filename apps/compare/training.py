@@ -17,9 +17,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from measured import SIMULATED, by_client, count_server_cpu, measured
-from methods import Method, Rates, as_options, find_method
+from methods import Method, as_options, find_method
 from simulated import fedavg_seconds
 from torch import nn
+from tuning import Rates
 
 from flsplit import LocalGrid, client_app
 from flsplit.client.spec import pick_device

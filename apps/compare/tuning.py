@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from methods import Grid, Rates
-
 from flsplit.errors import ConfigError
+
+Rates = dict[str, float]
+Grid = Mapping[str, Sequence[float]]
 
 RATES = ("client_lr", "server_lr", "alpha", "lr")
 FINALISTS = 3
@@ -64,7 +65,7 @@ def choose(grid: Grid, screened: Score, decided: Score) -> Choice | tuple[str, l
     second = list(decided(ranked[1]) or ()) if len(ranked) > 1 else []
     lead = [a - b for a, b in zip(scores, second, strict=True)] if second and scores else []
     tried = points + [one for one in finalists if one not in points]
-    return Choice(best, tried, scores, lead, tuple(_ends(best, tried)))
+    return Choice(best, tried, scores, lead, tuple(beyond(best, tried)))
 
 
 def _searched(
@@ -77,7 +78,7 @@ def _searched(
         if missing:
             return missing, candidates
         best = max(candidates, key=lambda one: _mean(score(one)))
-        further = [best | {name: value} for name, value in _ends(best, tried).items()]
+        further = [best | {name: value} for name, value in beyond(best, tried).items()]
         if not further or widening == WIDENINGS:
             break
         candidates += further
@@ -85,7 +86,7 @@ def _searched(
     return [], candidates
 
 
-def _ends(point: Rates, tried: Sequence[Rates]) -> dict[str, float]:
+def beyond(point: Rates, tried: Sequence[Rates]) -> dict[str, float]:
     """Return the next value of each rate that is at an end, where there are two values at least."""
     found = {}
     for name, value in point.items():

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 APP = Path(__file__).resolve().parent
-sys.path.insert(0, str(APP))
+sys.path[:0] = [str(APP), str(APP.parent / "compare")]
 
 from device_memory import measure_split, measure_whole  # noqa: E402
 from llm.auxiliary import next_token  # noqa: E402
@@ -40,6 +40,7 @@ from llm.models import add_adapters, load_base  # noqa: E402
 from llm.sequences import DATA  # noqa: E402
 from llm.server_app import prepared_model, strategy_of, whole_models  # noqa: E402
 from methods_table import draw, write_table  # noqa: E402
+from tuning import beyond  # noqa: E402
 
 from flsplit import LocalGrid  # noqa: E402
 
@@ -102,26 +103,29 @@ class Comparison:
 
     def missing(self, method: str) -> list[tuple[int, float]]:
         """Return what is to be run next: seeds and rates."""
-        rates, best = self.tuned(method)
+        rates, best, _ = self.tuned(method)
         if best is None:
             tried = [(self._first, rate) for rate in rates]
         else:
             tried = [(seed, best) for seed in self._given.seeds]
         return [(seed, rate) for seed, rate in tried if self.result(method, seed, rate) is None]
 
-    def tuned(self, method: str) -> tuple[list[float], float | None]:
-        """Return the rates that are, or have to be, tried; and the best of them if all were."""
+    def tuned(self, method: str) -> tuple[list[float], float | None, bool]:
+        """Return the rates that are, or have to be, tried; the best of them if all were.
+
+        And whether that is at an end of them.
+        """
         rates = sorted(self._given.rates)
         for widening in range(WIDENINGS + 1):
             found = {rate: self.result(method, self._first, rate) for rate in rates}
             if None in found.values():
-                return rates, None
+                return rates, None, False
             best = min(rates, key=lambda rate: found[rate]["trained-loss"])  # type: ignore[index]
-            further = beyond(best, rates)
-            if further is None or widening == WIDENINGS:
+            further = beyond({"lr": best}, [{"lr": rate} for rate in rates])
+            if not further or widening == WIDENINGS:
                 break
-            rates = sorted([*rates, further])
-        return rates, best
+            rates = sorted([*rates, further["lr"]])
+        return rates, best, bool(further)
 
     def complete(self, workers: int) -> None:
         """Run what is missing, the slowest first, several at a time."""
@@ -159,12 +163,12 @@ class Comparison:
         """Return each method's rate, whether it is at an end, and its runs by seed."""
         found = {}
         for method in self._given.methods:
-            rates, best = self.tuned(method)
+            _, best, at_end = self.tuned(method)
             assert best is not None
             runs = {seed: self.result(method, seed, best) for seed in self._given.seeds}
             found[method] = {
                 "rate": best,
-                "at-end": beyond(best, rates) is not None,
+                "at-end": at_end,
                 "runs": {seed: one for seed, one in runs.items() if one and "failed" not in one},
             }
         return found
@@ -202,14 +206,6 @@ def quietly() -> None:
     """Let this process compute on one core, and say what is wrong only."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-
-
-def beyond(best: float, rates: list[float]) -> float | None:
-    """Return the rate after the end of a grid, by its last step, if the best one is there."""
-    if len(rates) < 2 or best not in (rates[0], rates[-1]):
-        return None
-    neighbour = rates[1] if best == rates[0] else rates[-2]
-    return float(f"{best * best / neighbour:.2g}")
 
 
 def read(path: Path) -> Result | None:

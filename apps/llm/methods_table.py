@@ -1,7 +1,6 @@
 """The comparison of the methods as a table and as a picture."""
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "compare"))
-
 from verdict import judge
 
 Found = dict[str, dict[str, Any]]  # by method: its rate, and its runs by seed
