@@ -73,7 +73,9 @@ def take_tail(client: Client, request: TailRequest) -> TailReply:
             )
         if client.parts.parts:
             at = _part_step(client, step)
-            gradient, packed, memory = client.parts.output_gradient(at, gradient, pending.labels)
+            gradient, packed, memory = client.parts.output_gradient(
+                at, gradient, pending.labels, pending.rows
+            )
             stays |= memory
             if packed:
                 client.packed[WHOLE] = packed
@@ -173,7 +175,7 @@ def _compute(client: Client, step: int, *, sent: bool = True) -> Pending:
     buffers = client.first.buffers.copied()
     if not client.first.trains:
         client.first.train()
-    loss, packed = None, dict[str, Packed]()
+    loss, packed, rows = None, dict[str, Packed](), None
     try:
         with seeded(seed, client.device):
             inputs, labels = client.data.train.batch(indices)
@@ -185,7 +187,7 @@ def _compute(client: Client, step: int, *, sent: bool = True) -> Pending:
                 loss = parts.loss(at, to_device(inputs, client.device), leaving, labels)
                 smashed, inputs, labels, rows = parts.shuffled(at, smashed, inputs, labels, indices)
         _check_smashed(client, smashed, step)
-        if parts.parts and sent:
+        if rows is not None and sent:
             packed = parts.pack(smashed, rows)
     except Exception:
         client.first.buffers.put(buffers)
@@ -193,7 +195,7 @@ def _compute(client: Client, step: int, *, sent: bool = True) -> Pending:
         parts.load(client.memory.parts)
         raise
     kept = inputs if client.tail else None  # their shapes tell the way that forward takes
-    return Pending(step, smashed, kept, labels, buffers, drawn, loss, packed)
+    return Pending(step, smashed, kept, labels, buffers, drawn, loss, packed, rows)
 
 
 def _part_step(client: Client, step: int) -> ClientStep:
