@@ -18,8 +18,8 @@ def test_hijacking_is_judged_round_by_round():
 @pytest.mark.parametrize("name", ["5 clients", "NoPeek 10", "clip 10, noise 2"])
 def test_hijacking_with_a_hindrance(name):
     found, plain = (
-        hijacking(PRIVATE, PUBLIC, rounds=1, seed=0, steps=2, warm_up=2, **HINDRANCES[one])
-        for one in (name, "undefended")
+        hijacking(images(160, 0, size=28), PUBLIC, rounds=1, seed=0, steps=2, warm_up=2, **one)
+        for one in (HINDRANCES[name], {})
     )
     assert len(found) == 1
     assert found != plain
