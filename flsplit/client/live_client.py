@@ -205,6 +205,7 @@ class Client:
             self.optimizer.set_lr(plan.lr)
             self.optimizer.warn(plan.experiment)
         self.first.trains = False
+        self.segment.expect(plan.inputs)
         self.num_steps = steps_per_round(self.num_examples, plan, self.name)
         self.steps_before = self.memory.trained - self.memory.steps_done
         if self.order.seed != plan.seed:

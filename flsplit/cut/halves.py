@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,6 +145,18 @@ class ClientHalf(Half):
         super().__init__(whole, cut)
         vars(self)["_passages"] = dict[Any, tuple[Passage, ...]]()
         vars(self)["_scripts"] = _Scripts()
+        vars(self)["_expected"] = inputs_of(cut.found.passage)
+
+    def expect(self, inputs: str) -> None:
+        """Be told with which inputs the server has looked at the model: :attr:`ServerHalf.inputs`.
+
+        With others a forward that asks for sizes can't be followed from smashed data alone.
+        """
+        own = vars(self)
+        expected = inputs or inputs_of(own["_cut"].found.passage)
+        if expected != own["_expected"]:
+            own["_expected"] = expected
+            own["_passages"].clear()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the smashed data.
@@ -155,7 +167,8 @@ class ClientHalf(Half):
         Returns
         -------
         Tensor or Crossing
-            The tensor if a single one crosses and no number; else see :meth:`crossing`.
+            The tensor if a single one crosses, rows first, and neither numbers nor sizes that the
+            server doesn't know; else see :meth:`crossing`.
 
         Raises
         ------
@@ -265,7 +278,10 @@ class ClientHalf(Half):
         found = find() if known else remembered((cut.key, key), find)
         if found.passage.trace.digest in seen:
             raise CutError(f"forward takes another way before {cut.name!r} when it is run again")
-        own["_passages"][key] = (*known, found.passage)
+        passage = found.passage
+        if passage.asks_sizes and inputs_of(passage) != own["_expected"]:
+            passage = replace(passage, item=None)
+        own["_passages"][key] = (*known, passage)
         return own["_passages"][key]  # type: ignore[no-any-return]
 
 
@@ -310,6 +326,12 @@ class ServerHalf(Half):
         super().__init__(whole, cut)
         vars(self)["_derived"] = dict[Any, _Derived]()
         vars(self)["_scripts"] = _Scripts()
+
+    @property
+    def inputs(self) -> str:
+        """What the model was looked at with, if the client has to know that; else empty."""
+        passage: Passage = vars(self)["_cut"].found.passage
+        return inputs_of(passage) if passage.asks_sizes else ""
 
     def forward(self, given: Tensor | Crossing, /, **extra: Any) -> Any:
         """Return the model's output for smashed data; of a U-shaped split, the second cut's.
@@ -364,14 +386,15 @@ class ServerHalf(Half):
         for recording in self._recordings(cut, len(given) if given.dim() else 1):
             smashed = tensors_in(recording.output)[cut.found.passage.item]
             name = next((k for k, t in recording.held.items() if t is smashed), None)
-            if name is None or (recording.asked and smashed.shape != given.shape):
+            asks_sizes = recording.asked or cut.found.passage.asks_sizes
+            if name is None or (asks_sizes and smashed.shape != given.shape):
                 continue
             chain: PlainChain | None = vars(self)["_chain"]
             alone = chain is not None and recording.output is smashed
             is_loop = alone and chain.is_all_of(recording.trace)  # type: ignore[union-attr]
-            derived = _Derived(recording.trace, name, recording.asked, is_loop)
+            derived = _Derived(recording.trace, name, asks_sizes, is_loop)
             fitting[derived.trace.digest] = derived
-            if not recording.asked or not cut.rows or len(fitting) > 1:
+            if not asks_sizes or not cut.rows or len(fitting) > 1:
                 break
         if not fitting or not self._all_same(given, list(fitting.values())):
             raise ExampleError(
@@ -439,6 +462,20 @@ class ServerHalf(Half):
         yield map_tree(batch, (args, kwargs))
         for shape, dtype in cut.rows:
             yield (torch.empty((rows, *shape), dtype=dtype, device="meta"),), {}
+
+
+def inputs_of(passage: Passage) -> str:
+    """Return what a batch was, but for its number of rows."""
+    given = passage.trace.calls[0][1]
+    specs = [leaf for leaf in leaves_in(given) if isinstance(leaf, Spec)]
+    rows = next((spec.shape[:1] for spec in specs if spec.shape), ())
+
+    def shown(leaf: Any) -> Any:
+        if not isinstance(leaf, Spec):
+            return leaf
+        return ("rows" * (leaf.shape[:1] == rows), *leaf.shape[1:]), str(leaf.dtype)
+
+    return repr(map_tree(shown, given))
 
 
 def batch_key(args: Any, kwargs: Mapping[str, Any], training: bool) -> Any:

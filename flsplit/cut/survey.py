@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flsplit.cut.call_names import LIKES, asks, name_of
+from flsplit.cut.call_names import ASKS_SIZES, LIKES, asks, is_of_rows, name_of
 from flsplit.cut.cut_errors import CrossingError, CutError
 from flsplit.cut.partial_forward import PartialForward, Stub, eager, instrument
 from flsplit.cut.private import Unseen, bare
@@ -101,6 +101,8 @@ class Passage:
     reads: tuple[Value, ...]  # the numbers that cross, as part of the trace
     # If a single tensor crosses and no number: which of the tensors that the layer returns
     item: int | None
+    # Whether the other side has to know sizes of tensors before the cut beside those that cross
+    asks_sizes: bool = False
     tail: "Passage | None" = None  # at the first of two cuts: what crosses at the second one
 
     @cached_property
@@ -151,6 +153,7 @@ class Survey(TorchFunctionMode, PartialForward):
             self.state.setdefault(id(t), State(t, [], t._version)).names.append(name)
         self.calls: list[Call] = []
         self.reads: list[Value] = []
+        self._asked: list[tuple[Value, int, frozenset[str]]] = []  # when, and in which modules
         self._written: list[Written] = []
         self._values: dict[int, tuple[Value, Tensor]] = {}  # the tensor is held: its id stays
         self._open: list[Call] = []
@@ -192,6 +195,10 @@ class Survey(TorchFunctionMode, PartialForward):
         kwargs, name = kwargs or {}, name_of(func)
         if not asks(name) and name not in LIKES:
             self._use((args, kwargs))
+        elif name in ASKS_SIZES | LIKES and not is_of_rows(name, args):
+            around = frozenset(call.name for call in self._open)
+            asked = self.values_in((args, kwargs))
+            self._asked += [(value, len(self._written), around) for value in asked]
         output = func(*args, **kwargs)
         self._write(name, (args, kwargs), output)
         return output
@@ -323,7 +330,16 @@ class Survey(TorchFunctionMode, PartialForward):
         if len(crossing) == 1 and not visible:
             returned = [keys.get(id(t)) for t in tensors_in(cut.returned)]
             item = next((i for i, key in enumerate(returned) if key in crossing), None)
-        return Passage(Trace(tuple(calls), tuple(numbers)), whole, crossing, tuple(visible), item)
+        asked = [
+            value
+            for value, place, around in self._asked
+            if value.made < cut.reached
+            and not (around & whole)
+            and (end is None or place < end.reached)
+            and all(value is not one for one in crossing.values())
+        ]
+        trace = Trace(tuple(calls), tuple(numbers))
+        return Passage(trace, whole, crossing, tuple(visible), item, bool(asked))
 
     def _whole(self, cut: Call, also: Call | None) -> frozenset[str]:
         """Return the modules that are done before the cut and keep nothing for later."""
