@@ -25,7 +25,7 @@ from flsplit.run.shares import client_shares
 from flsplit.seeds import derive_seed, generator, seeded
 from flsplit.server.client_batch import ClientBatch, named, pool, pool_labels
 from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, grouped_by_cut
-from flsplit.server.gradient_checks import check_finite, check_loss, check_server_gradients
+from flsplit.server.gradient_checks import check_finite, check_server_gradients, not_a_number
 from flsplit.server.gradients import (
     AskTails,
     Computation,
@@ -40,6 +40,7 @@ from flsplit.server.gradients import (
 )
 from flsplit.server.pooling import can_be_pooled
 from flsplit.server.segment import ServerGradients, ServerSegment
+from flsplit.untrained import put_all
 
 T = TypeVar("T")
 
@@ -125,8 +126,7 @@ class Step:
         if settings.keeps_labels:
             self._ask = partial(round_.ask_tails, index)
         self._told: dict[str, Backward] = {}
-        self._unrecorded = set(map(id, self.batches))
-        self._losses: list[tuple[ClientBatch, float, Count]] = []
+        self._losses: dict[str, tuple[ClientBatch, float, Count]] = {}  # as first computed
         self._updated = False
         self._before: dict[int, tuple[ServerSegment, dict[str, Any]]] = {}  # where rows are mixed
         self._mixed = False
@@ -241,7 +241,7 @@ class Step:
         ]
         for batch, passed in zip(self.batches, with_tails(passes, self._ask), strict=True):
             started, segment = time.perf_counter(), segment_of[batch.client]
-            found = backward(segment, passed, {batch.client: 1.0})
+            found = backward(segment, {batch.client: 1.0}, [passed])
             check_finite(found, segment, [batch], self.where)
             self._take_note([batch], found, started)
             yield batch, found
@@ -253,7 +253,8 @@ class Step:
         self._round.entry.rows += found.rows
         for batch in batches:
             name = batch.client
-            self._record_loss(batch, found.losses[name], found.counts[name])
+            if self._batch_of.get(name) is batch:  # else it is of mixed rows
+                self._losses.setdefault(name, (batch, found.losses[name], found.counts[name]))
 
     def _of_one_cut(
         self,
@@ -333,9 +334,10 @@ class Step:
         for batch, own in zip(self.batches, split, strict=True):
             leaf = own.detach().requires_grad_()
             loss, count = client_loss(self._segment, leaf, batch)
-            check_loss(batch.client, loss.item(), self.where)
+            if not math.isfinite(loss.item()):
+                raise not_a_number("loss", batch.client, self.where)
             (gradients[batch.client],) = torch.autograd.grad(loss, leaf)
-            self._record_loss(batch, loss.item(), count)
+            self._losses.setdefault(batch.client, (batch, loss.item(), count))
         self._count(started, logits=len(outputs))
         return gradients
 
@@ -398,7 +400,7 @@ class Step:
                 check_server_gradients(gradients, segment, self.batches, self.where)
             except ArithmeticError:
                 if id(segment) in self._buffers:
-                    segment.buffers.put(self._buffers[id(segment)][1])
+                    put_all(segment.buffers, self._buffers[id(segment)][1])
                 raise
         if self._mixed and id(segment) not in self._before:
             # Whose rows can't be computed may turn out later: the step is then done without them.
@@ -492,22 +494,16 @@ class Step:
     def break_off(self) -> dict[str, Backward]:
         """Return what clients were told before the step failed; all else is as if it never was."""
         for segment, before in self._buffers.values():
-            segment.buffers.put(before)
+            put_all(segment.buffers, before)
         for segment, state in self._before.values():
             segment.load_state_dict(state)
         return self._counted()
 
     def _counted(self) -> dict[str, Backward]:
-        for batch, loss, count in self._losses:
-            if batch.client in self._told:
-                self._round.record_loss(batch, loss, count)
+        for client, loss in self._losses.items():
+            if client in self._told:
+                self._round.record_loss(*loss)
         return self._told
-
-    def _record_loss(self, batch: ClientBatch, loss: float, count: Count) -> None:
-        """Keep a client's loss for the ledger: as it was first computed."""
-        if id(batch) in self._unrecorded:
-            self._unrecorded.discard(id(batch))
-            self._losses.append((batch, loss, count))
 
     def _weights(self, batches: Sequence[ClientBatch]) -> dict[str, float]:
         shares = client_shares(batches, self._settings.shares)
@@ -528,13 +524,13 @@ class Step:
         use = f"server again {calls}" if calls else "server"
         seed = derive_seed(self._seed, use, self.round, self.index, *names)
         segment.train()
-        before = segment.buffers.copied()
+        before = list(map(torch.clone, segment.buffers))
         self._buffers.setdefault(id(segment), (segment, before))
         try:
             with seeded(seed, segment.device):
                 return compute()
         except Exception:
-            segment.buffers.put(before)
+            put_all(segment.buffers, before)
             raise
 
     def _count(
