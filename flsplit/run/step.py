@@ -1,12 +1,10 @@
 """One step of a method at the server: what it has in hand, and what it can do with it."""
 
-import copy
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,11 +16,12 @@ from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.message.request import Backward
 from flsplit.nested import map_tensors
+from flsplit.run.computations import Computations
 from flsplit.run.misuse import shown, wrong_reply, wrong_update
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
-from flsplit.run.shares import client_shares
-from flsplit.seeds import derive_seed, generator, seeded
+from flsplit.run.shares import client_shares, of_a_sum
+from flsplit.seeds import derive_seed, generator
 from flsplit.server.client_batch import ClientBatch, named, pool, pool_labels
 from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, grouped_by_cut
 from flsplit.server.gradient_checks import check_finite, check_server_gradients, not_a_number
@@ -40,9 +39,6 @@ from flsplit.server.gradients import (
 )
 from flsplit.server.pooling import can_be_pooled
 from flsplit.server.segment import ServerGradients, ServerSegment
-from flsplit.untrained import put_all
-
-T = TypeVar("T")
 
 POOL = "pooled rows"
 """What errors and seeds call rows of several clients that are computed on as one batch."""
@@ -118,7 +114,7 @@ class Step:
         self.batches, self.clients = list(self._batch_of.values()), list(self._batch_of)
         self.where = f"round {self.round}, step {index}"
         self.shares = client_shares(self.batches, settings.shares)
-        self.weights = self.shares if settings.reduction == "mean" else self._summed(self.shares)
+        self.weights = self.shares if settings.reduction == "mean" else of_a_sum(self.shares)
         self._method, self._segment, self._settings = method, segment, settings
         self._round, self._seed = round_, plan.seed
         self.keeps_labels = settings.keeps_labels
@@ -128,11 +124,8 @@ class Step:
         self._told: dict[str, Backward] = {}
         self._losses: dict[str, tuple[ClientBatch, float, Count]] = {}  # as first computed
         self._updated = False
-        self._before: dict[int, tuple[ServerSegment, dict[str, Any]]] = {}  # where rows are mixed
         self._mixed = False
-        self._calls: dict[tuple[str, ...], int] = {}
-        # By segment, as at its last update.
-        self._buffers: dict[int, tuple[ServerSegment, list[Tensor]]] = {}
+        self._computations = Computations(plan.seed, self.round, index)
 
     @property
     def progress(self) -> float:
@@ -194,26 +187,27 @@ class Step:
         SegmentMismatchError, DataError
             If the server segment or the loss can't take a batch.
         """
-        started = time.perf_counter()
+        started, settings = time.perf_counter(), self._settings
         batches = self.batches if batches is None else batches
         if not batches:
             raise self._error("asked for the gradients of no batches")
         segment = segment or self._segment
-        whole = batches is self.batches
+        whole, means = batches is self.batches, settings.reduction == "mean"
         names = self.clients if whole else [batch.client for batch in batches]
-        weights = self.weights if whole else self._weights(batches)
+        weights = self.weights if whole else client_shares(batches, settings.shares)
+        if not (whole or means):
+            weights = of_a_sum(weights)
         compute = partial(self._of_one_cut, weights, per_client, low_memory)
 
         def of_all() -> StepGradients:
             if isinstance(segment, CutServerSegment):
-                means = self._settings.reduction == "mean"
                 found = gradients_by_cut(segment, batches, compute, self._ask, means=means)
             else:
                 found = compute(segment, batches).result(self._ask)
             check_finite(found, segment, batches, self.where)
             return found
 
-        found = self._computed(segment, names, of_all)
+        found = self._computations.run(segment, names, of_all)
         self._take_note(batches, found, started)
         return found
 
@@ -235,7 +229,7 @@ class Step:
                 yield batch, self.gradients([batch], segment=segment_of[batch.client])
             return
         passes = [
-            self._computed(segment, [batch.client], partial(forward, segment, [batch]))
+            self._computations.run(segment, [batch.client], partial(forward, segment, [batch]))
             for batch in self.batches
             for segment in [segment_of[batch.client]]
         ]
@@ -315,7 +309,7 @@ class Step:
                 outputs: Tensor = segment.forward(leaf, moves_buffers=moves_buffers)
                 return outputs
 
-        outputs = self._computed(segment, self.clients, run)
+        outputs = self._computations.run(segment, self.clients, run)
         self._count(started, forward=len(rows))
         return Forward(leaf, outputs)
 
@@ -399,14 +393,12 @@ class Step:
             try:
                 check_server_gradients(gradients, segment, self.batches, self.where)
             except ArithmeticError:
-                if id(segment) in self._buffers:
-                    put_all(segment.buffers, self._buffers[id(segment)][1])
+                self._computations.undo_buffers(segment)
                 raise
-        if self._mixed and id(segment) not in self._before:
+        if self._mixed:
             # Whose rows can't be computed may turn out later: the step is then done without them.
-            self._before[id(segment)] = segment, copy.deepcopy(segment.state_dict())
-        segment.step(gradients, lr_factor)
-        self._buffers.pop(id(segment), None)
+            self._computations.keep_state(segment)
+        self._computations.update(segment, gradients, lr_factor)
         self._updated = True
 
     def leave(self) -> None:
@@ -493,10 +485,7 @@ class Step:
 
     def break_off(self) -> dict[str, Backward]:
         """Return what clients were told before the step failed; all else is as if it never was."""
-        for segment, before in self._buffers.values():
-            put_all(segment.buffers, before)
-        for segment, state in self._before.values():
-            segment.load_state_dict(state)
+        self._computations.undo()
         return self._counted()
 
     def _counted(self) -> dict[str, Backward]:
@@ -504,34 +493,6 @@ class Step:
             if client in self._told:
                 self._round.record_loss(*loss)
         return self._told
-
-    def _weights(self, batches: Sequence[ClientBatch]) -> dict[str, float]:
-        shares = client_shares(batches, self._settings.shares)
-        return shares if self._settings.reduction == "mean" else self._summed(shares)
-
-    def _summed(self, shares: Mapping[str, float]) -> dict[str, float]:
-        return {client: share * len(shares) for client, share in shares.items()}
-
-    def _computed(
-        self, segment: ServerSegment, names: Sequence[str], compute: Callable[[], T]
-    ) -> T:
-        """Return what is computed, seeded; undo BatchNorm's statistics if it fails."""
-        key = tuple(names)
-        calls = self._calls[key] = self._calls.get(key, -1) + 1
-        # The first computation on some clients' batches is seeded by their names alone; a second
-        # one by its number, too, or it would draw the same dropout masks. The number stands in
-        # the first label: after the names it could be taken for one more client's.
-        use = f"server again {calls}" if calls else "server"
-        seed = derive_seed(self._seed, use, self.round, self.index, *names)
-        segment.train()
-        before = list(map(torch.clone, segment.buffers))
-        self._buffers.setdefault(id(segment), (segment, before))
-        try:
-            with seeded(seed, segment.device):
-                return compute()
-        except Exception:
-            put_all(segment.buffers, before)
-            raise
 
     def _count(
         self, started: float, *, forward: int = 0, backward: int = 0, logits: int = 0
