@@ -227,7 +227,9 @@ def _call(what: str, build: Callable[..., Any], *arguments: Any, **options: Any)
     try:
         return build(*arguments, **options)
     except _ERRORS as error:
-        raise ConfigError(f"{what} can't be made: {type(error).__name__}: {error}") from error
+        call = " (called with parameters and lr=…)" if "lr" in options else ""
+        why = f"{type(error).__name__}: {error}{call}"
+        raise ConfigError(f"{what} can't be made: {why}") from error
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

@@ -18,14 +18,13 @@ import time
 from difflib import get_close_matches
 from pathlib import Path
 
-from dealing import OWN, of_alpha
-from experiment import find_experiment
 from jobs import TUNING_SEEDS, Book, Job, Run
 from methods import expand, find_method, groups
+from partitions import OWN, of_alpha
 from presets import PRESETS
 from results import write_results
 from simulated import check_fleet
-from task import DATASETS
+from sources import DATASETS, find_experiment
 from training import FINAL, REHEARSAL, Setting
 from tuning import Choice, parse_grid
 from verdict import LEAST_SEEDS, MATTERS

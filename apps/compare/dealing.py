@@ -1,7 +1,6 @@
 """Who holds which examples: partitioners of flwr-datasets by name, and the clients' parts."""
 
 import inspect
-import json
 import warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,14 +10,14 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from experiment import Experiment, as_dataset, check, find_experiment, labels_of
+from experiment import Experiment, as_dataset, check, labels_of
 from flwr_datasets import partitioner as partitioners
+from partitions import parsed
+from sources import find_experiment
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from flsplit.errors import ConfigError
-
-OWN = "own"  # the data come dealt out
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,6 @@ class Parts:
     shares: Tensor
 
 
-def title_of(partition: str) -> str:
-    """Return how pages call a partition."""
-    name, arguments = _parsed(partition)
-    if name == "dirichlet" and list(arguments) == ["alpha"]:
-        return f"Dirichlet({arguments['alpha']:g})"
-    if name in ("iid", OWN) and not arguments:
-        return {"iid": "IID", OWN: "as the app deals them"}[name]
-    return f"{name}({', '.join(f'{k}={v}' for k, v in arguments.items())})"
-
-
-def of_alpha(alpha: float) -> str:
-    """Return the partition that an alpha stands for; infinity is IID."""
-    return "iid" if np.isinf(alpha) else f"dirichlet:alpha={alpha:g}"
-
-
 def names() -> dict[str, Any]:
     """Return the partitioners that deal examples out, by the names that the command line has."""
     found = {}
@@ -76,7 +60,7 @@ def make_partitioner(partition: str, clients: int, seed: int, least: int) -> Any
     ConfigError
         If there is none of that name (the nearest is named), or it refuses its arguments.
     """
-    name, arguments = _parsed(partition)
+    name, arguments = parsed(partition)
     known = names()
     if name not in known:
         near = get_close_matches(name, known, n=1, cutoff=0.4)
@@ -196,18 +180,3 @@ def _dealt_already(
         train.append(chosen(whole, order[held_out:]))
         test += [tests] if len(tests) else []
     return train, ConcatDataset(validation), ConcatDataset(test)
-
-
-def _parsed(partition: str) -> tuple[str, dict[str, Any]]:
-    """Return name and arguments of ``name:key=value,…``; values are JSON, or else text."""
-    name, _, text = partition.partition(":")
-    arguments = {}
-    for one in filter(None, text.split(",")):
-        key, equals, value = one.partition("=")
-        if not equals:
-            raise ConfigError(f"--partition is {partition!r}, expected name:key=value,key=value")
-        try:
-            arguments[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            arguments[key.strip()] = value
-    return name, arguments

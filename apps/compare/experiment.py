@@ -1,25 +1,11 @@
-"""What is compared on: model, cut, data and metrics, of this folder or of somebody else.
+"""What is compared on: model, cut, data and metrics."""
 
-A file has a function ``experiment()`` that returns a dict of :class:`Experiment`'s fields; it may
-take ``data_dir``. A folder is an ordinary flsplit app, whose ``data`` function deals the data out.
-"""
-
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import sys
-import tomllib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from functools import lru_cache, partial
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from flwr.app import Context, RecordDict
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD
@@ -28,7 +14,6 @@ from torch.utils.data import TensorDataset
 from flsplit.client.batches import Examples
 from flsplit.errors import ConfigError
 from flsplit.nested import as_arguments
-from flsplit.vision import load_torchvision
 
 MOMENTUM = partial(SGD, momentum=0.9)
 
@@ -84,34 +69,6 @@ class Experiment:
         return Examples(dataset, "of the comparison", what, unpack=self.unpack)
 
 
-@lru_cache(maxsize=2)
-def find_experiment(source: str, data_dir: str) -> Experiment:
-    """Return what a data set's name, a Python file or an app's folder stands for.
-
-    Raises
-    ------
-    ConfigError
-        If it is none of these, or what it gives doesn't fit together.
-    """
-    from task import DATASETS  # which needs this module
-
-    path = Path(source)
-    if source in DATASETS:
-        found = DATASETS[source](data_dir)
-    elif path.is_file():
-        found = _from_file(path, data_dir)
-    elif (path / "pyproject.toml").is_file():
-        found = _from_app(path)
-    else:
-        near = get_close_matches(source, DATASETS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"--dataset: there is no {source!r}{hint} (there are {', '.join(DATASETS)}; or name a "
-            "Python file, or a folder with a pyproject.toml)"
-        )
-    return found
-
-
 def check(experiment: Experiment, train: Any, labels: Mapping[str, Tensor]) -> int:
     """Return the number of classes; refuse what doesn't fit the model.
 
@@ -131,7 +88,7 @@ def check(experiment: Experiment, train: Any, labels: Mapping[str, Tensor]) -> i
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(f"the model can't take the data: {why}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise ConfigError(f"the model gives {_shown(logits)}, expected logits (b, classes)")
+        raise ConfigError(f"the model gives {shown(logits)}, expected logits (b, classes)")
     classes = int(logits.shape[1])
     for what, one in labels.items():
         low, high = int(one.min()), int(one.max())
@@ -163,13 +120,13 @@ def labels_of(experiment: Experiment, dataset: Any, what: str = "training") -> T
         batches = [examples.batch(range(at, min(at + 512, size)))[1] for at in starts]
         wrong = next((one for one in batches if not isinstance(one, Tensor)), None)
         if wrong is not None:
-            raise ConfigError(f"{what} labels are {_shown(wrong)}, expected one tensor of classes")
+            raise ConfigError(f"{what} labels are {shown(wrong)}, expected one tensor of classes")
         labels = torch.cat(batches) if batches else torch.empty(0, dtype=torch.int64)
     if not len(labels):
         raise ConfigError(f"there are no {what} examples")
     if labels.ndim != 1 or labels.is_floating_point():
         raise ConfigError(
-            f"{what} labels are {_shown(labels)} of {labels.dtype}, expected whole numbers (N,): "
+            f"{what} labels are {shown(labels)} of {labels.dtype}, expected whole numbers (N,): "
             "the comparison is of classifiers"
         )
     return labels.long()
@@ -185,95 +142,15 @@ def as_dataset(name: str, given: Any) -> Any:
     map_style = hasattr(given, "__len__") and hasattr(given, "__getitem__")
     if not map_style or _is_array(given) or isinstance(given, dict | tuple):
         raise ConfigError(
-            f"{name} is {_shown(given)}, expected (inputs, labels) as arrays or a data set"
+            f"{name} is {shown(given)}, expected (inputs, labels) as arrays or a data set"
         )
     return given
-
-
-def digest(source: str) -> str:
-    """Return what tells a file, or an app's files, from others; nothing for a data set's name."""
-    path = Path(source)
-    files = [path] if path.is_file() else []
-    if path.is_dir():
-        files = [path / "pyproject.toml", *sorted(path.rglob("*.py"))]
-    return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()[:12] if files else ""
-
-
-def _from_file(path: Path, data_dir: str) -> Experiment:
-    spec = importlib.util.spec_from_file_location(f"compared_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--dataset: {path} is no Python file")
-    with suppress(ImportError):
-        load_torchvision()  # first: torchmetrics imports it, too
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its classes can be pickled, then
-    spec.loader.exec_module(module)
-    make = getattr(module, "experiment", None)
-    if not callable(make):
-        raise ConfigError(f"--dataset: {path} has no function experiment()")
-    given = make(data_dir) if inspect.signature(make).parameters else make()
-    return _from_dict(path, given)
-
-
-def _from_dict(path: Path, given: Any) -> Experiment:
-    where = f"experiment() of {path}"
-    if isinstance(given, Experiment):
-        given = vars(given)
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} returned {_shown(given)}, expected a dict")
-    known = {one.name for one in fields(Experiment)}
-    for name in given:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"{where} has {name!r}{hint} (it may have {', '.join(sorted(known))})"
-            )
-    needed = ["model", "cut", *([] if "data" in given else ["train", "test"])]
-    if missing := [name for name in needed if given.get(name) is None]:
-        raise ConfigError(f"{where} has no {missing[0]!r}")
-    return Experiment(**{"title": path.stem, **given})
-
-
-def _from_app(folder: Path) -> Experiment:
-    """Return what an app's ClientApp is made of; its run config is the one of pyproject.toml."""
-    with (folder / "pyproject.toml").open("rb") as file:
-        flower = tomllib.load(file).get("tool", {}).get("flwr", {}).get("app", {})
-    place = flower.get("components", {}).get("clientapp", "")
-    name, _, attribute = place.partition(":")
-    if not attribute:
-        raise ConfigError(f"--dataset: {folder}/pyproject.toml names no clientapp")
-    config = flower.get("config", {})
-    sys.path.append(str(folder.resolve()))  # for good: its functions may import more of it
-    app = getattr(importlib.import_module(name), attribute)
-    spec = getattr(app, "flsplit", None)
-    if spec is None:
-        raise ConfigError(f"--dataset: {place} of {folder} was not made by flsplit.client_app")
-
-    def context(client: int = 0, clients: int = 1, seed: int = 0) -> Context:
-        node = {"partition-id": client, "num-partitions": clients}
-        own = {"seed": seed} if "seed" in config else {}
-        return Context(1, client + 1, node, RecordDict(), config | own)
-
-    by_name = callable(spec.cut) and "context" not in inspect.signature(spec.cut).parameters
-    if by_name or isinstance(spec.cut, Mapping):
-        raise ConfigError(f"--dataset: {place} of {folder} has several cuts, expected one")
-    more = {"loss": spec.loss} if spec.loss else {}
-    return Experiment(
-        model=lambda: spec.build_model(context()),
-        cut=spec.cut_for(context()),
-        data=lambda *which: spec.data(context(*which)),
-        optimizer=spec.optimizer,
-        unpack=spec.unpack,
-        title=folder.resolve().name,
-        **more,
-    )
 
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     shape = getattr(value, "shape", None)
     return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")

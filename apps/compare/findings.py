@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from dealing import title_of
 from jobs import Run
 from methods import find_method
+from partitions import title_of
 from report import (
     Finals,
     by_accuracy,

@@ -9,18 +9,14 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
 from experiment import Experiment
 from findings import Finding
 from memory import memory_rows
 from methods import find_method
 from panels import Panel, cosine_panels, main_panels, study_panels, write_svg
-from report import has_seconds
+from report import Shown, has_seconds
 from studies import studies_in, study_rows
-
-if TYPE_CHECKING:
-    from results import Shown
 
 VARIED = (
     "<p>Each value is tuned by itself, in the same way. What is not varied is as in the "
@@ -45,7 +41,7 @@ GIVEN = "<li>Learning rates are those of the command; nothing was tuned.</li>"
 def write_page(
     options: argparse.Namespace,
     experiment: Experiment,
-    shown: "Sequence[Shown]",
+    shown: Sequence[Shown],
     found: list[Finding],
     path: Path,
 ) -> None:
@@ -78,7 +74,7 @@ def write_page(
     path.write_text(html)
 
 
-def _links(shown: "Sequence[Shown]", found: list[Finding]) -> str:
+def _links(shown: Sequence[Shown], found: list[Finding]) -> str:
     parts = {_anchor(one): one.title for one in shown}
     parts |= {"expected": "Expected and measured"} if found else {}
     parts |= {
@@ -89,7 +85,7 @@ def _links(shown: "Sequence[Shown]", found: list[Finding]) -> str:
     return "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in parts.items())
 
 
-def _anchor(shown: "Shown") -> str:
+def _anchor(shown: Shown) -> str:
     return "part-" + re.sub(r"[^a-zA-Z0-9]+", "-", shown.title).strip("-")
 
 
@@ -112,7 +108,7 @@ def _card(expected: str, found: list[Finding]) -> str:
     return f"<section><p>{escape(expected)}</p><ul>{items}</ul></section>"
 
 
-def _section(shown: "Shown") -> str:
+def _section(shown: Shown) -> str:
     finals, where = shown.finals, escape(shown.title)
     parts = [
         f'<h2 id="{_anchor(shown)}">{where}</h2>',

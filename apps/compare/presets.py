@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from dealing import of_alpha
 from experiment import Experiment
+from partitions import of_alpha
 from task import NUM_CLASSES, torchvision_arrays
 from torch import nn
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jobs import Run
@@ -12,6 +13,20 @@ from verdict import MATTERS, Verdict, judge
 
 TEXTS = {"learning rates", "where", "measured", "verdict", "shares, losses"}  # columns of text
 Finals = dict[str, list[Run]]  # each method's runs, one per seed
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a partition's part of a page is made of."""
+
+    title: str
+    name: str
+    summary: str
+    finals: Finals
+    rows: list[dict[str, str]]
+    clients: list[dict[str, str]]
+    tuning: list[dict[str, str]]
+    target: float
 
 
 def final_accuracy(run: Run) -> float:

@@ -2,18 +2,17 @@
 
 import argparse
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-from dealing import title_of
 from experiment import Experiment
 from findings import findings, summary
 from jobs import Book
 from memory import memory_rows
 from page import write_page
 from panels import cosine_panels, study_panels, write_grid, write_together
+from partitions import title_of
 from presets import PAPERS
-from report import Finals, client_rows, markdown, table, tuning_rows
+from report import Finals, Shown, client_rows, markdown, table, tuning_rows
 from studies import studies_in, study_rows
 from tuning import Choice
 
@@ -31,20 +30,6 @@ TUNED = (
     "accuracy of the choice ± standard deviation over the seeds that decided, and how far it was "
     "above the second best. A rate with * is at an end of what was tried."
 )
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What a partition's part of a page is made of."""
-
-    title: str
-    name: str
-    summary: str
-    finals: Finals
-    rows: list[dict[str, str]]
-    clients: list[dict[str, str]]
-    tuning: list[dict[str, str]]
-    target: float
 
 
 def write_results(options: argparse.Namespace, book: Book) -> None:

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,21 +90,3 @@ def small_network(channels: int, stride: int, size: int) -> nn.Module:
 def pooled_classifier(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Return a very small auxiliary model: the mean of each channel, and a linear layer."""
     return nn.Sequential(MeanOverRest(), nn.Linear(shape[0], num_classes))
-
-
-def of_paper(data_dir: str) -> Experiment:
-    """Return the data and the model of GAPSL's paper."""
-    from presets import gapsl_cifar10  # which needs this module
-
-    return gapsl_cifar10(data_dir)
-
-
-DATASETS: dict[str, Callable[[str], Experiment]] = {
-    "digits": digits,
-    "mnist": partial(from_torchvision, "MNIST", partial(small_network, 1, 2, 7), 85.0),
-    "fashion-mnist": partial(
-        from_torchvision, "FashionMNIST", partial(small_network, 1, 2, 7), 75.0
-    ),
-    "cifar10": partial(from_torchvision, "CIFAR10", partial(small_network, 3, 2, 8), 40.0),
-    "gapsl-cifar10": of_paper,
-}

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from dealing import Parts, parts_of
 from everyone import Everyone
-from experiment import Experiment, call, digest, find_experiment
+from experiment import Experiment, call
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from measured import SIMULATED, by_client, count_server_cpu, measured
 from methods import Method, as_options, find_method
 from simulated import fedavg_seconds
+from sources import digest, find_experiment
 from torch import nn
 from tuning import Rates
 

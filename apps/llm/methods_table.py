@@ -99,6 +99,8 @@ def draw(path: Path, setting: str, found: Found, memory: Memory) -> None:
         axes.set(xlabel=f"client's most memory, MiB ({model})")
     for axes in panels:
         axes.set(ylabel="held-out perplexity", yscale="log")
+        for formats in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formats("{x:.0f}")  # not powers of ten: the axis has less than one
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
     figure.suptitle(f"{setting}; a point is a round", fontsize="small")

@@ -9,7 +9,7 @@ from flsplit.account.memory import Activations, measuring_activations, state_byt
 from flsplit.client.auxiliary_model import Auxiliary
 from flsplit.client.client_step import backward, forward
 from flsplit.client.live_client import Client
-from flsplit.cut.smashed import Smashed, values_of
+from flsplit.cut.smashed import Smashed, not_one_tensor
 from flsplit.errors import DataError, ProtocolError, SegmentMismatchError, StateLostError
 from flsplit.message.local_steps import LocalReply, LocalRequest
 from flsplit.message.request import Backward, Batch
@@ -88,8 +88,8 @@ def row_shapes(client: Client, request: ShapeRequest) -> ShapeReply:
     smashed = client.first.evaluated(inputs)
     if not isinstance(smashed, Tensor):
         raise SegmentMismatchError(
-            f"client {client.name!r}: the method needs smashed data that is one tensor, here "
-            f"{len(values_of(smashed))} values cross"
+            f"client {client.name!r}: the method needs smashed data that is one tensor, but "
+            f"{not_one_tensor(smashed)}; cut where one crosses, with its rows in front"
         )
     return ShapeReply(
         client=client.name,

@@ -52,6 +52,9 @@ class ClientSpec:
         for name in ("model", "data", "optimizer"):
             if not callable(found := getattr(self, name)):
                 raise ConfigError(f"{name} is {found!r}, expected a function")
+        _check_call("model", self.model, **({"context": 0} if _takes_context(self.model) else {}))
+        _check_call("data", self.data, "context")
+        _check_call("optimizer", self.optimizer, "parameters", lr=0)
         for name in ("auxiliary", "loss", "unpack"):
             if (found := getattr(self, name)) is not None and not callable(found):
                 raise ConfigError(f"{name} is {found!r}, expected a function")
@@ -69,7 +72,7 @@ class ClientSpec:
 
     def build_model(self, context: Context) -> nn.Module:
         """Return a new unsplit model; ``model`` gets the context if it has a parameter for it."""
-        takes_context = "context" in inspect.signature(self.model).parameters
+        takes_context = _takes_context(self.model)
         model = self.model(context=context) if takes_context else self.model()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model returned a {type(model).__name__}, expected an nn.Module")
@@ -77,11 +80,29 @@ class ClientSpec:
 
     def cut_for(self, context: Context) -> str:
         """Return where this client is cut; a function of the context is asked for that."""
-        if callable(self.cut) and "context" in inspect.signature(self.cut).parameters:
+        if callable(self.cut) and _takes_context(self.cut):
             found = self.cut(context=context)
             check_cuts(found)
             return cut_of(found, client_name(context))
         return cut_of(self.cut, client_name(context))
+
+
+def _takes_context(function: Callable[..., Any]) -> bool:
+    try:
+        return "context" in inspect.signature(function).parameters
+    except ValueError:  # one of C's, which tells nothing
+        return False
+
+
+def _check_call(name: str, function: Callable[..., Any], *args: str, **kwargs: int) -> None:
+    """Refuse a function that can't be called as it will be."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        call = ", ".join([*args, *(f"{one}=…" for one in kwargs)])
+        raise ConfigError(f"{name} can't be called as {name}({call}): {error}") from error
+    except ValueError:
+        return
 
 
 def pick_device(device: str) -> torch.device:

@@ -5,7 +5,7 @@ import difflib
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ from flsplit.cut.cut_errors import (
     UnknownCutError,
     listed,
 )
-from flsplit.cut.partial_forward import place_of, places_of
+from flsplit.cut.partial_forward import instrument, place_of, places_of
 from flsplit.cut.private import Unseen
 from flsplit.cut.scripted import plain_copy
+from flsplit.cut.stretch import run_to_layer, tensor_at
 from flsplit.cut.survey import Call, Passage, State, Survey
 from flsplit.cut.trace import map_tree, tensors_in
 from flsplit.cut.whose_state import divided, spans
+from flsplit.errors import TORCH_ERRORS
 from flsplit.seeds import seeded
 
 _TRIES = 3
@@ -98,6 +100,8 @@ def _look(
             "layer before the server's and the server's last, in the order of forward"
         )
     passage = survey.passage(call, end)
+    if passage.item is not None and not _rows_in_front(model, first, passage, args, kwargs):
+        passage = replace(passage, item=None)
     _check_values(survey, call, passage, first, share)
     _check_state(survey, call, end, cut)
     client, server = divided(survey, call, end)
@@ -113,6 +117,41 @@ def _look(
     before = {c.name for c in survey.calls if c.end <= last.reached} - around
     item = _check_tail(survey, model, call, end, passage) if end else 0
     return Look(passage, frozenset(before), client, server, item)
+
+
+def _rows_in_front(
+    model: nn.Module, cut: str, passage: Passage, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Tell whether the rows of a batch are the first dimension of the only tensor that crosses.
+
+    They aren't in what a recurrent network returns that takes the time first, or its last hidden
+    state. Such tensors are never put behind one another, as those of several clients are.
+    """
+    (value,) = passage.values.values()
+    shape = value.spec.shape if value.spec else ()
+    rows = {tensor.shape[0] for tensor in tensors_in((args, kwargs)) if tensor.dim()}
+    if len(rows) != 1 or not shape:
+        return True  # nobody can tell: a graph's nodes and edges, say
+    (known,) = rows
+    if shape.count(known) == 1 or shape[0] != known:
+        return bool(shape[0] == known)
+    # More than one dimension has this size: the one that follows another number of rows is it.
+    other = known - 1 or 2
+
+    def resized(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return torch.cat([leaf, leaf])[:other]
+        return leaf
+
+    ghost = plain_copy(model)
+    instrument(ghost, cut)
+    try:
+        with undisturbed(args, kwargs), torch.no_grad():
+            batch = map_tree(resized, fresh(args, kwargs))
+            output = run_to_layer(ghost, cut, *batch)
+    except TORCH_ERRORS:
+        return True  # the model takes no other number of rows
+    return bool(tensor_at(passage.item or 0, output).shape[:1] == (other,))
 
 
 def _check_tail(survey: Survey, model: nn.Module, call: Call, end: Call, passage: Passage) -> int:

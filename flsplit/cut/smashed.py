@@ -32,6 +32,15 @@ def smashed_in_words(smashed: Smashed) -> str:
     return f"smashed data of {described(values)}"
 
 
+def not_one_tensor(smashed: Crossing) -> str:
+    """Say for an error why a method can't take what crosses as one tensor ``(b, ...)``."""
+    values = values_of(smashed)
+    if len(values) > 1:
+        return f"{len(values)} values cross at this cut"
+    what = "a number beside it" if smashed.trace.numbers else "its rows not in front"
+    return f"{smashed_in_words(smashed)} crosses at this cut with {what}"
+
+
 def as_leaves(smashed: Smashed) -> Smashed:
     """Return what crosses without graph, collecting gradients.
 
@@ -109,13 +118,16 @@ def value_by_value(
     if tensors or any(list(one) != list(several[0]) for one in several):
         raise MethodError("other values cross at one client than at another: they can't be mixed")
     found: dict[str, CutGradient] = {}
+    alone = len(several[0]) == 1
     for place in several[0]:
         own = {c: one[place] for c, one in gradients.items() if not isinstance(one, Tensor)}
         for client, gradient in own.items():
-            if gradient.shape[:1] != (rows[client],):
+            shape, known = tuple(gradient.shape), rows[client]
+            # A value that crosses by itself may do so because its rows are elsewhere.
+            if shape[:1] != (known,) or (alone and shape.count(known) > 1):
                 raise MethodError(
-                    f"value {place!r} of client {client!r} has shape {tuple(gradient.shape)}, "
-                    f"expected its {rows[client]} rows in front"
+                    f"value {place!r} of client {client!r} has shape {shape}, expected its "
+                    f"{known} rows in front, and no other dimension of that size"
                 )
         for client, gradient in change(own).items():
             values = found.setdefault(client, {})

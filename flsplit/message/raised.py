@@ -1,7 +1,12 @@
 """How an exception of a client is answered, and how much of it is heard."""
 
+import sysconfig
+import traceback
+from pathlib import Path
+
 from flwr.app import Error, Message
 
+from flsplit.errors import FlsplitError
 from flsplit.flower_internals import CLIENT_RAISED
 
 MAX_REASON = 2000
@@ -9,8 +14,29 @@ MAX_REASON = 2000
 
 
 def raised(message: Message, error: Exception) -> Message:
-    """Answer a message with an exception's kind and text, and the code that Flower gives it."""
-    return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+    """Answer a message with what an exception says, and the code that Flower gives it."""
+    return Message(Error(CLIENT_RAISED, reason_of(error)), reply_to=message)
+
+
+def reason_of(error: Exception) -> str:
+    """Return an exception's kind and text; and of one that is none of flsplit's, where it was."""
+    own = None if isinstance(error, FlsplitError) else _in_users_code(error)
+    where = f" ({Path(own.filename).name}, line {own.lineno}, in {own.name})" if own else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _in_users_code(error: Exception) -> traceback.FrameSummary | None:
+    """Return the innermost frame that is in no library; None if there is none."""
+    libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))
+    return next(
+        (
+            frame
+            for frame in reversed(traceback.extract_tb(error.__traceback__))
+            if not frame.filename.startswith(("<", *libraries))
+            and "site-packages" not in frame.filename
+        ),
+        None,
+    )
 
 
 def shortened(reason: str, most: int = MAX_REASON) -> str:

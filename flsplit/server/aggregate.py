@@ -102,6 +102,8 @@ class SegmentAggregator:
         self._layers = [strategy]  # those of differential privacy are wrapped around another
         while isinstance(inner := getattr(self._layers[-1], "strategy", None), Strategy):
             self._layers.append(inner)
+        if (name := type(self._layers[-1]).__name__).startswith("FedXgb"):
+            raise ConfigError(f"{name} aggregates trees, and no weights of a network")
         self.clipping_norm = 0.0
         """To what length the clients are to clip in this round; 0 for not at all."""
         self.buffers, self.frozen = buffers, frozenset(frozen)

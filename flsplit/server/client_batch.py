@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flsplit.cut.smashed import Smashed
+from flsplit.cut.smashed import Smashed, not_one_tensor
 from flsplit.errors import (
     OF_A_BATCH,
     DataError,
@@ -59,12 +59,12 @@ class ClientBatch:
 
     @property
     def tensor(self) -> Tensor:
-        """The smashed data as one tensor; MethodError if several values cross."""
+        """The smashed data as one tensor ``(b, ...)``; MethodError if what crosses is none."""
         if isinstance(self.smashed, Tensor):
             return self.smashed
         raise MethodError(
             f"the method computes with smashed data that is one tensor, but "
-            f"{len(self.smashed.values)} values cross at this cut; cut where one crosses "
+            f"{not_one_tensor(self.smashed)}; cut where one crosses, with its rows in front "
             "(flsplit.cuts lists them), or take a method that works with gradients alone"
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from everyone import Everyone
-from experiment import find_experiment
+from sources import find_experiment
 from torch import nn
 from training import FINAL, Setting, train
 

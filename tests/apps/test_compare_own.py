@@ -9,7 +9,8 @@ import pytest
 import torch
 from dealing import deal, names, parts_of
 from everyone import Everyone
-from experiment import Experiment, find_experiment
+from experiment import Experiment
+from sources import find_experiment
 from torch.utils.data import TensorDataset
 
 from flsplit.errors import ConfigError

@@ -209,6 +209,10 @@ def test_a_model_function_that_returns_none():
     [
         ({"data": PARTS[0]}, "data is .* expected a function"),
         ({"optimizer": "SGD"}, "optimizer is 'SGD', expected a function"),
+        ({"data": lambda: PARTS[0]}, r"data can't be called as data\(context\): too many"),
+        ({"data": lambda node, of: PARTS[0]}, r"as data\(context\): missing .* 'of'"),
+        ({"optimizer": lambda weights: None}, r"optimizer\(parameters, lr=…\): .*'lr'"),
+        ({"model": nn.Linear}, r"model can't be called as model\(\): missing .* 'in_features'"),
         ({"cut": 1}, "cut is 1, expected the name of a submodule"),
         ({"autocast": "bfloat16"}, "autocast is 'bfloat16', expected a dtype"),
         ({"max_grad_norm": -1.0}, r"max_grad_norm is -1\.0, expected more than 0"),

@@ -13,6 +13,8 @@ from flwr.serverapp.strategy import (
     FedMedian,
     FedProx,
     FedTrimmedAvg,
+    FedXgbBagging,
+    FedXgbCyclic,
     FedYogi,
     Krum,
     QFedAvg,
@@ -89,6 +91,12 @@ def test_metrics_that_a_client_lacks_are_of_nobody():
         "1": {"loss": 5.0, "num-examples": 1},
     }
     assert dict(aggregator.evaluate(1, scores)) == {"loss": 2.0}
+
+
+@pytest.mark.parametrize("strategy", [FedXgbBagging, FedXgbCyclic])
+def test_strategies_for_trees_are_refused(strategy):
+    with pytest.raises(ConfigError, match=f"{strategy.__name__} aggregates trees"):
+        SegmentAggregator(strategy(), BUFFERS)
 
 
 def test_the_weight_may_go_by_another_key():
