@@ -243,11 +243,6 @@ class Client:
             named = self.segment.named_parameters(remove_duplicate=False)
             self.memory.given = {name: given[name] for name, p in named if p.requires_grad}
 
-    @property
-    def given(self) -> dict[str, Tensor]:
-        """Trainable parameters as the server gave them last; kept for privacy mods alone."""
-        return self.memory.given
-
     def handed_over(self) -> dict[str, Tensor]:
         """Return the client segment as it is handed over: without what never changes."""
         state = self.segment.state_dict()
