@@ -26,12 +26,11 @@ from flsplit.message.arrays import check_like
 from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
 from flsplit.message.packing import unpacked
-from flsplit.message.request import SegmentArrays
+from flsplit.message.request import Batch, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
-from flsplit.nested import num_rows
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
-from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put
+from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put, put_all
 
 
 @dataclass
@@ -40,6 +39,8 @@ class Pending:
 
     step: int
     smashed: Smashed
+    learning: list[Tensor]  # what of it needs a gradient
+    leaving: Batch  # the same without graph, and the labels that go with it
     inputs: Any
     labels: Any
     buffers: list[Tensor]  # as they were before the forward pass
@@ -282,10 +283,6 @@ class Client:
                 f"{self.plan.server_round}"
             )
 
-    def leaving(self, labels: Any) -> Any:
-        """Return the labels that are sent: none ``(b, 0)`` if the last layers are here."""
-        return torch.empty(num_rows(labels), 0) if self.tail else labels
-
     def untold(self, smashed: Iterable[Smashed]) -> dict[str, Trace] | None:
         """Return the traces, if any, of what crosses that were not sent in this round yet."""
         told, found = list(self.memory.told), {}
@@ -308,6 +305,6 @@ class Client:
         """Be as before the pending forward pass, which is computed again if its gradient comes."""
         if self.pending:
             if self.pending.buffers:
-                self.first.buffers.put(self.pending.buffers)
+                put_all(self.first.buffers, self.pending.buffers)
             self.parts.load(self.memory.parts)
         self.pending = None

@@ -182,9 +182,13 @@ class ClientHalf(Half):
         if item is None or known[0].kept:
             return self.crossing(*args, **kwargs)
         chain: PlainChain | None = own["_chain"]
-        if chain and len(args) == 1 and not kwargs and chain.plain:
-            return tensor_at(item, chain.to_cut(args[0]))
-        return tensor_at(item, run_to_layer(self._watched(), own["_cut"].name, args, kwargs))
+        sides = chain.sides() if chain and len(args) == 1 and not kwargs else None
+        if sides is None:
+            return tensor_at(item, run_to_layer(self._watched(), own["_cut"].name, args, kwargs))
+        (value,) = args
+        for module in sides[0]:
+            value = module(value)
+        return tensor_at(item, value)
 
     def returning(
         self, given: Tensor, head: Tensor | Crossing, args: Any, kwargs: Mapping[str, Any]
@@ -355,8 +359,12 @@ class ServerHalf(Half):
         own = vars(self)
         if isinstance(given, Tensor):
             derived = self._trace_for(given)
-            if derived.is_loop and not extra and own["_chain"].plain:
-                return own["_chain"].from_cut(given.clone())
+            sides = own["_chain"].sides() if derived.is_loop and not extra else None
+            if sides is not None:
+                value = given.clone()
+                for module in sides[1]:
+                    value = module(value)
+                return value
             given = Crossing({derived.name: given}, derived.trace)
         whole, name = self._watched(), own["_cut"].name
         with eager() if own["_cut"].compiled else nullcontext():

@@ -114,6 +114,8 @@ class Reply(Content):
     """Under which of the ledger's categories the bytes of a record are counted."""
     packed: ClassVar[str] = "smashed-data"
     """The record that client parts may compress."""
+    ends_round = False
+    """Whether it is a client's last one of a round's training."""
 
     client: str
     server_round: int
@@ -127,11 +129,6 @@ class Reply(Content):
         """Return None for these, where a reply has no such field."""
         if name not in ("num_steps", "num_examples", "steps_before", "traces"):
             raise AttributeError(name)
-
-    @property
-    def ends_round(self) -> bool:
-        """Whether it is a client's last one of a round's training."""
-        return False
 
     def resolved(self, traces: Mapping[str, Trace]) -> Self:
         """Return the reply with its crossings' traces, which came by their digests."""

@@ -129,10 +129,7 @@ class FinishReply(Reply):
     optimizer: common.Optimizer = None
     clipped: common.Clipped = None
 
-    @property
-    def ends_round(self) -> bool:
-        """Whether it is a client's last one of a round's training."""
-        return True
+    ends_round = True
 
     def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
         """Return the last backward pass."""
