@@ -47,6 +47,7 @@ class Pending:
     drawn: int  # examples drawn when the step is done
     loss: Tensor | None = None  # what client parts add
     packed: dict[str, Packed] = field(default_factory=dict)  # what leaves in fewer bytes
+    rows: Tensor | None = None  # which examples these are, where parts may want to know
     passed_tail: bool = False  # whether the last layers have computed, too
 
 
