@@ -59,7 +59,7 @@ def nearest(survey: Survey, call: Call) -> str:
 def unshared(survey: Survey, call: Call, passage: Passage, share: frozenset[str]) -> list[Value]:
     """Return what crosses and is made of inputs alone that may not leave the client."""
     # The layer's own output was named by the user: it may cross even if nothing was learnt yet.
-    own = [id(value) for value in survey.values_in(call.returned)]
+    own = [id(value) for value in survey.values_of(call.returned)]
     return [
         value
         for value in [*passage.values.values(), *passage.reads]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
-from flsplit.cut.look import Look, fresh, look, undisturbed
+from flsplit.cut.look import Look, free_copies, fresh, look, undisturbed
 from flsplit.cut.partial_forward import eager, instrument, place_of, places_of
 from flsplit.cut.plain_chain import PlainChain
 from flsplit.cut.remembering import remembered
@@ -275,6 +275,7 @@ class ClientHalf(Half):
                     f"{missing[0]!r}, which was found to be the server's: give split() an example"
                 )
             verify(model, cut.name, found, args, kwargs)
+            free_copies(model)
             return found
 
         known: tuple[Passage, ...] = own["_passages"].get(key, ())

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from flsplit.cut.cut_errors import CutError, ExampleError, check_keys, listed
 from flsplit.cut.examples import NEEDS_VALUES, ROWS, likely_rows, needs_values, with_values
 from flsplit.cut.halves import ClientHalf, Cut, ServerHalf, batch_key
-from flsplit.cut.look import Look, find_layer, look
+from flsplit.cut.look import Look, find_layer, free_copies, look
 from flsplit.cut.partial_forward import is_compiled, places_of
 from flsplit.cut.remembering import fingerprint, remembered
 from flsplit.cut.sides import one_side, without_data
@@ -182,6 +182,7 @@ def _look_and_verify(
 ) -> Look:
     found = look(model, cut, args, kwargs, share)
     verify(model, cut, found, args, kwargs)
+    free_copies(model)
     return found
 
 
