@@ -463,7 +463,7 @@ class TestSignatures:
 
     def test_an_input_to_share_that_forward_does_not_have(self):
         for share in (("msk",), "msk"):
-            with pytest.raises(CutError, match="share has 'msk', but the inputs .* are 'x'"):
+            with pytest.raises(CutError, match=r"share has 'msk', but the inputs .* are 'x'"):
                 split(Between(), "first", torch.randn(2, 4), share=share)
             with pytest.raises(CutError, match="share has 'msk'"):
                 cuts(Between(), (4,), share=share)
