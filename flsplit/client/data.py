@@ -1,5 +1,6 @@
 """A client's data: what ``data()`` may return, and what is said about the rest."""
 
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from flsplit.client.batches import Examples
 from flsplit.client.loaders import read_loader
 from flsplit.client.spec import ClientSpec, Unpack, client_name
-from flsplit.errors import DataError
+from flsplit.errors import DataError, FlsplitError
 from flsplit.log import warn_once
 from flsplit.message.round_plan import RoundPlan
 
@@ -32,9 +33,17 @@ class ClientData:
     def load(cls, spec: ClientSpec, context: Context) -> "ClientData":
         """Call the user's ``data`` function and take what it returns.
 
-        DataError if it returns neither a data set (or DataLoader) nor a pair of them.
+        DataError if it raises, or returns neither a data set (or DataLoader) nor a pair of them.
         """
-        loaded, client = spec.data(context), client_name(context)
+        client = client_name(context)
+        try:
+            loaded = spec.data(context)
+        except FlsplitError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"data raised {type(error).__name__}: {error} ({_line_of(error)})"
+            ) from error
         train, test = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (loaded, None)
         why = _why_not(train, spec.unpack)
         nothing = test is None or (isinstance(test, list) and not test)
@@ -54,6 +63,13 @@ class ClientData:
             warn_once(plan.experiment, text)
         for text in self.test.options.unused_in_tests() if self.test is not None else ():
             warn_once(plan.experiment, text)
+
+
+def _line_of(error: Exception) -> str:
+    """Return the user's line, the one below ours; in what it called the error may lie deeper."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = frames[min(1, len(frames) - 1)]
+    return f"{frame.filename}, line {frame.lineno}"
 
 
 def _examples(source: Any, client: str, what: str, unpack: Unpack | None) -> Examples:

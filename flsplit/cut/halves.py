@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
+from flsplit.cut.cut_errors import (
+    GIVE_AN_EXAMPLE,
+    CrossingError,
+    CutError,
+    ExampleError,
+    check_keys,
+)
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
 from flsplit.cut.look import Look, free_copies, fresh, look, undisturbed
 from flsplit.cut.partial_forward import eager, instrument, place_of, places_of
@@ -272,7 +278,7 @@ class ClientHalf(Half):
             if missing:
                 raise CutError(
                     f"with such a batch, the client segment of a cut at {cut.name!r} needs "
-                    f"{missing[0]!r}, which was found to be the server's: give split() an example"
+                    f"{missing[0]!r}, which was found to be the server's: {GIVE_AN_EXAMPLE}"
                 )
             verify(model, cut.name, found, args, kwargs)
             free_copies(model)
@@ -409,7 +415,7 @@ class ServerHalf(Half):
             raise ExampleError(
                 f"smashed data of shape {tuple(given.shape)} came, and "
                 f"{'several inputs give' if fitting else 'no input was found that gives'} such "
-                f"data at {cut.name!r}: give split() an example of the model's input"
+                f"data at {cut.name!r}: {GIVE_AN_EXAMPLE}"
             )
         return next(iter(fitting.values()))
 

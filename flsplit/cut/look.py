@@ -289,8 +289,8 @@ def _check_values(
         names = ", ".join(map(repr, sorted(value.inputs - share)))
         raise CrossingError(
             f"after {cut!r} the server needs {value.what}{shape}, which is made of the input "
-            f"{names} alone: cut elsewhere, or allow it with share=({names},). "
-            f"{nearest(survey, call)}"
+            f"{names} alone: cut elsewhere, or allow it with share=({names},), in client_app and "
+            f"in the strategy. {nearest(survey, call)}"
         )
 
 
