@@ -1,6 +1,5 @@
 """A client's data: what ``data()`` may return, and what is said about the rest."""
 
-import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from flsplit.client.loaders import read_loader
 from flsplit.client.spec import ClientSpec, Unpack, client_name
 from flsplit.errors import DataError, FlsplitError
 from flsplit.log import warn_once
+from flsplit.message.raised import reason_of
 from flsplit.message.round_plan import RoundPlan
 
 _EXPECTED = (
@@ -41,9 +41,7 @@ class ClientData:
         except FlsplitError:
             raise
         except Exception as error:
-            raise DataError(
-                f"data raised {type(error).__name__}: {error} ({_line_of(error)})"
-            ) from error
+            raise DataError(f"data raised {reason_of(error)}") from error
         train, test = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (loaded, None)
         why = _why_not(train, spec.unpack)
         nothing = test is None or (isinstance(test, list) and not test)
@@ -63,13 +61,6 @@ class ClientData:
             warn_once(plan.experiment, text)
         for text in self.test.options.unused_in_tests() if self.test is not None else ():
             warn_once(plan.experiment, text)
-
-
-def _line_of(error: Exception) -> str:
-    """Return the user's line, the one below ours; in what it called the error may lie deeper."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = frames[min(1, len(frames) - 1)]
-    return f"{frame.filename}, line {frame.lineno}"
 
 
 def _examples(source: Any, client: str, what: str, unpack: Unpack | None) -> Examples:

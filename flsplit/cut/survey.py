@@ -229,7 +229,7 @@ class Survey(TorchFunctionMode, PartialForward):
             self._use((args, kwargs))
         elif name in ASKS_SIZES | LIKES and not is_of_rows(name, args):
             around = frozenset(call.name for call in self._open)
-            asked = self.values_in((args, kwargs))
+            asked = self.values_of(list(map(self._numbers.known, tensors_in((args, kwargs)))))
             self._asked += [(value, len(self._written), around) for value in asked]
         output = func(*args, **kwargs)
         self._write(name, (args, kwargs), output)

@@ -177,7 +177,8 @@ def test_an_async_function_is_none():
 
 def test_an_error_of_data_itself_is_said_with_its_line():
     app = client_app(model=plain_net, cut="front", data=lambda _: {}["path"], device="cpu")
-    told = rf"DataError: data raised KeyError: 'path' \(.*{Path(__file__).name}, line \d+\)"
+    where = rf"\({Path(__file__).name}, line \d+, in <lambda>\)"
+    told = f"DataError: data raised KeyError: 'path' {where}"
     with pytest.raises(RefusedError, match=told):
         Drive(app, plain_net).begin()
 
