@@ -33,6 +33,7 @@ from flsplit.privacy import (
     nearest_membership,
     read_recording,
     reconstruct,
+    simulate,
 )
 from flsplit.seeds import seeded
 from flsplit.vision import load_torchvision
@@ -117,10 +118,18 @@ def run(name: str, cut: str, seed: int, size: Size, data_dir: str) -> dict[str, 
     loss = Remembering()
     with TemporaryDirectory(prefix="leak-") as folder:
         record = Record(Path(folder) / "run", steps=size.steps, every=size.rounds)
-        found, defence = _train(name, cut, seed, size, parts, tests, record, loss)
+        found, strategy = _train(name, cut, seed, size, parts, tests, record, loss)
+        defence = describe_parts(strategy.options.client_parts)
         found |= _attack(
             record, defence, cut, seed, size, parts[0].tensors[0], images[known] / 255, loss
         )
+        if loss.labels:
+            last = _last_steps(record, size)
+            truth = torch.cat([loss.of(one, size.steps) for one in last])
+            found["label-simulated"] = simulated_labels(
+                strategy.server.module, last, truth, (images[known] / 255, labels[known]),
+                cut, seed=seed,
+            )  # fmt: skip
     return found
 
 
@@ -151,7 +160,7 @@ def _train(
     tests: list[TensorDataset],
     record: Record,
     loss: Remembering,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[dict[str, Any], Any]:
     def data(context: Context) -> tuple[TensorDataset, TensorDataset]:
         index = int(context.node_config["partition-id"])
         return parts[index], tests[index]
@@ -159,7 +168,7 @@ def _train(
     with seeded(seed):
         model = build_model()
     row, optimizer = ROWS[name], partial(SGD, **MOMENTUM)
-    defence = row.parts()
+    defence = list(row.parts())
     app = client_app(
         model=build_model, cut=cut, data=data, optimizer=optimizer, device="cpu",
         loss=loss if row.keeps_labels else None,
@@ -189,7 +198,7 @@ def _train(
         )
     except ConfigError:  # no noise, or no accountant
         found["epsilon"] = None
-    return found, describe_parts(defence)
+    return found, strategy
 
 
 def _attack(
@@ -220,7 +229,7 @@ def _attack(
     }
     steps = [one.smashed for one in recording.of("0") if one.smashed is not None]
     found["membership"] = nearest_membership(hidden, seen[: len(hidden)], torch.cat(steps))
-    last = [one for one in recording.of("0") if one.round == size.rounds]
+    last = _last_steps(record, size)
     try:
         truth = (lambda step: loss.of(step, size.steps)) if loss.labels else None
         found |= attack_labels(replace(recording, steps=last), truth)
@@ -241,6 +250,32 @@ def _attack(
             found["inverted"] = _bytes(blind)
             found["inverted-mse"] = float((blind - private[:8]).square().mean())
     return found
+
+
+def _last_steps(record: Record, size: Size) -> list[RecordedStep]:
+    steps = read_recording(record.folder).of("0")
+    return [one for one in steps if one.round == size.rounds]
+
+
+def simulated_labels(
+    server: nn.Module,
+    steps: list[RecordedStep],
+    truth: Tensor,
+    known: tuple[Tensor, Tensor],
+    cut: str,
+    *,
+    seed: int,
+    attack_steps: int = 600,
+    adversarial: float = 0.05,
+) -> float:
+    """Return the share of the labels of recorded steps that a simulated client finds (SDAR)."""
+    smashed = torch.cat([one.smashed for one in steps if one.smashed is not None])
+    layers = CUTS.index(cut.partition(",")[0]) + 1
+    made = simulate(
+        server, smashed, known, client=lambda: nn.Sequential(*build_model()[:layers]),
+        tail=lambda: nn.Linear(64, 10), steps=attack_steps, adversarial=adversarial, seed=seed,
+    )  # fmt: skip
+    return float((made.labels(smashed) == truth).float().mean())
 
 
 def _bytes(pictures: Tensor) -> list[list[list[int]]]:

@@ -13,7 +13,7 @@ mpl.use("Agg")
 import torch
 from leak import CLIENTS, CUTS, DELTA, Size
 from matplotlib import pyplot as plt
-from rows import DEFENCES, METHODS, PHIS, ROWS
+from rows import DEFENCES, METHODS, PHIS, ROWS, U_DEFENCES
 
 Runs = Mapping[tuple[str, str, int], dict[str, Any]]
 
@@ -23,6 +23,10 @@ PAPER = (0.2153, 0.2142, 0.2166, 0.2296, 0.2759)
 COLUMNS = (
     "accuracy, %", "up", "down", "explained", "SSIM", "cross-entropy", "dcor²", "MI", "member",
     "labels", "ε", "seeds",
+)  # fmt: skip
+
+U_COLUMNS = (
+    "accuracy, %", "up", "down", "explained", "labels, clustering", "labels, SDAR", "seeds",
 )  # fmt: skip
 
 SHOWN = [
@@ -87,7 +91,7 @@ def write_page(path: Path, runs: Runs, size: Size) -> None:
                 "eight private images of client 0 (seed 0), and what the decoder makes of their "
                 "smashed data.*"
             )
-    sections += [_findings(numbers), _averaging(numbers), _u_shape(numbers), _end(numbers)]
+    sections += [_findings(numbers), _averaging(numbers), _u_shape(numbers, size), _end(numbers)]
     path.write_text("\n\n".join(sections) + "\n")
 
 
@@ -128,7 +132,7 @@ def _table(numbers: Numbers, cut: str) -> str:
         f"| | {' | '.join(COLUMNS)} |",
         "|---|" + "---|" * len(COLUMNS),
     ]
-    rows = numbers.rows_at(cut)
+    rows = [row for row in numbers.rows_at(cut) if row not in U_DEFENCES]
     for row in rows:
         if row == next((one for one in rows if one in DEFENCES), ""):
             lines.append("| *PSL with a defence* |" + " |" * len(COLUMNS))
@@ -147,7 +151,8 @@ def _table(numbers: Numbers, cut: str) -> str:
             str(len(numbers.all(row, cut, "accuracy"))),
         ]
         lines.append(f"| {ROWS[row].title} | {' | '.join(cells)} |")
-    if missing := [ROWS[row].title for row in numbers.rows if row not in rows]:
+    missing = set(numbers.rows) - {*rows, *U_DEFENCES}
+    if missing := [ROWS[row].title for row in ROWS if row in missing]:
         lines += ["", f"Not run with this cut: {', '.join(missing)}."]
     return "\n".join(lines)
 
@@ -252,22 +257,40 @@ def _averaging(numbers: Numbers) -> str:
     return "\n".join([*lines, "", *said])
 
 
-def _u_shape(numbers: Numbers) -> str:
+def _u_shape(numbers: Numbers, size: Size) -> str:
     lines = ["## U-shaped split", ""]
     for cut in numbers.cuts:
         if "u-shape" not in numbers.rows_at(cut):
-            lines.append(f"Not measured at `{cut}`.")
+            lines += [f"Not measured at `{cut}`.", ""]
             continue
-        found, guess = (
-            numbers.shown("u-shape", cut, f"label-{one}", ".2f") for one in ("clusters", "guess")
+        found, guess, simulated = (
+            numbers.shown("u-shape", cut, f"label-{one}", ".2f")
+            for one in ("clusters", "guess", "simulated")
         )
-        lines.append(
-            f"* `{cut}`: labels never leave the clients, but clustering the last round's gradients "
-            f"at the second cut (64 numbers a row) finds {found} of them, where guessing finds "
-            f"{guess}. **A U-shaped split is not label privacy.** What the smashed data gives "
-            "away is as without it."
-        )
-    return "\n".join(lines)
+        lines += [
+            f"`{cut}`: labels never leave the clients, but clustering the last round's gradients "
+            f"at the second cut (64 numbers a row) finds {found} of them, and simulating a client "
+            f"on {size.known} images with labels (SDAR), which looks at no gradient, {simulated}; "
+            f"guessing finds {guess}. **A U-shaped split is not label privacy.** What the smashed "
+            "data gives away is as without it. With a defence:",
+            "",
+            f"| | {' | '.join(U_COLUMNS)} |",
+            "|---|" + "---|" * len(U_COLUMNS),
+        ]
+        for row in ("u-shape", *U_DEFENCES):
+            if row in numbers.rows_at(cut):
+                cells = [
+                    numbers.shown(row, cut, "accuracy", ".1f", 100),
+                    *(f"{numbers.mean(row, cut, way) / 1e6:.1f}" for way in ("up", "down")),
+                    numbers.shown(row, cut, "explained", ".3f"),
+                    numbers.shown(row, cut, "label-clusters", ".2f"),
+                    numbers.shown(row, cut, "label-simulated", ".2f"),
+                    str(len(numbers.all(row, cut, "accuracy"))),
+                ]
+                title = "no defence" if row == "u-shape" else ROWS[row].title
+                lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def _end(numbers: Numbers) -> str:
@@ -284,7 +307,7 @@ def _end(numbers: Numbers) -> str:
         "decoder finds more, also where noise was added.",
         "* Smashed data in evaluation leave without any defence.",
         "* The attacker of this table is honest, has data of the same kind and the segment. What a "
-        "malicious server does (FSHA), and one that simulates clients (SDAR), is [measured apart]"
+        "malicious server does (FSHA) is [measured apart]"
         "(leakage.md#servers-that-do-more-than-look).",
         "* Differences of a point of accuracy are within the spread of the seeds.",
         f"* Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "

@@ -8,7 +8,7 @@ Prints a line of each attack and seed, and of what it is to be compared with.
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +16,22 @@ from typing import Any
 
 import torch
 from flwr.app import ArrayRecord
-from leak import CLIENTS, MOMENTUM, SECOND_CUT, Remembering, build_model, load
-from torch import Tensor, nn
+from leak import (
+    CLIENTS,
+    MOMENTUM,
+    SECOND_CUT,
+    Remembering,
+    build_model,
+    load,
+    simulated_labels,
+)
+from torch import Tensor
 from torch.nn import functional
 from torch.optim import SGD, Adam
 from torch.utils.data import TensorDataset
 
 from flsplit import LocalGrid, client_app
-from flsplit.client_parts import ClientPart, LabelNoise
+from flsplit.client_parts import ClientPart, Clip, Int8, LabelNoise, Noise, NoPeek
 from flsplit.cut import split
 from flsplit.privacy import (
     Hijack,
@@ -31,7 +39,6 @@ from flsplit.privacy import (
     attack_labels,
     read_recording,
     reconstruct,
-    simulate,
 )
 from flsplit.run.step import Step
 from flsplit.seeds import seeded
@@ -39,7 +46,19 @@ from flsplit.strategies import PSL
 
 CUT = "conv2"
 RATE = 1e-3
+ATTACKS = ["fsha", "fsha-sgd", "fsha-hindered", "sdar"]
 STEPS = 100  # of a round, in which the segment's gain is averaged
+
+
+HINDRANCES: dict[str, dict[str, Any]] = {
+    "undefended": {},
+    "5 clients": {"clients": 5},
+    "int8 both ways": {"defence": [Int8(), Int8("cut-gradient")]},
+    "NoPeek 10": {"defence": [NoPeek(10.0)]},
+    "clip 10, noise 0.5": {"defence": [Clip(10.0), Noise(0.5)]},
+    "clip 10, noise 2": {"defence": [Clip(10.0), Noise(2.0)]},
+}
+"""What is between hijacker and client, beside the same client undefended."""
 
 
 class Judged(Hijack):
@@ -70,9 +89,11 @@ def hijacking(
     client_lr: float = RATE,
     steps: int = STEPS,
     warm_up: int = 1000,
+    defence: Sequence[ClientPart] = (),
+    clients: int = 1,
 ) -> list[float]:
     """Return the share of private images' variance that the hijacker finds, round by round."""
-    data = TensorDataset(private, torch.arange(len(private)))
+    parts = [TensorDataset(private[i], i) for i in torch.arange(len(private)).chunk(clients)]
     with seeded(seed + 1000):  # the attacker doesn't use that it gave clients their weights
         pilot = split(build_model(), CUT, private[:2]).client
     with seeded(seed):
@@ -80,13 +101,14 @@ def hijacking(
     strategy = Judged(
         model=model, cut=CUT, public=public, pilot=pilot, client_lr=client_lr, batch_size=32,
         warm_up=warm_up, local_steps=steps, drop_last=True, seed=seed, device="cpu",
-        fraction_evaluate=0.0,
+        fraction_evaluate=0.0, client_parts=defence,
     )  # fmt: skip
     strategy.private = private
     app = client_app(
-        model=build_model, cut=CUT, data=lambda _: data, optimizer=optimizer, device="cpu"
-    )
-    grid = LocalGrid(app, 1, progress=False)
+        model=build_model, cut=CUT, optimizer=optimizer, device="cpu",
+        data=lambda context: parts[int(context.node_config["partition-id"])],
+    )  # fmt: skip
+    grid = LocalGrid(app, clients, progress=False)
     result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=rounds)
     return [entry.metrics["explained"] for entry in result.history]
 
@@ -129,27 +151,16 @@ def simulating(
         strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=rounds)
         recording = read_recording(record.folder)
     last = [one for one in recording.of("0") if one.round == rounds and one.smashed is not None]
-    smashed = torch.cat([one.smashed for one in last if one.smashed is not None])
     truth = torch.cat([loss.of(one, steps) for one in last])
     found = {"guess": float(torch.bincount(truth).max()) / len(truth)}
     recording.steps[:] = last
     found["clusters"] = attack_labels(recording, lambda one: loss.of(one, steps))["label-clusters"]
     for name, adversarial in {"sdar": 0.05, "without its critic": 0.0}.items():
-        made = simulate(
-            strategy.server.module, smashed, known, client=_client, tail=_tail,
-            steps=attack_steps, adversarial=adversarial, seed=seed,
+        found[name] = simulated_labels(
+            strategy.server.module, last, truth, known, cut, seed=seed,
+            attack_steps=attack_steps, adversarial=adversarial,
         )  # fmt: skip
-        found[name] = float((made.labels(smashed) == truth).float().mean())
     return found
-
-
-def _client() -> nn.Module:
-    model = build_model()
-    return nn.Sequential(model.conv1, model.conv2)
-
-
-def _tail() -> nn.Module:
-    return nn.Linear(64, 10)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -158,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", required=True, help="where torchvision's MNIST lies")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=30, help=f"of {STEPS} steps, of FSHA")
-    parser.add_argument("--attacks", nargs="+", choices=["fsha", "fsha-sgd", "sdar"])
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -167,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         own, known = order[:2000], order[-2000:]
         private, public = images[own] / 255, images[known] / 255
-        attacks = options.attacks or ["fsha", "fsha-sgd", "sdar"]
+        attacks = options.attacks or ATTACKS
         if "fsha" in attacks or "fsha-sgd" in attacks:
             found = known_weights(private[:400], public[:800], seed)
             print(f"seed {seed}: known weights, no gradient: explained {found:.3f}", flush=True)
@@ -180,6 +191,11 @@ def main(arguments: list[str] | None = None) -> int:
                 )  # fmt: skip
                 shown = " ".join(f"{one:.2f}" for one in course)
                 print(f"seed {seed}: {name}: explained by round: {shown}", flush=True)
+        for name, hindered in HINDRANCES.items():
+            if "fsha-hindered" in attacks:
+                course = hijacking(private, public, rounds=options.rounds, seed=seed, **hindered)
+                shown = " ".join(f"{one:.2f}" for one in course)
+                print(f"seed {seed}: fsha, {name}: explained by round: {shown}", flush=True)
         if "sdar" in attacks:
             parts = [TensorDataset(images[i] / 255, labels[i]) for i in own.chunk(CLIENTS)]
             few = known[:800]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flsplit.client_parts import (
@@ -86,5 +87,35 @@ DEFENCES = {
     "shuffle": _psl("shuffled batches", Shuffle),
 }
 
-ROWS = METHODS | DEFENCES
+
+def _kept(title: str, *parts: Callable[[], ClientPart]) -> Row:
+    return Row(title, parts=lambda: [make() for make in parts], keeps_labels=True)
+
+
+U_DEFENCES = {
+    "u-label-noise": _kept(
+        "gradient noise, power 1", lambda: LabelNoise(1.0, marvell=False, place="output-gradient")
+    ),
+    "u-noise": _kept(
+        "gradients clipped to 0.05, noise 0.003",
+        lambda: Clip(0.05, place="output-gradient"),
+        lambda: Noise(0.003, "output-gradient"),
+    ),
+    "u-int8": _kept(
+        "int8 everywhere",
+        *(
+            partial(Int8, place)
+            for place in ("smashed", "cut-gradient", "outputs", "output-gradient")
+        ),
+    ),
+    "u-both": _kept(
+        "smashed data clipped to 10, noise 2; gradient noise, power 1",
+        lambda: Clip(10.0),
+        lambda: Noise(2.0),
+        lambda: LabelNoise(1.0, marvell=False, place="output-gradient"),
+    ),
+}
+"""Defences of U-shaped PSL: at its second cut, and at both."""
+
+ROWS = METHODS | DEFENCES | U_DEFENCES
 QUICK = ["psl", "sglr-0", "sglr-1", "splitfed-v2", "no-peek-10", "noise-0.5", "int8", "top-k"]

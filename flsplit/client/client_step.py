@@ -76,7 +76,9 @@ def take_tail(client: Client, request: TailRequest) -> TailReply:
             )
         if client.parts.parts:
             at = _part_step(client, step)
-            gradient, packed, memory = client.parts.output_gradient(at, gradient, pending.labels)
+            gradient, packed, memory = client.parts.output_gradient(
+                at, gradient, pending.labels, pending.rows
+            )
             stays |= memory
             if packed:
                 client.packed[WHOLE] = packed
@@ -176,7 +178,7 @@ def _compute(client: Client, step: int, *, sent: bool = True) -> Pending:
     buffers = list(map(torch.clone, client.first.buffers))
     if not client.first.trains:
         client.first.train()
-    loss, packed = None, dict[str, Packed]()
+    loss, packed, rows = None, dict[str, Packed](), None
     try:
         with seeded(seed, client.device):
             inputs, labels = client.data.train.batch(indices)
@@ -189,7 +191,7 @@ def _compute(client: Client, step: int, *, sent: bool = True) -> Pending:
                 smashed, inputs, labels, rows = parts.shuffled(at, smashed, inputs, labels, indices)
         learning = learning_in(smashed)
         _check_smashed(client, smashed, learning, step)
-        if parts.parts and sent:
+        if rows is not None and sent:
             packed = parts.pack(smashed, rows)
     except Exception:
         put_all(client.first.buffers, buffers)
@@ -198,7 +200,7 @@ def _compute(client: Client, step: int, *, sent: bool = True) -> Pending:
         raise
     kept = inputs if client.tail else None  # their shapes tell the way that forward takes
     goes: Batch = detached(smashed), withheld(labels) if client.tail else labels
-    return Pending(step, smashed, learning, goes, kept, labels, buffers, drawn, loss, packed)
+    return Pending(step, smashed, learning, goes, kept, labels, buffers, drawn, loss, packed, rows)
 
 
 def _part_step(client: Client, step: int) -> ClientStep:

@@ -27,6 +27,7 @@ def evaluate_batch(client: Client, request: EvaluateRequest) -> EvaluateReply:
     if request.segment:
         client.replace_segment(request.segment)
     client.check_version(request.segment_version)
+    client.segment.expect(request.inputs)
     rows, num_batches = _rows(client, request.batch, request.batch_size)
     smashed: Smashed = torch.empty(0)
     labels: Any = torch.empty(0, dtype=torch.int64)

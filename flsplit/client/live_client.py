@@ -47,6 +47,7 @@ class Pending:
     drawn: int  # examples drawn when the step is done
     loss: Tensor | None = None  # what client parts add
     packed: dict[str, Packed] = field(default_factory=dict)  # what leaves in fewer bytes
+    rows: Tensor | None = None  # which examples these are, where parts may want to know
     passed_tail: bool = False  # whether the last layers have computed, too
 
 
@@ -205,6 +206,7 @@ class Client:
             self.optimizer.set_lr(plan.lr)
             self.optimizer.warn(plan.experiment)
         self.first.trains = False
+        self.segment.expect(plan.inputs)
         self.num_steps = steps_per_round(self.num_examples, plan, self.name)
         self.steps_before = self.memory.trained - self.memory.steps_done
         if self.order.seed != plan.seed:

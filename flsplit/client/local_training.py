@@ -83,6 +83,7 @@ def row_shapes(client: Client, request: ShapeRequest) -> ShapeReply:
     if len(examples) == 0:
         raise DataError(f"client {client.name!r} has no training examples")
     client.undo_forward()
+    client.segment.expect(request.inputs)
     with seeded(derive_seed(0, "shape", client.name), client.device):
         inputs, _ = examples.batch([examples.in_order("")[0]])
     smashed = client.first.evaluated(inputs)

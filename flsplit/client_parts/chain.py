@@ -137,9 +137,11 @@ class PartChain:
         }
 
     def output_gradient(
-        self, step: ClientStep, gradient: Tensor, labels: Any
+        self, step: ClientStep, gradient: Tensor, labels: Any, rows: Tensor | None
     ) -> tuple[Tensor, Packed | None, dict[str, Tensor]]:
         """Return the gradient that goes up at the second cut, and how it is sent, if packed.
+
+        ``rows`` says which examples these are.
 
         What is to be remembered of that once the step is done comes last, for :meth:`remember`.
         """
@@ -150,7 +152,7 @@ class PartChain:
         if sends is None:
             return gradient, None, {}
         memory = dict(sends.memory_of(""))  # a copy: the step may be asked for again
-        packed = sends.pack(gradient, memory)
+        packed = sends.pack(gradient, memory, rows)
         return gradient, packed, {_MEMORY + name: one for name, one in memory.items()}
 
     def remember(self, stays: Mapping[str, Tensor]) -> None:

@@ -3,12 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flsplit.client_parts.by_example import MOST_BYTES, Memory, keep, kept
 from flsplit.client_parts.client_part import ClientPart
 from flsplit.client_parts.stock import (
     CUT_GRADIENT,
@@ -22,9 +23,6 @@ from flsplit.errors import ConfigError, ProtocolError
 Pieces = dict[str, Tensor]
 """What a tensor is packed into, by name."""
 
-Memory = dict[str, Tensor]
-"""What one end of a link remembers of a tensor from step to step."""
-
 PLACES = {
     "smashed-data": SMASHED,
     "cut-gradient": CUT_GRADIENT,
@@ -32,6 +30,9 @@ PLACES = {
     "output-gradient": OUTPUT_GRADIENT,
 }
 """What can be compressed, by the messages' records."""
+
+BY_EXAMPLE = "example"
+"""The ``feedback`` that knows which example a row is."""
 
 
 @dataclass(frozen=True)
@@ -50,30 +51,39 @@ class Compression(ClientPart):
     the client's gradient goes back as if nothing had been lost (straight through). Auxiliary
     models get smashed data as it is before. Test data is not compressed.
 
-    With ``feedback``, what was lost at a place in the batch is added to what is there in the next
-    step. Other examples stand there then, so it mends the mean over steps, not an example.
+    With ``feedback=True``, what was lost at a place in the batch is added to what is there in the
+    next step. Other examples stand there then, so it mends the mean over steps, not an example.
+    With ``feedback="example"`` it is added where the same example is sent the next time. The end
+    that sends keeps it, and is the client: the server doesn't know which example a row is.
 
     Attributes
     ----------
     place : str
         ``smashed`` for the way up or ``cut-gradient`` for the way down; at the second cut of a
         U-shaped split ``output-gradient`` and ``outputs``.
-    feedback : bool
-        Whether what was lost is kept for the next step.
+    feedback : bool or 'example'
+        Whether what was lost is kept for the next step, or for the same example.
+    uses_rows : bool
+        Whether it must know which examples are in the batch.
     """
 
     place: str
-    feedback: bool
-    uses_rows: ClassVar[bool] = False
-    """Whether it must know which examples are in the batch."""
+    feedback: bool | str
+    uses_rows: bool
 
-    def __init__(self, place: str, feedback: bool) -> None:
+    def __init__(self, place: str, feedback: bool | str) -> None:
         check_place(self, place, *PLACES.values())
-        if not isinstance(feedback, bool):
+        if not isinstance(feedback, bool) and feedback != BY_EXAMPLE:
             raise ConfigError(
-                f"client part {self.name!r}: feedback is {feedback!r}, expected a bool"
+                f"client part {self.name!r}: feedback is {feedback!r}, expected a bool or "
+                f"{BY_EXAMPLE!r}"
             )
-        self.place, self.feedback = place, feedback
+        if feedback == BY_EXAMPLE and place in (CUT_GRADIENT, OUTPUTS):
+            raise ConfigError(
+                f"client part {self.name!r}: feedback is {BY_EXAMPLE!r} at {place!r}, which the "
+                "server sends: it doesn't know which example a row is, expected a bool"
+            )
+        self.place, self.feedback, self.uses_rows = place, feedback, feedback == BY_EXAMPLE
         self._memory: dict[str, Memory] = {}
 
     @abstractmethod
@@ -117,6 +127,14 @@ class Compression(ClientPart):
         exact = tensor.detach().cpu()
         if not self.feedback:
             return Packed(self.encode(exact), tuple(exact.shape), exact.dtype)
+        if self.feedback == BY_EXAMPLE:
+            rows = self._known(exact, rows)
+            base, times = kept(memory, rows, tuple(exact.shape[1:]))
+            exact = exact + base.to(exact.dtype)
+            packed = Packed(self.encode(exact), tuple(exact.shape), exact.dtype)
+            lost_now = (exact - self.unpack(packed, {})).float()
+            keep(memory, rows, lost_now, times + 1, MOST_BYTES)
+            return packed
         lost = memory.get("lost")
         if lost is not None and lost.shape[1:] == exact.shape[1:]:
             both = min(len(lost), len(exact))
@@ -141,6 +159,15 @@ class Compression(ClientPart):
                 f"packed: {self.name!r} unpacked shape {tuple(found.shape)}, not {packed.shape}"
             )
         return found.to(packed.dtype)
+
+    def _known(self, tensor: Tensor, rows: Tensor | None) -> Tensor:
+        """Return which examples a tensor's rows are; ConfigError if that isn't known."""
+        if rows is None or len(rows) != len(tensor):
+            raise ConfigError(
+                f"client part {self.name!r} must know which examples are in a batch, one for each "
+                f"row: there are {len(tensor)} rows and {0 if rows is None else len(rows)} examples"
+            )
+        return rows
 
     def nbytes(self, rows: int, numbers: int, dtype: torch.dtype) -> int:
         """Return how many bytes are sent of a batch; by default ``rows`` times those of one row.
@@ -202,13 +229,13 @@ class Int8(Compression):
     ----------
     place : {'smashed', 'cut-gradient', 'outputs', 'output-gradient'}
         What is sent so.
-    feedback : bool
+    feedback : bool or 'example'
         As in :class:`Compression`.
     """
 
     name = "int8"
 
-    def __init__(self, place: str = SMASHED, feedback: bool = True) -> None:
+    def __init__(self, place: str = SMASHED, feedback: bool | str = True) -> None:
         super().__init__(place, feedback)
 
     def encode(self, tensor: Tensor) -> Pieces:
@@ -236,14 +263,14 @@ class HalfPrecision(Compression):
         What is sent so.
     dtype : {'float16', 'bfloat16'}
         What is sent. What is too large for float16 is sent as its largest number.
-    feedback : bool
+    feedback : bool or 'example'
         As in :class:`Compression`.
     """
 
     name = "half"
 
     def __init__(
-        self, place: str = SMASHED, dtype: str = "float16", feedback: bool = False
+        self, place: str = SMASHED, dtype: str = "float16", feedback: bool | str = False
     ) -> None:
         super().__init__(place, feedback)
         if dtype not in ("float16", "bfloat16"):
@@ -274,13 +301,15 @@ class TopK(Compression):
         How many of a row's numbers are sent, above 0 and at most 1.
     place : {'smashed', 'cut-gradient', 'outputs', 'output-gradient'}
         What is sent so.
-    feedback : bool
+    feedback : bool or 'example'
         As in :class:`Compression`.
     """
 
     name = "top-k"
 
-    def __init__(self, share: float = 0.1, place: str = SMASHED, feedback: bool = False) -> None:
+    def __init__(
+        self, share: float = 0.1, place: str = SMASHED, feedback: bool | str = False
+    ) -> None:
         super().__init__(place, feedback)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(
@@ -322,13 +351,13 @@ class LowRank(Compression):
         How many; a batch with fewer rows is sent exactly.
     place : {'smashed', 'cut-gradient', 'outputs', 'output-gradient'}
         What is sent so.
-    feedback : bool
+    feedback : bool or 'example'
         As in :class:`Compression`.
     """
 
     name = "low-rank"
 
-    def __init__(self, rank: int = 4, place: str = SMASHED, feedback: bool = False) -> None:
+    def __init__(self, rank: int = 4, place: str = SMASHED, feedback: bool | str = False) -> None:
         super().__init__(place, feedback)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ConfigError(
@@ -358,18 +387,26 @@ class Difference(Int8):
 
     AQ-SGD (Wang et al. 2022, https://arxiv.org/abs/2206.01299): as training settles, differences
     and with them errors get smaller. An example is sent in :class:`Int8` when it is new. Both ends
-    keep the smashed data of all examples, and the server is told which example each row is.
+    keep the smashed data of the examples, and the server is told which example each row is: its
+    index in the client's data, and how often it was sent. That must agree at both ends.
+
+    Parameters
+    ----------
+    most_bytes : int
+        How much each end keeps of a client's value that crosses, 4 bytes a number. Beyond that,
+        what was sent longest ago is forgotten, and sent as new.
     """
 
     name = "difference"
-    uses_rows = True
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         super().__init__(SMASHED, feedback=False)
-
-    def arguments(self) -> dict[str, Any]:
-        """Return none: where it acts is fixed."""
-        return {}
+        if isinstance(most_bytes, bool) or not isinstance(most_bytes, int) or most_bytes < 1:
+            raise ConfigError(
+                f"client part 'difference': most_bytes is {most_bytes!r}, expected an integer "
+                "from 1"
+            )
+        self.most_bytes, self.uses_rows = most_bytes, True
 
     def nbytes(self, rows: int, numbers: int, dtype: torch.dtype) -> int:
         """Return the bytes of differences, and of two int32 beside each row."""
@@ -377,14 +414,12 @@ class Difference(Int8):
 
     def pack(self, tensor: Tensor, memory: Memory, rows: Tensor | None = None) -> Packed:
         """Return the difference, which examples these are, and how often each was sent."""
-        if rows is None:
-            raise ConfigError("client part 'difference' must know which examples are in a batch")
-        if len(set(rows.tolist())) < len(rows):
-            raise ConfigError("client part 'difference': an example is twice in a batch")
-        base, times = _kept(memory, rows, tuple(tensor.shape[1:]))
+        rows = self._known(tensor, rows)
+        base, times = kept(memory, rows, tuple(tensor.shape[1:]))
         packed = super().pack(tensor.detach().cpu() - base.to(tensor.dtype), {})
         pieces = packed.pieces | {"rows": rows.int(), "times": times}
-        _keep(memory, rows, base + super().unpack(packed, {}).float(), times + 1)
+        found = base + super().unpack(packed, {}).float()
+        keep(memory, rows, found, times + 1, self.most_bytes)
         return Packed(pieces, packed.shape, packed.dtype)
 
     def unpack(self, packed: Packed, memory: Memory) -> Tensor:
@@ -392,41 +427,19 @@ class Difference(Int8):
         b = packed.shape[0]
         rows = expect(packed.pieces, "rows", (b,), torch.int32).long()
         said = expect(packed.pieces, "times", (b,), torch.int32)
-        if len(set(rows.tolist())) < b or (b and not int(rows.min()) >= 0):
-            raise ProtocolError("packed: 'rows' must be different numbers from 0")
-        if b and int(rows.max()) >= MOST_ROWS:
-            raise ProtocolError(f"packed: row {int(rows.max())} came, expected below {MOST_ROWS}")
-        base, times = _kept(memory, rows, packed.shape[1:])
+        if b and not 0 <= int(rows.min()) <= int(rows.max()) < MOST_ROWS:
+            raise ProtocolError(f"packed: 'rows' must be numbers from 0 and below {MOST_ROWS}")
+        base, times = kept(memory, rows, packed.shape[1:])
         base[said == 0] = 0.0  # the client begins anew
         if not torch.equal(said[said > 0], times[said > 0]):
             raise ProtocolError("packed: the client and the server remember other smashed data")
         found = base + super().unpack(packed, {}).float()
-        _keep(memory, rows, found, said + 1)
+        keep(memory, rows, found, said + 1, self.most_bytes)
         return found.to(packed.dtype)
 
 
 MOST_ROWS = 10**6
 """Examples of one client that ``difference`` can tell apart."""
-
-
-def _kept(memory: Memory, rows: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return what is kept of some examples, and how often it came; 0 of those never seen."""
-    base = torch.zeros(len(rows), *shape)
-    times = torch.zeros(len(rows), dtype=torch.int32)
-    if "rows" in memory and memory["base"].shape[1:] == shape:
-        same = rows[:, None] == memory["rows"][None, :]
-        new, old = same.nonzero(as_tuple=True)
-        base[new], times[new] = memory["base"][old], memory["times"][old]
-    return base, times
-
-
-def _keep(memory: Memory, rows: Tensor, base: Tensor, times: Tensor) -> None:
-    if "rows" in memory and memory["base"].shape[1:] == base.shape[1:]:
-        rest = ~torch.isin(memory["rows"], rows)
-        rows = torch.cat([memory["rows"][rest], rows])
-        base = torch.cat([memory["base"][rest], base])
-        times = torch.cat([memory["times"][rest], times])
-    memory.update(rows=rows, base=base, times=times)
 
 
 def compressing(parts: Sequence[ClientPart], record: str) -> Compression | None:

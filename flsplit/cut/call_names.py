@@ -26,3 +26,8 @@ def name_of(func: Any) -> str:
 def asks(name: str) -> bool:
     """Tell whether a call asks a tensor only for what an `Absent` knows."""
     return name in ASKS or (name[0] == "." and name not in VIEWS)
+
+
+def is_of_rows(name: str, args: Any) -> bool:
+    """Tell whether a call asks for the size of the first dimension only."""
+    return name == "__len__" or (name == "size" and args[1:] == (0,))

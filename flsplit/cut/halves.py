@@ -2,15 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
+from flsplit.cut.cut_errors import (
+    GIVE_AN_EXAMPLE,
+    CrossingError,
+    CutError,
+    ExampleError,
+    check_keys,
+)
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
-from flsplit.cut.look import Look, fresh, look, undisturbed
+from flsplit.cut.look import Look, free_copies, fresh, look, undisturbed
 from flsplit.cut.partial_forward import eager, instrument, place_of, places_of
 from flsplit.cut.plain_chain import PlainChain
 from flsplit.cut.remembering import remembered
@@ -145,6 +151,18 @@ class ClientHalf(Half):
         super().__init__(whole, cut)
         vars(self)["_passages"] = dict[Any, tuple[Passage, ...]]()
         vars(self)["_scripts"] = _Scripts()
+        vars(self)["_expected"] = inputs_of(cut.found.passage)
+
+    def expect(self, inputs: str) -> None:
+        """Be told with which inputs the server has looked at the model: :attr:`ServerHalf.inputs`.
+
+        With others a forward that asks for sizes can't be followed from smashed data alone.
+        """
+        own = vars(self)
+        expected = inputs or inputs_of(own["_cut"].found.passage)
+        if expected != own["_expected"]:
+            own["_expected"] = expected
+            own["_passages"].clear()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the smashed data.
@@ -155,7 +173,8 @@ class ClientHalf(Half):
         Returns
         -------
         Tensor or Crossing
-            The tensor if a single one crosses and no number; else see :meth:`crossing`.
+            The tensor if a single one crosses, rows first, and neither numbers nor sizes that the
+            server doesn't know; else see :meth:`crossing`.
 
         Raises
         ------
@@ -259,9 +278,10 @@ class ClientHalf(Half):
             if missing:
                 raise CutError(
                     f"with such a batch, the client segment of a cut at {cut.name!r} needs "
-                    f"{missing[0]!r}, which was found to be the server's: give split() an example"
+                    f"{missing[0]!r}, which was found to be the server's: {GIVE_AN_EXAMPLE}"
                 )
             verify(model, cut.name, found, args, kwargs)
+            free_copies(model)
             return found
 
         known: tuple[Passage, ...] = own["_passages"].get(key, ())
@@ -269,7 +289,10 @@ class ClientHalf(Half):
         found = find() if known else remembered((cut.key, key), find)
         if found.passage.trace.digest in seen:
             raise CutError(f"forward takes another way before {cut.name!r} when it is run again")
-        own["_passages"][key] = (*known, found.passage)
+        passage = found.passage
+        if passage.asks_sizes and inputs_of(passage) != own["_expected"]:
+            passage = replace(passage, item=None)
+        own["_passages"][key] = (*known, passage)
         return own["_passages"][key]  # type: ignore[no-any-return]
 
 
@@ -314,6 +337,12 @@ class ServerHalf(Half):
         super().__init__(whole, cut)
         vars(self)["_derived"] = dict[Any, _Derived]()
         vars(self)["_scripts"] = _Scripts()
+
+    @property
+    def inputs(self) -> str:
+        """What the model was looked at with, if the client has to know that; else empty."""
+        passage: Passage = vars(self)["_cut"].found.passage
+        return inputs_of(passage) if passage.asks_sizes else ""
 
     def forward(self, given: Tensor | Crossing, /, **extra: Any) -> Any:
         """Return the model's output for smashed data; of a U-shaped split, the second cut's.
@@ -372,20 +401,21 @@ class ServerHalf(Half):
         for recording in self._recordings(cut, len(given) if given.dim() else 1):
             smashed = tensors_in(recording.output)[cut.found.passage.item]
             name = next((k for k, t in recording.held.items() if t is smashed), None)
-            if name is None or (recording.asked and smashed.shape != given.shape):
+            asks_sizes = recording.asked or cut.found.passage.asks_sizes
+            if name is None or (asks_sizes and smashed.shape != given.shape):
                 continue
             chain: PlainChain | None = vars(self)["_chain"]
             alone = chain is not None and recording.output is smashed
             is_loop = alone and chain.is_all_of(recording.trace)  # type: ignore[union-attr]
-            derived = _Derived(recording.trace, name, recording.asked, is_loop)
+            derived = _Derived(recording.trace, name, asks_sizes, is_loop)
             fitting[derived.trace.digest] = derived
-            if not recording.asked or not cut.rows or len(fitting) > 1:
+            if not asks_sizes or not cut.rows or len(fitting) > 1:
                 break
         if not fitting or not self._all_same(given, list(fitting.values())):
             raise ExampleError(
                 f"smashed data of shape {tuple(given.shape)} came, and "
                 f"{'several inputs give' if fitting else 'no input was found that gives'} such "
-                f"data at {cut.name!r}: give split() an example of the model's input"
+                f"data at {cut.name!r}: {GIVE_AN_EXAMPLE}"
             )
         return next(iter(fitting.values()))
 
@@ -447,6 +477,20 @@ class ServerHalf(Half):
         yield map_tree(batch, (args, kwargs))
         for shape, dtype in cut.rows:
             yield (torch.empty((rows, *shape), dtype=dtype, device="meta"),), {}
+
+
+def inputs_of(passage: Passage) -> str:
+    """Return what a batch was, but for its number of rows."""
+    given = passage.trace.calls[0][1]
+    specs = [leaf for leaf in leaves_in(given) if isinstance(leaf, Spec)]
+    rows = next((spec.shape[:1] for spec in specs if spec.shape), ())
+
+    def shown(leaf: Any) -> Any:
+        if not isinstance(leaf, Spec):
+            return leaf
+        return ("rows" * (leaf.shape[:1] == rows), *leaf.shape[1:]), str(leaf.dtype)
+
+    return repr(map_tree(shown, given))
 
 
 def batch_key(args: Any, kwargs: Mapping[str, Any], training: bool) -> Any:

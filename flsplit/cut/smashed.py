@@ -37,8 +37,13 @@ def not_one_tensor(smashed: Crossing) -> str:
     values = values_of(smashed)
     if len(values) > 1:
         return f"{len(values)} values cross at this cut"
-    what = "a number beside it" if smashed.trace.numbers else "its rows not in front"
-    return f"{smashed_in_words(smashed)} crosses at this cut with {what}"
+    what = smashed_in_words(smashed)
+    if smashed.trace.numbers:
+        return f"{what} crosses at this cut with a number beside it"
+    return (
+        f"{what} crosses at this cut with its rows not in front, or forward asks for sizes that "
+        "the server doesn't know (give the strategy an example of the input)"
+    )
 
 
 def as_leaves(smashed: Smashed) -> Smashed:

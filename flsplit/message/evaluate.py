@@ -65,6 +65,7 @@ class EvaluateRequest(Request):
     segment: common.Segment = None
     num_batches: int | None = None
     keeps_labels: bool = False
+    inputs: Annotated[str, In("config")] = ""
 
     def check(self, reply: EvaluateReply) -> None:
         """Check the smashed data and labels, if there are any; only the last batch may be short."""

@@ -50,6 +50,9 @@ class RoundPlan(Fields):
         To what length the client is to clip what becomes of its segment; 0 for not at all.
     norm_bit : bool
         Whether it then says if that was longer.
+    inputs : str
+        What the server has looked at the model with, where ``forward`` asks inputs for their sizes:
+        with others a client sends the trace. Empty where nobody gave the strategy an example.
     """
 
     server_round: Annotated[int, In(least=1)]
@@ -67,6 +70,7 @@ class RoundPlan(Fields):
     client_parts: str = ""
     clipping_norm: Annotated[float, In(least=0.0)] = 0.0
     norm_bit: bool = False
+    inputs: str = ""
 
     @cached_property
     def keeps_labels(self) -> bool:

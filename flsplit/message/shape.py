@@ -40,6 +40,7 @@ class ShapeRequest(Request):
 
     server_round: Annotated[int, In("config", 1)]
     cut: Annotated[str, In("config")]
+    inputs: Annotated[str, In("config")] = ""
 
     def check(self, reply: ShapeReply) -> None:
         """Refuse a row that nobody sends: the server computes with one like it."""

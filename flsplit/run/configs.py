@@ -18,6 +18,7 @@ def make_plan(
     segment_version: int,
     experiment: str,
     client_parts: str = "",
+    inputs: str = "",
 ) -> RoundPlan:
     """Return a round's plan; ``config`` goes before ``options``.
 
@@ -44,6 +45,7 @@ def make_plan(
         "client-parts": client_parts,
         "clipping-norm": 0.0,
         "norm-bit": False,
+        "inputs": inputs,
     }
     try:
         plan = RoundPlan.from_config(ConfigRecord({**fields, **given, **fixed}))

@@ -224,7 +224,7 @@ class DecoupledStrategy(SplitStrategy):
             return
         first: FlsplitError | None = None
         for name in round_.participants:
-            request = ShapeRequest(round_.plan.server_round, round_.plan.cut)
+            request = ShapeRequest(round_.plan.server_round, round_.plan.cut, self.inputs)
             reply = round_.clients.exchange({name: request}, round_.entry).get(name)
             if isinstance(reply, ShapeReply):
                 try:

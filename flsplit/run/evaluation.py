@@ -77,6 +77,7 @@ class _Evaluation:
                 segment if batch == 0 else None,
                 self._said.get(name),
                 self._method.options.keeps_labels,
+                self._method.inputs,
             )
         replies = self._clients.exchange(requests, entry)
         found = {}

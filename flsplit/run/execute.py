@@ -21,6 +21,7 @@ from flsplit.client_parts import check_places, describe_parts, warn_of_second_cu
 from flsplit.errors import NotEnoughClientsError
 from flsplit.log import logger
 from flsplit.message.arrays import to_record
+from flsplit.message.shape import ShapeRequest
 from flsplit.message.steps import FinishReply
 from flsplit.run.callbacks import Callback, FinishedRound, may_stop
 from flsplit.run.checkpoint import Checkpoints
@@ -128,7 +129,7 @@ class Run:
             strategy.planned(),
             strategy.auxiliary_flops,
             clients,
-            self._rounds_done + 1,
+            ShapeRequest(self._rounds_done + 1, strategy.options.default_cut, strategy.inputs),
         )
 
     @property
@@ -244,6 +245,7 @@ class Run:
             version,
             self._experiment,
             describe_parts(parts),
+            strategy.inputs,
         )
         round_ = Round(
             clients=clients,

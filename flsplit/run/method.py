@@ -122,6 +122,11 @@ class SplitMethod(SaysPhases):
         options = self.options
         return split(model, cut or options.default_cut, options.example, share=options.share)
 
+    @property
+    def inputs(self) -> str:
+        """What clients are told of the example, if they have to know it; else empty."""
+        return "" if self.options.example is None else self.parts.server.inputs
+
     # --- different cuts for different clients ----------------------------------------------
 
     def parts_at(self, cut: str) -> Split:

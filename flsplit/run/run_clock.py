@@ -28,11 +28,12 @@ def make_clock(
     method: Method,
     auxiliary_flops: Callable[[], int],
     clients: Clients,
-    server_round: int,
+    request: ShapeRequest,
 ) -> FleetClock | None:
     """Return the clock of a run on the fleet that the options name, if they do.
 
-    The links of a radio network are those that a plan for this cut and method gives the devices.
+    ``request`` asks a client what its inputs look like. The links of a radio network are those that
+    a plan for this cut and method gives the devices.
     """
     if not options.fleet:
         return None
@@ -40,7 +41,7 @@ def make_clock(
         raise ConfigError("fleet: the simulated time of clients with different cuts isn't known")
     fleet = find_fleet(options.fleet)
     with located("fleet"):
-        profile = _profile(options, clients, server_round)
+        profile = _profile(options, clients, request)
         if options.keeps_labels:
             profile = profile.cut_twice(places_of(options.default_cut)[1])
         place = profile.place(options.default_cut)
@@ -55,10 +56,9 @@ def make_clock(
     return FleetClock(fleet, rates, costs, wait=wait)
 
 
-def _profile(options: SplitOptions, clients: Clients, server_round: int) -> ModelProfile:
-    request = ShapeRequest(server_round, options.default_cut)
+def _profile(options: SplitOptions, clients: Clients, request: ShapeRequest) -> ModelProfile:
     for name in clients.directory.discover():
-        reply = clients.exchange({name: request}, RoundEntry(server_round)).get(name)
+        reply = clients.exchange({name: request}, RoundEntry(request.server_round)).get(name)
         if isinstance(reply, ShapeReply):
             example = map_tensors(_two_rows, reply.inputs)
             name = type(options.model).__name__

@@ -7,10 +7,10 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from flsplit.client_parts import ClientPart
+from flsplit.client_parts.by_example import Memory
 from flsplit.client_parts.compression import (
     PLACES,
     Compression,
-    Memory,
     Packed,
     compressing,
 )

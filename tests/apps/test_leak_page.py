@@ -7,7 +7,7 @@ import pytest
 from leak import Size
 from leak_page import Numbers, write_page
 from privacy import main, read
-from rows import DEFENCES, METHODS, QUICK, ROWS
+from rows import DEFENCES, METHODS, QUICK, ROWS, U_DEFENCES
 
 from flsplit.client_parts import describe_parts
 
@@ -63,6 +63,18 @@ def test_whether_averaging_leaks_less(tmp_path, last, said):
     assert "can't be told apart" not in text
 
 
+def test_labels_of_a_u_shape(tmp_path):
+    labels = {"u-shape": {"label-simulated": 0.9}, "u-int8": {"label-simulated": 0.8, "up": 2e6}}
+    write_page(tmp_path / "page.md", runs_of("psl", "u-shape", "u-int8", **labels), Size())
+    text = (tmp_path / "page.md").read_text()
+    assert "at the second cut (64 numbers a row) finds 0.50 ± 0.00 of them" in text
+    assert "(SDAR), which looks at no gradient, 0.90 ± 0.00; guessing finds 0.13 ± 0.00" in text
+    first = "91.0 ± 1.0 | {} | 8.0 | 0.800 ± 0.000 | 0.50 ± 0.00 | {} ± 0.00 | 3 |"
+    assert f"| no defence | {first.format('8.0', '0.90')}" in text
+    assert f"| int8 everywhere | {first.format('2.0', '0.80')}" in text
+    assert text.count("int8 everywhere") == 1  # it has a table of its own
+
+
 def test_gaps_are_of_the_same_seeds():
     numbers = Numbers(
         {
@@ -90,6 +102,6 @@ def test_finished_runs_are_read_again(tmp_path):
 
 
 def test_every_row_can_be_made():
-    assert set(QUICK) <= set(ROWS) == set(METHODS) | set(DEFENCES)
+    assert set(QUICK) <= set(ROWS) == set(METHODS) | set(DEFENCES) | set(U_DEFENCES)
     for row in ROWS.values():
         describe_parts(row.parts())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from malicious import hijacking, known_weights, main, simulating
+from malicious import HINDRANCES, hijacking, known_weights, main, simulating
 from spots import images
 from torch.utils.data import TensorDataset
 
@@ -13,6 +13,16 @@ def test_hijacking_is_judged_round_by_round():
     found = hijacking(PRIVATE, PUBLIC, rounds=2, seed=0, steps=2, warm_up=2)
     assert len(found) == 2
     assert all(one < 0.5 for one in found)  # nothing yet, after so few steps
+
+
+@pytest.mark.parametrize("name", ["5 clients", "NoPeek 10", "clip 10, noise 2"])
+def test_hijacking_with_a_hindrance(name):
+    found, plain = (
+        hijacking(images(160, 0, size=28), PUBLIC, rounds=1, seed=0, steps=2, warm_up=2, **one)
+        for one in (HINDRANCES[name], {})
+    )
+    assert len(found) == 1
+    assert found != plain
 
 
 def test_known_weights_are_what_hijacking_is_compared_with():
