@@ -44,6 +44,12 @@ class Split:
     cut: str
     keys: tuple[str, ...]
 
+    @property
+    def crossing(self) -> tuple[str, ...]:
+        """What crosses, in words: each tensor and number, with the batch that was looked at."""
+        passage = vars(self.client)["_cut"].found.passage
+        return tuple(value.what for value in (*passage.values.values(), *passage.reads))
+
     def divide(self, state_dict: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
         """Divide a state dict of the whole model between the segments.
 
