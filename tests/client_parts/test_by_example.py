@@ -6,6 +6,7 @@ from flwr.app import ArrayRecord
 from reference import (
     LR,
     SEED,
+    WrappedGrid,
     assert_bit_equal,
     assert_close,
     epoch_batches,
@@ -136,6 +137,28 @@ def test_rows_in_a_secret_order_are_known_all_the_same(part):
         for parts in ([Shuffle(), part], [part])
     )
     assert_close(whole_of(found), whole_of(plain), 1e-6)
+
+
+def test_differences_tell_the_server_which_example_a_row_is():
+    """As docs/security.md says; what is fed back at the client doesn't."""
+
+    class Wire(WrappedGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = list(self.inner.send_and_receive(messages, timeout=timeout))
+            for one in replies:
+                for name, array in one.content.array_records.get("smashed-data", {}).items():
+                    pieces.setdefault(name.partition("|")[2], []).append(array.numpy())
+            return replies
+
+    for part, known in ((Difference(), {"low", "rows", "step", "steps", "times"}), (LOST, None)):
+        pieces = {}
+        options = {"client_parts": [Shuffle(), part], "rounds": 1, "fraction_evaluate": 0.0}
+        run_split(PSL, plain_net, PARTS, wrap=Wire, **options)
+        assert {*pieces} == (known or {"bits", "numbers"})
+        if known:
+            batches = next(epoch_batches(12, "0", 4))
+            assert [sorted(rows) for rows in pieces["rows"]] == [sorted(rows) for rows in batches]
+            assert [rows.tolist() for rows in pieces["rows"]] != batches  # shuffled they are
 
 
 @pytest.mark.parametrize("part", [LOST, Difference()], ids=lambda one: one.name)
