@@ -60,21 +60,14 @@ class Buffers:
     def __init__(self, module: nn.Module) -> None:
         self._owners = [one._buffers for one in module.modules()]
 
-    def copied(self) -> list[Tensor]:
-        """Return copies of the buffers that are there now, as ``module.buffers()`` has them."""
-        return list(map(torch.clone, self._now()))
-
-    def put(self, values: Iterable[Tensor]) -> None:
-        """Put the buffers back to what :meth:`copied` returned."""
-        put_all(self._now(), values)
-
-    def _now(self) -> Iterable[Tensor]:
+    def __iter__(self) -> Iterator[Tensor]:
+        """Go over the buffers that are there now, as ``module.buffers()`` does."""
         found = {}
         for own in self._owners:
             for buffer in own.values():
                 if buffer is not None:
                     found[id(buffer)] = buffer
-        return found.values()
+        return iter(found.values())
 
 
 class _Detaching(TorchFunctionMode):

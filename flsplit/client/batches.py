@@ -63,10 +63,12 @@ class Examples:
         no nesting of tensors, or don't have one row per example in front.
         """
         read = self._read(indices)
-        pair = self._unpacked(self.unpack, read) if self.unpack else _take_apart(read)
-        if pair is None:
-            raise self._wrong(f"a batch is {_described(read)}, expected (inputs, labels); {_HINT}")
-        inputs, labels = pair
+        if self.unpack:
+            inputs, labels = self._unpacked(self.unpack, read)
+        elif isinstance(read, tuple | list) and len(read) == 2:
+            inputs, labels = read
+        else:
+            inputs, labels = self._from_names(read)
         rows = len(indices)
         for name, tree in (("inputs", inputs), ("labels", labels)):
             if isinstance(tree, Tensor) and tree.ndim and tree.size(0) == rows:
@@ -118,6 +120,14 @@ class Examples:
             raise self._wrong(f"unpack returned {_described(pair)}, expected (inputs, labels)")
         return pair[0], pair[1]
 
+    def _from_names(self, batch: Any) -> tuple[Any, Any]:
+        """Return inputs and labels of a dict with labels, as Hugging Face has them."""
+        is_dict = isinstance(batch, Mapping)
+        names = [name for name in ("labels", "label") if is_dict and name in batch]
+        if len(names) != 1 or len(batch) == 1:
+            raise self._wrong(f"a batch is {_described(batch)}, expected (inputs, labels); {_HINT}")
+        return {k: v for k, v in batch.items() if k != names[0]}, batch[names[0]]
+
     def _check_tensors(self, name: str, tree: Any) -> None:
         leaves = list(leaves_of(tree, whole=PackedSequence))
         if not leaves:
@@ -154,18 +164,6 @@ def refused_keywords(inputs: Mapping[str, Any], client: str, error: Exception) -
         f"the inputs of a batch are {_described(inputs)}, and the model of client {client!r} can't "
         f"take these as keyword arguments ({error}); {_HINT}"
     )
-
-
-def _take_apart(batch: Any) -> tuple[Any, Any] | None:
-    """Return inputs and labels of a pair, or of a dict with labels as Hugging Face has them."""
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    if isinstance(batch, Mapping):
-        names = [name for name in ("labels", "label") if name in batch]
-        if len(names) == 1 and len(batch) > 1:
-            rest = {name: value for name, value in batch.items() if name != names[0]}
-            return rest, batch[names[0]]
-    return None
 
 
 def _fronts(tree: Any) -> Iterator[tuple[str, tuple[int, ...]]]:

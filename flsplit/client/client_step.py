@@ -9,18 +9,20 @@ from torch import Tensor
 
 from flsplit.client.live_client import Client, Pending
 from flsplit.client.state import NO_STEP
+from flsplit.client.tail import withheld
 from flsplit.client_parts.chain import ClientStep
 from flsplit.client_parts.compression import Packed
 from flsplit.cut import Crossing
-from flsplit.cut.smashed import CutGradient, Smashed, detached, fitting, gradients_in, learning_in
+from flsplit.cut.smashed import CutGradient, Smashed, detached, fitting, learning_in
 from flsplit.errors import NonFiniteError, ProtocolError, located
 from flsplit.finite import all_finite, clip_gradients
 from flsplit.message.fields import WHOLE
-from flsplit.message.request import Backward
+from flsplit.message.request import Backward, Batch
 from flsplit.message.steps import FinishReply, FinishRequest, StepReply, StepRequest
 from flsplit.message.u_shape import TailReply, TailRequest
 from flsplit.nested import num_rows, shapes_of, to_device
 from flsplit.seeds import derive_seed, seeded
+from flsplit.untrained import put_all
 
 
 def take_step(client: Client, request: StepRequest) -> StepReply:
@@ -31,7 +33,8 @@ def take_step(client: Client, request: StepRequest) -> StepReply:
     client.check_round(request.server_round)
     if request.backward:
         backward(client, request.backward)
-    smashed, labels = forward(client, request.step)
+    pending = forward(client, request.step)
+    smashed, labels = pending.leaving
     return StepReply(
         client=client.name,
         server_round=request.server_round,
@@ -42,7 +45,7 @@ def take_step(client: Client, request: StepRequest) -> StepReply:
         num_steps=client.num_steps,
         seconds=time.perf_counter() - started,
         traces=client.untold([smashed]) if isinstance(smashed, Crossing) else None,
-        frozen=not (learning_in(smashed) or client.tail) and bool(num_rows(labels)),
+        frozen=not (pending.learning or client.tail) and bool(num_rows(labels)),
         steps_before=client.steps_before,
     )
 
@@ -108,11 +111,10 @@ def finish_round(client: Client, request: FinishRequest) -> FinishReply:
     )
 
 
-def forward(client: Client, step: int, place: str | None = WHOLE) -> tuple[Smashed, Any]:
-    """Return the smashed data ``(b, ...)`` and labels ``(b, ...)`` of ``step``.
+def forward(client: Client, step: int, place: str | None = WHOLE) -> Pending:
+    """Compute the smashed data of ``step``, whose gradient is awaited then.
 
-    Both are empty in a step that the client sits out. The smashed data is detached, but says
-    whether it needs a gradient. ``place`` is its place in the answer, None if it stays here.
+    ``place`` is its place in the answer, None if it stays here.
 
     ProtocolError if ``step`` is not the next one. DataError, SegmentMismatchError or NonFiniteError
     if the batch can't be computed.
@@ -129,7 +131,7 @@ def forward(client: Client, step: int, place: str | None = WHOLE) -> tuple[Smash
     memory.pending, memory.tail = step, {}
     for name, packed in pending.packed.items():
         client.packed[f"{place}:{name}" if name else str(place)] = packed
-    return detached(pending.smashed), client.leaving(pending.labels)
+    return pending
 
 
 def backward(client: Client, request: Backward) -> None:
@@ -170,9 +172,10 @@ def _compute(client: Client, step: int, *, sent: bool = True) -> Pending:
     plan, parts = client.plan, client.parts
     indices, drawn = client.order.batch(plan, step, client.memory.drawn)
     if not indices:
-        return Pending(step, torch.empty(0), None, torch.empty(0, dtype=torch.int64), [], drawn)
+        none, no_labels = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        return Pending(step, none, [], (none, no_labels), None, no_labels, [], drawn)
     seed = derive_seed(plan.seed, "client", client.name, plan.server_round, step)
-    buffers = client.first.buffers.copied()
+    buffers = list(map(torch.clone, client.first.buffers))
     if not client.first.trains:
         client.first.train()
     loss, packed, rows = None, dict[str, Packed](), None
@@ -186,16 +189,18 @@ def _compute(client: Client, step: int, *, sent: bool = True) -> Pending:
                 leaving = smashed.values if isinstance(smashed, Crossing) else smashed
                 loss = parts.loss(at, to_device(inputs, client.device), leaving, labels)
                 smashed, inputs, labels, rows = parts.shuffled(at, smashed, inputs, labels, indices)
-        _check_smashed(client, smashed, step)
+        learning = learning_in(smashed)
+        _check_smashed(client, smashed, learning, step)
         if rows is not None and sent:
             packed = parts.pack(smashed, rows)
     except Exception:
-        client.first.buffers.put(buffers)
+        put_all(client.first.buffers, buffers)
         # A part may have remembered something of a step that never happened.
         parts.load(client.memory.parts)
         raise
     kept = inputs if client.tail else None  # their shapes tell the way that forward takes
-    return Pending(step, smashed, kept, labels, buffers, drawn, loss, packed, rows)
+    goes: Batch = detached(smashed), withheld(labels) if client.tail else labels
+    return Pending(step, smashed, learning, goes, kept, labels, buffers, drawn, loss, packed, rows)
 
 
 def _part_step(client: Client, step: int) -> ClientStep:
@@ -204,8 +209,12 @@ def _part_step(client: Client, step: int) -> ClientStep:
 
 
 def _update(client: Client, pending: Pending, gradient: CutGradient) -> None:
-    _check_gradient(client, pending, gradient)
-    wanted, tail, stays = learning_in(pending.smashed), client.tail, client.memory.tail
+    wanted, tail, stays = pending.learning, client.tail, client.memory.tail
+    given = fitting(gradient, pending.smashed)
+    if given is None:
+        raise _misshapen(client, pending, gradient)
+    if not all(map(all_finite, given)):
+        raise _not_finite(client, f"cut-layer gradient of step {pending.step}")
     if client.optimizer is None or not (wanted or tail):
         return
     if tail and not stays:
@@ -213,19 +222,12 @@ def _update(client: Client, pending: Pending, gradient: CutGradient) -> None:
             f"the cut-layer gradient of step {pending.step} came before the outputs (client "
             f"{client.name!r})"
         )
-    if not wanted:  # the first layers have nothing to learn
-        gradient = {}
-    elif isinstance(gradient, Tensor):
-        gradient = gradient.to(wanted[0])
-    else:
-        gradient = {
-            name: gradient[name].to(value) for name, value in zip(gradient, wanted, strict=True)
-        }
+    # None where the first layers have nothing to learn.
+    gradients: list[Any] = list(map(Tensor.to, given, wanted))
     if client.parts.parts:
-        gradient = client.parts.cut_gradient(_part_step(client, pending.step), gradient)
+        gradients = client.parts.cut_gradients(_part_step(client, pending.step), gradients)
     client.optimizer.zero_grad()
-    outputs: list[Tensor] = list(wanted)
-    gradients: list[Tensor | None] = list(gradients_in(gradient))
+    outputs = wanted
     if pending.loss is not None:
         outputs, gradients = [*outputs, pending.loss], [*gradients, None]
     if tail:
@@ -242,25 +244,20 @@ def _update(client: Client, pending: Pending, gradient: CutGradient) -> None:
     client.optimizer.step()
 
 
-def _check_smashed(client: Client, smashed: Smashed, step: int) -> None:
+def _check_smashed(client: Client, smashed: Smashed, learning: list[Tensor], step: int) -> None:
     # A mask that crosses may be -inf on purpose.
-    computed = [smashed] if isinstance(smashed, Tensor) else learning_in(smashed)
-    if not all(map(all_finite, computed)):
+    if not all(map(all_finite, [smashed] if isinstance(smashed, Tensor) else learning)):
         raise _not_finite(client, f"smashed data of step {step}")
 
 
-def _check_gradient(client: Client, pending: Pending, gradient: CutGradient) -> None:
-    tensors, smashed = fitting(gradient, pending.smashed), pending.smashed
-    if tensors is None:
-        wanted: Any = smashed
-        if isinstance(smashed, Crossing):
-            wanted = {name: smashed.values[name] for name in smashed.learning}
-        raise ProtocolError(
-            f"cut-gradient has shape {shapes_of(gradient)}, the smashed data of step "
-            f"{pending.step} {shapes_of(wanted)} (client {client.name!r})"
-        )
-    if not all(map(all_finite, tensors)):
-        raise _not_finite(client, f"cut-layer gradient of step {pending.step}")
+def _misshapen(client: Client, pending: Pending, gradient: CutGradient) -> ProtocolError:
+    wanted: Any = pending.smashed
+    if isinstance(wanted, Crossing):
+        wanted = {name: wanted.values[name] for name in wanted.learning}
+    return ProtocolError(
+        f"cut-gradient has shape {shapes_of(gradient)}, the smashed data of step "
+        f"{pending.step} {shapes_of(wanted)} (client {client.name!r})"
+    )
 
 
 def _check_gradients(client: Client, step: int) -> None:

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from flsplit.client.batches import Examples
 from flsplit.client.loaders import read_loader
 from flsplit.client.spec import ClientSpec, Unpack, client_name
-from flsplit.errors import DataError
+from flsplit.errors import DataError, FlsplitError
 from flsplit.log import warn_once
+from flsplit.message.raised import reason_of
 from flsplit.message.round_plan import RoundPlan
 
 _EXPECTED = (
@@ -32,9 +33,15 @@ class ClientData:
     def load(cls, spec: ClientSpec, context: Context) -> "ClientData":
         """Call the user's ``data`` function and take what it returns.
 
-        DataError if it returns neither a data set (or DataLoader) nor a pair of them.
+        DataError if it raises, or returns neither a data set (or DataLoader) nor a pair of them.
         """
-        loaded, client = spec.data(context), client_name(context)
+        client = client_name(context)
+        try:
+            loaded = spec.data(context)
+        except FlsplitError:
+            raise
+        except Exception as error:
+            raise DataError(f"data raised {reason_of(error)}") from error
         train, test = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (loaded, None)
         why = _why_not(train, spec.unpack)
         nothing = test is None or (isinstance(test, list) and not test)

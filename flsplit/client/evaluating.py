@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from flsplit.client.live_client import Client
+from flsplit.client.tail import withheld
 from flsplit.cut.smashed import Smashed
 from flsplit.errors import DataError, ProtocolError
 from flsplit.message.evaluate import EvaluateReply, EvaluateRequest
@@ -36,7 +37,7 @@ def evaluate_batch(client: Client, request: EvaluateRequest) -> EvaluateReply:
         smashed, inputs, labels = _run(client, request.batch, rows)
         if client.tail:
             client.last_test = request.batch, request.batch_size, smashed, inputs, labels
-        labels = client.leaving(labels)
+            labels = withheld(labels)
     return EvaluateReply(
         client=client.name,
         server_round=request.server_round,

@@ -85,7 +85,8 @@ def through_mods(client: Client, message: Message, reply: Reply) -> Reply:
         if isinstance(reply, FinishReply):
             warn_once(run, f"{names}: no client segment is handed over in this round; {_REST}")
         return reply
-    start, trained = client.given, {name: reply.segment[name] for name in client.given}
+    start = client.memory.given
+    trained = {name: reply.segment[name] for name in start}
     if not start:  # all of it is frozen
         return replace(reply, clipped=False)
     warn_once(run, f"{names}: only the client segment's parameters are edited; {_REST}")

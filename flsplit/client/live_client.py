@@ -1,11 +1,10 @@
 """One client: what is built of it, what it remembers, and the round that it is in."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from flsplit.client.data import ClientData
 from flsplit.client.first_layers import FirstLayers
 from flsplit.client.order import Order, begun_anew, steps_per_round
 from flsplit.client.spec import ClientSpec, client_name, pick_device
-from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
+from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState, own_tensors, put_tensors
 from flsplit.client.tail import Tail
 from flsplit.client_parts.chain import PartChain
 from flsplit.client_parts.compression import Packed
@@ -26,12 +25,11 @@ from flsplit.message.arrays import check_like
 from flsplit.message.crossings import MOST_TRACES
 from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
 from flsplit.message.packing import unpacked
-from flsplit.message.request import SegmentArrays
+from flsplit.message.request import Batch, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
-from flsplit.nested import num_rows
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
-from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put
+from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put_all
 
 
 @dataclass
@@ -40,6 +38,8 @@ class Pending:
 
     step: int
     smashed: Smashed
+    learning: list[Tensor]  # what of it needs a gradient
+    leaving: Batch  # the same without graph, and the labels that go with it
     inputs: Any
     labels: Any
     buffers: list[Tensor]  # as they were before the forward pass
@@ -118,7 +118,7 @@ class Client:
 
     def state(self) -> ClientState:
         """Return a view of the client between two messages."""
-        self.memory.segment = {k: v.detach() for k, v in self._tensors()}
+        self.memory.segment = own_tensors(self.segment)
         if self.pending and self.pending.buffers:
             names = [name for name, _ in self.segment.named_buffers()]
             self.memory.segment |= zip(names, self.pending.buffers, strict=True)
@@ -128,7 +128,7 @@ class Client:
 
     def load(self, state: ClientState) -> None:
         """Go on from ``state``."""
-        self._load_tensors(state.segment, what="the stored client segment")
+        put_tensors(self.segment, state.segment, what="the stored client segment")
         set_state(self.optimizer, state.optimizer)
         self.memory, self.pending = state, None
         if state.plan and state.num_examples:  # else the round could not begin
@@ -140,17 +140,6 @@ class Client:
                 state.auxiliary.plan, self.spec, self.device, self.split_anew
             )
             self.auxiliary.load(state.auxiliary)
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.segment.named_parameters()
-        yield from self.segment.named_buffers()
-
-    @torch.no_grad()
-    def _load_tensors(self, tensors: dict[str, Tensor], what: str) -> None:
-        own = dict(self._tensors())
-        free = names_of_buffers(self.segment)
-        for name, tensor in check_like(tensors, own, what=what, free=free).items():
-            put(own[name], tensor)
 
     # --- a round -------------------------------------------------------------------------
 
@@ -244,11 +233,6 @@ class Client:
             named = self.segment.named_parameters(remove_duplicate=False)
             self.memory.given = {name: given[name] for name, p in named if p.requires_grad}
 
-    @property
-    def given(self) -> dict[str, Tensor]:
-        """Trainable parameters as the server gave them last; kept for privacy mods alone."""
-        return self.memory.given
-
     def handed_over(self) -> dict[str, Tensor]:
         """Return the client segment as it is handed over: without what never changes."""
         state = self.segment.state_dict()
@@ -283,10 +267,6 @@ class Client:
                 f"{self.plan.server_round}"
             )
 
-    def leaving(self, labels: Any) -> Any:
-        """Return the labels that are sent: none ``(b, 0)`` if the last layers are here."""
-        return torch.empty(num_rows(labels), 0) if self.tail else labels
-
     def untold(self, smashed: Iterable[Smashed]) -> dict[str, Trace] | None:
         """Return the traces, if any, of what crosses that were not sent in this round yet."""
         told, found = list(self.memory.told), {}
@@ -309,6 +289,6 @@ class Client:
         """Be as before the pending forward pass, which is computed again if its gradient comes."""
         if self.pending:
             if self.pending.buffers:
-                self.first.buffers.put(self.pending.buffers)
+                put_all(self.first.buffers, self.pending.buffers)
             self.parts.load(self.memory.parts)
         self.pending = None

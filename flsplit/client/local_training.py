@@ -32,13 +32,13 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
     rows: list[int] = []
     own, emulating = Activations(), Activations()
     if request.peek:
-        smashed, labels = forward(client, request.step, str(request.step))
+        smashed, labels = forward(client, request.step, str(request.step)).leaving
         rows.append(num_rows(labels))
         if request.step in wanted:
             uploads[request.step] = smashed, labels
     for step in range(request.step, end):
         with measuring_activations(own, client.segment, active=step == 0):
-            smashed, labels = forward(client, step, str(step) if step in wanted else None)
+            smashed, labels = forward(client, step, str(step) if step in wanted else None).leaving
         gradient = None
         if num_rows(labels):  # else the client sits this step out
             with measuring_activations(emulating, auxiliary.module, active=step == 0):

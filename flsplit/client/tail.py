@@ -14,10 +14,15 @@ from flsplit.cut.halves import ClientHalf
 from flsplit.cut.smashed import Smashed
 from flsplit.errors import NonFiniteError, SegmentMismatchError
 from flsplit.losses import Count, Criterion
-from flsplit.nested import as_arguments, to_device
+from flsplit.nested import as_arguments, num_rows, to_device
 from flsplit.untrained import put
 
 _GRADIENT, _KEPT, _BUFFER = "gradient:", "kept:", "buffer:"
+
+
+def withheld(labels: Any) -> Tensor:
+    """Return what is sent in the place of labels that stay here: none ``(b, 0)``."""
+    return torch.empty(num_rows(labels), 0)
 
 
 class Tail:

@@ -80,11 +80,9 @@ class PartChain:
         }
         return replace(smashed, values=values)
 
-    def cut_gradient(self, step: ClientStep, gradient: CutGradient) -> CutGradient:
-        """Return the gradient to back-propagate; of several values by their names."""
-        if isinstance(gradient, Tensor):
-            return self._edited("cut_gradient", step, gradient)
-        return {name: self._edited("cut_gradient", step, one) for name, one in gradient.items()}
+    def cut_gradients(self, step: ClientStep, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Return the cut-layer gradients to back-propagate, of each value that needs one."""
+        return [self._edited("cut_gradient", step, one) for one in gradients]
 
     def loss(self, step: ClientStep, inputs: Any, smashed: Any, labels: Any) -> Tensor | None:
         """Return the sum of the parts' terms, None if there are none."""

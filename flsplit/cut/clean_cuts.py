@@ -1,9 +1,11 @@
 """Cuts after which a single tensor crosses."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from flsplit.cut.cut_errors import CutError, listed
 from flsplit.cut.survey import Call, Passage, State, Survey, Value
 from flsplit.cut.whose_state import sides, spans
 
@@ -56,10 +58,26 @@ def nearest(survey: Survey, call: Call) -> str:
     return "No single tensor crosses anywhere near it"
 
 
+def shared_inputs(model: nn.Module, share: str | Iterable[str]) -> frozenset[str]:
+    """Return the names of the inputs that may be sent.
+
+    CutError if one is no argument of the model's forward, which may take any: then none is.
+    """
+    names = frozenset([share] if isinstance(share, str) else share)
+    known = inspect.signature(model.forward).parameters if names else {}
+    anything = any(one.kind is one.VAR_KEYWORD for one in known.values())
+    if not anything and (unknown := sorted(names - known.keys())):
+        raise CutError(
+            f"share has {listed(unknown)}, but the inputs of {type(model).__name__} are "
+            f"{listed(list(known))}"
+        )
+    return names
+
+
 def unshared(survey: Survey, call: Call, passage: Passage, share: frozenset[str]) -> list[Value]:
     """Return what crosses and is made of inputs alone that may not leave the client."""
     # The layer's own output was named by the user: it may cross even if nothing was learnt yet.
-    own = [id(value) for value in survey.values_in(call.returned)]
+    own = [id(value) for value in survey.values_of(call.returned)]
     return [
         value
         for value in [*passage.values.values(), *passage.reads]

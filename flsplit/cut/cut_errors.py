@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from flsplit.errors import FlsplitError
 
+GIVE_AN_EXAMPLE = "give split() an example of the model's input, or a strategy: example=…"
+
 
 class CutError(FlsplitError, ValueError):
     """A model can't be cut as asked. Base class of everything that `flsplit.cut` raises."""

@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flsplit.cut.cut_errors import CrossingError, CutError, ExampleError, check_keys
+from flsplit.cut.cut_errors import (
+    GIVE_AN_EXAMPLE,
+    CrossingError,
+    CutError,
+    ExampleError,
+    check_keys,
+)
 from flsplit.cut.examples import NEEDS_VALUES, Row, needs_values, with_values
-from flsplit.cut.look import Look, fresh, look, undisturbed
+from flsplit.cut.look import Look, free_copies, fresh, look, undisturbed
 from flsplit.cut.partial_forward import eager, instrument, place_of, places_of
 from flsplit.cut.plain_chain import PlainChain
 from flsplit.cut.remembering import remembered
@@ -182,9 +188,13 @@ class ClientHalf(Half):
         if item is None or known[0].kept:
             return self.crossing(*args, **kwargs)
         chain: PlainChain | None = own["_chain"]
-        if chain and len(args) == 1 and not kwargs and chain.plain:
-            return tensor_at(item, chain.to_cut(args[0]))
-        return tensor_at(item, run_to_layer(self._watched(), own["_cut"].name, args, kwargs))
+        sides = chain.sides() if chain and len(args) == 1 and not kwargs else None
+        if sides is None:
+            return tensor_at(item, run_to_layer(self._watched(), own["_cut"].name, args, kwargs))
+        (value,) = args
+        for module in sides[0]:
+            value = module(value)
+        return tensor_at(item, value)
 
     def returning(
         self, given: Tensor, head: Tensor | Crossing, args: Any, kwargs: Mapping[str, Any]
@@ -268,9 +278,10 @@ class ClientHalf(Half):
             if missing:
                 raise CutError(
                     f"with such a batch, the client segment of a cut at {cut.name!r} needs "
-                    f"{missing[0]!r}, which was found to be the server's: give split() an example"
+                    f"{missing[0]!r}, which was found to be the server's: {GIVE_AN_EXAMPLE}"
                 )
             verify(model, cut.name, found, args, kwargs)
+            free_copies(model)
             return found
 
         known: tuple[Passage, ...] = own["_passages"].get(key, ())
@@ -355,8 +366,12 @@ class ServerHalf(Half):
         own = vars(self)
         if isinstance(given, Tensor):
             derived = self._trace_for(given)
-            if derived.is_loop and not extra and own["_chain"].plain:
-                return own["_chain"].from_cut(given.clone())
+            sides = own["_chain"].sides() if derived.is_loop and not extra else None
+            if sides is not None:
+                value = given.clone()
+                for module in sides[1]:
+                    value = module(value)
+                return value
             given = Crossing({derived.name: given}, derived.trace)
         whole, name = self._watched(), own["_cut"].name
         with eager() if own["_cut"].compiled else nullcontext():
@@ -400,7 +415,7 @@ class ServerHalf(Half):
             raise ExampleError(
                 f"smashed data of shape {tuple(given.shape)} came, and "
                 f"{'several inputs give' if fitting else 'no input was found that gives'} such "
-                f"data at {cut.name!r}: give split() an example of the model's input"
+                f"data at {cut.name!r}: {GIVE_AN_EXAMPLE}"
             )
         return next(iter(fitting.values()))
 

@@ -1,8 +1,10 @@
 """Looks at a model with one batch before it is split: what crosses, and whose its state is."""
 
 import copy
+import ctypes
 import difflib
 import gc
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,9 +72,14 @@ def look(
 
 
 def free_copies(model: nn.Module) -> None:
-    """Free copies of a large model now: what ran is in circles of references for a while."""
+    """Free copies of a large model now: what ran is in circles of references for a while.
+
+    And give the memory back: glibc keeps all pieces below 32 MiB, an activation each.
+    """
     if sum(parameter.nbytes for parameter in model.parameters()) > _LARGE:
         gc.collect()
+        if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            trim(0)
 
 
 def _look(
@@ -86,6 +93,7 @@ def _look(
     with undisturbed(args, kwargs):
         ghost = plain_copy(model)
         once = Survey(ghost, *fresh(args, kwargs))
+        free_copies(model)
         for _ in range(_TRIES):
             survey = Survey(ghost, *fresh(args, kwargs), before=once)
             call = call_at(survey, model, first)
@@ -161,7 +169,7 @@ def _check_tail(survey: Survey, model: nn.Module, call: Call, end: Call, passage
     # What depends on nothing but shapes is the same at the client.
     late = [value for value in passage.tail.reads if value.made >= call.reached]
     reads = [value for value in late if value.inputs or value.learnt]
-    returned = survey.values_in(end.returned)
+    returned = survey.values_of(end.returned)
     found = [n for n, value in enumerate(returned) if any(value is one for one in back.values())]
     if len(back) != 1 or not found or reads:
         kinds = [value.what for value in (*back.values(), *reads)]
@@ -281,8 +289,8 @@ def _check_values(
         names = ", ".join(map(repr, sorted(value.inputs - share)))
         raise CrossingError(
             f"after {cut!r} the server needs {value.what}{shape}, which is made of the input "
-            f"{names} alone: cut elsewhere, or allow it with share=({names},). "
-            f"{nearest(survey, call)}"
+            f"{names} alone: cut elsewhere, or allow it with share=({names},), in client_app and "
+            f"in the strategy. {nearest(survey, call)}"
         )
 
 

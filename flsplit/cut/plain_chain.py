@@ -31,12 +31,16 @@ class PlainChain:
             if type(one) is not nn.Identity  # calls nothing, so it is in no trace
         ]
 
-    @property
-    def plain(self) -> bool:
-        """Whether a loop does what the modules do: anybody may add a hook at any time."""
-        if not self._of_sequentials:
-            return False
-        for module, _ in self._levels:
+    def sides(self) -> tuple[list[nn.Module], list[nn.Module]] | None:
+        """Return what to call one after the other, up to the cut and from it.
+
+        None where that isn't what the modules do: anybody may add a hook at any time.
+        """
+        if not self._of_sequentials or has_any_global_hook():  # type: ignore[no-untyped-call]
+            return None
+        before: list[Any] = []
+        after: list[Any] = []
+        for module, place in self._levels:
             if (
                 module._forward_hooks
                 or module._forward_pre_hooks
@@ -44,28 +48,15 @@ class PlainChain:
                 or module._backward_pre_hooks
                 or "forward" in vars(module)
             ):
-                return False
-        return not has_any_global_hook()  # type: ignore[no-untyped-call]
+                return None
+            children = list(module._modules.values())
+            before += children[:place]
+            after = children[place + 1 :] + after
+        return [*before, children[place]], after
 
     def is_all_of(self, trace: Trace) -> bool:
         """Tell whether nothing that these modules did was needed later, but their output."""
         return [name for name, _ in trace.calls[1:]] == self._calls
-
-    def to_cut(self, value: Any) -> Any:
-        """Return what the cut layer returns for the model's input."""
-        for module, place in self._levels:
-            children: Any = list(module._modules.values())
-            for child in children[:place]:
-                value = child(value)
-        return children[place](value)
-
-    def from_cut(self, value: Any) -> Any:
-        """Return the model's output for what the cut layer returned."""
-        for module, place in reversed(self._levels):
-            children: Any = list(module._modules.values())
-            for child in children[place + 1 :]:
-                value = child(value)
-        return value
 
 
 def _children(module: nn.Module) -> list[nn.Module]:

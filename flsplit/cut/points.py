@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from flsplit.cut.clean_cuts import clean
+from flsplit.cut.clean_cuts import clean, shared_inputs
 from flsplit.cut.cut_errors import CutError
 from flsplit.cut.flops import BATCH, CountedSurvey
 from flsplit.cut.survey import Call, Value
@@ -115,7 +115,7 @@ def cuts(
         raise CutError(f"{type(model).__name__} has lazy parameters: run it on one batch first")
     args, kwargs, rows = _batch(model, example_input)
     survey = CountedSurvey(model, args, kwargs)
-    found = clean(survey, frozenset(share), several=several)
+    found = clean(survey, shared_inputs(model, share), several=several)
     points = [_cut_point(survey, rows, call, values) for call, values in found]
     return [point for point in points if point is not None]
 

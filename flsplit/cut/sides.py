@@ -64,9 +64,12 @@ def _ghost(tensor: Tensor) -> Tensor:
 
 
 def filled(side: nn.Module, device: torch.device) -> nn.Module:
-    """Return a whole model: a copy, with made-up weights where one side has none."""
+    """Return a whole model that shares a side's parameters, with made-up weights for the other's.
+
+    Buffers are copies.
+    """
     numbers = torch.Generator().manual_seed(0)
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in side.parameters()}
     for module in side.modules():
         for name in vars(module).get(AWAY, ()):
             value = vars(module)[name]

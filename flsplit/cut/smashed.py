@@ -97,7 +97,7 @@ def fitting(gradient: object, smashed: Smashed) -> list[Tensor] | None:
     tensors = {name: one for name, one in gradient.items() if isinstance(one, Tensor)}
     learning = {name: smashed.values[name].shape for name in smashed.learning}
     fits = learning == {name: one.shape for name, one in tensors.items()}
-    return list(tensors.values()) if fits else None
+    return [tensors[name] for name in learning] if fits else None
 
 
 def value_by_value(

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from flsplit.cut.cut_errors import CutError, ExampleError, check_keys, listed
+from flsplit.cut.clean_cuts import shared_inputs
+from flsplit.cut.cut_errors import GIVE_AN_EXAMPLE, CutError, ExampleError, check_keys, listed
 from flsplit.cut.examples import NEEDS_VALUES, ROWS, likely_rows, needs_values, with_values
 from flsplit.cut.halves import ClientHalf, Cut, ServerHalf, batch_key
-from flsplit.cut.look import Look, find_layer, look
+from flsplit.cut.look import Look, find_layer, free_copies, look
 from flsplit.cut.partial_forward import is_compiled, places_of
 from flsplit.cut.remembering import fingerprint, remembered
 from flsplit.cut.sides import one_side, without_data
@@ -42,6 +43,12 @@ class Split:
     server: ServerHalf
     cut: str
     keys: tuple[str, ...]
+
+    @property
+    def crossing(self) -> tuple[str, ...]:
+        """What crosses, in words: each tensor and number, with the batch that was looked at."""
+        passage = vars(self.client)["_cut"].found.passage
+        return tuple(value.what for value in (*passage.values.values(), *passage.reads))
 
     def divide(self, state_dict: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
         """Divide a state dict of the whole model between the segments.
@@ -144,7 +151,7 @@ def split(
         find_layer(model, place)
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise CutError(f"{type(model).__name__} has lazy parameters: run it on one batch first")
-    allowed = frozenset([share] if isinstance(share, str) else share)
+    allowed = shared_inputs(model, share)
     key, alive = fingerprint(model)
     key = (*key, cut, allowed)
     if example is None:
@@ -182,6 +189,7 @@ def _look_and_verify(
 ) -> Look:
     found = look(model, cut, args, kwargs, share)
     verify(model, cut, found, args, kwargs)
+    free_copies(model)
     return found
 
 
@@ -213,5 +221,5 @@ def _look_without_example(model: nn.Module, cut: str, share: frozenset[str]) -> 
             reasons.append(f"{tuple(batch.shape)}: {type(error).__name__}: {error}")
     raise ExampleError(
         f"{type(model).__name__} has to be run once to be cut, and no input was found that it "
-        f"takes: give split() an example. The first tried: {reasons[0] if reasons else 'none'}"
+        f"takes: {GIVE_AN_EXAMPLE}. The first tried: {reasons[0] if reasons else 'none'}"
     )

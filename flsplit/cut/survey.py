@@ -2,9 +2,11 @@
 
 import inspect
 import random
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -49,9 +51,9 @@ class Call:
     start: int
     around: tuple["Call", ...]
     inside_torch: bool  # in one of torch's own layers, which call their parts as they like
-    output: "Written | None" = None  # of forward
+    output: "Written | None" = None  # of forward, if it can be part of a trace
     end: int = 0
-    returned: Any = None  # after the hooks, which belong to the module's side
+    returned: list[int] = field(default_factory=list)  # after the hooks, which are of its side
     reached: int = 0
     drawn: bool = False  # whether Python or NumPy had drawn a random number by then
     grad: bool = True  # whether gradients were recorded as at the start
@@ -68,16 +70,45 @@ class State:
     uses: list[int] = field(default_factory=list)
 
 
+class Numbers:
+    """Numbers tensors without holding them, so that a survey takes no more memory than a forward.
+
+    An id is soon another tensor's, a number never is.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[int, weakref.ref[Tensor]]] = {}
+        self._count = count(1)
+
+    def of(self, tensor: Tensor) -> int:
+        """Return a tensor's number, a new one if it has none."""
+        number = self.known(tensor)
+        if not number:
+            forget, place = self._known.pop, id(tensor)
+            number = next(self._count)
+            self._known[place] = number, weakref.ref(tensor, lambda _: forget(place, None))
+        return number
+
+    def known(self, tensor: Tensor) -> int:
+        """Return a tensor's number, 0 if it has none."""
+        return self._known.get(id(tensor), (0,))[0]
+
+    def alive(self) -> list[tuple[int, Tensor]]:
+        """Return the tensors that are still there, with their numbers."""
+        found = [(number, tensor()) for number, tensor in [*self._known.values()]]
+        return [(number, tensor) for number, tensor in found if tensor is not None]
+
+
 @dataclass(frozen=True)
 class Written:
-    """One call and what it returned: a tree for a `Trace`, and the ids of its new tensors."""
+    """One call and what it returned: a tree for a `Trace`, and its new tensors' numbers."""
 
     name: str
     tree: Any
     made: list[int]  # 0: one of its arguments
 
     @classmethod
-    def of(cls, name: str, ins: list[Tensor], output: Any) -> "Written":
+    def of(cls, name: str, ins: list[Tensor], output: Any, numbers: Numbers) -> "Written":
         """Describe a call as `Recording` does."""
         made: list[int] = []
         known = {id(t): i for i, t in enumerate(ins)}
@@ -85,7 +116,7 @@ class Written:
         def described(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            made.append(0 if id(leaf) in known else id(leaf))
+            made.append(0 if id(leaf) in known else numbers.of(leaf))
             return Same(known[id(leaf)]) if id(leaf) in known else Spec.of(leaf)
 
         return cls(name, map_tree(described, output), made)
@@ -130,8 +161,8 @@ class _Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class Survey(TorchFunctionMode, PartialForward):
     """One forward of a copied model, with all that it does written down.
 
-    The copy is changed for good. Of the same copy's forward ``before`` nothing may be used in this
-    one.
+    The copy is changed for good. Of what the same copy's forward ``before`` has ``left`` nothing
+    may be used in this one.
     """
 
     watches = True
@@ -144,7 +175,7 @@ class Survey(TorchFunctionMode, PartialForward):
         if before is None:
             instrument(model, None)
         self.model = model
-        self._before = before._values if before else {}
+        self._before = before.left() if before else {}
         self.state: dict[int, State] = {}
         for name, t in [
             *model.named_parameters(remove_duplicate=False),
@@ -155,15 +186,16 @@ class Survey(TorchFunctionMode, PartialForward):
         self.reads: list[Value] = []
         self._asked: list[tuple[Value, int, frozenset[str]]] = []  # when, and in which modules
         self._written: list[Written] = []
-        self._values: dict[int, tuple[Value, Tensor]] = {}  # the tensor is held: its id stays
+        self._numbers = Numbers()
+        self._values: dict[int, Value] = {}  # by the tensor's number
         self._open: list[Call] = []
         self._random = _drawn()
         attributes = _attributes(model)
         self._write("the inputs", (), (args, dict(kwargs)))
         self._name_inputs(args, kwargs)
         with eager(), self, _Beneath(self):
-            self.output = self.run(model, args, kwargs)
-        self._use(self.output)
+            output = self.run(model, args, kwargs)
+        self._use(output)
         names = {name for state in self.state.values() for name in state.names}
         for name, _ in model.named_buffers():
             if name not in names:
@@ -185,7 +217,7 @@ class Survey(TorchFunctionMode, PartialForward):
             variadic = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             for label, part in tree.items() if variadic else [(name, tree)]:
                 for t in tensors_in(part):
-                    value, _ = self._values[id(t)]
+                    value = self._values[self._numbers.of(t)]
                     value.inputs, value.what = frozenset([label]), f"the input {label!r}"
 
     # --- watching ------------------------------------------------------------------------
@@ -197,7 +229,7 @@ class Survey(TorchFunctionMode, PartialForward):
             self._use((args, kwargs))
         elif name in ASKS_SIZES | LIKES and not is_of_rows(name, args):
             around = frozenset(call.name for call in self._open)
-            asked = self.values_in((args, kwargs))
+            asked = self.values_of(list(map(self._numbers.known, tensors_in((args, kwargs)))))
             self._asked += [(value, len(self._written), around) for value in asked]
         output = func(*args, **kwargs)
         self._write(name, (args, kwargs), output)
@@ -223,8 +255,10 @@ class Survey(TorchFunctionMode, PartialForward):
         finally:
             self._open.pop()
         with Unseen():
-            call.output = Written.of(stub.as_call, ins, output)
-        call.returned = output
+            written = Written.of(stub.as_call, ins, output, self._numbers)
+        if can_be_sent(written.tree):  # other objects may hold tensors
+            call.output = written
+        call.returned = self._numbers_in(output)
         call.end = call.reached = len(self._written)
         self.calls.append(call)
         return output
@@ -233,16 +267,19 @@ class Survey(TorchFunctionMode, PartialForward):
         """Be told that a module returned, and its hooks."""
         call = next((c for c in reversed(self.calls) if c.name == name), None)
         if call:
-            call.reached, call.returned = len(self._written), output
+            call.reached, call.returned = len(self._written), self._numbers_in(output)
             call.drawn, call.grad = _drawn() != self._random, torch.is_grad_enabled() == self._grad
+
+    def _numbers_in(self, tree: Any) -> list[int]:
+        return [self._numbers.of(t) for t in tensors_in(tree)]
 
     def _use(self, tree: Any) -> None:
         now = len(self._written)
         for t in map(bare, tensors_in(tree)):
             if state := self.state.get(id(t)):
                 state.uses.append(now)
-            elif id(t) in self._values:
-                self._values[id(t)][0].uses.append(now)
+            elif value := self._values.get(self._numbers.known(t)):
+                value.uses.append(now)
             elif id(t) in self._before and self._before[id(t)][0].inputs:
                 raise CrossingError(
                     f"forward keeps a value {self._before[id(t)][0].what} from one batch for the "
@@ -258,11 +295,11 @@ class Survey(TorchFunctionMode, PartialForward):
             self.reads.append(self._value(f"{name}() = {str(output)[:40]}", None, ins))
         for t in outs:
             if id(t) not in known:
-                self._values[id(t)] = self._value("made", Spec.of(t), ins), t
-        self._written.append(Written.of(name, ins, output))
+                self._values[self._numbers.of(t)] = self._value("made", Spec.of(t), ins)
+        self._written.append(Written.of(name, ins, output, self._numbers))
 
     def _value(self, verb: str, spec: Spec | None, ins: list[Tensor]) -> Value:
-        sources = [self._values[i][0] for i in map(id, ins) if i in self._values]
+        sources = self.values_of([self._numbers.known(t) for t in ins])
         learnt = any(id(t) in self.state for t in ins) or any(v.learnt for v in sources)
         inputs = frozenset[str]().union(*(v.inputs for v in sources))
         where = f"in {self._open[-1].name!r}" if self._open else "in forward"
@@ -276,11 +313,19 @@ class Survey(TorchFunctionMode, PartialForward):
 
     def crossing(self, cut: Call) -> list[Value]:
         """Return the tensors that were made before a module returned and are used after it."""
-        return [v for v, _ in self._values.values() if v.crosses(cut)]
+        return [value for value in self._values.values() if value.crosses(cut)]
 
-    def values_in(self, tree: Any) -> list[Value]:
-        """Return what is known of the tensors in a tree."""
-        return [self._values[id(t)][0] for t in tensors_in(tree) if id(t) in self._values]
+    def values_of(self, numbers: list[int]) -> list[Value]:
+        """Return what is known of tensors, by their numbers."""
+        return [self._values[number] for number in numbers if number in self._values]
+
+    def left(self) -> dict[int, tuple[Value, Tensor]]:
+        """Return the tensors that are still there, by their ids, which stay theirs: it holds them.
+
+        Besides what forward keeps that is what waits for the garbage collector.
+        """
+        alive = self._numbers.alive()
+        return {id(t): (self._values[n], t) for n, t in alive if n in self._values}
 
     def passage(self, cut: Call, end: Call | None = None) -> Passage:
         """Return what crosses when a module returns, and of two cuts what does at the second."""
@@ -323,12 +368,12 @@ class Survey(TorchFunctionMode, PartialForward):
             place = following
         crossing = {
             keys[i]: value
-            for i, (value, _) in self._values.items()
+            for i, value in self._values.items()
             if i in keys and value.crosses(cut, end)
         }
         item = None
         if len(crossing) == 1 and not visible:
-            returned = [keys.get(id(t)) for t in tensors_in(cut.returned)]
+            returned = [keys.get(number) for number in cut.returned]
             item = next((i for i, key in enumerate(returned) if key in crossing), None)
         asked = [
             value
@@ -348,9 +393,9 @@ class Survey(TorchFunctionMode, PartialForward):
         for call in before:
             if call.name == cut.name or (also and call.name == also.name):  # these are counted
                 names -= {c.name for c in call.around}
-            if not (call.output and call.output.made and can_be_sent(call.output.tree)):
+            if not (call.output and call.output.made):
                 names.discard(call.name)
-        for i, (value, _) in self._values.items():
+        for i, value in self._values.items():
             for call in before:
                 outlives = call.start <= value.made < call.end <= (value.uses or [-1])[-1]
                 if outlives and call.output and i not in call.output.made:

@@ -108,7 +108,8 @@ def _check_frozen(before: nn.Module, after: nn.Module) -> None:
 def _backward(output: Any) -> None:
     floats = [t for t in tensors_in(output) if t.requires_grad]
     if floats and torch.is_grad_enabled():
-        torch.stack([t.abs().double().square().mean() for t in floats]).sum().backward()  # type: ignore[no-untyped-call]
+        # By the mean of squares, whose own graph would hold several times what a model returns.
+        torch.autograd.backward(floats, [2 * t.detach() / max(t.numel(), 1) for t in floats])
 
 
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:

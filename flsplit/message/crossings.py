@@ -156,7 +156,9 @@ def one_gradient(key: str) -> Slot:
         records[key] = ArrayRecord, arrays
 
     def get(records: Records) -> CutGradient:
-        arrays = record(records, key, ArrayRecord)
+        arrays: Any = records.get(key)
+        if type(arrays) is not ArrayRecord:
+            arrays = record(records, key, ArrayRecord)
         if list(arrays) == [WHOLE]:
             return to_tensor(arrays[WHOLE], field=key)
         if arrays:  # none where none of the values learns

@@ -1,15 +1,12 @@
 """The messages of federated evaluation: test data through a client's segment to the server's."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Self
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from flwr.app import RecordDict
 
-from flsplit.cut import Trace
 from flsplit.errors import ProtocolError
 from flsplit.message import request as common
-from flsplit.message.crossings import Unresolved
 from flsplit.message.fields import In
 from flsplit.message.request import Batch, Reply, Request, check_batch, refuse_labels
 from flsplit.message.round_plan import MOST_BATCHES
@@ -37,12 +34,6 @@ class EvaluateReply(Reply):
     labels: common.Labels
     seconds: common.Seconds
     traces: common.Traces = None
-
-    def resolved(self, traces: Mapping[str, Trace]) -> Self:
-        """Return the reply with its crossing's trace."""
-        if isinstance(self.smashed, Unresolved):
-            return replace(self, smashed=self.smashed.resolved(traces))
-        return self
 
     def to_content(self) -> RecordDict:
         """Return the content of a message; how many rows it has is for people to read."""

@@ -134,7 +134,7 @@ class LocalReply(Reply):
     clipped: common.Clipped = None  # whether a privacy mod clipped the segment, where one does
 
     @property
-    def ends_round(self) -> bool:
+    def ends_round(self) -> bool:  # type: ignore[override]
         """Whether all steps of the client's round are done."""
         return self.steps_done == self.num_steps
 

@@ -1,7 +1,7 @@
 """What all requests and replies have in common, and what several of them carry."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -14,7 +14,7 @@ from flsplit.cut.smashed import CutGradient, Smashed, gradients_in, learning_in
 from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite, can_be_squared
 from flsplit.message.arrays import check_like, from_record, to_record
-from flsplit.message.crossings import FROZEN, TRACES, one_gradient, one_smashed
+from flsplit.message.crossings import FROZEN, TRACES, Unresolved, one_gradient, one_smashed
 from flsplit.message.fields import (
     Content,
     In,
@@ -114,6 +114,8 @@ class Reply(Content):
     """Under which of the ledger's categories the bytes of a record are counted."""
     packed: ClassVar[str] = "smashed-data"
     """The record that client parts may compress."""
+    ends_round = False
+    """Whether it is a client's last one of a round's training."""
 
     client: str
     server_round: int
@@ -122,19 +124,17 @@ class Reply(Content):
     num_examples: int | None
     steps_before: int | None
     traces: Mapping[str, Trace] | None
+    smashed: Smashed | Unresolved | None
 
     def __getattr__(self, name: str) -> None:
         """Return None for these, where a reply has no such field."""
-        if name not in ("num_steps", "num_examples", "steps_before", "traces"):
+        if name not in ("num_steps", "num_examples", "steps_before", "traces", "smashed"):
             raise AttributeError(name)
-
-    @property
-    def ends_round(self) -> bool:
-        """Whether it is a client's last one of a round's training."""
-        return False
 
     def resolved(self, traces: Mapping[str, Trace]) -> Self:
         """Return the reply with its crossings' traces, which came by their digests."""
+        if isinstance(self.smashed, Unresolved):
+            return replace(self, smashed=self.smashed.resolved(traces))  # type: ignore[type-var]
         return self
 
     def batches(self) -> list[Batch]:

@@ -5,19 +5,17 @@ for the smashed data of the next, so T mini-batches cost T+1 exchanges. ``docs/p
 writes the same down for people.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Self
+from typing import Annotated
 
 from torch import Tensor
 
 from flsplit.account.clock import Leg
-from flsplit.cut import Trace
 from flsplit.errors import NonFiniteError, ProtocolError
 from flsplit.finite import all_finite
 from flsplit.message import request as common
-from flsplit.message.crossings import Unresolved
 from flsplit.message.fields import In
 from flsplit.message.request import (
     Batch,
@@ -55,12 +53,6 @@ class StepReply(Reply):
     # Steps that the client had done in the run when its round began; with less than it has done, it
     # has lost some of its state
     steps_before: common.StepsBefore = 0
-
-    def resolved(self, traces: Mapping[str, Trace]) -> Self:
-        """Return the reply with its crossing's trace."""
-        if isinstance(self.smashed, Unresolved):
-            return replace(self, smashed=self.smashed.resolved(traces))
-        return self
 
     @cached_property
     def rows(self) -> int:
@@ -129,10 +121,7 @@ class FinishReply(Reply):
     optimizer: common.Optimizer = None
     clipped: common.Clipped = None
 
-    @property
-    def ends_round(self) -> bool:
-        """Whether it is a client's last one of a round's training."""
-        return True
+    ends_round = True
 
     def legs(self, backward_rows: int, up_bytes: int) -> Iterable[Leg]:
         """Return the last backward pass."""

@@ -14,6 +14,7 @@ from flsplit.errors import ConfigError
 from flsplit.log import logger
 from flsplit.message.arrays import from_record, to_record
 from flsplit.message.request import Reply, Request
+from flsplit.run.arguments import number, whole
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class _Best(Callback):
     def __init__(self, metric: str, mode: Literal["auto", "max", "min"]) -> None:
         if mode not in ("auto", "max", "min"):
             raise ConfigError(f"mode is {mode!r}, expected 'auto', 'max' or 'min'")
+        if not isinstance(metric, str):
+            raise ConfigError(f"metric is {metric!r}, expected a name such as 'loss'")
         self.metric = metric
         lower = mode == "min" or (mode == "auto" and metric.endswith("loss"))
         self._sign = -1.0 if lower else 1.0
@@ -144,9 +147,8 @@ class EarlyStopping(_Best):
         mode: Literal["auto", "max", "min"] = "auto",
     ) -> None:
         super().__init__(metric, mode)
-        if patience < 1:
-            raise ConfigError(f"patience is {patience!r}, expected at least 1")
-        self.patience, self.min_delta = patience, min_delta
+        self.patience = whole("patience", patience, 1)
+        self.min_delta = number("min_delta", min_delta, 0.0)
 
     def on_round_end(self, round_: FinishedRound) -> bool:
         """Stop ``patience`` rounds after the best one."""

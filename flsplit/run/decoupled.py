@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flsplit.auxiliary import FIRST_STAGE, GIVEN, LINEAR, BuildAuxiliary, build_auxiliary, cosine
+from flsplit.cut.cut_errors import listed
 from flsplit.cut.flops import forward_flops
 from flsplit.errors import ConfigError, DataError, FlsplitError, SegmentMismatchError, located
 from flsplit.log import logger
@@ -106,6 +107,13 @@ class DecoupledStrategy(SplitStrategy):
             raise ConfigError(
                 f"{type(self).__name__} needs a loss of logits and labels for its auxiliary "
                 "models, which ModelLoss keeps in the model"
+            )
+        if len(crossing := self.parts.crossing) > 1:
+            raise ConfigError(
+                f"{type(self).__name__}'s auxiliary models take smashed data that is one tensor, "
+                f"but {len(crossing)} values cross at {self.options.default_cut!r} "
+                f"({listed(list(crossing), limit=3)}): expected a cut where one crosses, or a "
+                "method without auxiliary models"
             )
 
     # --- what the planner and a fleet's clock ask ----------------------------------------

@@ -12,7 +12,7 @@ from flsplit.nested import num_rows
 from flsplit.run.method import SplitMethod
 from flsplit.run.scores import Scores, run_test_batch, score_test_batch
 from flsplit.server.clients import Clients
-from flsplit.server.misfits import Fits, leave_out_misfits
+from flsplit.server.misfits import Fits
 
 T = TypeVar("T")
 
@@ -81,9 +81,7 @@ class _Evaluation:
             )
         replies = self._clients.exchange(requests, entry)
         found = {}
-        for name, reply in leave_out_misfits(
-            self._fits, self._clients, requests, replies, entry
-        ).items():
+        for name, reply in self._fits.sifted(self._clients, requests, replies, entry).items():
             if not isinstance(reply, EvaluateReply):
                 raise FlsplitError(
                     f"client {name!r} answered an evaluation with {type(reply).__name__}"

@@ -1,12 +1,9 @@
 """Rounds that are done again: where too few clients are left midway, as if it had not begun."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
+from flsplit.nested import map_tensors
 from flsplit.run.method import SplitMethod
 from flsplit.server.clients import Clients
+from flsplit.storage import State
 
 MOST_ATTEMPTS = 3
 """How often a round is begun. Each may cost the time that clients are waited for."""
@@ -17,7 +14,7 @@ class Beginning:
 
     def __init__(self, method: SplitMethod, clients: Clients) -> None:
         self._method, self._clients = method, clients
-        self._state: dict[str, Any] = _copied(method.state_dict())
+        self._state = _copied(method.state_dict())
         self._known = clients.state_dict()
 
     def restore(self) -> None:
@@ -27,9 +24,6 @@ class Beginning:
         self._clients.load_state_dict(self._known)
 
 
-def _copied(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, Mapping):
-        return {key: _copied(value) for key, value in state.items()}
-    return [_copied(value) for value in state] if isinstance(state, (list, tuple)) else state
+def _copied(state: State) -> State:
+    copy: State = map_tensors(lambda one: one.detach().to("cpu", copy=True), state)
+    return copy

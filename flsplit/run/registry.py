@@ -99,7 +99,9 @@ def arguments_table(strategy_args: str) -> dict[str, Any]:
     try:
         loaded = tomllib.loads(f"args = {strategy_args or '{}'}")
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"strategy-args is {strategy_args!r}, not TOML: {error}") from error
+        raise ConfigError(
+            f"strategy-args is {strategy_args!r}, not TOML, expected as '{{phi = 0.5}}': {error}"
+        ) from error
     table = loaded["args"]
     if not isinstance(table, dict) or len(loaded) > 1:
         raise ConfigError(

@@ -24,7 +24,7 @@ from flsplit.message.u_shape import TailReply, TailRequest
 from flsplit.run.callbacks import Callback
 from flsplit.server.client_batch import ClientBatch
 from flsplit.server.clients import Clients, Sent
-from flsplit.server.misfits import Fits, leave_out_misfits
+from flsplit.server.misfits import Fits
 
 
 @dataclass
@@ -216,16 +216,14 @@ class Round:
         """Return the replies to what was sent; fewer clients as in `exchange`."""
         replies: Mapping[str, Reply] = self.clients.receive(sent, self.entry)
         self._show(sent.requests, replies)
-        return self._local(
-            leave_out_misfits(self.fits, self.clients, sent.requests, replies, self.entry)
-        )
+        return self._local(self.fits.sifted(self.clients, sent.requests, replies, self.entry))
 
     def _local(self, replies: Mapping[str, Reply]) -> dict[str, LocalReply]:
         if not self.enough_are_left():
             return {}
         return {name: one for name, one in replies.items() if isinstance(one, LocalReply)}
 
-    def _exchange(self, requests: Mapping[str, Request]) -> dict[str, Reply]:
+    def _exchange(self, requests: Mapping[str, Request]) -> Mapping[str, Reply]:
         """Exchange; after the run's first, let the carrier say if it is too slow for the rest."""
         before = self.entry.waiting_seconds
         replies = self.clients.exchange(requests, self.entry)
@@ -237,7 +235,7 @@ class Round:
                 exchanges = self.exchanges_left(max(steps))
                 self.clients.carrier.check_speed(self.entry.waiting_seconds - before, exchanges)
                 self.exchanges_left = None
-        return leave_out_misfits(self.fits, self.clients, requests, replies, self.entry)
+        return self.fits.sifted(self.clients, requests, replies, self.entry)
 
     def ask_tails(self, step: int, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradients of clients' own mean losses by the server segment's outputs.

@@ -25,6 +25,11 @@ def client_shares(batches: Sequence[ClientBatch], shares: Shares) -> dict[str, f
     return sizes
 
 
+def of_a_sum(shares: dict[str, float]) -> dict[str, float]:
+    """Return what each client's mean loss counts where they are summed: λ times their number."""
+    return {client: share * len(shares) for client, share in shares.items()}
+
+
 def ceil_fraction(share: float, count: int) -> int:
     """Return ⌈share·count⌉, not misled by 0.1 · 30 being a little more than 3."""
     return math.ceil(share * count - 1e-9)

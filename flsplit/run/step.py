@@ -1,12 +1,10 @@
 """One step of a method at the server: what it has in hand, and what it can do with it."""
 
-import copy
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,14 +16,15 @@ from flsplit.log import logger
 from flsplit.losses import Count
 from flsplit.message.request import Backward
 from flsplit.nested import map_tensors
+from flsplit.run.computations import Computations
 from flsplit.run.misuse import shown, wrong_reply, wrong_update
 from flsplit.run.options import Reduction, Shares
 from flsplit.run.round import Round
-from flsplit.run.shares import client_shares
-from flsplit.seeds import derive_seed, generator, seeded
+from flsplit.run.shares import client_shares, of_a_sum
+from flsplit.seeds import derive_seed, generator
 from flsplit.server.client_batch import ClientBatch, named, pool, pool_labels
 from flsplit.server.cut_segment import CutServerSegment, gradients_by_cut, grouped_by_cut
-from flsplit.server.gradient_checks import check_finite, check_loss, check_server_gradients
+from flsplit.server.gradient_checks import check_finite, check_server_gradients, not_a_number
 from flsplit.server.gradients import (
     AskTails,
     Computation,
@@ -40,8 +39,6 @@ from flsplit.server.gradients import (
 )
 from flsplit.server.pooling import can_be_pooled
 from flsplit.server.segment import ServerGradients, ServerSegment
-
-T = TypeVar("T")
 
 POOL = "pooled rows"
 """What errors and seeds call rows of several clients that are computed on as one batch."""
@@ -117,7 +114,7 @@ class Step:
         self.batches, self.clients = list(self._batch_of.values()), list(self._batch_of)
         self.where = f"round {self.round}, step {index}"
         self.shares = client_shares(self.batches, settings.shares)
-        self.weights = self.shares if settings.reduction == "mean" else self._summed(self.shares)
+        self.weights = self.shares if settings.reduction == "mean" else of_a_sum(self.shares)
         self._method, self._segment, self._settings = method, segment, settings
         self._round, self._seed = round_, plan.seed
         self.keeps_labels = settings.keeps_labels
@@ -125,14 +122,10 @@ class Step:
         if settings.keeps_labels:
             self._ask = partial(round_.ask_tails, index)
         self._told: dict[str, Backward] = {}
-        self._unrecorded = set(map(id, self.batches))
-        self._losses: list[tuple[ClientBatch, float, Count]] = []
+        self._losses: dict[str, tuple[ClientBatch, float, Count]] = {}  # as first computed
         self._updated = False
-        self._before: dict[int, tuple[ServerSegment, dict[str, Any]]] = {}  # where rows are mixed
         self._mixed = False
-        self._calls: dict[tuple[str, ...], int] = {}
-        # By segment, as at its last update.
-        self._buffers: dict[int, tuple[ServerSegment, list[Tensor]]] = {}
+        self._computations = Computations(plan.seed, self.round, index)
 
     @property
     def progress(self) -> float:
@@ -194,26 +187,27 @@ class Step:
         SegmentMismatchError, DataError
             If the server segment or the loss can't take a batch.
         """
-        started = time.perf_counter()
+        started, settings = time.perf_counter(), self._settings
         batches = self.batches if batches is None else batches
         if not batches:
             raise self._error("asked for the gradients of no batches")
         segment = segment or self._segment
-        whole = batches is self.batches
+        whole, means = batches is self.batches, settings.reduction == "mean"
         names = self.clients if whole else [batch.client for batch in batches]
-        weights = self.weights if whole else self._weights(batches)
+        weights = self.weights if whole else client_shares(batches, settings.shares)
+        if not (whole or means):
+            weights = of_a_sum(weights)
         compute = partial(self._of_one_cut, weights, per_client, low_memory)
 
         def of_all() -> StepGradients:
             if isinstance(segment, CutServerSegment):
-                means = self._settings.reduction == "mean"
                 found = gradients_by_cut(segment, batches, compute, self._ask, means=means)
             else:
                 found = compute(segment, batches).result(self._ask)
             check_finite(found, segment, batches, self.where)
             return found
 
-        found = self._computed(segment, names, of_all)
+        found = self._computations.run(segment, names, of_all)
         self._take_note(batches, found, started)
         return found
 
@@ -235,13 +229,13 @@ class Step:
                 yield batch, self.gradients([batch], segment=segment_of[batch.client])
             return
         passes = [
-            self._computed(segment, [batch.client], partial(forward, segment, [batch]))
+            self._computations.run(segment, [batch.client], partial(forward, segment, [batch]))
             for batch in self.batches
             for segment in [segment_of[batch.client]]
         ]
         for batch, passed in zip(self.batches, with_tails(passes, self._ask), strict=True):
             started, segment = time.perf_counter(), segment_of[batch.client]
-            found = backward(segment, passed, {batch.client: 1.0})
+            found = backward(segment, {batch.client: 1.0}, [passed])
             check_finite(found, segment, [batch], self.where)
             self._take_note([batch], found, started)
             yield batch, found
@@ -253,7 +247,8 @@ class Step:
         self._round.entry.rows += found.rows
         for batch in batches:
             name = batch.client
-            self._record_loss(batch, found.losses[name], found.counts[name])
+            if self._batch_of.get(name) is batch:  # else it is of mixed rows
+                self._losses.setdefault(name, (batch, found.losses[name], found.counts[name]))
 
     def _of_one_cut(
         self,
@@ -314,7 +309,7 @@ class Step:
                 outputs: Tensor = segment.forward(leaf, moves_buffers=moves_buffers)
                 return outputs
 
-        outputs = self._computed(segment, self.clients, run)
+        outputs = self._computations.run(segment, self.clients, run)
         self._count(started, forward=len(rows))
         return Forward(leaf, outputs)
 
@@ -333,9 +328,10 @@ class Step:
         for batch, own in zip(self.batches, split, strict=True):
             leaf = own.detach().requires_grad_()
             loss, count = client_loss(self._segment, leaf, batch)
-            check_loss(batch.client, loss.item(), self.where)
+            if not math.isfinite(loss.item()):
+                raise not_a_number("loss", batch.client, self.where)
             (gradients[batch.client],) = torch.autograd.grad(loss, leaf)
-            self._record_loss(batch, loss.item(), count)
+            self._losses.setdefault(batch.client, (batch, loss.item(), count))
         self._count(started, logits=len(outputs))
         return gradients
 
@@ -397,14 +393,12 @@ class Step:
             try:
                 check_server_gradients(gradients, segment, self.batches, self.where)
             except ArithmeticError:
-                if id(segment) in self._buffers:
-                    segment.buffers.put(self._buffers[id(segment)][1])
+                self._computations.undo_buffers(segment)
                 raise
-        if self._mixed and id(segment) not in self._before:
+        if self._mixed:
             # Whose rows can't be computed may turn out later: the step is then done without them.
-            self._before[id(segment)] = segment, copy.deepcopy(segment.state_dict())
-        segment.step(gradients, lr_factor)
-        self._buffers.pop(id(segment), None)
+            self._computations.keep_state(segment)
+        self._computations.update(segment, gradients, lr_factor)
         self._updated = True
 
     def leave(self) -> None:
@@ -491,51 +485,14 @@ class Step:
 
     def break_off(self) -> dict[str, Backward]:
         """Return what clients were told before the step failed; all else is as if it never was."""
-        for segment, before in self._buffers.values():
-            segment.buffers.put(before)
-        for segment, state in self._before.values():
-            segment.load_state_dict(state)
+        self._computations.undo()
         return self._counted()
 
     def _counted(self) -> dict[str, Backward]:
-        for batch, loss, count in self._losses:
-            if batch.client in self._told:
-                self._round.record_loss(batch, loss, count)
+        for client, loss in self._losses.items():
+            if client in self._told:
+                self._round.record_loss(*loss)
         return self._told
-
-    def _record_loss(self, batch: ClientBatch, loss: float, count: Count) -> None:
-        """Keep a client's loss for the ledger: as it was first computed."""
-        if id(batch) in self._unrecorded:
-            self._unrecorded.discard(id(batch))
-            self._losses.append((batch, loss, count))
-
-    def _weights(self, batches: Sequence[ClientBatch]) -> dict[str, float]:
-        shares = client_shares(batches, self._settings.shares)
-        return shares if self._settings.reduction == "mean" else self._summed(shares)
-
-    def _summed(self, shares: Mapping[str, float]) -> dict[str, float]:
-        return {client: share * len(shares) for client, share in shares.items()}
-
-    def _computed(
-        self, segment: ServerSegment, names: Sequence[str], compute: Callable[[], T]
-    ) -> T:
-        """Return what is computed, seeded; undo BatchNorm's statistics if it fails."""
-        key = tuple(names)
-        calls = self._calls[key] = self._calls.get(key, -1) + 1
-        # The first computation on some clients' batches is seeded by their names alone; a second
-        # one by its number, too, or it would draw the same dropout masks. The number stands in
-        # the first label: after the names it could be taken for one more client's.
-        use = f"server again {calls}" if calls else "server"
-        seed = derive_seed(self._seed, use, self.round, self.index, *names)
-        segment.train()
-        before = segment.buffers.copied()
-        self._buffers.setdefault(id(segment), (segment, before))
-        try:
-            with seeded(seed, segment.device):
-                return compute()
-        except Exception:
-            segment.buffers.put(before)
-            raise
 
     def _count(
         self, started: float, *, forward: int = 0, backward: int = 0, logits: int = 0

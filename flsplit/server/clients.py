@@ -94,14 +94,26 @@ class Clients:
         A client that answers with an error, with something else than it was asked for, or not
         within the timeout, is missing from the replies and in the ledger.
         """
-        replies, lost = self._ask(requests, entry)
-        if lost:
-            for name in lost:
+        replies: dict[str, Reply] = {}
+        asked = requests
+        while asked:
+            sent, messages = self._made_ready(asked, entry, but_held=True)
+            if not messages:
+                break
+            answers = self.carrier.send_and_receive(messages, timeout=self._timeout)
+            entry.waiting_seconds += time.perf_counter() - sent.started
+            found, stateless = self._take_all(sent, by_node(answers, messages), entry)
+            replies |= found
+            asked = {}
+            for name, error in stateless.items():
+                if sent.requests[name] is requests[name]:  # it was given all
+                    self.leave_out(name, requests[name].step, error, entry)
+                    continue
                 logger.info("client %r starts from the server's segment: its state was lost", name)
                 self.holds.pop(name, None)
                 entry.restarted.append(name)
-            again, _ = self._ask({name: requests[name] for name in lost}, entry)
-            replies |= again
+                asked[name] = requests[name]
+            self._close(sent, found, entry)
         return {name: replies[name] for name in in_order(replies)} if len(replies) > 1 else replies
 
     def send(self, requests: Mapping[str, Request], entry: RoundEntry) -> Sent:
@@ -128,25 +140,6 @@ class Clients:
         self._close(replace(sent, started=max([sent.started, *busy_until])), replies, entry)
         return replies
 
-    def _ask(
-        self, requests: Mapping[str, Request], entry: RoundEntry
-    ) -> tuple[dict[str, Reply], list[str]]:
-        """Return the replies, and which clients don't hold the segment they should hold."""
-        sent, messages = self._made_ready(requests, entry, but_held=True)
-        if not messages:
-            return {}, []
-        answers = self.carrier.send_and_receive(messages, timeout=self._timeout)
-        entry.waiting_seconds += time.perf_counter() - sent.started
-        replies, stateless = self._take_all(sent, by_node(answers, messages), entry)
-        lost = []
-        for name, error in stateless.items():
-            if sent.requests[name] is requests[name]:
-                self.leave_out(name, requests[name].step, error, entry)
-            else:
-                lost.append(name)
-        self._close(sent, replies, entry)
-        return replies, lost
-
     def _take_all(
         self,
         sent: Sent,
@@ -161,9 +154,11 @@ class Clients:
             if name in but:
                 continue
             try:
-                replies[name] = self._take(name, request, answers, sent.traffic[name], entry)
-                entry.client_seconds += replies[name].seconds
-                self._count_steps(name, request, replies[name], entry)
+                reply = self._take(name, request, answers, sent.traffic[name], entry)
+                replies[name] = reply
+                entry.client_seconds += reply.seconds
+                if request.plan or reply.ends_round:
+                    self._count_steps(name, request, reply, entry)
             except StateLostError as error:
                 stateless[name] = error
             except FlsplitError as error:
@@ -209,14 +204,21 @@ class Clients:
         """Return messages, without what clients hold; clients whose node is gone are left out."""
         sent, traffic, messages = {}, {}, []
         for name, request in requests.items():
-            if name not in self.directory.node_of:
+            node = self.directory.node_of.get(name)
+            if node is None:
                 self.leave_out(name, request.step, AwayError(_GONE), entry)
                 continue
-            sent[name] = request
             if but_held and (request.segment or isinstance(request, LocalRequest)):
-                sent[name] = self._without_what_is_held(name, request)
-            traffic[name] = Traffic()
-            messages.append(self._message(name, sent[name], traffic[name]))
+                request = self._without_what_is_held(name, request)
+            content, own = request.to_content(), Traffic()
+            if self.links.parts:
+                self.links.pack(name, request.packed, content)
+            count(content, request.categories, own, sends=self._sends)
+            if request.backward and request.backward.shared_rows:  # counted once for all
+                own.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
+            sent[name], traffic[name] = request, own
+            group = str(request.server_round)
+            messages.append(Message(content, node, request.kind, group_id=group))
         return Sent(sent, traffic, time.perf_counter()), messages
 
     def _without_what_is_held(self, name: str, request: Request) -> Request:
@@ -228,16 +230,6 @@ class Clients:
             rest = None if held == whole.version else whole.changing()
             return replace(request, segment=rest)  # type: ignore[type-var]
         return request
-
-    def _message(self, name: str, request: Request, traffic: Traffic) -> Message:
-        content = request.to_content()
-        if self.links.parts:
-            self.links.pack(name, request.packed, content)
-        count(content, request.categories, traffic, sends=self._sends)
-        if request.backward and request.backward.shared_rows:  # counted once for all
-            traffic.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
-        node = self.directory.node_of[name]
-        return Message(content, node, request.kind, group_id=str(request.server_round))
 
     def _take(
         self,

@@ -33,20 +33,16 @@ def check_finite(
 ) -> None:
     """Raise NonFiniteError if a loss or gradient is NaN or infinite, naming client and step."""
     for client, loss in found.losses.items():
-        check_loss(client, loss, where)
+        if not math.isfinite(loss):
+            raise not_a_number("loss", client, where)
         if not all(map(all_finite, gradients_in(found.cut_gradients[client]))):
-            raise _not_a_number("cut-layer gradient", client, where)
+            raise not_a_number("cut-layer gradient", client, where)
     if found._server is not None:
         check_server_gradients(found._server, segment, batches, where)
 
 
-def check_loss(client: str, loss: float, where: str) -> None:
-    """Raise NonFiniteError if a client's loss is NaN or infinite."""
-    if loss - loss != 0.0:
-        raise _not_a_number("loss", client, where)
-
-
-def _not_a_number(what: str, client: str, where: str) -> NonFiniteError:
+def not_a_number(what: str, client: str, where: str) -> NonFiniteError:
+    """Return the error for something of a client's that is NaN or infinite."""
     error = NonFiniteError(
         f"{what} of client {client!r} is NaN or infinite ({where}); a smaller learning rate may "
         "help. The server's weights are those of the step before"

@@ -146,16 +146,15 @@ def pooled_gradients(
     segment: ServerSegment, batches: Sequence[ClientBatch], weights: Mapping[str, float]
 ) -> Computation:
     """Return gradients by one pass over the concatenated smashed data of all clients."""
-
-    def finish(passes: Iterable[Passed]) -> StepGradients:
-        (passed,) = passes
-        return backward(segment, passed, weights)
-
-    return Computation(map(forward, [segment], [batches]), finish)
+    passes = map(forward, [segment], [batches])
+    return Computation(passes, partial(backward, segment, weights))
 
 
-def backward(segment: ServerSegment, passed: Passed, weights: Mapping[str, float]) -> StepGradients:
-    """Return the gradients of the clients' losses after a forward pass."""
+def backward(
+    segment: ServerSegment, weights: Mapping[str, float], passes: Iterable[Passed]
+) -> StepGradients:
+    """Return the gradients of the clients' losses after a forward pass, the one that is given."""
+    (passed,) = passes
     batches, leaves, outputs = passed.batches, passed.leaves, passed.outputs
     learning, terms = list(map(learning_in, leaves)), []
     result = StepGradients({}, {}, {}, dict(weights), rows=sum(map(len, batches)))
@@ -267,7 +266,7 @@ def _twice_computed(
 
 
 def _add_client(result: StepGradients, segment: ServerSegment, passed: Passed) -> ServerGradients:
-    own = backward(segment, passed, {passed.batches[0].client: 1.0})
+    own = backward(segment, {passed.batches[0].client: 1.0}, [passed])
     result.losses |= own.losses
     result.counts |= own.counts
     result.logits |= own.logits

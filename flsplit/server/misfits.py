@@ -1,7 +1,7 @@
 """Whose smashed data and labels are not of the shape and kind that the server segment takes."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,15 +32,26 @@ class Fits:
         self._pools = pools
         self._taken: set[_Kind] = set()
 
-    def all_known(self, replies: Iterable[Reply]) -> bool:
-        """Tell at a glance, as in most steps, whether all batches are of one kind that fits."""
+    def sifted(
+        self,
+        clients: Clients,
+        requests: Mapping[str, Request],
+        replies: Mapping[str, Reply],
+        entry: RoundEntry,
+    ) -> Mapping[str, Reply]:
+        """Return the replies, without those that the server segment can't take."""
         kinds = set()
-        for reply in replies:
+        for name, reply in replies.items():
             for smashed, labels in reply.batches():
-                kinds.add(self._kind(reply.client, smashed, labels))
-        return len(kinds) == 1 and kinds <= self._taken
+                kinds.add(self._kind(name, smashed, labels))
+        if len(kinds) == 1 and kinds <= self._taken:  # as in most steps
+            return replies
+        misfits = self._misfits({name: reply.batches() for name, reply in replies.items()})
+        for name, error in misfits.items():
+            clients.leave_out(name, requests[name].step, error, entry)
+        return {name: reply for name, reply in replies.items() if name not in misfits}
 
-    def misfits(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, FlsplitError]:
+    def _misfits(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, FlsplitError]:
         """Return whose batches don't fit, and why; nobody if no client's ever have.
 
         Then client and server segments don't fit together, which the step will say.
@@ -97,22 +108,6 @@ class Fits:
                         f"{_shown(usual)}: do the clients' models and inputs differ?"
                     )
         return found
-
-
-def leave_out_misfits(
-    fits: Fits,
-    clients: Clients,
-    requests: Mapping[str, Request],
-    replies: Mapping[str, Reply],
-    entry: RoundEntry,
-) -> dict[str, Reply]:
-    """Return the replies, without those that the server segment can't take."""
-    if fits.all_known(replies.values()):
-        return dict(replies)
-    misfits = fits.misfits({name: reply.batches() for name, reply in replies.items()})
-    for name, error in misfits.items():
-        clients.leave_out(name, requests[name].step, error, entry)
-    return {name: reply for name, reply in replies.items() if name not in misfits}
 
 
 def _rows_of(tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """Runs of the app for language models with a tiny model, that lies in a folder as from a hub."""
 
+import importlib.util
 import tomllib
 
 import torch
@@ -81,3 +82,12 @@ def trained(config, num_clients):
         num_rounds=int(config["num-server-rounds"]),
     )
     return result, whole_models(result)
+
+
+def script(name):
+    """Return one of the scripts beside the app, as a module."""
+    path = REPOSITORY / "apps/llm" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"llm_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

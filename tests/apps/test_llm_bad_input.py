@@ -7,7 +7,7 @@ import torch
 from llm.data import load_partition
 from llm.models import cut_name, load_base, num_client_blocks
 from llm.sequences import IGNORED, Sequences, loader, make_sequences
-from llm.server_app import describe, perplexity_of_clients, prepared_model
+from llm.server_app import describe, held_out_of, prepared_model, strategy_of
 from llm.texts import Document, docstrings, documents_of, public_texts
 from llm.tokenizing import VOCABULARY, trained_tokenizer
 from llm_runs import FAMILIES, bytewise_tokenizer, config_of, context_of, new_model, save_tiny
@@ -66,13 +66,22 @@ def test_sequences_beyond_the_models_positions_are_refused(tiny):
         ({"strategy_args": "{upload = 3}"}, "has no argument 'upload'"),
         ({"strategy": "fsl-sage", "label_private": True}, "can't do without them"),
         ({"adapt": "client", "train_head": False}, "leave the server nothing to train, expected"),
+        ({"num_server_rounds": 0}, "num-server-rounds=0, expected 1 or more"),
+        ({"temperature": -0.5}, "temperature=-0.5, expected 0 or more"),
+        ({"prompt": "a" * 300}, "prompt has [0-9]+ tokens and generate-tokens=48 are to follow"),
+        (
+            {"model": "llama-small", "strategy": "fsl-sage"},
+            "FSLSAGE's auxiliary models take smashed data that is one tensor, but 3 values cross "
+            "at 'base_model.model.model.layers.0' .*: expected a cut where one crosses, or a "
+            "method without auxiliary models",
+        ),
     ],
     ids=lambda one: "-".join(one) if isinstance(one, dict) else "",
 )
 def test_what_is_wrong_is_said_before_the_base_is_trained(changes, said, monkeypatch):
     monkeypatch.setattr("llm.server_app.train_base", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(ValueError, match=said):
-        prepared_model(config_of("gpt2-small", **changes))
+        prepared_model(config_of(**({"model": "gpt2-small"} | changes)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +100,7 @@ def test_a_model_that_is_not_there_is_refused_with_those_that_are(tmp_path):
 def test_held_out_text_that_is_all_prompt_is_refused(tiny):
     config = config_of(tiny, data="instructions", seq_length=8)
     with pytest.raises(ValueError, match="seq-length=8 leaves no sequence of data='instructions'"):
-        perplexity_of_clients(new_model(config), config, 1)
+        held_out_of(config, 1)
 
 
 def test_unknown_values_are_refused_with_those_that_there_are(tiny):
@@ -108,7 +117,7 @@ def test_a_side_that_trains_nothing_is_said(tiny, adapt, side, caplog):
     logger = logging.getLogger("flwr")
     logger.addHandler(caplog.handler)
     try:
-        describe(new_model(config), cut_name(config))
+        describe(strategy_of(config, new_model(config)).parts)
     finally:
         logger.removeHandler(caplog.handler)
     (line,) = {line for line in caplog.messages if line.startswith(side)}

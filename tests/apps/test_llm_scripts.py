@@ -1,20 +1,8 @@
 """The scripts beside the app for language models: they measure, and they notice what is wrong."""
 
-import importlib.util
-
 import pytest
 import torch
-from llm_runs import config_of, save_tiny
-
-from tests.flower_processes import REPOSITORY
-
-
-def script(name):
-    path = REPOSITORY / "apps/llm" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"llm_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from llm_runs import config_of, save_tiny, script
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import random
 from collections import UserDict, namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +172,14 @@ def test_an_async_function_is_none():
         pytest.warns(RuntimeWarning, match="never awaited"),
         pytest.raises(RefusedError, match="data returned coroutine, expected"),
     ):
+        Drive(app, plain_net).begin()
+
+
+def test_an_error_of_data_itself_is_said_with_its_line():
+    app = client_app(model=plain_net, cut="front", data=lambda _: {}["path"], device="cpu")
+    where = rf"\({Path(__file__).name}, line \d+, in <lambda>\)"
+    told = f"DataError: data raised KeyError: 'path' {where}"
+    with pytest.raises(RefusedError, match=told):
         Drive(app, plain_net).begin()
 
 

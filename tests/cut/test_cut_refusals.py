@@ -461,6 +461,19 @@ class TestSignatures:
         with pytest.raises(ExampleError, match=r"give split.. an example"):
             split(Two(), "first")
 
+    def test_an_input_to_share_that_forward_does_not_have(self):
+        for share in (("msk",), "msk"):
+            with pytest.raises(CutError, match=r"share has 'msk', but the inputs .* are 'x'"):
+                split(Between(), "first", torch.randn(2, 4), share=share)
+            with pytest.raises(CutError, match="share has 'msk'"):
+                cuts(Between(), (4,), share=share)
+
+        class Anything(Between):
+            def forward(self, x, **more):
+                return super().forward(x)
+
+        split(Anything(), "first", torch.randn(2, 4), share="msk")
+
     def test_several_outputs(self):
         class Several(Between):
             def forward(self, x):

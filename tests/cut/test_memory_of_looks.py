@@ -1,6 +1,9 @@
 """What a look at a model leaves behind."""
 
 import gc
+import weakref
+from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,3 +36,39 @@ def test_a_look_at_a_model_keeps_no_copy_of_its_weights():
     parts = split(model, "0", torch.randn(5, 37))
     parts.client(torch.randn(6, 37))
     assert weights() == before
+
+
+class Adding(nn.Module):
+    """Makes tensors that autograd has no need of, and counts those that are still there."""
+
+    made: ClassVar[list[weakref.ref]] = []  # copies of the model share it
+    counts: ClassVar[list[int]] = []
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(30):
+            x = x + 1
+            self.made.append(weakref.ref(x))
+            self.counts.append(sum(one() is not None for one in self.made))
+        return SimpleNamespace(last=x)
+
+
+class Unpacking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = Adding(), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.last(self.inner(x).last)
+
+
+def test_a_look_holds_no_more_than_the_forward_that_it_follows():
+    Adding.made.clear()
+    Adding.counts.clear()
+    split(Unpacking(), "inner.first", torch.randn(5, 3))
+    assert len(Adding.counts) > 2 * 30  # the model was followed twice
+    assert max(Adding.counts) == 1

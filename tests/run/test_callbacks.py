@@ -21,6 +21,20 @@ def finished(number, **evaluation):
     return FinishedRound(entry, 10, arrays, {"central": 2.0})
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"patience": "3"}, "patience is '3', expected a whole number of at least 1"),
+        ({"min_delta": "0"}, "min_delta is '0', expected a finite number at least 0"),
+        ({"min_delta": -1.0}, "min_delta is -1.0, expected a finite number at least 0"),
+        ({"metric": 3}, "metric is 3, expected a name such as 'loss'"),
+    ],
+)
+def test_what_early_stopping_cannot_work_with(given, told):
+    with pytest.raises(ConfigError, match=f"^{told}$"):
+        EarlyStopping(**given)
+
+
 def rounds_until_stop(callback, values, name="loss"):
     for number, value in enumerate(values, 1):
         if callback.on_round_end(finished(number, **{name: value})):

@@ -344,7 +344,7 @@ class Overflowing(nn.Module):
 @pytest.mark.parametrize("per_client", [False, True])
 def test_gradients_that_are_not_finite_leave_buffers_as_they_were(per_client):
     step = make_step(RecordedSegment(Overflowing()), BATCHES)
-    before = step._segment.buffers.copied()
+    before = list(map(torch.clone, step._segment.buffers))
     with pytest.raises(NonFiniteError, match=r"NaN or infinite \(round 1, step 0, clients '0'"):
         step.update(step.gradients(per_client=per_client))
     for buffer, old in zip(step._segment.module.buffers(), before, strict=True):

@@ -13,10 +13,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils.data import DataLoader
 
 from flsplit import FlsplitError, SessionSettings, split
 from flsplit.carry.choose import open_carrier
 from flsplit.carry.polling import polling
+from flsplit.cut import Split
 from flsplit.run import SplitResult, SplitStrategy, make_strategy
 from llm.auxiliary import auxiliary_like, next_token
 from llm.base import perplexity, train_base
@@ -46,12 +48,13 @@ def main(grid: Grid, context: Context) -> None:
     config, folder = context.run_config, output_folder(context)
     if (threads := int(config["torch-threads"])) > 0:
         torch.set_num_threads(threads)
-    model = prepared_model(config)
+    base = checked_base(config)
+    held_out = held_out_of(config, number_of(grid))
+    model = adapted(base, config)
     strategy = checked_strategy(config, model)
-    describe(model, cut_name(config))
+    describe(strategy.parts)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    num_clients = number_of(grid)
-    before = perplexity_of_clients(model, config, num_clients)
+    before = perplexity(model, itertools.chain.from_iterable(held_out))
 
     rounds = int(config["num-server-rounds"])
     result = strategy.start(grid, model.state_dict(), num_rounds=rounds)
@@ -66,7 +69,8 @@ def main(grid: Grid, context: Context) -> None:
     except (FlsplitError, RuntimeError) as error:  # what was trained is worth more than a text
         logger.warning("no text: %s", error)
     found = result.history[-1].evaluation.get("loss")
-    after = perplexity_of_clients(model, config, num_clients) if found is None else math.exp(found)
+    again = itertools.chain.from_iterable(held_out)
+    after = perplexity(model, again) if found is None else math.exp(found)
     logger.info("held-out perplexity: %.1f -> %.1f", before, after)
     for what, where in written:
         logger.info("%s: %s", what, where)
@@ -82,11 +86,23 @@ def number_of(grid: Grid) -> int:
 
 def prepared_model(config: RunConfig) -> nn.Module:
     """Return the base with its adapters; a small one has learnt the server's text before."""
+    return adapted(checked_base(config), config)
+
+
+def checked_base(config: RunConfig) -> nn.Module:
+    """Return the base as it is loaded or drawn; refuse a run config that can't be followed."""
     torch.manual_seed(int(config["seed"]))
-    base, steps = load_base(config), int(config["base-steps"])
+    base = load_base(config)
+    if begins_random(config):
+        with torch.random.fork_rng(devices=[]):  # adapters are drawn when the base has learnt
+            checked_strategy(config, add_adapters(copy.deepcopy(base), config))
+    return base
+
+
+def adapted(base: nn.Module, config: RunConfig) -> nn.Module:
+    """Return the base with its adapters, in a small one after ``base-steps``."""
+    steps = int(config["base-steps"])
     if begins_random(config) and steps:
-        with torch.random.fork_rng(devices=[]):
-            checked_strategy(config, add_adapters(copy.deepcopy(base), config))  # before the wait
         started = time.perf_counter()
         train_base(base, load_tokenizer(config), steps, int(config["seed"]))
         logger.info(
@@ -95,9 +111,8 @@ def prepared_model(config: RunConfig) -> nn.Module:
     return add_adapters(base, config)
 
 
-def describe(model: nn.Module, cut: str) -> None:
+def describe(halves: Split) -> None:
     """Say how much is trained on which side."""
-    halves = split(model, cut)
     for side, segment in (("client", halves.client), ("server", halves.server)):
         trained = sum(p.numel() for p in segment.parameters() if p.requires_grad)
         logger.info(
@@ -106,21 +121,28 @@ def describe(model: nn.Module, cut: str) -> None:
         )  # fmt: skip
 
 
-def perplexity_of_clients(model: nn.Module, config: RunConfig, num_clients: int) -> float:
-    """Return the perplexity of the text that clients hold out, which is public here."""
+def held_out_of(config: RunConfig, num_clients: int) -> list[DataLoader[Any]]:
+    """Return the text that clients hold out, which is public here.
+
+    Raises
+    ------
+    ValueError
+        If there is none with a label.
+    """
     loaders = [client_data(config, client, num_clients)[1] for client in range(num_clients)]
     if not any(len(loader.dataset) for loader in loaders):
         raise ValueError(
             f"seq-length={config['seq-length']} leaves no sequence of data={config['data']!r} "
             "with a label that is not masked, expected a longer one"
         )
-    return perplexity(model, itertools.chain.from_iterable(loaders))
+    return loaders
 
 
 def checked_strategy(config: RunConfig, model: nn.Module) -> SplitStrategy:
     """Return the strategy, or refuse what could not be trained."""
-    check(model, config)
-    return strategy_of(config, model)
+    strategy = strategy_of(config, model)
+    check(config, strategy)
+    return strategy
 
 
 def strategy_of(config: RunConfig, model: nn.Module) -> SplitStrategy:
