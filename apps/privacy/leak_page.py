@@ -290,6 +290,17 @@ def _u_shape(numbers: Numbers, size: Size) -> str:
                 title = "no defence" if row == "u-shape" else ROWS[row].title
                 lines.append(f"| {title} | {' | '.join(cells)} |")
         lines.append("")
+        if "u-both" in numbers.rows_at(cut):
+            accuracy, clusters, simulated = (
+                numbers.mean("u-both", cut, one)
+                for one in ("accuracy", "label-clusters", "label-simulated")
+            )
+            lines += [
+                "Noise on gradients stops clustering, not SDAR. Noise on smashed data stops SDAR "
+                f"({simulated:.2f}), and learning, too ({100 * accuracy:.1f} %); where little is "
+                f"learned, noise of the same power leaves {clusters:.2f} to clustering.",
+                "",
+            ]
     return "\n".join(lines).rstrip()
 
 

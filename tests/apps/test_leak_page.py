@@ -65,13 +65,16 @@ def test_whether_averaging_leaks_less(tmp_path, last, said):
 
 def test_labels_of_a_u_shape(tmp_path):
     labels = {"u-shape": {"label-simulated": 0.9}, "u-int8": {"label-simulated": 0.8, "up": 2e6}}
-    write_page(tmp_path / "page.md", runs_of("psl", "u-shape", "u-int8", **labels), Size())
+    labels["u-both"] = {"label-simulated": 0.15, "accuracy": 0.2, "label-clusters": 1.0}
+    write_page(tmp_path / "page.md", runs_of("psl", *labels, **labels), Size())
     text = (tmp_path / "page.md").read_text()
     assert "at the second cut (64 numbers a row) finds 0.50 ± 0.00 of them" in text
     assert "(SDAR), which looks at no gradient, 0.90 ± 0.00; guessing finds 0.13 ± 0.00" in text
     first = "91.0 ± 1.0 | {} | 8.0 | 0.800 ± 0.000 | 0.50 ± 0.00 | {} ± 0.00 | 3 |"
     assert f"| no defence | {first.format('8.0', '0.90')}" in text
     assert f"| int8 everywhere | {first.format('2.0', '0.80')}" in text
+    assert "stops SDAR (0.15), and learning, too (20.0 %); where little is learned, noise" in text
+    assert "leaves 1.00 to clustering" in text
     assert text.count("int8 everywhere") == 1  # it has a table of its own
 
 
