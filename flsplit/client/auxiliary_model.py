@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from flsplit.auxiliary import GIVEN, auxiliary_loss, build_auxiliary
 from flsplit.client.spec import ClientSpec
-from flsplit.client.state import AuxiliaryState
+from flsplit.client.state import AuxiliaryState, own_tensors, put_tensors
 from flsplit.cut import Split
 from flsplit.errors import ConfigError, NonFiniteError, SegmentMismatchError
 from flsplit.finite import total_norm
@@ -22,7 +22,7 @@ from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.nested import to_device
 from flsplit.optimizers import UserOptimizer
 from flsplit.seeds import seeded
-from flsplit.untrained import keeping_buffers, load_state, names_of_buffers, put
+from flsplit.untrained import keeping_buffers, load_state, names_of_buffers
 
 
 class Auxiliary:
@@ -123,21 +123,13 @@ class Auxiliary:
         """Return what must be remembered between two messages."""
         return AuxiliaryState(
             plan=self.plan,
-            tensors={name: tensor.detach() for name, tensor in self._tensors().items()},
+            tensors=own_tensors(self.module),
             optimizer=get_state(self.optimizer),
             version=self.version,
         )
 
-    @torch.no_grad()
     def load(self, state: AuxiliaryState) -> None:
         """Go on from a state."""
-        own = self._tensors()
-        free = names_of_buffers(self.module)
-        stored = check_like(state.tensors, own, what="the stored auxiliary model", free=free)
-        for name, tensor in stored.items():
-            put(own[name], tensor)
+        put_tensors(self.module, state.tensors, what="the stored auxiliary model")
         set_state(self.optimizer, state.optimizer)
         self.version = state.version
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}

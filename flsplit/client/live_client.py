@@ -1,11 +1,10 @@
 """One client: what is built of it, what it remembers, and the round that it is in."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from flsplit.client.data import ClientData
 from flsplit.client.first_layers import FirstLayers
 from flsplit.client.order import Order, begun_anew, steps_per_round
 from flsplit.client.spec import ClientSpec, client_name, pick_device
-from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState
+from flsplit.client.state import NO_SEGMENT, NO_STEP, ClientState, own_tensors, put_tensors
 from flsplit.client.tail import Tail
 from flsplit.client_parts.chain import PartChain
 from flsplit.client_parts.compression import Packed
@@ -30,7 +29,7 @@ from flsplit.message.request import Batch, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
-from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put, put_all
+from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put_all
 
 
 @dataclass
@@ -119,7 +118,7 @@ class Client:
 
     def state(self) -> ClientState:
         """Return a view of the client between two messages."""
-        self.memory.segment = {k: v.detach() for k, v in self._tensors()}
+        self.memory.segment = own_tensors(self.segment)
         if self.pending and self.pending.buffers:
             names = [name for name, _ in self.segment.named_buffers()]
             self.memory.segment |= zip(names, self.pending.buffers, strict=True)
@@ -129,7 +128,7 @@ class Client:
 
     def load(self, state: ClientState) -> None:
         """Go on from ``state``."""
-        self._load_tensors(state.segment, what="the stored client segment")
+        put_tensors(self.segment, state.segment, what="the stored client segment")
         set_state(self.optimizer, state.optimizer)
         self.memory, self.pending = state, None
         if state.plan and state.num_examples:  # else the round could not begin
@@ -141,17 +140,6 @@ class Client:
                 state.auxiliary.plan, self.spec, self.device, self.split_anew
             )
             self.auxiliary.load(state.auxiliary)
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.segment.named_parameters()
-        yield from self.segment.named_buffers()
-
-    @torch.no_grad()
-    def _load_tensors(self, tensors: dict[str, Tensor], what: str) -> None:
-        own = dict(self._tensors())
-        free = names_of_buffers(self.segment)
-        for name, tensor in check_like(tensors, own, what=what, free=free).items():
-            put(own[name], tensor)
 
     # --- a round -------------------------------------------------------------------------
 

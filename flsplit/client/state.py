@@ -1,16 +1,19 @@
 """Everything a client must remember between two messages, as one explicit value."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Self
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
-from torch import Tensor
+from torch import Tensor, nn
 
-from flsplit.message.arrays import from_record, to_array
+from flsplit.message.arrays import check_like, from_record, to_array
 from flsplit.message.fields import Content, In, Records, Slot, Written, nested, record
 from flsplit.message.local_steps import AuxiliaryPlan
 from flsplit.message.optimizer_state import IndexedState, indexed
 from flsplit.message.round_plan import RoundPlan
+from flsplit.untrained import names_of_buffers, put
 
 _PREFIX = "flsplit."
 _PROGRESS = f"{_PREFIX}progress"
@@ -126,3 +129,21 @@ class ClientState(Content):
     def get(cls, records: RecordDict) -> Self | None:
         """Return the state in ``records``, None if there is none."""
         return cls.from_content(records) if _PROGRESS in records else None
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and buffers by name, also what its state dict leaves out."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor.detach() for name, tensor in named}
+
+
+@torch.no_grad()
+def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, what: str) -> None:
+    """Give a module the values that :func:`own_tensors` returned.
+
+    SegmentMismatchError if they are those of another module.
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    free = names_of_buffers(module)
+    for name, tensor in check_like(tensors, own, what=what, free=free).items():
+        put(own[name], tensor)
