@@ -1,6 +1,6 @@
 """What is compared on: model, cut, data and metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ class Experiment:
         client's (train, test).
     metrics : mapping of str to torchmetrics.Metric
         Further metrics, over the test set.
-    optimizer, loss, unpack
+    optimizer, loss, unpack, share
         As in `client_app`, for both segments.
     grid : mapping of str to list of float
         Learning rates that tuning begins with, in the place of a method's own.
@@ -57,6 +57,7 @@ class Experiment:
     optimizer: Callable[..., Any] = MOMENTUM
     loss: Callable[..., Any] = functional.cross_entropy
     unpack: Callable[[Any], Any] | None = None
+    share: Sequence[str] = ()
     grid: Mapping[str, list[float]] = field(default_factory=dict)
     target: float = 85.0
     title: str = ""

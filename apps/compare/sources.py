@@ -78,6 +78,7 @@ def _from_file(path: Path, data_dir: str) -> Experiment:
         raise ConfigError(f"--dataset: {path} is no Python file")
     with suppress(ImportError):
         load_torchvision()  # first: torchmetrics imports it, too
+    sys.path.append(str(path.parent.resolve()))  # for good: it may import its neighbours
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its classes can be pickled, then
     spec.loader.exec_module(module)
@@ -138,6 +139,7 @@ def _from_app(folder: Path) -> Experiment:
         data=lambda *which: spec.data(context(*which)),
         optimizer=spec.optimizer,
         unpack=spec.unpack,
+        share=spec.share,
         title=folder.resolve().name,
         **more,
     )

@@ -128,7 +128,9 @@ def _train_split(task: Task, model: nn.Module) -> dict[str, Any]:
     app = client_app(
         model=experiment.model, cut=experiment.cut, data=data, optimizer=experiment.optimizer,
         device=setting.device, auxiliary=method.auxiliary, unpack=experiment.unpack, loss=loss,
+        share=experiment.share,
     )  # fmt: skip
+    example, _ = experiment.examples(task.parts.train[0]).batch(range(2))
     # Where all clients have the same model, one of them evaluates it.
     one: dict[str, Any] = {"fraction_evaluate": 1e-9} if method.shares_clients else {}
     models = 1 if method.shares_clients else setting.clients
@@ -137,10 +139,10 @@ def _train_split(task: Task, model: nn.Module) -> dict[str, Any]:
         clients_dir, server_dir = folder / "clients", folder / "server"
         one |= {"checkpoint_dir": str(server_dir), "resume": server_dir.is_dir()}
     strategy = method.make(
-        task.rates, model=model, cut=experiment.cut, server_optimizer=experiment.optimizer,
-        loss=experiment.loss, batch_size=setting.batch_size, local_steps=task.local_steps,
-        drop_last=True, seed=task.seed, device=setting.device, fleet=task.fleet,
-        shares=setting.shares, evaluate_batch_size=TEST_BATCH,
+        task.rates, model=model, cut=experiment.cut, example=example, share=experiment.share,
+        server_optimizer=experiment.optimizer, loss=experiment.loss,
+        batch_size=setting.batch_size, local_steps=task.local_steps, drop_last=True,
+        seed=task.seed, device=setting.device, fleet=task.fleet, shares=setting.shares, evaluate_batch_size=TEST_BATCH,
         metrics={**experiment.metrics, "each": Everyone(task.parts.shares, models)}, **one,
     )  # fmt: skip
     spent = count_server_cpu(strategy)

@@ -114,7 +114,10 @@ class Checkpoints:
         can be read.
         """
         if not self._rounds.rounds():
-            raise ConfigError(f"resume: there is no checkpoint in {self._rounds.folder}")
+            raise ConfigError(
+                f"resume: there is no checkpoint in {self._rounds.folder}: no round was completed "
+                "there; start without resume"
+            )
         found = self._run_in_folder()
         if different := differences(found["identity"], self._identity):
             raise ConfigError(

@@ -233,6 +233,11 @@ class SplitOptions:
         for name in ("fraction_train", "fraction_evaluate"):
             if not (_is_number(value := getattr(self, name)) and 0.0 <= value <= 1.0):
                 raise ConfigError(f"{name} is {value!r}, expected a number from 0 to 1")
+        if self.local_steps and self.local_epochs != 1:
+            logger.warning(
+                "local_epochs=%d is not used: a round has local_steps=%d",
+                self.local_epochs, self.local_steps,
+            )  # fmt: skip
         if not (self.local_epochs or self.local_steps):
             raise ConfigError("local_epochs and local_steps are both 0: nothing would be trained")
         if self.server_scheduler and callable(self.server_lr):

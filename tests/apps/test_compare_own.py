@@ -69,6 +69,12 @@ def test_arrays_go_through_the_whole_comparison(tmp_path):
     assert (tmp_path / "images-shard-num-shards-per-partition-2.png").exists()
 
 
+def test_a_model_with_two_inputs_goes_through(tmp_path):
+    methods = ["psl", "sglr", "fedavg"]
+    runs, *_ = compared(tmp_path, "--dataset", str(HERE / "signals.py"), "--methods", *methods)
+    assert [run["method"] for run in runs] == methods
+
+
 def test_a_text_classifier_goes_through_with_its_own_columns_and_grid(tmp_path):
     grid = [one for one in TINY if not one.startswith(("--rates", "client", "server"))]
     arguments = ["--dataset", str(HERE / "text.py"), "--methods", "psl", "cse-fsl"]

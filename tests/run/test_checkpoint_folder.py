@@ -173,6 +173,11 @@ def test_what_refers_to_itself_is_described():
     assert describe("x", nested)["x"] == "list"
 
 
+def test_a_run_that_completed_no_round_is_begun_anew(tmp_path):
+    with pytest.raises(ConfigError, match="no round was completed there; start without resume"):
+        run(tmp_path, rounds=2, resume=True)
+
+
 def test_a_train_config_is_part_of_a_run(tmp_path):
     run(tmp_path, start={"train_config": ConfigRecord({"lr": 0.5})})
     with pytest.raises(ConfigError, match=r"with train_config.lr 0.5, this one has none$"):
