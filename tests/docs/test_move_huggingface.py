@@ -1,7 +1,9 @@
 """docs/moving/huggingface.md: a BERT of transformers with peft's adapters."""
 
 import pytest
+import torch
 from moving import Moved, ran_locally
+from pages import Page
 
 from flsplit import FlsplitError
 from flsplit.vision import load_torchvision
@@ -10,7 +12,8 @@ load_torchvision()  # transformers imports it
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-PROJECT = Moved.on("docs/moving/huggingface.md")
+PAGE = Page("docs/moving/huggingface.md")
+PROJECT = Moved.on(PAGE.path)
 
 
 def accuracies(ran):
@@ -50,6 +53,38 @@ def test_the_mask_is_asked_for(tmp_path):
 
     with pytest.raises(FlsplitError, match="attention_mask"), ran_locally(files, tmp_path):
         pass
+
+
+def with_labels_at_home(files):
+    cuts = PAGE.text.partition("`CUT = (")[2].partition(")`")[0]
+    files = dict(files)
+    for name, old, new in (
+        ("task", 'CUT = "base_model.model.bert.encoder.layer.0"', f"CUT = ({cuts})"),
+        ("server_app", "        loss=ModelLoss(),\n", ""),
+        (
+            "client_app",
+            "from flsplit import client_app",
+            "from flsplit import ModelLoss, client_app",
+        ),
+        ("client_app", "    cut=CUT,\n", "    cut=CUT,\n    loss=ModelLoss(),\n"),
+    ):
+        path = f"sentiment/{name}.py"
+        assert files[path].count(old) == 1
+        files[path] = files[path].replace(old, new)
+    return files
+
+
+def test_labels_may_stay_at_home(tmp_path):
+    saved, sent = [], []
+    none = "hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, vocab_size"
+    plain = {name: text.replace("vocab_size", none) for name, text in PROJECT.after.items()}
+    for name, files in (("one", plain), ("two", with_labels_at_home(plain))):
+        with ran_locally(files, tmp_path / name, 1, num_server_rounds=1) as ran:
+            saved.append(ran.saved)
+            sent.append(ran.result.history[0].traffic.logical["labels-up"])
+    assert sent[0] > 0 == sent[1]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
 def _is_clients(name):
