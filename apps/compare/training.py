@@ -142,7 +142,8 @@ def _train_split(task: Task, model: nn.Module) -> dict[str, Any]:
         task.rates, model=model, cut=experiment.cut, example=example, share=experiment.share,
         server_optimizer=experiment.optimizer, loss=experiment.loss,
         batch_size=setting.batch_size, local_steps=task.local_steps, drop_last=True,
-        seed=task.seed, device=setting.device, fleet=task.fleet, shares=setting.shares, evaluate_batch_size=TEST_BATCH,
+        seed=task.seed, device=setting.device, fleet=task.fleet, shares=setting.shares,
+        evaluate_batch_size=TEST_BATCH,
         metrics={**experiment.metrics, "each": Everyone(task.parts.shares, models)}, **one,
     )  # fmt: skip
     spent = count_server_cpu(strategy)
