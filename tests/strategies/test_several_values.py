@@ -15,7 +15,7 @@ from reference import (
 from torch import nn
 from torch.utils.data import Dataset
 
-from flsplit.errors import MethodError, NotEnoughClientsError
+from flsplit.errors import ConfigError, MethodError, NotEnoughClientsError
 from flsplit.strategies import (
     EPSL,
     FSLSAGE,
@@ -170,7 +170,7 @@ def test_methods_that_compute_with_one_tensor_say_so(strategy):
 
 
 def test_auxiliary_models_take_one_tensor():
-    with pytest.raises(NotEnoughClientsError, match=r"smashed data that is one"):
+    with pytest.raises(ConfigError, match=r"smashed data that is one tensor, but 2 values cross"):
         train(FSLSAGE, "skip", [8, 8])
 
 
