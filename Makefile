@@ -69,7 +69,7 @@ privacy-quick: $(STAMP) ## The same, shorter: some rows, one cut, one seed
 
 .PHONY: compare-llm
 compare-llm: $(STAMP) ## Compare the methods on language models: 3 seeds
-	@$(BIN)/python apps/llm/methods.py --out runs/llm $(ARGS)
+	@$(BIN)/python apps/llm/compare_llm.py --out runs/llm $(ARGS)
 
 .PHONY: test
 test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, several at a time

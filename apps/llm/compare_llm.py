@@ -1,6 +1,6 @@
 """Compare the methods on language: perplexity against bytes, memory and the server's time.
 
-    python apps/llm/methods.py --seeds 0 1 2 --out runs/llm
+    python apps/llm/compare_llm.py --seeds 0 1 2 --out runs/llm
 
 Every method is tuned alike: of the same grid it gets the learning rate with which the clients'
 training text has the least loss at the end of seed 0's run, and where that is an end of the grid,
