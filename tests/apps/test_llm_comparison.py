@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from llm_runs import script
 
-METHODS, TABLE = script("methods"), script("methods_table")
+METHODS, TABLE = script("compare_llm"), script("methods_table")
 
 
 @pytest.fixture

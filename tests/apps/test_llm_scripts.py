@@ -32,7 +32,7 @@ def test_the_check_of_a_gpu_fails_where_losses_differ(tiny, monkeypatch, capsys)
 
 
 def test_methods_are_tested_on_each_clients_own_model(tiny):
-    methods = script("methods")
+    methods = script("compare_llm")
     config = config_of(tiny, rank=0)
     model = methods.load_base(config)
     loaders = [methods.client_data(config, client, 2)[1] for client in range(2)]
@@ -44,7 +44,7 @@ def test_methods_are_tested_on_each_clients_own_model(tiny):
 
 
 def test_fedavg_of_one_client_is_plain_fine_tuning(tiny):
-    methods = script("methods")
+    methods = script("compare_llm")
     config = config_of(tiny)
     torch.manual_seed(0)
     model = methods.add_adapters(methods.load_base(config), config)
