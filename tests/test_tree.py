@@ -146,6 +146,14 @@ def test_no_two_files_have_the_same_name():
     refuse_repeated(places)
 
 
+def test_no_two_scripts_of_the_apps_have_the_same_name():
+    # They import their neighbours by bare names, so that one would hide the other in one process.
+    places = defaultdict(list)
+    for path in sorted(REPOSITORY.glob("apps/*/*.py")):
+        places[path.stem].append(str(path.relative_to(REPOSITORY)))
+    refuse_repeated(places)
+
+
 def test_no_two_classes_have_the_same_name():
     places = defaultdict(list)
     for module in FILES:

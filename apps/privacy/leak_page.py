@@ -201,7 +201,8 @@ def _defences(numbers: Numbers, cut: str) -> list[str]:
                 f"{ROWS[row].title} (`{cut}`): explained {both(row, 'explained')}, accuracy "
                 f"{both(row, 'accuracy', '.1f', 100)} %{bought}."
             )
-    for row in ("half", "int8", "top-k", "top-k-feedback", "low-rank", "difference"):
+    smaller = ("half", "int8", "top-k", "top-k-feedback", "top-k-example", "low-rank", "difference")
+    for row in smaller:
         if row in rows:
             sent = [
                 sum(numbers.mean(one, cut, way) for way in ("up", "down")) for one in ("psl", row)

@@ -81,6 +81,11 @@ DEFENCES = {
         lambda: TopK(feedback=True),
         lambda: TopK(place="cut-gradient", feedback=True),
     ),
+    "top-k-example": _psl(
+        "the same, per example up",
+        lambda: TopK(feedback="example"),
+        lambda: TopK(place="cut-gradient", feedback=True),
+    ),
     "low-rank": _psl("rank 4 both ways", LowRank, lambda: LowRank(place="cut-gradient")),
     "difference": _psl("int8 differences up", Difference),
     "label-noise": _psl("gradient noise, power 1", lambda: LabelNoise(1.0, marvell=False)),
