@@ -19,6 +19,11 @@ def warn_once(run: str, text: str) -> None:
         logger.warning("%s", text)
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number of things in words: ``1 host``, ``2 hosts``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 class RareLog:
     """Lets the first few lines of each minute through, and then says how many it has kept back.
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,12 @@ def test_profile(flsplit):
     lines = flsplit("profile", "resnet18", "--classes", 7, "--input", "3x64x64").stdout.splitlines()
     assert lines[2].split()[:2] == ["conv1", "9,536"]
     assert lines[-1].split()[:3] == ["fc", "11,180,103", "296.099"]
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "flsplit", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Usage: flsplit [OPTIONS] COMMAND" in said
 
 
 def test_profile_as_json(flsplit):

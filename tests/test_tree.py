@@ -45,6 +45,7 @@ LAYERS = (
         "bench",
         "__init__",
         "cli",
+        "__main__",
         "strategies",
     ),
 )

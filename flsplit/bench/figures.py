@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 
 from flsplit.errors import FlsplitError
+from flsplit.log import counted
 
 
 class BenchError(FlsplitError):
@@ -93,7 +94,7 @@ def steps_table(per_step: Mapping[str, Mapping[int, Sequence[float]]]) -> Table:
     table = Table(title="Seconds per step of one batch of each client: median (min to max)")
     table.add_column("")
     for clients in counts:
-        table.add_column(f"{clients} client{'s' if clients > 1 else ''}", justify="right")
+        table.add_column(counted(clients, "client"), justify="right")
         table.add_column("times the floor", justify="right")
     floor = per_step.get("floor", {})
     for name, figures in per_step.items():

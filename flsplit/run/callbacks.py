@@ -31,12 +31,15 @@ class FinishedRound:
         The whole model's state dict, or the server segment's, as in ``Result.arrays``.
     central : dict of str to float
         What ``evaluate_fn`` returned for this round.
+    is_whole_model : bool
+        Whether ``arrays`` is the whole model's.
     """
 
     entry: RoundEntry
     num_rounds: int
     arrays: ArrayRecord
     central: dict[str, float]
+    is_whole_model: bool = True
 
     def metric(self, name: str) -> float:
         """Return a metric: of federated or central evaluation, of training, or of the method.
@@ -86,6 +89,18 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`."""
+
+
+def refuse_misspelt(callback: Callback) -> None:
+    """Raise ConfigError if a callback has a hook that nobody calls, or overrides none."""
+    cls, hooks = type(callback), ("on_round_end", "on_exchange")
+    for name in dir(cls):
+        if name.startswith("on_") and name not in hooks:
+            raise ConfigError(
+                f"callbacks: {cls.__name__} has {name}, expected {' or '.join(hooks)}"
+            )
+    if all(getattr(cls, hook) is getattr(Callback, hook) for hook in hooks):
+        raise ConfigError(f"callbacks: {cls.__name__} has neither {' nor '.join(hooks)}")
 
 
 def may_stop(callback: Callback) -> bool:
@@ -186,9 +201,16 @@ class KeepBest(_Best):
     ) -> None:
         super().__init__(metric, mode)
         self.arrays: ArrayRecord | None = None
+        self._told = False
 
     def on_round_end(self, round_: FinishedRound) -> None:
         """Keep the round's arrays if it is the best."""
+        if not round_.is_whole_model and not self._told:
+            self._told = True
+            logger.warning(
+                "KeepBest keeps the server segment alone: the clients have segments of their own, "
+                "which go on changing. To keep whole models, pass client_strategy=FedAvg()"
+            )
         if self.improves(round_):
             self.arrays = round_.arrays
 

@@ -189,6 +189,7 @@ class Run:
             self.num_rounds,
             self.result.arrays,
             {name: one for name, one in central.items() if isinstance(one, (int, float))},
+            self.strategy.gives_whole_model,
         )
         answers = [one.on_round_end(finished) for one in self.callbacks]  # all of them see it
         return any(answers)

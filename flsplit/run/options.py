@@ -24,7 +24,7 @@ from flsplit.errors import ConfigError
 from flsplit.log import logger
 from flsplit.losses import Loss
 from flsplit.run.arguments import one_of, whole
-from flsplit.run.callbacks import Callback
+from flsplit.run.callbacks import Callback, refuse_misspelt
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.fleet_file import find_fleet
 
@@ -198,6 +198,7 @@ class SplitOptions:
             _callable("server_scheduler", self.server_scheduler)
         for callback in self.callbacks:
             of_kind("callbacks: one of them", callback, Callback)
+            refuse_misspelt(callback)
         describe_parts(self.client_parts)  # what can't be sent is said now
         check_places(self.client_parts, two_cuts=self.keeps_labels)
         _rate("server_lr", self.server_lr)

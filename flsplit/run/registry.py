@@ -49,7 +49,7 @@ def make_strategy(name: str, strategy_args: str = "{}", **options: Any) -> Split
     found = entry_points(group=GROUP, name=name)
     if not found:
         known = strategy_names()
-        near = get_close_matches(str(name), known, n=1, cutoff=0.4)
+        near = get_close_matches(str(name).lower(), known, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"there is no strategy {name!r}{hint} (there are {', '.join(known)})")
     cls = next(iter(found)).load()

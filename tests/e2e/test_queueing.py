@@ -34,7 +34,7 @@ def test_a_run_waits_for_nodes_that_are_busy_with_another(quickstart, gates, tmp
         gate.open()
         finished = [run.finish() for run in (first, second)]
     assert [run.completed for run in finished] == [True, True], finished[1].log
-    assert "1 hosts serve 1 clients" in finished[1].log
+    assert "1 client served by 1 host over" in finished[1].log
     for name, changes in (("first", {}), ("second", {"seed": 1})):
         expected = run_locally(1, {"num-server-rounds": 2} | changes)
         history = History.load(tmp_path / name / "output" / "history.jsonl")

@@ -32,7 +32,9 @@ def test_two_machines_give_the_numbers_of_one_and_a_lost_one_loses_only_its_step
         finished = run.finish(timeout=280)
 
     assert finished.completed, finished.log
-    assert f"2 hosts serve {NUM_CLIENTS} clients over {address.partition(':')[0]}:" in finished.log
+    assert (
+        f"{NUM_CLIENTS} clients served by 2 hosts over {address.partition(':')[0]}:" in finished.log
+    )
     history = History.load(out / "history.jsonl")
     expected = run_locally(NUM_CLIENTS, CHANGES).history.numbers()
     assert history.numbers()[:2] == expected[:2]

@@ -104,6 +104,35 @@ def test_something_else_than_a_callback_is_refused():
         PSL(model=fresh(plain_net), cut=CUT, callbacks=["stop"])
 
 
+class Misspelt(Callback):
+    def on_round_ends(self, round_):
+        return True
+
+
+class Without(Callback):
+    def round_end(self, round_):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("callback", "told"),
+    [
+        (Misspelt, "Misspelt has on_round_ends, expected on_round_end or on_exchange"),
+        (Without, "Without has neither on_round_end nor on_exchange"),
+    ],
+)
+def test_a_callback_that_nobody_would_call_is_refused(callback, told):
+    with pytest.raises(ConfigError, match=f"^callbacks: {told}$"):
+        PSL(model=fresh(plain_net), cut=CUT, callbacks=[callback()])
+
+
+@pytest.mark.parametrize(("method", "times"), [(PSL, 1), (SplitFedV2, 0)])
+def test_keep_best_says_once_that_it_keeps_no_whole_model(method, times, caplog):
+    caplog.set_level(logging.WARNING, "flwr")
+    start(method, num_rounds=2, callbacks=[KeepBest()])
+    assert caplog.text.count("KeepBest keeps the server segment alone") == times
+
+
 class StopAt(Callback):
     def __init__(self, last):
         self.last, self.seen = last, []

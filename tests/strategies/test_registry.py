@@ -81,6 +81,11 @@ def test_an_argument_of_the_strategy_itself():
     assert strategy.server_aggregator is not None
 
 
+def test_a_strategy_in_capitals_is_nearest_to_its_name():
+    with pytest.raises(ConfigError, match="no strategy 'PSL'; did you mean 'psl'"):
+        make_strategy("PSL")
+
+
 def test_an_unknown_strategy_names_the_nearest_and_all_others():
     with pytest.raises(ConfigError, match="no strategy 'splitfed'; did you mean 'splitfed") as no:
         make("splitfed")

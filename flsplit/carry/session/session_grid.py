@@ -19,7 +19,7 @@ from flsplit.carry.session.roster import Roster, Seat
 from flsplit.carry.session.settings import HOW_TO_SET, SessionSettings
 from flsplit.errors import ConfigError, FlsplitError, ProtocolError
 from flsplit.flower_internals import NODE_AWAY, Run, set_message_id, simulates
-from flsplit.log import RareLog, logger
+from flsplit.log import RareLog, counted, logger
 from flsplit.wire import (
     DialError,
     Envelope,
@@ -158,8 +158,9 @@ class SessionGrid(Carrier):
             self._roster.num_partitions = len(list(self._grid.get_node_ids()))
         self._roster.seat_all()
         logger.info(
-            "session %s: %d hosts serve %d clients over %s",
-            self._session, len(self._roster.epochs), len(self._roster.node_ids()), self._address,
+            "session %s: %s served by %s over %s",
+            self._session, counted(len(self._roster.node_ids()), "client"),
+            counted(len(self._roster.epochs), "host"), self._address,
         )  # fmt: skip
 
     def _listen(self) -> SessionServer:
