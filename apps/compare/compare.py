@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import defaultdict
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -87,7 +88,10 @@ def rehearse(options: argparse.Namespace, setting: Setting, workers: Workers) ->
     ]  # fmt: skip
     failed = {job.method: found["error"] for job, found in workers.run(jobs) if "error" in found}
     if failed:
-        told = "; ".join(f"{method}: {error}" for method, error in failed.items())
+        methods = defaultdict(list)  # what fails for all of them is said once
+        for method, error in failed.items():
+            methods[error].append(method)
+        told = "; ".join(f"{', '.join(names)}: {error}" for error, names in methods.items())
         raise ConfigError(f"what can't be run, before anything is: {told}")
 
 

@@ -109,6 +109,11 @@ class Run:
         for entry in history:
             self._keep(entry)
         logger.info("resuming after round %d", self._rounds_done)
+        if self._rounds_done >= self.num_rounds:
+            logger.warning(
+                "num_rounds is %d, and %d are done: nothing is left to train",
+                self.num_rounds, self._rounds_done,
+            )  # fmt: skip
         return known
 
     def _identity(self) -> Identity:

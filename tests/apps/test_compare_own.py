@@ -264,6 +264,14 @@ def test_a_method_that_can_not_train_it_is_named_with_the_others(tmp_path, capsy
     assert "psl:" not in found.replace("gapsl", "")
 
 
+def test_what_several_methods_can_not_do_is_said_once(tmp_path, capsys):
+    variants = ["gapsl{k_min=90}", "gapsl{k_min=90,server_lr=0.1}"]
+    found = refused(capsys, tmp_path, "--methods", *variants)
+
+    assert f"{', '.join(variants)}: ConfigError" in found
+    assert found.count("k_min is 90") == 1
+
+
 def test_other_arguments_in_the_same_folder_are_refused_with_the_difference(tmp_path, capsys):
     compared(tmp_path, "--methods", "psl", "--alpha", "inf")
     before = (tmp_path / "runs.jsonl").read_bytes()

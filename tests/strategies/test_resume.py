@@ -112,6 +112,14 @@ def test_clients_ahead_of_the_checkpoint_are_rolled_back(tmp_path):
     assert outcome(resumed) == whole("psl")
 
 
+def test_a_run_that_is_done_already_says_so_and_is_given_back(tmp_path, caplog):
+    done = run(PSL, tmp_path, num_rounds=2)
+    again = run(PSL, tmp_path, num_rounds=1, resume=True)
+
+    assert outcome(again) == outcome(done)
+    assert "num_rounds is 1, and 2 are done: nothing is left to train" in caplog.text
+
+
 def test_a_client_without_its_state_starts_from_the_servers_segment_and_is_listed(tmp_path):
     run(PSL, tmp_path, num_rounds=2)
     shutil.rmtree(tmp_path / "clients" / "1")
