@@ -53,7 +53,7 @@ def make_app():
 def train(cls, *, rounds=ROUNDS, grid=None, state_dir=None, cache=True, meanwhile=None, **options):
     app = make_app()
     grid = grid or LocalGrid(app, len(SIZES), state_dir=state_dir, cache=cache, progress=False)
-    callbacks = [Meanwhile(lambda: meanwhile(grid))] if meanwhile else [Callback()]
+    callbacks = [Meanwhile(lambda: meanwhile(grid))] if meanwhile else []
     strategy = cls(
         model=fresh(plain_net), cut=CUT, server_lr=LR, server_optimizer=MOMENTUM, seed=SEED,
         batch_size=4, device="cpu", fraction_evaluate=0.0, callbacks=callbacks, **options,
