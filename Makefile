@@ -77,6 +77,10 @@ test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, s
 	@$(BIN)/python -m pytest -m 'e2e and not long' --numprocesses 3 --dist worksteal $(ARGS) \
 		$$(grep -rl --include 'test_*.py' pytest.mark.e2e tests)
 
+.PHONY: test-long
+test-long: $(STAMP) ## Run the tests that "test" leaves out because they take long, but those of "chaos"
+	@$(BIN)/python -m pytest -m 'long and not chaos' --numprocesses 2 --dist worksteal $(ARGS)
+
 .PHONY: chaos
 chaos: $(STAMP) ## Disturb runs in every way we know; ends with a table of the faults
 	@$(BIN)/python -m pytest -m chaos --chaos-table $(ARGS)

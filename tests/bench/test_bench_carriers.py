@@ -9,6 +9,7 @@ from flsplit.cli import app
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 def test_carriers_of_a_simulation_are_measured(tmp_path):
     path = tmp_path / "figures.json"
 

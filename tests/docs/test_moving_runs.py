@@ -25,11 +25,12 @@ def assert_it_learns(flower, path):
     folder, output = write_files(PROJECT.after, path / "app"), str(path / "net.pt")
     run = flower.run_app(folder, {"output": output})
     assert run.completed, run.log
-    assert "serve 2 clients" in run.log  # over a session
+    assert "2 clients served by" in run.log  # over a session
     assert intersection(folder, output) > 0.6
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 def test_both_run_in_a_simulation(program, tmp_path):
     with simulation(tmp_path, 2) as flower:
         finished = flower.run_app(program)
@@ -39,6 +40,7 @@ def test_both_run_in_a_simulation(program, tmp_path):
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 def test_the_unet_runs_by_its_page_in_a_deployment(tmp_path):
     with deployment(tmp_path, 2) as flower:
         assert_it_learns(flower, tmp_path)

@@ -91,6 +91,7 @@ def test_the_others_go_on_without_clients_that_die_or_hang(flower, gates, start,
     "the run waits for them, and they go on from their states",
 )
 @pytest.mark.e2e
+@pytest.mark.long
 def test_the_run_waits_for_clients_that_come_back_and_go_on_from_their_own_state(
     flower, gates, start, tmp_path
 ):

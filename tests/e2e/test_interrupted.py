@@ -46,6 +46,7 @@ def test_clients_of_a_killed_actor_move_and_the_run_goes_on(gates, tmp_path):
     "the run ends as if nothing had happened",
 )
 @pytest.mark.e2e
+@pytest.mark.long
 def test_a_server_that_was_killed_resumes_with_the_same_numbers(quickstart, gates, tmp_path):
     rounds = {"num-server-rounds": 6}
     changes = (

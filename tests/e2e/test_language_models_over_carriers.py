@@ -129,6 +129,7 @@ def task(tmp_path, monkeypatch):
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 def test_language_models_give_the_same_numbers_over_all_carriers(task, tmp_path):
     with simulation(tmp_path, NUM_CLIENTS) as flower:
         for kind in MODELS:

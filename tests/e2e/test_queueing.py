@@ -16,6 +16,7 @@ KEPT = ("output", "checkpoint")
     "the second waits for its nodes; both end as if they were alone",
 )
 @pytest.mark.e2e
+@pytest.mark.long
 def test_a_run_waits_for_nodes_that_are_busy_with_another(quickstart, gates, tmp_path):
     gate = gates.before_step(0, server_round=1)
     node = {"partition-id": 0, "num-partitions": 1, "state-dir": str(tmp_path / "states")}

@@ -16,6 +16,7 @@ CHANGES = {"strategy": "psl", "batch-size": 64, "num-server-rounds": 4}
     "its clients miss a round",
 )
 @pytest.mark.e2e
+@pytest.mark.long
 def test_two_machines_give_the_numbers_of_one_and_a_lost_one_loses_only_its_step(
     quickstart, gates, tmp_path
 ):
