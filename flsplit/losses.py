@@ -189,13 +189,13 @@ class _Call(NamedTuple):
             return float(labels.numel() / logits.shape[min(1, logits.ndim - 1)])
         if (weight := options.get("weight")) is None:
             return float(labels.numel() if self.all_count else self._counts.sum())
-        return float(weight[labels[self._counts]].sum())
+        return float(weight[labels[self._counts].long()].sum())  # uint8 would be a mask
 
     def right(self) -> tuple[int, int]:
         """Return how many predictions are right, and of how many."""
         logits, labels = self.options["input"], self.options["target"]
         if self.function is functional.binary_cross_entropy_with_logits:
-            if logits.numel() != len(logits):  # several labels a row
+            if logits.numel() != logits.shape[:1].numel():  # several labels a row
                 return 0, 0
             return int(((logits > 0) == (labels > 0.5)).sum()), labels.numel()
         if labels.is_floating_point():
@@ -228,7 +228,10 @@ def _noted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call:
     all_count = False
     if func is not functional.binary_cross_entropy_with_logits:
         ignored = options.get("ignore_index", IGNORED) if func in _CROSS_ENTROPY else None
-        all_count = check_classes(options["input"], options["target"], ignored)
+        try:
+            all_count = check_classes(options["input"], options["target"], ignored)
+        except RuntimeError:  # inside torch.vmap nothing has a value that can be looked at
+            all_count = False
     return _Call(func, options, func(*args, **kwargs), all_count)
 
 

@@ -62,6 +62,11 @@ class SplitFedV1(ParallelStrategy):
         strategy = self.options.client_strategy or self._default_strategy()
         return self.aggregator_of(strategy, CLIENT_SEGMENTS if self.server_strategy else JOINED)
 
+    def given_aggregators(self) -> list[SegmentAggregator]:
+        """Return the server copies', too, where they are aggregated on their own."""
+        own = [self.server_aggregator] if self.server_aggregator else []
+        return super().given_aggregators() + own
+
     def _make_parts(self) -> Split:
         return self.parts_at(self.options.default_cut)
 

@@ -17,7 +17,7 @@ from flsplit.losses import Count, Criterion
 from flsplit.nested import as_arguments, num_rows, to_device
 from flsplit.untrained import put
 
-_GRADIENT, _KEPT, _BUFFER = "gradient:", "kept:", "buffer:"
+_GRADIENT, _KEPT, _BUFFER, _DONE = "gradient:", "kept:", "buffer:", "done"
 
 
 def withheld(labels: Any) -> Tensor:
@@ -77,6 +77,8 @@ class Tail:
         names = [_GRADIENT + name for name in self._named] + [_KEPT + name for name in kept]
         stays = {n: one for n, one in zip(names, found, strict=True) if one is not None}
         stays |= {_BUFFER + n: one.detach().clone() for n, one in self._segment.named_buffers()}
+        # Something is there of every step, also of layers that are frozen: it tells that it was.
+        stays = stays or {_DONE: torch.empty(0)}
         return torch.zeros_like(outputs) if given is None else given.to(outputs), stays
 
     def put_buffers(self, stays: Mapping[str, Tensor]) -> None:

@@ -57,7 +57,7 @@ class _Evaluation:
         self._batch_size, self._batches = batch_size, batches
         self._metrics = method.options.metrics
         self._fits = Fits(method.server_for, pools=False)
-        self._each = method.options.client_strategy is not None
+        self._each = bool(method.given_aggregators())
         self._scores, self._of_client = Scores(self._metrics), dict[str, Scores]()
         # Of clients whose loss isn't finite.
         self._odd, self._odd_losses = Scores(self._metrics), dict[str, float]()

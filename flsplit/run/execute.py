@@ -199,10 +199,17 @@ class Run:
         answers = [one.on_round_end(finished) for one in self.callbacks]  # all of them see it
         return any(answers)
 
+    @cached_property
+    def _who_evaluates(self) -> tuple[float, int]:
+        """Which fraction of the clients evaluates, and how many at least."""
+        options, aggregator = self.strategy.options, self.strategy.aggregator
+        asked = options.fraction_evaluate, options.min_evaluate_nodes
+        return aggregator.evaluates(*asked) if aggregator and options.client_strategy else asked
+
     def _exchanges_left(self, round_: Round, steps: int) -> int:
         """Return how many exchanges it takes from this round on; in evaluation, at least one."""
         per_round = self.strategy.exchanges_per_round(steps, len(round_.participants))
-        per_round += self.strategy.options.fraction_evaluate > 0.0
+        per_round += self._who_evaluates[0] > 0.0
         return per_round * (self.num_rounds - round_.plan.server_round + 1)
 
     # --- a round -------------------------------------------------------------------------
@@ -292,11 +299,11 @@ class Run:
         return sample(names, count, seed)
 
     def _evaluate(self, round_: Round) -> None:
-        options = self.strategy.options
-        if options.fraction_evaluate == 0.0:
+        options, (fraction, least) = self.strategy.options, self._who_evaluates
+        if fraction == 0.0:
             return
         names = round_.clients.directory.discover()
-        count = max(int(len(names) * options.fraction_evaluate), options.min_evaluate_nodes)
+        count = max(int(len(names) * fraction), least)
         seed = derive_seed(options.seed, "evaluate", round_.plan.server_round)
         batch_size, batches = evaluate_amounts(options, self.evaluate_config)
         round_.entry.evaluation, self._client_scores = evaluate_clients(
@@ -323,15 +330,14 @@ class Run:
             self.result.evaluate_metrics_clientapp[entry.round] = metrics
 
     def _keep_aggregated(self, round_: Round) -> None:
-        """Add what a client strategy's metric aggregation functions return, under other names."""
-        aggregator = self.strategy.aggregator
-        if aggregator is None:
-            return
+        """Add what Flower strategies' metric aggregation functions return, under other names."""
         server_round, result = round_.plan.server_round, self.result
-        kept = [(result.train_metrics_clientapp, aggregator.metrics)]
-        if self.strategy.options.client_strategy and self._client_scores:
-            found = aggregator.evaluate(server_round, self._client_scores)
-            kept.append((result.evaluate_metrics_clientapp, found))
+        kept = []
+        for aggregator in self.strategy.given_aggregators():
+            kept.append((result.train_metrics_clientapp, aggregator.metrics))
+            if self._client_scores:
+                found = aggregator.evaluate(server_round, self._client_scores)
+                kept.append((result.evaluate_metrics_clientapp, found))
         for record, more in kept:
             own = record.get(server_round, MetricRecord())
             record[server_round] = MetricRecord({**more, **own})

@@ -457,6 +457,10 @@ class SplitMethod(SaysPhases):
             return None
         return self.aggregator_of(strategy or self._default_strategy())
 
+    def given_aggregators(self) -> list[SegmentAggregator]:
+        """Return those whose Flower strategies the user gave."""
+        return [self.aggregator] if self.aggregator and self.options.client_strategy else []
+
     def aggregator_of(self, strategy: Strategy, sees: str = CLIENT_SEGMENTS) -> SegmentAggregator:
         """Return what lets a Flower strategy aggregate this model's segments."""
         model = self.options.model

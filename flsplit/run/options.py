@@ -245,10 +245,12 @@ class SplitOptions:
             raise ConfigError(
                 "server_lr is a function and server_scheduler is given: use one of them"
             )
-        if self.client_strategy and self.fraction_train != 1.0:
-            raise ConfigError(
-                "client_strategy chooses the clients: set fraction_train there, not here"
-            )
+        if self.client_strategy:
+            for name in ("fraction_train", "min_train_nodes", "weighted_by_key"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ConfigError(
+                        f"client_strategy chooses the clients: set {name} there, not here"
+                    )
 
     def _check_kept_labels(self) -> None:
         where = f"cut is {self.cut!r}, so labels stay at the clients:"
@@ -348,6 +350,8 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def _check_metrics(metrics: Mapping[str, Any]) -> None:
     for name, metric in metrics.items():
+        if name in ("loss", "num-examples"):
+            raise ConfigError(f"metrics: {name!r} is what every evaluation has, expected another")
         if isinstance(metric, type):
             raise ConfigError(
                 f"metrics: {name!r} is the class {metric.__name__}, expected an object of it"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flsplit.errors import TORCH_ERRORS, ConfigError
+from flsplit.errors import ConfigError
 from flsplit.losses import Count, logits_of
 from flsplit.message.evaluate import EvaluateReply
 from flsplit.message.u_shape import EvaluateTailReply
@@ -36,6 +36,9 @@ class Scores:
 
     def __init__(self, metrics: "Mapping[str, Metric]") -> None:
         self._metrics = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
+        for metric in self._metrics.values():  # one may have been used before
+            if hasattr(metric, "reset"):
+                metric.reset()
         self._loss, self._weight, self._samples = 0.0, 0.0, 0
         self._correct, self._classified = 0, 0
 
@@ -48,10 +51,10 @@ class Scores:
         for name, metric in self._metrics.items():
             try:
                 metric.to(tensors_of(labels)[0].device).update(logits, labels)
-            except TORCH_ERRORS as error:
+            except Exception as error:  # a metric of the user's may raise anything
                 raise ConfigError(
                     f"metrics: {name!r} can't take logits of shape {shapes_of(logits)} with "
-                    f"labels of shape {shapes_of(labels)}: {error}"
+                    f"labels of shape {shapes_of(labels)}: {type(error).__name__}: {error}"
                 ) from error
         if count.weight:  # where all labels are ignored there is no mean
             self._loss += loss * count.weight
@@ -78,7 +81,12 @@ class Scores:
         if self._classified:
             scores["accuracy"] = self._correct / self._classified
         for name, metric in self._metrics.items():
-            scores |= _numbers(name, metric.compute())
+            try:
+                scores |= _numbers(name, metric.compute())
+            except Exception as error:
+                raise ConfigError(
+                    f"metrics: {name!r} can't be computed: {type(error).__name__}: {error}"
+                ) from error
         return scores
 
 
@@ -105,6 +113,8 @@ def _numbers(name: str, value: Any) -> dict[str, float]:
         return {
             k: v for key, one in value.items() for k, v in _numbers(f"{name}/{key}", one).items()
         }
+    if isinstance(value, (tuple, list)) and not all(isinstance(one, (int, float)) for one in value):
+        return _numbers(name, dict(enumerate(value)))  # of other shapes each, as a curve's are
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
     places = product(*map(range, tensor.shape))
     return {"/".join([name, *map(str, place)]): float(tensor[place]) for place in places}

@@ -12,6 +12,7 @@ import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
     Strategy,
@@ -79,6 +80,12 @@ _CLIPS_AT_SERVER = (
     DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
 )
+_DIFFERENTIALLY_PRIVATE = (
+    *_CLIPS_AT_SERVER,
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+)
+_NUM_EXAMPLES = "num-examples"
 _TINY = 1e-15  # its square is still a number in float32
 
 
@@ -110,12 +117,37 @@ class SegmentAggregator:
         self.metrics = MetricRecord()
         """What the strategy's ``train_metrics_aggr_fn`` made of the last round's metrics."""
         self._messages: dict[str, Message] = {}
-        if type(strategy).__name__.startswith("DifferentialPrivacy"):
+        self._warn_of_what_is_not_asked(sees)
+        for layer in self._layers:
+            if isinstance(layer, _DIFFERENTIALLY_PRIVATE):
+                logger.warning(
+                    "%s sees the %s only: %ssmashed data, labels, cut-layer gradients and buffers "
+                    "are neither clipped nor get noise, so the run is not differentially private "
+                    "by it", type(layer).__name__, sees, _BESIDE[sees],
+                )  # fmt: skip
+
+    def _warn_of_what_is_not_asked(self, sees: str) -> None:
+        inner = self._layers[-1]
+        if sees == COPIES and getattr(inner, "fraction_evaluate", 1.0) != 1.0:
             logger.warning(
-                "%s sees the %s only: %ssmashed data, labels, cut-layer gradients and buffers are "
-                "neither clipped nor get noise, so the run is not differentially private by it",
-                type(strategy).__name__, sees, _BESIDE[sees],
+                "%s has a fraction_evaluate, which is not used: it aggregates the %s only",
+                type(inner).__name__, sees,
             )  # fmt: skip
+        if (key := getattr(inner, "weighted_by_key", _NUM_EXAMPLES)) != _NUM_EXAMPLES:
+            logger.warning(
+                "%s weighs clients by %r, which is their number of examples here",
+                type(inner).__name__, key,
+            )  # fmt: skip
+
+    def evaluates(self, fraction: float, least: int) -> tuple[float, int]:
+        """Return the fraction and the least number of clients that evaluate.
+
+        What the split strategy's options say goes before what the Flower strategy says.
+        """
+        inner = self._layers[-1]
+        if fraction == 1.0:
+            fraction = getattr(inner, "fraction_evaluate", fraction)
+        return fraction, getattr(inner, "min_evaluate_nodes", least) if least == 1 else least
 
     @property
     def wants_norm_bit(self) -> bool:
@@ -221,7 +253,7 @@ class SegmentAggregator:
         return changed
 
     def _reply(self, name: str, upload: Upload, known: Collection[str]) -> Message:
-        key = getattr(self._layers[-1], "weighted_by_key", "num-examples")
+        key = getattr(self._layers[-1], "weighted_by_key", _NUM_EXAMPLES)
         metrics = {one: upload.metrics[one] for one in known}
         if "train-loss" in metrics and (loss := getattr(self._layers[-1], "train_loss_key", "")):
             metrics[loss] = metrics["train-loss"]  # QFedAvg weighs clients by it
@@ -230,7 +262,9 @@ class SegmentAggregator:
                 getattr(self._layers[-1], "arrayrecord_key", "arrays"): to_record(
                     self._parameters(upload.tensors)
                 ),
-                "metrics": MetricRecord({key: upload.num_examples, **metrics}),
+                "metrics": MetricRecord(
+                    {_NUM_EXAMPLES: upload.num_examples, key: upload.num_examples, **metrics}
+                ),
             }
         )
         return Message(content, reply_to=self._messages[name])
@@ -239,11 +273,11 @@ class SegmentAggregator:
         self, server_round: int, scores: Mapping[str, Mapping[str, float]]
     ) -> MetricRecord:
         """Return what the strategy makes of the clients' evaluations, as Flower calls it."""
-        key = getattr(self._layers[-1], "weighted_by_key", "num-examples")
+        key = getattr(self._layers[-1], "weighted_by_key", _NUM_EXAMPLES)
         replies, known = [], _common(list(scores.values()))
         for index, numbers in enumerate(scores.values()):
             own = {one: numbers[one] for one in known}
-            metrics = MetricRecord({**own, key: int(numbers["num-examples"])})
+            metrics = MetricRecord({**own, key: int(numbers[_NUM_EXAMPLES])})
             asked = Message(RecordDict(), index, "evaluate", group_id=str(server_round))
             replies.append(Message(RecordDict({"metrics": metrics}), reply_to=asked))
         return self.strategy.aggregate_evaluate(server_round, replies) or MetricRecord()

@@ -5,7 +5,7 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp.strategy import (
     FedAdam,
     FedAvg,
@@ -172,6 +172,31 @@ def test_the_strategys_own_fraction_of_clients(strategy):
     result = run(strategy, 3, fraction_train=0.5)
     assert [len(entry.participants) for entry in result.history] == [2, 2, 2]
     assert len({tuple(entry.participants) for entry in result.history}) > 1
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "count"),
+    [
+        ({"fraction_evaluate": 0.67, "min_evaluate_nodes": 1}, {}, 3),
+        ({"fraction_evaluate": 0.1}, {}, 2),  # Flower's own least number
+        ({"fraction_evaluate": 0.1}, {"fraction_evaluate": 0.9}, 4),
+        ({"fraction_evaluate": 0.1}, {"min_evaluate_nodes": 3}, 3),
+        ({"fraction_evaluate": 0.0}, {}, 0),
+    ],
+)
+def test_the_strategys_own_fraction_evaluates_where_no_option_says_another(given, options, count):
+    result = run(SplitFedV2, 1, client_strategy=FedAvg(**given), **options)
+    assert result.history[0].evaluation.get("num-examples", 0) == count * len(TESTS[0])
+
+
+def test_metric_functions_of_a_server_strategy_are_called():
+    def seen(contents, key):
+        return MetricRecord({"seen": len(contents)})
+
+    strategy = FedAvg(train_metrics_aggr_fn=seen, evaluate_metrics_aggr_fn=seen)
+    result = run(SplitFedV1, 1, server_strategy=strategy)
+    for record in (result.train_metrics_clientapp, result.evaluate_metrics_clientapp):
+        assert record[1]["seen"] == len(PARTS)
 
 
 # --- SplitFed V1 -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from flwr.serverapp.strategy import FedAvg
 from reference import (
     CUT,
     MOMENTUM,
+    NUM_CLASSES,
     assert_bit_equal,
     fresh,
     make_parts,
@@ -284,11 +285,33 @@ def test_every_number_of_a_metric_has_a_name():
     }
 
 
-def test_a_metric_that_cannot_take_the_logits_is_named():
-    metrics = {"f1": Scripted(error=ValueError("expected 7 classes"))}
-    expected = r"metrics: 'f1' can't take logits of shape \(3, .*expected 7 classes"
+@pytest.mark.parametrize("error", [ValueError("expected 7 classes"), KeyError("7 classes")])
+def test_a_metric_that_cannot_take_the_logits_is_named(error):
+    expected = r"metrics: 'f1' can't take logits of shape \(3, .*7 classes"
     with pytest.raises(ConfigError, match=expected):
-        run(PSL, metrics=metrics)
+        run(PSL, metrics={"f1": Scripted(error=error)})
+
+
+def test_a_metric_that_gives_no_numbers_is_named():
+    with pytest.raises(ConfigError, match=r"metrics: 'f1' can't be computed: "):
+        run(PSL, metrics={"f1": Scripted("many")})
+
+
+def test_the_points_of_a_curve_have_names_too():
+    curve = torch.tensor([0.0, 1.0]), [torch.tensor([0.5]), torch.tensor(0.25)]
+    evaluation = run(PSL, metrics={"roc": Scripted(curve)})[0].history[-1].evaluation
+    points = {name: value for name, value in evaluation.items() if name.startswith("roc")}
+    assert points == {"roc/0/0": 0.0, "roc/0/1": 1.0, "roc/1/0/0": 0.5, "roc/1/1": 0.25}
+
+
+def test_a_metric_that_was_used_before_starts_anew():
+    load_torchvision()  # torchmetrics imports it
+    from torchmetrics.classification import MulticlassAccuracy
+
+    metric = MulticlassAccuracy(NUM_CLASSES, average="micro")
+    metric.update(torch.eye(NUM_CLASSES), torch.arange(NUM_CLASSES).roll(1))
+    evaluation = run(PSL, metrics={"own": metric})[0].history[-1].evaluation
+    assert evaluation["own"] == pytest.approx(evaluation["accuracy"])
 
 
 @pytest.mark.parametrize(

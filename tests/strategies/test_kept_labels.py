@@ -367,6 +367,18 @@ def test_a_frozen_head_still_lets_the_last_layers_learn():
     assert_bit_equal(after, expected)
 
 
+def test_frozen_last_layers_let_the_first_ones_learn():
+    def build():
+        net = plain_net()
+        net.head.requires_grad_(False)
+        return net
+
+    for cache in (True, False):
+        _, result = train((8,), build=build, rounds=1, share_client_segments=True, cache=cache)
+        expected, _ = train_in_turn(build, make_parts([8]), optimizer=torch.optim.SGD, rounds=1)
+        assert_bit_equal(whole_of(result), expected)
+
+
 class Skip(nn.Module):
     """The last layers use what the first ones made, and a weight of theirs."""
 

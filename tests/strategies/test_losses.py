@@ -295,6 +295,18 @@ def shifted(logits, tokens):
             lambda z, y: (functional.cross_entropy(z, y, reduction="sum"), len(y) / 2),
             torch.eye(3)[CLASSES], CLASSES, (6, 12, 12),
         ),
+        (
+            lambda z, y: functional.cross_entropy(z, y, weight=torch.tensor([1.0, 2.0, 4.0])),
+            torch.eye(3), torch.tensor([0, 2, 2], dtype=torch.uint8), (9, 2, 3),
+        ),
+        (  # a last batch of one row
+            lambda z, y: functional.binary_cross_entropy_with_logits(z.squeeze(), y.squeeze()),
+            torch.tensor([[1.0]]), torch.tensor([1.0]), (1, 1, 1),
+        ),
+        (
+            lambda z, y: torch.vmap(functional.cross_entropy)(z, y).mean(),
+            torch.eye(3)[CLASSES], CLASSES, (12, 12, 12),
+        ),
         (functional.multi_margin_loss, torch.eye(3)[CLASSES], CLASSES, (12, 12, 12)),
         (functional.mse_loss, INPUTS, INPUTS, (12, 0, 0)),
     ],

@@ -112,6 +112,10 @@ def test_a_device_that_is_not_there(device):
             {"client_strategy": FedAvg(), "fraction_train": 0.5},
             "client_strategy chooses the clients: set fraction_train there",
         ),
+        (
+            {"client_strategy": FedAvg(), "min_train_nodes": 3},
+            "client_strategy chooses the clients: set min_train_nodes there",
+        ),
         ({"resume": True}, "resume is True, but checkpoint_dir is empty"),
     ],
 )
