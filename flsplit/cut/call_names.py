@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 # Calls that ask a tensor for what an `Absent` knows, too. So do all properties but these VIEWS.
 # Every other call either computes or turns values into numbers, and so is written down.
 ASKS_SIZES = {"size", "numel", "nelement", "__len__", "stride", "is_contiguous", "storage_offset"}
@@ -15,6 +17,10 @@ VIEWS = {".T", ".mT", ".H", ".mH", ".data", ".real", ".imag", ".grad"}
 # Calls that only look at the shape, dtype and device of their first tensor.
 LIKES = {f"{kind}_like" for kind in ("empty", "zeros", "ones", "full", "rand", "randn", "randint")}
 LIKES |= {f"new_{kind}" for kind in ("empty", "zeros", "ones", "full", "tensor")}
+
+
+# Of those operators of which torch doesn't say so: what they return is as large as values say.
+SIZED_BY_DATA = {"aten::_pack_padded_sequence", "aten::tensor_split.tensor_indices_or_sections"}
 
 
 def name_of(func: Any) -> str:
@@ -31,3 +37,15 @@ def asks(name: str) -> bool:
 def is_of_rows(name: str, args: Any) -> bool:
     """Tell whether a call asks for the size of the first dimension only."""
     return name == "__len__" or (name == "size" and args[1:] == (0,))
+
+
+def is_sized_by_data(func: Any, args: Any) -> bool:
+    """Tell whether an operator of ATen returns as much as its arguments' values say."""
+    if func.name() == "aten::index.Tensor":
+        return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags or func.name() in SIZED_BY_DATA
+
+
+def reads_data(func: Any) -> bool:
+    """Tell whether an operator of ATen makes numbers of a tensor's values."""
+    return torch.Tag.data_dependent_output in func.tags

@@ -32,13 +32,13 @@ def needs_values(error: Exception) -> bool:
     return scripted or formatted or isinstance(error, NotImplementedError) or "meta" in str(error)
 
 
-def with_values(leaf: Any) -> Any:
-    """Return a tensor as one that lacks the data, with values."""
+def with_values(leaf: Any, integer: int = 0) -> Any:
+    """Return a tensor as one that lacks the data, with values; all integers are the same."""
     if not isinstance(leaf, Tensor):
         return leaf
     numbers = torch.Generator().manual_seed(0)
     if not leaf.dtype.is_floating_point:
-        return torch.zeros(leaf.shape, dtype=leaf.dtype)
+        return torch.full(leaf.shape, integer, dtype=leaf.dtype)
     return torch.randn(leaf.shape, generator=numbers).to(leaf.dtype)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -237,7 +238,8 @@ class ClientHalf(Half):
         known: tuple[Passage, ...] = vars(self)["_passages"].get(key) or self._look(
             key, args, kwargs
         )
-        before = self._kept() if any(passage.reads for passage in known) else None
+        varies = any(passage.reads or passage.sized_by_data for passage in known)
+        before = self._kept() if varies else None
         with eager() if cut.compiled else nullcontext():
             trace, held = run_to_cut(self._watched(), cut.name, args, kwargs, known)
         passage = next((p for p in known if p.trace == trace), None)
@@ -245,7 +247,7 @@ class ClientHalf(Half):
             if before is None:
                 raise CutError(f"forward takes a way before {cut.name!r} that it didn't before")
             self._put_back(before)
-            self._look(key, args, kwargs)
+            self._look(key, args, kwargs, trace.digest)
             return self.crossing(*args, **kwargs)
         values = {key: held[key] for key in passage.values}
         kept = {key: held[key] for key in passage.kept}
@@ -263,7 +265,10 @@ class ClientHalf(Half):
         put_all(self.buffers(), before[0])
         torch.set_rng_state(before[1])
 
-    def _look(self, key: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Passage, ...]:
+    def _look(
+        self, key: Any, args: Any, kwargs: Mapping[str, Any], way: str = ""
+    ) -> tuple[Passage, ...]:
+        """Look at a batch; ``way`` is its trace's digest, if others of its shape are known."""
         own = vars(self)
         cut: Cut = own["_cut"]
 
@@ -295,11 +300,13 @@ class ClientHalf(Half):
 
         known: tuple[Passage, ...] = own["_passages"].get(key, ())
         seen = [passage.trace.digest for passage in known]
-        found = find() if known else remembered((cut.key, key), find)
+        found = remembered((cut.key, key, way), find)
         if found.passage.trace.digest in seen:
             raise CutError(f"forward takes another way before {cut.name!r} when it is run again")
         passage = found.passage
-        if passage.asks_sizes and not self._server_knows(passage):
+        parts = [passage, *([passage.tail] if passage.tail else [])]
+        told = not passage.asks_sizes or self._server_knows(passage)
+        if any(part.asks_unknown for part in parts) or not told:
             passage = replace(passage, item=None)
         own["_passages"][key] = (*known, passage)
         return own["_passages"][key]  # type: ignore[no-any-return]
@@ -407,6 +414,7 @@ class ServerHalf(Half):
                 "Crossing, with its trace"
             )
         fitting = dict[Any, _Derived]()
+        found = cut.found.passage
         for recording in self._recordings(cut, len(given) if given.dim() else 1):
             smashed = tensors_in(recording.output)[cut.found.passage.item]
             name = next((k for k, t in recording.held.items() if t is smashed), None)
@@ -420,6 +428,11 @@ class ServerHalf(Half):
             fitting[derived.trace.digest] = derived
             if not asks_sizes or not cut.rows or len(fitting) > 1:
                 break
+        if not fitting and not cut.rows and not found.asks_sizes:
+            # Values that were made up don't do. But the example's way is all batches' way: no
+            # number crosses, and nobody asks for sizes.
+            (name,) = found.values
+            return _Derived(found.trace, name, asks_sizes=False, is_loop=False)
         if not fitting or not self._all_same(given, list(fitting.values())):
             raise ExampleError(
                 f"smashed data of shape {tuple(given.shape)} came, and "
@@ -441,14 +454,26 @@ class ServerHalf(Half):
                     if not needs_values(error):
                         raise
                     solid = solid or self._solid(cut)
-                    recording = Recording(None, cut.found.passage.whole, cut.name)
-                    with undisturbed((), {}):
-                        filled = map_tree(with_values, batch)
-                        record(recording, solid, cut.name, *filled)
+                    recording = self._made_up(cut, solid, batch)
             except (CutError, *TORCH_ERRORS):
                 continue
             if not recording.read:
                 yield recording
+
+    def _made_up(self, cut: Cut, solid: nn.Module, batch: Any) -> Recording:
+        """Follow the client's forward with made-up values: integers may be ids, or lengths."""
+        for integer in (0, 1):
+            recording = Recording(None, cut.found.passage.whole, cut.name)
+            filled = map_tree(partial(with_values, integer=integer), batch)
+            try:
+                with undisturbed((), {}):
+                    record(recording, solid, cut.name, *filled)
+            except TORCH_ERRORS:
+                if integer:
+                    raise
+            else:
+                break
+        return recording
 
     def _solid(self, cut: Cut) -> nn.Module:
         model = filled(vars(self)["_whole"], torch.device("cpu"))

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flsplit.cut.call_names import ASKS_SIZES, LIKES, asks, is_of_rows, name_of
+from flsplit.cut.call_names import (
+    ASKS_SIZES,
+    LIKES,
+    asks,
+    is_of_rows,
+    is_sized_by_data,
+    name_of,
+    reads_data,
+)
 from flsplit.cut.cut_errors import CrossingError, CutError
 from flsplit.cut.partial_forward import PartialForward, Stub, eager, instrument
 from flsplit.cut.private import Unseen, bare
@@ -134,6 +142,9 @@ class Passage:
     item: int | None
     # Whether the other side has to know sizes of tensors before the cut beside those that cross
     asks_sizes: bool = False
+    sized_by_data: bool = False  # whether values say how large some tensors before the cut are
+    # Whether some of the sizes that the other side has to know can't be told from the inputs' sizes
+    asks_unknown: bool = False
     tail: "Passage | None" = None  # at the first of two cuts: what crosses at the second one
 
     @cached_property
@@ -145,7 +156,10 @@ class Passage:
 
 
 class _Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells a survey of the tensors that a call uses which is none of Python's: TorchScript's."""
+    """Tells a survey of what a call does beneath Python.
+
+    Which tensors one uses that is none of Python's (TorchScript's), and where sizes follow values.
+    """
 
     def __init__(self, survey: "Survey") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -155,6 +169,10 @@ class _Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Make a call."""
         if func.__name__.partition(".")[0] not in LIKES:
             self._survey._use((args, kwargs or {}))
+        if is_sized_by_data(func, args):
+            self._survey._sized.append(len(self._survey._written))
+        elif reads_data(func):
+            self._survey._read.append(len(self._survey._written))
         return func(*args, **(kwargs or {}))
 
 
@@ -185,6 +203,9 @@ class Survey(TorchFunctionMode, PartialForward):
         self.calls: list[Call] = []
         self.reads: list[Value] = []
         self._asked: list[tuple[Value, int, frozenset[str]]] = []  # when, and in which modules
+        # During which calls values became sizes, and numbers, which may become sizes.
+        self._sized: list[int] = []
+        self._read: list[int] = []
         self._written: list[Written] = []
         self._numbers = Numbers()
         self._values: dict[int, Value] = {}  # by the tensor's number
@@ -383,8 +404,11 @@ class Survey(TorchFunctionMode, PartialForward):
             and (end is None or place < end.reached)
             and all(value is not one for one in crossing.values())
         ]
+        sized = any(place < cut.reached for place in self._sized)
+        since = min([*self._sized, *self._read], default=cut.reached)
+        unknown = bool(asked) and (sized or any(value.made >= since for value in asked))
         trace = Trace(tuple(calls), tuple(numbers))
-        return Passage(trace, whole, crossing, tuple(visible), item, bool(asked))
+        return Passage(trace, whole, crossing, tuple(visible), item, bool(asked), sized, unknown)
 
     def _whole(self, cut: Call, also: Call | None) -> frozenset[str]:
         """Return the modules that are done before the cut and keep nothing for later."""
