@@ -60,12 +60,11 @@ class Scripted(nn.Module):
     @classmethod
     def _hold(cls, shell: nn.Module, script: nn.Module) -> None:
         for name, parameter in script.named_parameters(recurse=False):
-            shell.register_parameter(
-                name,
-                nn.Parameter(parameter, parameter.requires_grad)
-                if not isinstance(parameter, nn.Parameter)
-                else parameter,
-            )
+            own = parameter
+            if not isinstance(own, nn.Parameter):  # in a copied script: others would learn nothing
+                own = nn.Parameter(parameter, parameter.requires_grad)
+                setattr(script, name, own)
+            shell.register_parameter(name, own)
         for name, buffer in script.named_buffers(recurse=False):
             shell.register_buffer(name, buffer)
         for name, child in script.named_children():
