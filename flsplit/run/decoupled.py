@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flsplit.auxiliary import FIRST_STAGE, GIVEN, LINEAR, BuildAuxiliary, build_auxiliary, cosine
 from flsplit.cut.cut_errors import listed
 from flsplit.cut.flops import forward_flops
-from flsplit.errors import ConfigError, DataError, FlsplitError, SegmentMismatchError, located
+from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, located
 from flsplit.log import logger
 from flsplit.losses import ModelLoss, is_plain_cross_entropy, logits_of
 from flsplit.message.local_steps import AuxiliaryPlan, LocalReply, LocalRequest
@@ -227,26 +227,27 @@ class DecoupledStrategy(SplitStrategy):
         return forward_flops(self.new_auxiliary(), torch.empty(self._row, device="meta"))
 
     def _make_auxiliary(self, round_: Round) -> None:
-        """Ask a client what its smashed data looks like, once in a run, and build the model."""
+        """Learn of a client what its smashed data looks like, once in a run; build the model."""
         if self._row:
             return
-        first: FlsplitError | None = None
+        misfits: dict[str, FlsplitError] = {}
         for name in round_.participants:
             request = ShapeRequest(round_.plan.server_round, round_.plan.cut, self.inputs)
             reply = round_.clients.exchange({name: request}, round_.entry).get(name)
             if isinstance(reply, ShapeReply):
                 try:
                     self._classes = self._num_classes(reply.shape)
-                except (SegmentMismatchError, DataError) as error:  # the next may say better
-                    first = first or error
-                    round_.leave_out(name, 0, error)
+                except OF_A_BATCH as error:  # the next may say better
+                    misfits[name] = error
                     continue
+                for misfit, problem in misfits.items():
+                    round_.leave_out(misfit, 0, problem)
                 self._row = reply.shape
                 state = self.new_auxiliary().state_dict()
                 self.initial = {key: tensor.cpu().clone() for key, tensor in state.items()}
                 return
-        if first:  # nobody's fits
-            raise first
+        if misfits:  # and nobody's fits: then it's the model's fault
+            raise next(iter(misfits.values()))
 
     @torch.no_grad()
     def _num_classes(self, row: tuple[int, ...]) -> int:

@@ -58,11 +58,11 @@ KINDS = {
 }
 
 
-def run(strategy, spoil, *, test=False, loss=functional.cross_entropy, **options):
+def run(strategy, spoil, *, bad=BAD, test=False, loss=functional.cross_entropy, **options):
     def data(context):
         who = context.node_config["partition-id"]
         good = rows = TensorDataset(*rows_of(who))
-        if str(who) == BAD:
+        if str(who) == bad:
             rows = TensorDataset(*spoil(*good.tensors))
         return (good, rows) if test else (rows, good)
 
@@ -109,6 +109,19 @@ def test_class_probabilities_of_one_client(strategy):
     assert left_out == ({BAD} if strategy in (CycleSL, EPSL) else set())
     if left_out:
         assert_bit_equal(weights_of(found.arrays), weights_of(without(strategy).arrays))
+
+
+def sequences(inputs, labels):
+    return inputs[:, None].expand(-1, 3, -1), labels
+
+
+@pytest.mark.parametrize("strategy", [CSEFSL, FSLSAGE])
+def test_the_first_client_does_not_say_for_all_what_rows_look_like(strategy):
+    found, expected = run(strategy, sequences, bad="0"), run(strategy, nothing, bad="0")
+    for entry in found.history:
+        assert [one.client for one in entry.left_out] == ["0"]
+    assert "logits (b, classes)" in found.history[0].left_out[0].reason
+    assert_bit_equal(weights_of(found.arrays), weights_of(expected.arrays))
 
 
 @pytest.mark.chaos(
