@@ -116,13 +116,15 @@ class ServerSegment:
     def receive(self, smashed: Smashed) -> Smashed:
         """Move smashed data to the segment's device.
 
-        It keeps its dtype, but where all parameters have another floating one: then the client
-        computes in a lower precision than the server (``autocast``).
+        It keeps its dtype, but where all parameters have another floating one that is no narrower:
+        then the client computes in a lower precision than the server (``autocast``).
         """
         if not isinstance(smashed, Tensor):
             return smashed.to(self.device)
-        converts = self._dtype is not None and smashed.is_floating_point()
-        return smashed.to(self.device, self._dtype) if converts else smashed.to(self.device)
+        own = self._dtype
+        if own and smashed.is_floating_point() and smashed.dtype.itemsize <= own.itemsize:
+            return smashed.to(self.device, own)
+        return smashed.to(self.device)
 
     def step(self, gradients: ServerGradients, lr_factor: float = 1.0) -> None:
         """Let the optimizer step with ``gradients``, at ``lr_factor`` times its learning rate."""
