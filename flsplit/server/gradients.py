@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flsplit.cut.smashed import CutGradient, Smashed, as_leaves, gradient_of, learning_in
-from flsplit.errors import FlsplitError
+from flsplit.errors import ConfigError, FlsplitError
 from flsplit.losses import Count
 from flsplit.nested import map_tensors
 from flsplit.server.client_batch import ClientBatch, blamed, pool
@@ -168,7 +168,15 @@ def backward(
         )
     total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
     wanted = [*segment.parameters, *chain.from_iterable(learning)]
-    found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+    try:
+        found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise ConfigError(
+                "the server segment calls torch.utils.checkpoint with use_reentrant=True, which "
+                "gives no gradient by chosen tensors: pass use_reentrant=False"
+            ) from error
+        raise
     result._server = list(islice(found, len(segment.parameters)))
     for batch, leaf, own in zip(batches, leaves, learning, strict=True):
         gradients = list(islice(found, len(own)))

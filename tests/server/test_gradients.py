@@ -7,8 +7,10 @@ import torch
 from reference import fresh, noisy_net, normed_net, plain_net
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from flsplit.cut import split
+from flsplit.errors import ConfigError
 from flsplit.run.shares import client_shares
 from flsplit.server import gradients
 from flsplit.server.client_batch import ClientBatch
@@ -205,6 +207,22 @@ def test_a_loss_that_does_not_depend_on_the_smashed_data_gives_zeros(compute):
     segment.step(result.server_gradients)
     moved = [not torch.equal(p, old) for p, old in zip(segment.parameters, before, strict=True)]
     assert moved.count(True) == 1
+
+
+class Reentrant(nn.Linear):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
+def test_a_checkpoint_that_torch_cannot_differentiate_so_is_named():
+    def build():
+        net = plain_net()
+        net.middle = Reentrant(6, 10)
+        return net
+
+    batches = batches_of(plain_net)
+    with pytest.raises(ConfigError, match="use_reentrant=True, .*: pass use_reentrant=False"):
+        pooled_gradients(segment_of(build), batches, client_shares(batches, "equal"))
 
 
 # --- each client's own, compared and combined ------------------------------------------------
