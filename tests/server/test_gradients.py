@@ -221,7 +221,7 @@ def test_a_checkpoint_that_torch_cannot_differentiate_so_is_named():
         return net
 
     batches = batches_of(plain_net)
-    with pytest.raises(ConfigError, match="use_reentrant=True, .*: pass use_reentrant=False"):
+    with pytest.raises(ConfigError, match=r"use_reentrant=True, .*: pass use_reentrant=False"):
         pooled_gradients(segment_of(build), batches, client_shares(batches, "equal"))
 
 
