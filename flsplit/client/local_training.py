@@ -10,7 +10,14 @@ from flsplit.client.auxiliary_model import Auxiliary
 from flsplit.client.client_step import backward, forward
 from flsplit.client.live_client import Client
 from flsplit.cut.smashed import Smashed, not_one_tensor
-from flsplit.errors import DataError, ProtocolError, SegmentMismatchError, StateLostError
+from flsplit.errors import (
+    DataError,
+    NonFiniteError,
+    ProtocolError,
+    SegmentMismatchError,
+    StateLostError,
+)
+from flsplit.finite import can_be_squared
 from flsplit.message.local_steps import LocalReply, LocalRequest
 from flsplit.message.request import Backward, Batch
 from flsplit.message.shape import ShapeReply, ShapeRequest
@@ -41,8 +48,9 @@ def train_locally(client: Client, request: LocalRequest) -> LocalReply:
             smashed, labels = forward(client, step, str(step) if step in wanted else None).leaving
         gradient = None
         if num_rows(labels):  # else the client sits this step out
+            one = _one(client, smashed)
             with measuring_activations(emulating, auxiliary.module, active=step == 0):
-                gradient = auxiliary.gradient(_one(client, smashed), labels, _seed(client, step))
+                gradient = auxiliary.gradient(one, labels, _seed(client, step))
         backward(client, Backward(step, gradient))
         rows.append(num_rows(labels))
         if step in wanted:
@@ -125,6 +133,10 @@ def _auxiliary_of(client: Client) -> Auxiliary:
 
 def _one(client: Client, smashed: Smashed) -> Tensor:
     if isinstance(smashed, Tensor):
+        if not can_be_squared(smashed):  # the server looks only at what goes up
+            raise NonFiniteError(
+                f"smashed data of client {client.name!r}: there are values whose squares overflow"
+            )
         return smashed
     raise SegmentMismatchError(
         f"client {client.name!r}: an auxiliary model takes smashed data that is one tensor, but "

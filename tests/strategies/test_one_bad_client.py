@@ -124,6 +124,20 @@ def test_the_first_client_does_not_say_for_all_what_rows_look_like(strategy):
     assert_bit_equal(weights_of(found.arrays), weights_of(expected.arrays))
 
 
+def one_huge_value(inputs, labels):
+    inputs = inputs.clone()
+    inputs[5] = 1e30
+    return inputs, labels
+
+
+@pytest.mark.parametrize("strategy", [CSEFSL, FSLSAGE])
+def test_a_huge_value_in_a_batch_that_does_not_go_up(strategy):
+    found = run(strategy, one_huge_value, upload_every=5)
+    for entry in found.history:
+        assert [one.client for one in entry.left_out] == [BAD]
+    assert all(w.abs().max() < 10 for w in weights_of(found.arrays).values())
+
+
 @pytest.mark.chaos(
     "one client's test data can't be computed with",
     "the others are evaluated as without it",
