@@ -71,7 +71,8 @@ class Examples:
             inputs, labels = self._from_names(read)
         rows = len(indices)
         for name, tree in (("inputs", inputs), ("labels", labels)):
-            if isinstance(tree, Tensor) and tree.ndim and tree.size(0) == rows:
+            plain = isinstance(tree, Tensor) and not tree.is_nested
+            if plain and tree.ndim and tree.size(0) == rows:
                 continue  # nearly always
             self._check_tensors(name, tree)
             self._check_rows(name, tree, rows)
@@ -136,6 +137,11 @@ class Examples:
             if not isinstance(leaf, Tensor | PackedSequence):
                 raise self._wrong(
                     f"{name}{place} of a batch is {_leaf(leaf)}, expected a tensor: {_remedy(leaf)}"
+                )
+            if isinstance(leaf, Tensor) and leaf.is_nested:
+                raise self._wrong(
+                    f"{name}{place} of a batch is a nested tensor, expected a plain one: pad its "
+                    "rows (torch.nested.to_padded_tensor)"
                 )
 
     def _check_rows(self, name: str, tree: Any, rows: int) -> None:

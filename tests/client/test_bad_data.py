@@ -7,6 +7,7 @@ from tampering import initial_server_weights, server_weights, set_up, train
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from flsplit.client.batches import Examples
 from flsplit.errors import DataError, NonFiniteError, NotEnoughClientsError
 from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
 
@@ -251,6 +252,15 @@ def test_data_of_another_kind_leave_their_client_out(data, said):
     assert (left.client, left.step) == ("1", 0)
     assert left.reason.startswith(said)
     assert result.history[0].rows == 4
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(layout):
+    rows = [torch.zeros(2, 4), torch.zeros(3, 4)]
+    batch = torch.nested.nested_tensor(rows, layout=layout), torch.zeros(2)
+    examples = Examples(rows, "0", "training", collate=lambda items: batch)
+    with pytest.raises(DataError, match=r"inputs of a batch is a nested tensor.*pad its rows"):
+        examples.batch([0, 1])
 
 
 def test_fewer_labels_than_inputs():
