@@ -12,7 +12,7 @@ from flsplit.cut import Crossing
 from flsplit.cut.smashed import Smashed
 from flsplit.errors import OF_A_BATCH, FlsplitError, SegmentMismatchError
 from flsplit.message.request import Batch, Reply, Request
-from flsplit.nested import leaves_of, to_device
+from flsplit.nested import leaves_of, map_tensors, to_device
 from flsplit.server.clients import Clients
 from flsplit.server.segment import ServerSegment
 
@@ -83,7 +83,8 @@ class Fits:
         segment = self._server_for(client)
         try:
             with torch.no_grad(), segment.trying():
-                given = to_device(labels, segment.device)
+                # A loss may change labels in place, and computes with them once more in the step.
+                given = to_device(map_tensors(Tensor.clone, labels), segment.device)
                 segment.criterion(segment.forward(segment.receive(smashed), given), given)
         except OF_A_BATCH as error:
             return error
@@ -105,7 +106,8 @@ class Fits:
                 if row != usual:
                     found[name] = SegmentMismatchError(
                         f"smashed-data: a row has shape {_shown(row)}, those of most clients have "
-                        f"{_shown(usual)}: do the clients' models and inputs differ?"
+                        f"{_shown(usual)}, and the method puts all clients' rows together: make "
+                        "them alike (pad them), or take a method that computes clients one by one"
                     )
         return found
 

@@ -138,6 +138,7 @@ def test_rows_that_fit_but_cannot_be_concatenated_with_those_of_most():
     pooled = train(set_up(parts, SFLGA, build=build)).history[0].left_out
     assert [one.client for one in pooled] == ["2"]
     assert "a row has shape (3, 3, 4), those of most clients have (3, 4, 4)" in pooled[0].reason
+    assert "a method that computes clients one by one" in pooled[0].reason
     for more in ({}, {"server_batchnorm": "per_client"}):
         entry = train(set_up(parts, build=build, **more)).history[0]
         assert (entry.left_out, entry.rows) == ([], 24)
