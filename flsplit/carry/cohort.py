@@ -10,7 +10,7 @@ from flsplit.client.live_client import Client
 from flsplit.client.spec import client_name
 from flsplit.client.state import ClientState
 from flsplit.log import logger
-from flsplit.message.raised import raised
+from flsplit.message.raised import CLIENTS_OWN, raised
 from flsplit.message.storage_note import put_problem
 from flsplit.message.types import EVALUATE, FINISH, LOCAL, SHAPE, STEP
 from flsplit.storage import ClientStore, RoundFolder, StorageError
@@ -55,7 +55,7 @@ class Cohort:
         token = live_clients.set(self._cache)
         try:
             reply = self._app(message, context)
-        except Exception as error:  # answered as an Error, as Flower's runtime does
+        except CLIENTS_OWN as error:  # answered as an Error, as Flower's runtime does
             logger.exception("client %r", name)
             reply = raised(message, error)
         finally:

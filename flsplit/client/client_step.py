@@ -83,7 +83,7 @@ def take_tail(client: Client, request: TailRequest) -> TailReply:
             if packed:
                 client.packed[WHOLE] = packed
         client.memory.tail = stays
-    except Exception:
+    except BaseException:
         client.undo_forward()
         raise
     return TailReply(
@@ -193,7 +193,7 @@ def _compute(client: Client, step: int, *, sent: bool = True) -> Pending:
         _check_smashed(client, smashed, learning, step)
         if rows is not None and sent:
             packed = parts.pack(smashed, rows)
-    except Exception:
+    except BaseException:
         put_all(client.first.buffers, buffers)
         # A part may have remembered something of a step that never happened.
         parts.load(client.memory.parts)

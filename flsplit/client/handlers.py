@@ -19,7 +19,7 @@ from flsplit.log import logger
 from flsplit.message.evaluate import EvaluateRequest
 from flsplit.message.local_steps import LocalRequest
 from flsplit.message.packing import PACKED, put_packed
-from flsplit.message.raised import raised
+from flsplit.message.raised import CLIENTS_OWN, raised
 from flsplit.message.shape import ShapeRequest
 from flsplit.message.steps import FinishRequest, StepRequest
 from flsplit.message.u_shape import EvaluateTailRequest, TailRequest
@@ -79,7 +79,7 @@ def answering_errors(handler: Handler) -> Handler:
             torch.set_num_threads(threads)
         try:
             return handler(message, context)
-        except Exception as error:
+        except CLIENTS_OWN as error:
             expected = isinstance(error, FlsplitError)
             reply = raised(message, error)
             logger.error(

@@ -2,6 +2,7 @@
 
 import sysconfig
 import traceback
+from asyncio import CancelledError
 from pathlib import Path
 
 from flwr.app import Error, Message
@@ -9,23 +10,26 @@ from flwr.app import Error, Message
 from flsplit.errors import FlsplitError
 from flsplit.flower_internals import CLIENT_RAISED
 
+CLIENTS_OWN = (Exception, SystemExit, CancelledError)
+"""What a user's function may raise, and what then is that client's affair: not Ctrl-C."""
+
 MAX_REASON = 2000
 """Characters of a reason that are kept: it stands in logs and in the history."""
 
 
-def raised(message: Message, error: Exception) -> Message:
+def raised(message: Message, error: BaseException) -> Message:
     """Answer a message with what an exception says, and the code that Flower gives it."""
     return Message(Error(CLIENT_RAISED, reason_of(error)), reply_to=message)
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return an exception's kind and text; and of one that is none of flsplit's, where it was."""
     own = None if isinstance(error, FlsplitError) else _in_users_code(error)
     where = f" ({Path(own.filename).name}, line {own.lineno}, in {own.name})" if own else ""
     return f"{type(error).__name__}: {error}{where}"
 
 
-def _in_users_code(error: Exception) -> traceback.FrameSummary | None:
+def _in_users_code(error: BaseException) -> traceback.FrameSummary | None:
     """Return the innermost frame that is in no library; None if there is none."""
     libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))
     return next(

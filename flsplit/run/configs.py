@@ -3,6 +3,7 @@
 from flwr.app import ConfigRecord, ConfigRecordValues
 
 from flsplit.errors import ConfigError, ProtocolError
+from flsplit.log import warn_once
 from flsplit.message.round_plan import RoundPlan
 from flsplit.run.options import SplitOptions, at_round, refuse_unknown
 
@@ -54,6 +55,12 @@ def make_plan(
     if not (plan.local_epochs or plan.local_steps):
         raise ConfigError(
             "train_config: local-epochs and local-steps are both 0: nothing would be trained"
+        )
+    if "local-epochs" in given and plan.local_steps:
+        warn_once(
+            experiment,
+            f"train_config: local-epochs={plan.local_epochs} is not used: a round has "
+            f"local-steps={plan.local_steps}",
         )
     return plan
 

@@ -216,6 +216,13 @@ def test_a_train_config_that_cannot_be_used(config, said):
         train(set_up(PARTS), train_config=ConfigRecord(config))
 
 
+def test_epochs_beside_steps_are_named(caplog):
+    config = ConfigRecord({"local-epochs": 3})
+    train(set_up(PARTS, local_steps=1), train_config=config, rounds=2)
+    said = "train_config: local-epochs=3 is not used: a round has local-steps=1"
+    assert caplog.text.count(said) == 1
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [

@@ -1,6 +1,7 @@
 """What one client's data can't do: end the run of everybody, or change what others compute."""
 
-from functools import cache
+from asyncio import CancelledError
+from functools import cache, partial
 
 import pytest
 import torch
@@ -95,6 +96,39 @@ def test_the_others_train_as_if_it_had_no_data(strategy, kind):
         return  # its first gradient is finite, and GAPSL itself keeps it out
     assert_bit_equal(weights_of(found.arrays), weights_of(expected.arrays))
     assert [e.loss for e in found.history] == [e.loss for e in expected.history]
+
+
+class Leaving(TensorDataset):
+    """Its program would end."""
+
+    def __init__(self, error, *tensors):
+        super().__init__(*tensors)
+        self.error = error
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [SystemExit("no data here"), CancelledError("no data here")])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_client_that_would_end_its_program_is_left_out(error, at_once):
+    def data(context):
+        who = context.node_config["partition-id"]
+        if str(who) == BAD and at_once:
+            raise error
+        of = partial(Leaving, error) if str(who) == BAD else TensorDataset
+        return of(*rows_of(who))
+
+    model = build()
+    result = PSL(model=model, cut="1", server_lr=0.05, batch_size=4, device="cpu").start(
+        LocalGrid(client_app(model=build, cut="1", data=data, device="cpu"), 4, progress=False),
+        ArrayRecord(model.state_dict()),
+        num_rounds=2,
+    )
+    for entry in result.history:
+        assert {one.client for one in entry.left_out} == {BAD}
+        assert "no data here" in entry.left_out[0].reason
+    assert_bit_equal(weights_of(result.arrays), weights_of(without(PSL).arrays))
 
 
 def probabilities(inputs, labels):
