@@ -18,7 +18,12 @@ from torch import Tensor
 from flsplit.errors import ProtocolError, SegmentMismatchError
 
 RAW = "flsplit.raw"
-"""``Array.stype`` of raw tensors: ``data`` holds the elements in C order, little-endian."""
+"""``Array.stype`` of raw tensors: ``data`` holds the elements in C order, little-endian.
+
+Of floating-point numbers that lie in memory in another order, ``flsplit.raw:0,2,1`` says which of
+their dimensions is the outermost and so on, and ``data`` has that order, too: what is computed of
+them would differ in the last digit otherwise.
+"""
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -54,9 +59,9 @@ class RawArray(Array):
     ``ArrayRecord({...})`` copies it into a plain ``Array``; put it into a record one by one.
     """
 
-    def __init__(self, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
+    def __init__(self, dtype: str, shape: tuple[int, ...], data: bytes, stype: str = RAW) -> None:
         # Flower's own constructor tells nine forms of arguments apart.
-        self.__dict__.update(dtype=dtype, shape=shape, stype=RAW, data=data)
+        self.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=data)
 
     def numpy(self) -> NDArray[Any]:
         """Return a copy as a NumPy array; of bfloat16, which NumPy lacks, as float32."""
@@ -69,7 +74,7 @@ class RawArray(Array):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without what Flower caches; `copy` uses it as well."""
-        return RawArray, (self.dtype, self.shape, self.data)
+        return RawArray, (self.dtype, self.shape, self.data, self.stype)
 
 
 def to_array(tensor: Tensor) -> RawArray:
@@ -77,10 +82,20 @@ def to_array(tensor: Tensor) -> RawArray:
     dtype = _NAMES.get(tensor.dtype) or dtype_name(tensor.dtype)
     # NumPy has no bfloat16, but integers of that size.
     plain = tensor.detach().view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    stype = RAW
+    summed = tensor.is_floating_point() or tensor.is_complex()
+    if summed and not plain.is_contiguous() and (order := _order(plain)):
+        plain, stype = plain.permute(order), f"{RAW}:{','.join(map(str, order))}"
     array = RawArray.__new__(RawArray)  # one call less, for every array of a step
     data = plain.numpy(force=True).tobytes()
-    array.__dict__.update(dtype=dtype, shape=tuple(tensor.shape), stype=RAW, data=data)
+    array.__dict__.update(dtype=dtype, shape=tuple(tensor.shape), stype=stype, data=data)
     return array
+
+
+def _order(tensor: Tensor) -> list[int] | None:
+    """Return the dimensions from the outermost in memory on; None if there are gaps between."""
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return order if tensor.permute(order).is_contiguous() else None
 
 
 def readable(content: RecordDict) -> None:
@@ -91,8 +106,9 @@ def readable(content: RecordDict) -> None:
     for record in content.values():
         if isinstance(record, ArrayRecord):
             for key, array in record.items():
-                if array.stype == RAW and not isinstance(array, RawArray):
-                    record[key] = RawArray(array.dtype, tuple(array.shape), array.data)
+                if array.stype.startswith(RAW) and not isinstance(array, RawArray):
+                    shape = tuple(array.shape)
+                    record[key] = RawArray(array.dtype, shape, array.data, array.stype)
 
 
 def to_tensor(array: Array, *, field: str) -> Tensor:
@@ -100,8 +116,11 @@ def to_tensor(array: Array, *, field: str) -> Tensor:
 
     ProtocolError if dtype, shape and data don't fit together; ``field`` names the array.
     """
+    order = None
     if array.stype != RAW:
-        return _from_npy(array, field)
+        if not array.stype.startswith(f"{RAW}:"):
+            return _from_npy(array, field)
+        order = _order_of(array, field)
     dtype = _DTYPES.get(array.dtype) or dtype_of(array.dtype, field=field)
     if array.shape and not 0 <= min(array.shape) <= max(array.shape) <= _MAX_SIZE:
         raise ProtocolError(f"{field}: shape is {array.shape}, expected sizes of 0 or more")
@@ -113,7 +132,23 @@ def to_tensor(array: Array, *, field: str) -> Tensor:
         )
     if expected == 0:
         return torch.empty(tuple(array.shape), dtype=dtype)
-    return torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(tuple(array.shape))
+    found = torch.frombuffer(bytearray(array.data), dtype=dtype)
+    if order is None:
+        return found.reshape(tuple(array.shape))
+    found = found.reshape([array.shape[one] for one in order])
+    return found.permute([order.index(one) for one in range(len(order))])
+
+
+def _order_of(array: Array, field: str) -> list[int]:
+    """Return in which order an array's dimensions lie in its data."""
+    written = array.stype.removeprefix(f"{RAW}:").split(",")
+    known = [str(one) for one in range(len(array.shape))]
+    if sorted(written) != sorted(known):
+        raise ProtocolError(
+            f"{field}: stype is {array.stype[:60]!r}, expected each of the dimensions "
+            f"{', '.join(known)} once after {RAW}:"
+        )
+    return list(map(int, written))
 
 
 def _from_npy(array: Array, field: str) -> Tensor:

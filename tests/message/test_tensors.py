@@ -1,5 +1,7 @@
 """Tensors on their way: what arrives is what was sent, or an error that says what isn't."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from flsplit.errors import ProtocolError, SegmentMismatchError
 from flsplit.message.arrays import (
     RAW,
+    RawArray,
     check_like,
     from_record,
     nbytes,
@@ -67,7 +70,7 @@ def same_bits(one, other):
 @given(tensors())
 def test_a_tensor_arrives_as_it_was_sent(tensor):
     array = to_array(tensor)
-    assert array.stype == RAW
+    assert array.stype.startswith(RAW)
     assert nbytes(array) == len(array.data) == tensor.numel() * tensor.element_size()
     found = to_tensor(array, field="x")
     assert same_bits(found, tensor)
@@ -89,6 +92,37 @@ def test_the_elements_lie_in_c_order_and_little_endian():
     assert (array.dtype, tuple(array.shape)) == ("int16", (2, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_numbers_arrive_in_the_order_in_which_they_lay_in_memory(dtype):
+    lying = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for tensor in (
+        lying.transpose(1, 2),
+        lying.permute(3, 0, 2, 1),
+        lying.contiguous(memory_format=torch.channels_last),
+        lying[0, 0].T,
+    ):
+        array = to_array(tensor)
+        found = to_tensor(array, field="x")
+        assert torch.equal(found, tensor)
+        assert found.is_contiguous() == tensor.is_contiguous()
+        if array.stype != RAW:
+            assert found.stride() == tensor.stride()
+        again = RawArray(array.dtype, array.shape, array.data, array.stype)
+        assert copy.copy(again).numpy().shape == tuple(tensor.shape)
+    with_gaps = to_array(lying[:, ::2])
+    assert with_gaps.stype == RAW
+    assert to_tensor(with_gaps, field="x").is_contiguous()
+
+
+@pytest.mark.parametrize("order", ["", "0", "0,0", "0,1,2", "1,0,", "-1,0", "a,b", "1, 0"])
+def test_an_order_of_other_dimensions_is_refused(order):
+    array = Array("int16", (2, 2), f"{RAW}:{order}", bytes(8))
+    with pytest.raises(
+        ProtocolError, match=r"^x: stype is .*, expected each of the dimensions 0, 1"
+    ):
+        to_tensor(array, field="x")
+
+
 def test_a_dtype_that_cannot_travel():
     with pytest.raises(ProtocolError, match=r"torch\.complex32 can't be sent; known: .*bfloat16"):
         to_array(torch.zeros(2, dtype=torch.complex32))
@@ -107,7 +141,7 @@ def test_bytes_too_many_are_refused(tensor, more):
 @given(
     st.sampled_from(["float32", "float31", "object", "", "O", "complex64"]),
     st.lists(st.one_of(st.integers(-3, 3), st.integers(-(2**70), 2**70)), max_size=4),
-    st.sampled_from([RAW, "numpy.ndarray", "", "pickle"]),
+    st.sampled_from([RAW, f"{RAW}:1,0", f"{RAW}:0", "numpy.ndarray", "", "pickle"]),
     st.one_of(st.binary(max_size=40), st.just(b"\x93NUMPY\x01\x00"), st.just(b"PK\x03\x04")),
 )
 def test_whatever_an_array_says_nothing_else_than_a_protocol_error_comes(dtype, shape, stype, data):
