@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -53,6 +54,7 @@ class Cohort:
         if message.metadata.group_id:
             self._contexts[name] = context
         token = live_clients.set(self._cache)
+        learns, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
         try:
             reply = self._app(message, context)
         except CLIENTS_OWN as error:  # answered as an Error, as Flower's runtime does
@@ -60,6 +62,14 @@ class Cohort:
             reply = raised(message, error)
         finally:
             live_clients.reset(token)
+            if torch.is_grad_enabled() != learns or torch.get_default_dtype() != dtype:
+                # Other clients of this process would compute with it.
+                torch.set_grad_enabled(learns)
+                torch.set_default_dtype(dtype)
+                logger.warning(
+                    "client %r: its code leaves torch's gradients switched, or another default "
+                    "dtype: they are set back", name,
+                )  # fmt: skip
         if reply.has_error():
             return reply
         if store and _changes_what_is_kept(message, reply):

@@ -131,6 +131,30 @@ def test_a_client_that_would_end_its_program_is_left_out(error, at_once):
     assert_bit_equal(weights_of(result.arrays), weights_of(without(PSL).arrays))
 
 
+@pytest.mark.parametrize(
+    "spoil", [partial(torch.set_grad_enabled, False), partial(torch.set_default_dtype, torch.half)]
+)
+def test_what_a_client_sets_for_all_of_torch_is_set_back(spoil, caplog):
+    def data(context):
+        who = context.node_config["partition-id"]
+        rows = TensorDataset(*rows_of(who))
+        if str(who) == BAD:
+            rows = TensorDataset(*nothing(*rows.tensors))
+            spoil()
+        return rows, TensorDataset(*rows_of(who))
+
+    model = build()
+    result = PSL(model=model, cut="1", server_lr=0.05, batch_size=4, device="cpu").start(
+        LocalGrid(client_app(model=build, cut="1", data=data, device="cpu"), 4, progress=False),
+        ArrayRecord(model.state_dict()),
+        num_rounds=2,
+    )
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert f"client {BAD!r}: its code leaves torch's gradients switched" in caplog.text
+    assert_bit_equal(weights_of(result.arrays), weights_of(without(PSL).arrays))
+
+
 def probabilities(inputs, labels):
     return inputs, functional.one_hot(labels, 2).float()
 
