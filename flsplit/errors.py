@@ -1,7 +1,8 @@
 """What flsplit raises for things that a user, a client or a network can get wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 TORCH_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 """What torch raises for shapes and dtypes that it can't take."""
@@ -74,3 +75,12 @@ def located(where: str) -> Iterator[None]:
     except FlsplitError as error:
         at(where, error)
         raise
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return how an error goes on that names something unknown: with the nearest that is known."""
+    choices = list(known)
+    for written in (str(name), str(name).lower()):
+        if near := get_close_matches(written, choices, n=1, cutoff=0.4):
+            return f"; did you mean {near[0]!r}?"
+    return ""

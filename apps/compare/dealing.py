@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +16,7 @@ from sources import find_experiment
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ def make_partitioner(partition: str, clients: int, seed: int, least: int) -> Any
     name, arguments = parsed(partition)
     known = names()
     if name not in known:
-        near = get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise ConfigError(
             f"--partition: there is no partitioner {name!r}{hint} (there are {', '.join(known)})"
         )

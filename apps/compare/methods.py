@@ -7,7 +7,6 @@ segments of a method that doesn't do it itself.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -17,7 +16,7 @@ from task import pooled_classifier
 from tuning import Grid, Rates
 
 from flsplit.auxiliary import BuildAuxiliary
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, did_you_mean
 from flsplit.run import SplitStrategy, make_strategy
 from flsplit.run.registry import GROUP, arguments_table, strategy_names
 
@@ -194,8 +193,7 @@ def find_method(spec: str) -> Method:
     known = [*METHODS, *(one for one in strategy_names() if one not in METHODS)]
     if name not in known:
         choices = [*known, *groups()]
-        near = get_close_matches(name, choices, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, choices)
         raise ConfigError(f"--methods: there is no {name!r}{hint} (there are {', '.join(choices)})")
     if plus and averaged != "fedavg":
         raise ConfigError(f"--methods: {spec!r} ends in +{averaged}, expected +fedavg")

@@ -13,7 +13,6 @@ import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from flwr.app import Context, RecordDict
 from presets import gapsl_cifar10
 from task import digits, from_torchvision, small_network
 
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, did_you_mean
 from flsplit.vision import load_torchvision
 
 DATASETS: dict[str, Callable[[str], Experiment]] = {
@@ -54,8 +53,7 @@ def find_experiment(source: str, data_dir: str) -> Experiment:
     elif (path / "pyproject.toml").is_file():
         found = _from_app(path)
     else:
-        near = get_close_matches(source, DATASETS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(source, DATASETS)
         raise ConfigError(
             f"--dataset: there is no {source!r}{hint} (there are {', '.join(DATASETS)}; or name a "
             "Python file, or a folder with a pyproject.toml)"
@@ -98,8 +96,7 @@ def _from_dict(path: Path, given: Any) -> Experiment:
     known = {one.name for one in fields(Experiment)}
     for name in given:
         if name not in known:
-            near = get_close_matches(str(name), known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ConfigError(
                 f"{where} has {name!r}{hint} (it may have {', '.join(sorted(known))})"
             )

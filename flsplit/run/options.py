@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
@@ -20,7 +19,7 @@ from flsplit.carry.session import SessionSettings
 from flsplit.client_parts import ClientPart, check_places, describe_parts
 from flsplit.cut.client_cuts import ClientCuts, all_cuts, check_cuts, default_cut
 from flsplit.cut.partial_forward import places_of
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, did_you_mean
 from flsplit.log import logger
 from flsplit.losses import Loss
 from flsplit.run.arguments import one_of, whole
@@ -310,8 +309,7 @@ def refuse_unknown(what: str, given: Mapping[str, Any], known: Sequence[str]) ->
     """Raise ConfigError for an argument that ``what`` doesn't have, naming the nearest it has."""
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ConfigError(f"{what} has no argument {name!r}{hint} (it has {', '.join(known)})")
 
 

@@ -2,14 +2,13 @@
 
 import tomllib
 from dataclasses import replace
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
 
 from flsplit.client_parts import make_part
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, did_you_mean
 from flsplit.run.options import refuse_unknown
 from flsplit.run.own_arguments import argument_names
 from flsplit.run.strategy import SplitStrategy
@@ -49,8 +48,7 @@ def make_strategy(name: str, strategy_args: str = "{}", **options: Any) -> Split
     found = entry_points(group=GROUP, name=name)
     if not found:
         known = strategy_names()
-        near = get_close_matches(str(name).lower(), known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise ConfigError(f"there is no strategy {name!r}{hint} (there are {', '.join(known)})")
     cls = next(iter(found)).load()
     if not (isinstance(cls, type) and issubclass(cls, SplitStrategy)):

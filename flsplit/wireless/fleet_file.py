@@ -2,13 +2,12 @@
 
 import tomllib
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flsplit.errors import ConfigError, located
+from flsplit.errors import ConfigError, did_you_mean, located
 from flsplit.wireless import units
 from flsplit.wireless.fleet import Device, Fleet, Radio, Server
 
@@ -180,6 +179,5 @@ def _read(where: str, value: Any, reader: Reader) -> Any:
 def _refuse_unknown(where: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in table:
         if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(key, known)
             raise ConfigError(f"{where} has no key {key!r}{hint} (there are {', '.join(known)})")

@@ -4,9 +4,8 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, did_you_mean
 
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S.*?)?\s*")
 
@@ -50,8 +49,7 @@ class Quantity:
             raise ConfigError(f"{text!r} is not a {self.name}, expected {example}")
         number, unit = float(match[1]), match[2] or ""
         if unit not in self.units:
-            near = get_close_matches(unit, self.units, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(unit, self.units)
             what = f"the unit {unit!r} of {text!r} is unknown" if unit else f"{text!r} has no unit"
             raise ConfigError(f"{what}{hint} (a {self.name} is in {', '.join(self.units)})")
         convert = self.units[unit]
