@@ -72,7 +72,7 @@ compare-llm: $(STAMP) ## Compare the methods on language models: 3 seeds
 	@$(BIN)/python apps/llm/compare_llm.py --out runs/llm $(ARGS)
 
 .PHONY: test
-test: $(STAMP) ## Run all tests: the quick ones, then those that start Flower, several at a time
+test: $(STAMP) ## Run the tests: the quick ones, then those that start Flower, several at a time
 	@$(BIN)/python -m pytest -m 'not e2e and not long' --numprocesses 2 --dist worksteal $(ARGS)
 	@$(BIN)/python -m pytest -m 'e2e and not long' --numprocesses 3 --dist worksteal $(ARGS) \
 		$$(grep -rl --include 'test_*.py' pytest.mark.e2e tests)

@@ -25,6 +25,8 @@ their dimensions is the outermost and so on, and ``data`` has that order, too: w
 them would differ in the last digit otherwise.
 """
 
+_IN_ORDER = f"{RAW}:"  # before the dimensions of one that lies in another order
+
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -85,7 +87,7 @@ def to_array(tensor: Tensor) -> RawArray:
     stype = RAW
     summed = tensor.is_floating_point() or tensor.is_complex()
     if summed and not plain.is_contiguous() and (order := _order(plain)):
-        plain, stype = plain.permute(order), f"{RAW}:{','.join(map(str, order))}"
+        plain, stype = plain.permute(order), _IN_ORDER + ",".join(map(str, order))
     array = RawArray.__new__(RawArray)  # one call less, for every array of a step
     data = plain.numpy(force=True).tobytes()
     array.__dict__.update(dtype=dtype, shape=tuple(tensor.shape), stype=stype, data=data)
@@ -106,7 +108,8 @@ def readable(content: RecordDict) -> None:
     for record in content.values():
         if isinstance(record, ArrayRecord):
             for key, array in record.items():
-                if array.stype.startswith(RAW) and not isinstance(array, RawArray):
+                raw = array.stype == RAW or array.stype.startswith(_IN_ORDER)
+                if raw and not isinstance(array, RawArray):
                     shape = tuple(array.shape)
                     record[key] = RawArray(array.dtype, shape, array.data, array.stype)
 
@@ -118,7 +121,7 @@ def to_tensor(array: Array, *, field: str) -> Tensor:
     """
     order = None
     if array.stype != RAW:
-        if not array.stype.startswith(f"{RAW}:"):
+        if not array.stype.startswith(_IN_ORDER):
             return _from_npy(array, field)
         order = _order_of(array, field)
     dtype = _DTYPES.get(array.dtype) or dtype_of(array.dtype, field=field)
@@ -141,12 +144,12 @@ def to_tensor(array: Array, *, field: str) -> Tensor:
 
 def _order_of(array: Array, field: str) -> list[int]:
     """Return in which order an array's dimensions lie in its data."""
-    written = array.stype.removeprefix(f"{RAW}:").split(",")
+    written = array.stype.removeprefix(_IN_ORDER).split(",")
     known = [str(one) for one in range(len(array.shape))]
     if sorted(written) != sorted(known):
         raise ProtocolError(
             f"{field}: stype is {array.stype[:60]!r}, expected each of the dimensions "
-            f"{', '.join(known)} once after {RAW}:"
+            f"{', '.join(known)} once after {_IN_ORDER}"
         )
     return list(map(int, written))
 

@@ -93,7 +93,7 @@ class Callback:
 
 def refuse_misspelt(callback: Callback) -> None:
     """Raise ConfigError if a callback has a hook that nobody calls, or overrides none."""
-    cls, hooks = type(callback), ("on_round_end", "on_exchange")
+    cls, hooks = type(callback), [name for name in vars(Callback) if name.startswith("on_")]
     for name in dir(cls):
         if name.startswith("on_") and name not in hooks:
             raise ConfigError(

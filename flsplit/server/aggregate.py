@@ -117,6 +117,7 @@ class SegmentAggregator:
         self.metrics = MetricRecord()
         """What the strategy's ``train_metrics_aggr_fn`` made of the last round's metrics."""
         self._messages: dict[str, Message] = {}
+        self._weight_key = getattr(self._layers[-1], "weighted_by_key", _NUM_EXAMPLES)
         self._warn_of_what_is_not_asked(sees)
         for layer in self._layers:
             if isinstance(layer, _DIFFERENTIALLY_PRIVATE):
@@ -133,10 +134,10 @@ class SegmentAggregator:
                 "%s has a fraction_evaluate, which is not used: it aggregates the %s only",
                 type(inner).__name__, sees,
             )  # fmt: skip
-        if (key := getattr(inner, "weighted_by_key", _NUM_EXAMPLES)) != _NUM_EXAMPLES:
+        if self._weight_key != _NUM_EXAMPLES:
             logger.warning(
                 "%s weighs clients by %r, which is their number of examples here",
-                type(inner).__name__, key,
+                type(inner).__name__, self._weight_key,
             )  # fmt: skip
 
     def evaluates(self, fraction: float, least: int) -> tuple[float, int]:
@@ -253,7 +254,7 @@ class SegmentAggregator:
         return changed
 
     def _reply(self, name: str, upload: Upload, known: Collection[str]) -> Message:
-        key = getattr(self._layers[-1], "weighted_by_key", _NUM_EXAMPLES)
+        key = self._weight_key
         metrics = {one: upload.metrics[one] for one in known}
         if "train-loss" in metrics and (loss := getattr(self._layers[-1], "train_loss_key", "")):
             metrics[loss] = metrics["train-loss"]  # QFedAvg weighs clients by it
@@ -273,7 +274,7 @@ class SegmentAggregator:
         self, server_round: int, scores: Mapping[str, Mapping[str, float]]
     ) -> MetricRecord:
         """Return what the strategy makes of the clients' evaluations, as Flower calls it."""
-        key = getattr(self._layers[-1], "weighted_by_key", _NUM_EXAMPLES)
+        key = self._weight_key
         replies, known = [], _common(list(scores.values()))
         for index, numbers in enumerate(scores.values()):
             own = {one: numbers[one] for one in known}

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from flsplit.message.arrays import (
     check_like,
     from_record,
     nbytes,
+    readable,
     to_array,
     to_record,
     to_tensor,
@@ -121,6 +122,17 @@ def test_an_order_of_other_dimensions_is_refused(order):
         ProtocolError, match=r"^x: stype is .*, expected each of the dimensions 0, 1"
     ):
         to_tensor(array, field="x")
+
+
+@pytest.mark.parametrize(
+    ("stype", "raw"),
+    [(RAW, True), (f"{RAW}:1,0", True), (f"{RAW}est", False), ("numpy.ndarray", False)],
+)
+def test_what_a_mod_can_read_is_what_is_raw(stype, raw):
+    content = RecordDict({"it": ArrayRecord({"0": Array("int16", (2, 2), stype, bytes(8))})})
+    readable(content)
+    assert isinstance(content["it"]["0"], RawArray) == raw
+    assert content["it"]["0"].stype == stype
 
 
 def test_a_dtype_that_cannot_travel():
