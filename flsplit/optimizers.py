@@ -5,12 +5,15 @@ get at that rate. So groups keep the ratios that it gives them, and a rate that 
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import pickle
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -26,6 +29,7 @@ _ERRORS = (*TORCH_ERRORS, KeyError, AttributeError, NotImplementedError)
 
 _Groups = list[dict[str, Any]]
 _SET_HERE = ("params", "lr")
+_KEPT = ("state", "param_groups", "defaults")  # groups may share values with the last
 
 
 class UserOptimizer:
@@ -34,8 +38,8 @@ class UserOptimizer:
     ``option`` is what the user calls the factory, which is called as ``build(parameters, lr=…)``;
     ``left_out`` are the names of parameters that what it returned does not train.
 
-    ConfigError if the factory fails, or gives no optimizer, one that steps only with a closure, or
-    one of other parameters.
+    ConfigError if the factory fails, or gives no optimizer, one that steps only with a closure, one
+    with a scheduler, one of other parameters, or one whose state dict isn't torch's.
     """
 
     def __init__(
@@ -58,6 +62,13 @@ class UserOptimizer:
             raise ConfigError(
                 f"{option} made an optimizer with {foreign} parameter(s) that it was not called "
                 "with, expected those that it gets and no others"
+            )
+        written = self.torch.state_dict()
+        if not (isinstance(written, dict) and isinstance(written.get("state"), dict)):
+            raise ConfigError(
+                f"{option}: the state_dict() of {type(self.torch).__name__} has "
+                f"{', '.join(map(repr, written)) or 'nothing'}, expected torch's: a dict 'state', "
+                "by the index of a parameter, beside 'param_groups'"
             )
 
     def warn(self, run: str) -> None:
@@ -86,6 +97,7 @@ class UserOptimizer:
 
         ConfigError if the optimizer can't, or keeps what can neither travel nor be stored.
         """
+        before = None if self._looked_at else self._attributes()
         groups = self.torch.param_groups
         rates = list(map(itemgetter("lr"), groups))
         for group, lr in zip(groups, rates, strict=True):
@@ -97,6 +109,12 @@ class UserOptimizer:
                 f"{self._option}: {type(self.torch).__name__} can't step: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        if len(self.torch.param_groups) != len(rates):
+            raise ConfigError(
+                f"{self._option}: {type(self.torch).__name__} had {len(rates)} parameter group(s) "
+                f"before a step and has {len(self.torch.param_groups)} after it, expected all "
+                f"groups to be there as soon as it is made, by {self._option}"
+            )
         for group, lr in zip(groups, rates, strict=True):
             if group["lr"] != lr * lr_factor:
                 warn_once(
@@ -105,8 +123,9 @@ class UserOptimizer:
                     "itself, which has no effect: the plan sets it",
                 )
             group["lr"] = lr
-        if not self._looked_at:
+        if before:
             self._looked_at = True
+            self._refuse_attributes(before[0])
             self._refuse_state()
 
     def zero_grad(self) -> None:
@@ -173,20 +192,41 @@ class UserOptimizer:
     def _refuse_state(self) -> None:
         count = self._num_parameters()
         for index, values in self.state().items():
-            if not isinstance(index, int):
-                of = f"state[{index!r}]"
-            else:
-                of = "a parameter" if index < count else "a group"
-            for place, value in leaves_of(values):
+            known = isinstance(index, int)
+            of = "the state of a parameter" if known and index < count else "a group"
+            for place, value in leaves_of(values) if known else [("", values)]:
                 plain = value is None or isinstance(value, (bool, int, float, str))
                 dense = isinstance(value, Tensor) and value.layout == torch.strided
-                if not ((plain or dense) and place and isinstance(index, int)):
+                if not ((plain or dense) and place):
                     kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else repr(value)
+                    where = f"{place} of {of}" if place else of
                     raise ConfigError(
-                        f"{self._option}: {type(self.torch).__name__} keeps {kind} as {place} of "
-                        f"{of}, expected dense tensors, numbers, strings, and dicts and lists of "
-                        "them, of a parameter or of a group: nothing else can be sent or stored"
+                        f"{self._option}: {type(self.torch).__name__} keeps {kind} as "
+                        f"{where if known else f'state[{index!r}]'}, expected dense tensors, "
+                        "numbers, strings, and dicts and lists of them, by name, of a parameter or "
+                        "of a group: nothing else can be sent or stored"
                     )
+
+    def _attributes(self) -> tuple[dict[str, list[Any]], dict[int, Any]]:
+        """Return what tells whether attributes change, by name, and what is to be held till then.
+
+        An id is soon another object's. The optimizer's state and groups are none of them, wherever
+        they are, and neither are the parameters.
+        """
+        own = self.torch
+        held = {id(one): one for one in (own.state, own.param_groups, *own.param_groups)}
+        held |= {id(one): one for one in self._names.values()}
+        others = {name: one for name, one in vars(own).items() if name not in _KEPT}
+        return {name: list(_told_by(one, held)) for name, one in others.items()}, held
+
+    def _refuse_attributes(self, before: Mapping[str, list[Any]]) -> None:
+        for name, now in self._attributes()[0].items():
+            if now != before.get(name, []):
+                raise ConfigError(
+                    f"{self._option}: a step of {type(self.torch).__name__} changes its attribute "
+                    f"{name!r}, expected all that it remembers in its state of a parameter or in a "
+                    "group: nothing else can be sent or stored"
+                )
 
     # --- construction --------------------------------------------------------------------
 
@@ -195,6 +235,12 @@ class UserOptimizer:
         found = _call(option, self._build, list(self._names.values()), lr=lr)
         if not isinstance(found, Optimizer):
             raise ConfigError(f"{option} returned {found!r}, expected a torch optimizer")
+        if hasattr(found.step, "_wrapped_by_lr_sched"):
+            raise ConfigError(
+                f"{option} makes a scheduler for its {type(found).__name__}, which nobody would "
+                "step; expected the optimizer alone: its rate is that of the round, which "
+                "server_scheduler, or client_lr and server_lr as functions of the round, change"
+            )
         if _needs_closure(found):
             raise ConfigError(
                 f"{option} is {type(found).__name__}, which computes the loss itself, maybe "
@@ -236,6 +282,41 @@ def _needs_closure(optimizer: Optimizer) -> bool:
     parameters = inspect.signature(optimizer.step).parameters.values()
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return any(p.default is p.empty and p.kind not in variadic for p in parameters)
+
+
+def _told_by(value: Any, held: dict[int, Any]) -> Iterator[Any]:
+    """Yield what differs once anything in ``value`` has changed that isn't ``held``; hold it.
+
+    Flags that something was done (a check, a table filled) may be set, and functions made.
+    """
+    if value is None or isinstance(value, bool) or id(value) in held:
+        return
+    if isinstance(value, (int, float, complex, str, bytes)):
+        yield repr(value)
+        return
+    if callable(value) and not isinstance(value, nn.Module):
+        return
+    held[id(value)] = value
+    if isinstance(value, Tensor):
+        yield id(value), value._version
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _told_by(key, held)
+            yield from _told_by(part, held)
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        for part in value:
+            yield from _told_by(part, held)
+    elif hasattr(value, "__dict__") and not _of_python(type(value)):
+        yield from _told_by(vars(value), held)
+    else:  # a generator of random numbers, an array
+        try:
+            yield pickle.dumps(value)
+        except Exception:  # what can't be written down: a lock, a file
+            return
+
+
+def _of_python(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in sys.stdlib_module_names
 
 
 def _without(group: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Optimizers of users' own, on both sides, are what they are in plain training."""
 
 import copy
+import logging
+import types
 from functools import partial
 from itertools import cycle
 
@@ -24,6 +26,7 @@ from reference import (
 )
 from torch import nn
 from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import TensorDataset
 
 from flsplit import LocalGrid
@@ -205,6 +208,17 @@ class Demanding(SGD):
         return super().step(closure)
 
 
+def with_scheduler(parameters, lr):
+    optimizer = SGD(parameters, lr=lr)
+    StepLR(optimizer, 1)
+    return optimizer
+
+
+class Undivided(SGD):
+    def state_dict(self):
+        return {"fast": {}, "param_groups": self.param_groups}
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
@@ -212,6 +226,8 @@ class Demanding(SGD):
         (lambda _parameters, lr: lr, "optimizer returned 0.1, expected a torch optimizer"),
         (LBFGS, "optimizer is LBFGS"),
         (Demanding, "optimizer is Demanding, .* closure"),
+        (with_scheduler, "optimizer makes a scheduler for its SGD, .* server_scheduler"),
+        (Undivided, r"optimizer: the state_dict\(\) of Undivided has 'fast', .* a dict 'state'"),
         (
             lambda parameters, lr: SGD([*parameters, nn.Parameter(torch.zeros(1))], lr=lr),
             "optimizer made an optimizer with 1 parameter.* not called with",
@@ -252,6 +268,131 @@ def test_what_can_not_be_kept_is_refused_by_name():
     optimizer, module = made(Odd)
     module(torch.ones(1, 3)).sum().backward()
     with pytest.raises(ConfigError, match=r"Odd keeps <object.* as \['odd'\] of a group"):
+        optimizer.step()
+
+
+class Grows(SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        self.add_param_group({"params": self.param_groups[0]["params"].pop()})
+
+
+class Shares(SGD):
+    """Keeps what is of no parameter."""
+
+    kept = None
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.state["global"] = self.kept
+
+
+class SharesNothingYet(Shares):
+    kept = types.MappingProxyType({})
+
+
+class Counts(SGD):
+    """Steps ever smaller, by a number of its own."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad /= self.steps
+        super().step(closure)
+
+
+class Averages(SGD):
+    """Keeps a tensor for each parameter beside its state, changed in place."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.means = {p: torch.zeros_like(p) for p in self.param_groups[0]["params"]}
+
+    def step(self, closure=None):
+        for p, mean in self.means.items():
+            mean.lerp_(p.grad, 0.5)
+        super().step(closure)
+
+
+class Wraps(Optimizer):
+    """Lets another one step, whose state nobody else sees."""
+
+    def __init__(self, params, lr, momentum=0.9):
+        super().__init__(params, {"lr": lr})
+        self.inner = SGD(self.param_groups, lr=lr, momentum=momentum)
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure=None):
+        self.inner.step(closure)
+
+
+class Draws(SGD):
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.noise = torch.Generator()
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.grad += torch.randn(p.shape, generator=self.noise)
+        super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (Grows, "Grows had 1 parameter group.* before a step and has 2 after it"),
+        (Shares, r"Shares keeps None as state\['global'\], expected"),
+        (SharesNothingYet, r"SharesNothingYet keeps mappingproxy\({}\) as state\['global'\], expected"),
+        (Counts, "a step of Counts changes its attribute 'steps', expected all that it remembers"),
+        (Averages, "a step of Averages changes its attribute 'means'"),
+        (Wraps, "a step of Wraps changes its attribute 'inner'"),
+        (Draws, "a step of Draws changes its attribute 'noise'"),
+    ],
+)
+def test_what_is_remembered_elsewhere_is_refused_at_the_first_step(factory, message):
+    optimizer, module = made(factory)
+    module(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(ConfigError, match=f"optimizer: {message}"):
+        optimizer.step()
+
+
+class Prepares(SGD):
+    """Checks something, and makes a function, at the first step; logs, and has fixed tables."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr, momentum=0.9)
+        self.ready, self.update, self.log = False, None, logging.getLogger("prepares")
+        self.table, self.module = torch.arange(3), nn.Linear(1, 1)
+
+    def step(self, closure=None):
+        self.ready, self.update = True, super().step
+        self.log.debug("a step")
+        self.update(closure)
+
+
+OF_TORCH = [one for one in vars(torch.optim).values() if isinstance(one, type)]
+TAKEN = [one for one in OF_TORCH if one not in (Optimizer, LBFGS, SparseAdam, torch.optim.Muon)]
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        *TAKEN,
+        *(partial(one, fused=True) for one in (SGD, torch.optim.AdamW, torch.optim.Adagrad)),
+        partial(Wraps, momentum=0),
+        Prepares,
+    ],
+)
+def test_what_remembers_nothing_elsewhere_steps(factory):
+    optimizer, module = made(factory)
+    StepLR(optimizer.torch, 1)  # as a server_scheduler is made
+    for _ in range(2):
+        module(torch.ones(1, 3)).sum().backward()
         optimizer.step()
 
 
