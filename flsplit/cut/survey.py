@@ -27,6 +27,7 @@ from flsplit.cut.call_names import (
 from flsplit.cut.cut_errors import CrossingError, CutError
 from flsplit.cut.partial_forward import PartialForward, Stub, eager, instrument
 from flsplit.cut.private import Unseen, bare
+from flsplit.cut.python_state import KeptState
 from flsplit.cut.scripted import Scripted
 from flsplit.cut.trace import Number, Same, Spec, Trace, can_be_sent, map_tree, tensors_in
 from flsplit.cut.watch import sendable
@@ -211,7 +212,8 @@ class Survey(TorchFunctionMode, PartialForward):
         self._values: dict[int, Value] = {}  # by the tensor's number
         self._open: list[Call] = []
         self._random = _drawn()
-        attributes = _attributes(model)
+        self._kept = KeptState(model) if before else None  # the first forward may set up something
+        self._used: set[int] = set()  # ids of tensors among it
         self._write("the inputs", (), (args, dict(kwargs)))
         self._name_inputs(args, kwargs)
         with eager(), self, _Beneath(self):
@@ -224,12 +226,10 @@ class Survey(TorchFunctionMode, PartialForward):
                     f"forward makes the buffer {name!r}, which was None: its shape has to be known "
                     "before, so register it with a first value (an empty tensor, say)"
                 )
-        now = _attributes(model)
-        changed = [where for where, value in attributes.items() if now.get(where) != value]
-        if changed and before:  # the first forward may set up something
+        if self._kept and (what := self._kept.changed(lambda t: id(t) in self._used)):
             raise CutError(
-                f"forward counts in {changed[0]!r}: a server that serves several clients would "
-                "count otherwise"
+                f"forward {what}: a server that serves several clients would go on otherwise, and "
+                "so would a resumed run; make it a persistent buffer (register_buffer)"
             )
 
     def _name_inputs(self, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -297,6 +297,8 @@ class Survey(TorchFunctionMode, PartialForward):
     def _use(self, tree: Any) -> None:
         now = len(self._written)
         for t in map(bare, tensors_in(tree)):
+            if self._kept and id(t) in self._kept.tensors:
+                self._used.add(id(t))
             if state := self.state.get(id(t)):
                 state.uses.append(now)
             elif value := self._values.get(self._numbers.known(t)):
@@ -425,16 +427,6 @@ class Survey(TorchFunctionMode, PartialForward):
                 if outlives and call.output and i not in call.output.made:
                     names.discard(call.name)
         return frozenset(names)
-
-
-def _attributes(model: nn.Module) -> dict[str, Any]:
-    plain = (bool, int, float, str)
-    return {
-        f"{path}.{name}".lstrip("."): value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, plain)
-    }
 
 
 def _drawn() -> tuple[Any, int]:

@@ -2,6 +2,9 @@
 
 import copy
 import random
+from collections import deque
+from itertools import count, cycle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,6 +237,92 @@ def test_what_the_other_side_cannot_repeat_is_refused(kind, cut, reason):
     model = kind()
     with pytest.raises(CutError, match=reason):
         split(model, cut, torch.randn(3, 4))
+
+
+def kept_tensor(**options):
+    def register(module):
+        module.register_buffer("kept", torch.zeros(4), **options)
+
+    return register
+
+
+def kept(make):
+    return lambda module: setattr(module, "kept", make())
+
+
+def counted(module, x):
+    module.kept = module.kept + 1
+    return x + module.kept
+
+
+CHANGES = {
+    "float": (kept(float), counted),
+    "list": (kept(list), lambda module, x: module.kept.append(1)),
+    "dict": (kept(dict), lambda module, x: module.kept.update(calls=len(module.kept) + 1)),
+    "nested": (kept(lambda: {"a": [0]}), lambda module, x: module.kept["a"].append(1)),
+    "queue": (kept(deque), lambda module, x: module.kept.append(1)),
+    "object": (kept(SimpleNamespace), lambda m, x: vars(m.kept).update(n=len(str(vars(m.kept))))),
+    "array": (kept(lambda: np.zeros(5000)), lambda module, x: np.add.at(module.kept, 2000, 1)),
+    "Random": (kept(random.Random), lambda module, x: x * module.kept.random()),
+    "NumPy": (kept(np.random.default_rng), lambda module, x: x * module.kept.random()),
+    "torch": (kept(torch.Generator), lambda m, x: x + torch.rand(4, generator=m.kept)),
+    "count": (kept(count), lambda module, x: x * next(module.kept)),
+    "cycle": (kept(lambda: cycle([1, 2])), lambda module, x: x * next(module.kept)),
+    "iterator": (kept(lambda: iter(range(99))), lambda module, x: x * next(module.kept)),
+    "tensor": (kept(lambda: torch.zeros(4)), lambda module, x: x + module.kept.add_(1)),
+    "other tensor": (kept(lambda: torch.zeros(4)), counted),
+    "tensor in list": (kept(lambda: [torch.zeros(4)]), lambda m, x: x + m.kept[0].add_(1)),
+    "buffer": (kept_tensor(persistent=False), lambda module, x: x + module.kept.add_(1)),
+    "other buffer": (kept_tensor(persistent=False), counted),
+}
+
+
+def keeping(prepare, change):
+    class Keeping(Between):
+        def __init__(self):
+            super().__init__()
+            prepare(self)
+
+        def between(self, x):
+            changed = change(self, x)
+            return changed if isinstance(changed, torch.Tensor) else x
+
+    return nn.Sequential(nn.Linear(4, 4), Keeping(), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("cut", ["0", "1"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_forward_changes_outside_the_state_dict_is_refused_by_name(what, cut):
+    with pytest.raises(CutError, match=r"forward (counts in|changes) '1.kept'.*register_buffer"):
+        split(keeping(*CHANGES[what]), cut, torch.randn(3, 4))
+
+
+def cached(module, x):
+    if module.kept is None or len(module.kept) < len(x):
+        module.kept = torch.arange(len(x), dtype=x.dtype)
+    return x + module.kept[: len(x), None]
+
+
+def shown(module, x):
+    module.kept = functional.dropout(x)
+
+
+STAYS = {
+    "persistent buffer": (kept_tensor(), lambda module, x: x + module.kept.add_(1)),
+    "constant buffer": (kept_tensor(persistent=False), lambda module, x: x + module.kept),
+    "what is made once": (kept(lambda: None), cached),
+    "what nobody reads": (kept_tensor(persistent=False), shown),
+    "features": (kept(lambda: torch.zeros(4)), shown),
+    "what begins anew": (kept(list), lambda module, x: setattr(module, "kept", [x.sum()])),
+    "NaN": (kept(lambda: float("nan")), lambda module, x: x),
+    "what can't be told": (kept(lambda: {"f": lambda x: x}), lambda m, x: m.kept["f"](x)),
+}
+
+
+@pytest.mark.parametrize("cut", ["0", "1"])
+@pytest.mark.parametrize("what", STAYS)
+def test_what_carries_nothing_from_batch_to_batch_is_no_state(what, cut):
+    split(keeping(*STAYS[what]), cut, torch.randn(3, 4))
 
 
 @pytest.mark.parametrize("where", ["", "1"])
