@@ -8,8 +8,10 @@ import torch
 # Every other call either computes or turns values into numbers, and so is written down.
 ASKS_SIZES = {"size", "numel", "nelement", "__len__", "stride", "is_contiguous", "storage_offset"}
 ASKS_SIZES |= {"is_same_size", "untyped_storage", ".shape", ".itemsize", ".nbytes"}
-ASKS = ASKS_SIZES | {"dim", "ndimension", "is_floating_point", "is_complex", "is_signed"}
-ASKS |= {"is_inference", "element_size", "get_device", "data_ptr", "has_torch_function"}
+ASKS_DTYPES = {".dtype", "is_floating_point", "is_complex", "is_signed", "element_size"}
+ASKS_DTYPES |= {".itemsize", ".nbytes"}
+ASKS = ASKS_SIZES | ASKS_DTYPES | {"dim", "ndimension"}
+ASKS |= {"is_inference", "get_device", "data_ptr", "has_torch_function"}
 ASKS |= {"is_tensor", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 HOOKS = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 VIEWS = {".T", ".mT", ".H", ".mH", ".data", ".real", ".imag", ".grad"}

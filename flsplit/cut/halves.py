@@ -174,6 +174,16 @@ class ClientHalf(Half):
         made_up = (in_words([Spec((1, *shape), dtype)]) for shape, dtype in cut.rows)
         return inputs == inputs_of(cut.found.passage) or inputs in made_up
 
+    def _of_known_dtypes(self, passage: Passage) -> bool:
+        """Tell whether all dtypes that matter after the cut are those of the example.
+
+        Smashed data of another one are taken on the server for what autocast made of it.
+        """
+        example: Passage = vars(self)["_cut"].found.passage
+        if passage.dtype != example.dtype and not _autocasts():
+            return False
+        return not passage.asks_dtypes or dtypes_of(passage) == dtypes_of(example)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the smashed data.
 
@@ -306,6 +316,7 @@ class ClientHalf(Half):
         passage = found.passage
         parts = [passage, *([passage.tail] if passage.tail else [])]
         told = not passage.asks_sizes or self._server_knows(passage)
+        told = told and self._of_known_dtypes(passage)
         if any(part.asks_unknown for part in parts) or not told:
             passage = replace(passage, item=None)
         own["_passages"][key] = (*known, passage)
@@ -359,6 +370,15 @@ class ServerHalf(Half):
         """What the model was looked at with, if the client has to know that; else empty."""
         passage: Passage = vars(self)["_cut"].found.passage
         return inputs_of(passage) if passage.asks_sizes else ""
+
+    @property
+    def smashed_dtype(self) -> torch.dtype | None:
+        """The dtype of the tensor that crosses, where one does alone, as forward itself makes it.
+
+        A tensor that comes in a narrower one was computed under autocast.
+        """
+        found: Look = vars(self)["_cut"].found
+        return found.passage.dtype
 
     def forward(self, given: Tensor | Crossing, /, **extra: Any) -> Any:
         """Return the model's output for smashed data; of a U-shaped split, the second cut's.
@@ -515,8 +535,17 @@ class ServerHalf(Half):
 
 def inputs_of(passage: Passage) -> str:
     """Return what a batch was, but for its number of rows."""
+    return in_words(_specs(passage))
+
+
+def dtypes_of(passage: Passage) -> list[torch.dtype]:
+    """Return the dtypes of a batch's tensors."""
+    return [spec.dtype for spec in _specs(passage)]
+
+
+def _specs(passage: Passage) -> list[Spec]:
     given = leaves_in(passage.trace.calls[0][1])
-    return in_words([leaf for leaf in given if isinstance(leaf, Spec)])
+    return [leaf for leaf in given if isinstance(leaf, Spec)]
 
 
 def in_words(specs: list[Spec]) -> str:
@@ -538,6 +567,10 @@ def batch_key(args: Any, kwargs: Mapping[str, Any], training: bool) -> Any:
 
 def _shape(leaf: Any) -> Any:
     return (Spec.of(leaf), leaf.device.type) if isinstance(leaf, Tensor) else leaf
+
+
+def _autocasts() -> bool:
+    return bool(_autocast() != (False, False))
 
 
 def _autocast() -> Any:

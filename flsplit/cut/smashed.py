@@ -42,7 +42,8 @@ def not_one_tensor(smashed: Crossing) -> str:
         return f"{what} crosses at this cut with a number beside it"
     return (
         f"{what} crosses at this cut with its rows not in front, or forward asks for sizes that "
-        "the server doesn't know (give the strategy an example of the input)"
+        "the server doesn't know (give the strategy an example of the input), or depends on the "
+        "input's dtype (give the model inputs of the dtype of its parameters)"
     )
 
 

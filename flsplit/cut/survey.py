@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flsplit.cut.call_names import (
+    ASKS_DTYPES,
     ASKS_SIZES,
     LIKES,
     asks,
@@ -143,10 +144,17 @@ class Passage:
     item: int | None
     # Whether the other side has to know sizes of tensors before the cut beside those that cross
     asks_sizes: bool = False
+    asks_dtypes: bool = False  # whether it has to know their dtypes after the cut
     sized_by_data: bool = False  # whether values say how large some tensors before the cut are
     # Whether some of the sizes that the other side has to know can't be told from the inputs' sizes
     asks_unknown: bool = False
     tail: "Passage | None" = None  # at the first of two cuts: what crosses at the second one
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the tensor that crosses, where one does alone."""
+        (value,) = self.values.values() if self.item is not None else (None,)
+        return value.spec.dtype if value and value.spec else None
 
     @cached_property
     def kept(self) -> frozenset[str]:
@@ -203,7 +211,8 @@ class Survey(TorchFunctionMode, PartialForward):
             self.state.setdefault(id(t), State(t, [], t._version)).names.append(name)
         self.calls: list[Call] = []
         self.reads: list[Value] = []
-        self._asked: list[tuple[Value, int, frozenset[str]]] = []  # when, and in which modules
+        # By what, when, and in which modules
+        self._asked: list[tuple[Value, str, int, frozenset[str]]] = []
         # During which calls values became sizes, and numbers, which may become sizes.
         self._sized: list[int] = []
         self._read: list[int] = []
@@ -248,10 +257,10 @@ class Survey(TorchFunctionMode, PartialForward):
         kwargs, name = kwargs or {}, name_of(func)
         if not asks(name) and name not in LIKES:
             self._use((args, kwargs))
-        elif name in ASKS_SIZES | LIKES and not is_of_rows(name, args):
+        elif name in ASKS_SIZES | ASKS_DTYPES | LIKES and not is_of_rows(name, args):
             around = frozenset(call.name for call in self._open)
             asked = self.values_of(list(map(self._numbers.known, tensors_in((args, kwargs)))))
-            self._asked += [(value, len(self._written), around) for value in asked]
+            self._asked += [(value, name, len(self._written), around) for value in asked]
         output = func(*args, **kwargs)
         self._write(name, (args, kwargs), output)
         return output
@@ -398,19 +407,23 @@ class Survey(TorchFunctionMode, PartialForward):
         if len(crossing) == 1 and not visible:
             returned = [keys.get(number) for number in cut.returned]
             item = next((i for i, key in enumerate(returned) if key in crossing), None)
-        asked = [
-            value
-            for value, place, around in self._asked
+        questions = [
+            (value, name, place)
+            for value, name, place, around in self._asked
             if value.made < cut.reached
             and not (around & whole)
             and (end is None or place < end.reached)
             and all(value is not one for one in crossing.values())
         ]
+        asked = [value for value, name, _ in questions if name in ASKS_SIZES | LIKES]
+        dtypes = any(n in ASKS_DTYPES | LIKES and at >= cut.reached for _, n, at in questions)
         sized = any(place < cut.reached for place in self._sized)
         since = min([*self._sized, *self._read], default=cut.reached)
         unknown = bool(asked) and (sized or any(value.made >= since for value in asked))
         trace = Trace(tuple(calls), tuple(numbers))
-        return Passage(trace, whole, crossing, tuple(visible), item, bool(asked), sized, unknown)
+        return Passage(
+            trace, whole, crossing, tuple(visible), item, bool(asked), dtypes, sized, unknown
+        )
 
     def _whole(self, cut: Call, also: Call | None) -> frozenset[str]:
         """Return the modules that are done before the cut and keep nothing for later."""

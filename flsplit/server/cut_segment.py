@@ -16,7 +16,7 @@ from flsplit.server.products import (
     combine_layer,
     layer_gram,
 )
-from flsplit.server.segment import ServerGradients, ServerSegment, only_dtype
+from flsplit.server.segment import ServerGradients, ServerSegment, smashed_dtype
 from flsplit.untrained import Buffers
 
 
@@ -62,7 +62,7 @@ class _Part(ServerSegment):
                 "cut: all parameters after the latest cut are frozen (requires_grad=False): there "
                 "is nothing to train on the server"
             )
-        self._dtype = only_dtype(module)
+        self._dtype = smashed_dtype(module)
         self.pools = {}
 
 

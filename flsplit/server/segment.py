@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from flsplit.cut.halves import ServerHalf
 from flsplit.cut.smashed import Smashed, smashed_in_words
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
 from flsplit.losses import ClientsCriterion, Criterion, Loss
@@ -56,7 +57,7 @@ class ServerSegment:
         self.updates.warn("")
         self.optimizer = self.updates.torch
         self.scheduler = make_scheduler(scheduler, self.updates) if scheduler else None
-        self._dtype = only_dtype(module)
+        self._dtype = smashed_dtype(module)
         self.pools: dict[tuple[torch.Size, torch.dtype], bool] = {}
         """Whether rows of such a shape may go through it together; see `can_be_pooled`."""
 
@@ -116,8 +117,8 @@ class ServerSegment:
     def receive(self, smashed: Smashed) -> Smashed:
         """Move smashed data to the segment's device.
 
-        It keeps its dtype, but where all parameters have another floating one that is no narrower:
-        then the client computes in a lower precision than the server (``autocast``).
+        It keeps its dtype, but where the model's own forward would have made a floating one that is
+        no narrower: then the client computes in a lower precision than the server (``autocast``).
         """
         if not isinstance(smashed, Tensor):
             return smashed.to(self.device)
@@ -181,8 +182,7 @@ class ServerSegment:
                 group["lr"] = lr
 
 
-def only_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the floating dtype that all parameters have."""
-    dtypes = {p.dtype for p in module.parameters()}
-    only = dtypes.pop() if len(dtypes) == 1 else None
-    return only if only and only.is_floating_point else None
+def smashed_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the floating dtype of smashed data as the model's own forward makes them."""
+    dtype = module.smashed_dtype if isinstance(module, ServerHalf) else None
+    return dtype if dtype and dtype.is_floating_point else None

@@ -47,6 +47,46 @@ def narrowing_net():
     return nn.Sequential(first, nn.Identity(), Narrowing(), nn.Linear(8, 2))
 
 
+class Scaled(nn.Module):
+    """Computes in the dtype that comes, in which float16 rounds otherwise than float32."""
+
+    def forward(self, x):
+        return (x * 3 / 7 + x.square()).float()
+
+
+class UnderAutocast(nn.Linear):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+class LikeItsInput(nn.Linear):
+    """Returns the dtype that it is given, as norms of language models do."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x.half()
+
+
+class HalfInTraining(nn.Module):
+    def forward(self, x):
+        return x.half() if self.training else x
+
+
+def rounded_after(first, then=nn.Identity):
+    return lambda: nn.Sequential(first(6, 8), then(), Scaled(), nn.Linear(8, 2))
+
+
+class AsksForDtype(nn.Sequential):
+    def forward(self, x):
+        first, same, scaled, last = self
+        return last(scaled(same(first(x.float())).to(x.dtype)))
+
+
 MODELS = {
     "lora": (partial(half_base_net, 6), torch.float16),
     "bfloat16": (plain(torch.bfloat16), torch.bfloat16),
@@ -54,7 +94,15 @@ MODELS = {
     "complex64": (complex_net, torch.complex64),
     "float64 first": (narrowing_net, torch.float64),
 }
-TRAINED = {"lora": "2.a", "float64 first": "3.weight"}
+ROUNDED = {
+    "float16 inside": (rounded_after(nn.Linear, Half), torch.float32),
+    "float16 in training": (rounded_after(nn.Linear, HalfInTraining), torch.float32),
+    "autocast inside": (rounded_after(UnderAutocast), torch.float32),
+    "inputs' dtype": (rounded_after(LikeItsInput), torch.float16),
+    "asks for it": (lambda: AsksForDtype(*rounded_after(nn.Linear)()), torch.float16),
+}
+MODELS |= ROUNDED
+TRAINED = {"lora": "2.a", "float64 first": "3.weight"} | dict.fromkeys(ROUNDED, "3.weight")
 
 
 def loss_in_float32(logits: Tensor, labels: Tensor) -> Tensor:
@@ -109,6 +157,43 @@ def test_one_client_is_the_model_in_one_piece(kind, strategy, cache):
     for arrays in given[-1:]:
         last = arrays.to_torch_state_dict()
         assert all(torch.equal(last[name], found[name]) for name in found)
+
+
+@pytest.mark.parametrize("cut", ["1", {"nobody": "0", "default": "1"}], ids=["one", "different"])
+def test_a_client_under_autocast_is_one_whose_smashed_data_are_rounded(cut):
+    def build(rounds=False):
+        first = UnderAutocast if rounds else nn.Linear
+        return nn.Sequential(first(6, 8), nn.Identity(), nn.Linear(8, 8), Scaled(), nn.Linear(8, 2))
+
+    x, y = torch.randn(1, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([1])
+    start, _ = trained_in_one_piece(build, x, y, steps=0)
+    found = []
+    for inside in (True, False):
+        app = client_app(
+            model=partial(build, inside), cut=cut, data=lambda _: TensorDataset(x, y),
+            autocast=None if inside else torch.bfloat16,
+        )  # fmt: skip
+        method = PSL(model=build(), cut=cut, server_lr=LR, batch_size=1, fraction_evaluate=0.0)
+        result = method.start(LocalGrid(app, 1), start, num_rounds=2)
+        assert result.history[0].traffic.logical["activations-up"] == 8 * 2
+        found.append(result.arrays.to_torch_state_dict())
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+    assert not torch.equal(found[0]["2.weight"], start["2.weight"])
+
+
+def test_a_later_cut_has_a_dtype_of_its_own():
+    build, _ = MODELS["float16 inside"]
+    x, y = torch.randn(1, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([1])
+    start, expected = trained_in_one_piece(build, x, y, steps=2)
+    cut = {"nobody": "0", "default": "1"}
+    app = client_app(model=build, cut=cut, data=lambda _: TensorDataset(x, y))
+    method = PSL(
+        model=build(), cut=cut, server_lr=LR, batch_size=1, loss=loss_in_float32,
+        fraction_evaluate=0.0,
+    )  # fmt: skip
+    found = method.start(LocalGrid(app, 1), start, num_rounds=2).arrays.to_torch_state_dict()
+    assert torch.equal(found["3.weight"], expected["3.weight"])
 
 
 def test_smashed_data_keep_their_dtype():
