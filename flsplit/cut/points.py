@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from flsplit.cut.clean_cuts import clean, shared_inputs
+from flsplit.cut.closures import check_functions
 from flsplit.cut.cut_errors import CutError
 from flsplit.cut.flops import BATCH, CountedSurvey
 from flsplit.cut.survey import Call, Value
@@ -113,6 +114,7 @@ def cuts(
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise CutError(f"{type(model).__name__} has lazy parameters: run it on one batch first")
+    check_functions(model)
     args, kwargs, rows = _batch(model, example_input)
     survey = CountedSurvey(model, args, kwargs)
     found = clean(survey, shared_inputs(model, share), several=several)

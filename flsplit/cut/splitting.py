@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from flsplit.cut.clean_cuts import shared_inputs
+from flsplit.cut.closures import check_functions
 from flsplit.cut.cut_errors import GIVE_AN_EXAMPLE, CutError, ExampleError, check_keys, listed
 from flsplit.cut.examples import NEEDS_VALUES, ROWS, likely_rows, needs_values, with_values
 from flsplit.cut.halves import ClientHalf, Cut, ServerHalf, batch_key
@@ -187,6 +188,7 @@ def cut_name(cut: str | tuple[str, str]) -> str:
 def _look_and_verify(
     model: nn.Module, cut: str, share: frozenset[str], args: Any, kwargs: Any
 ) -> Look:
+    check_functions(model)
     found = look(model, cut, args, kwargs, share)
     verify(model, cut, found, args, kwargs)
     free_copies(model)
@@ -195,6 +197,7 @@ def _look_and_verify(
 
 def _look_without_example(model: nn.Module, cut: str, share: frozenset[str]) -> Look:
     """Look at a model with made-up batches until it takes one."""
+    check_functions(model)
     ghost = without_data(model)
     solid = next((p.device for p in model.parameters()), torch.device("cpu"))
     reasons: list[str] = []

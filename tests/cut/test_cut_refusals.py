@@ -3,6 +3,7 @@
 import copy
 import random
 from collections import deque
+from functools import lru_cache, partial
 from itertools import count, cycle
 from types import SimpleNamespace
 
@@ -323,6 +324,124 @@ STAYS = {
 @pytest.mark.parametrize("what", STAYS)
 def test_what_carries_nothing_from_batch_to_batch_is_no_state(what, cut):
     split(keeping(*STAYS[what]), cut, torch.randn(3, 4))
+
+
+def doubled(layer, x):
+    return layer(x) * 2
+
+
+class Held(Between):
+    """Calls its last layer by a function that the subclass makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.call = self.make()
+
+    def forward(self, x):
+        return self.call(self.first(x))
+
+
+class ByClosure(Held):
+    def make(self):
+        return lambda x: self.last(x)
+
+
+class ByMethodInClosure(Held):
+    def make(self):
+        call = self.last.forward
+        return lambda x: call(x)
+
+
+class ByDefault(Held):
+    def make(self):
+        return lambda x, weight=self.last.weight: x @ weight
+
+
+class ByPartialOfClosure(Held):
+    def make(self):
+        return partial(lambda x: self.last(x))
+
+
+class ByCache(Held):
+    def make(self):
+        return lru_cache(self.last)
+
+
+class ByMethod(Held):
+    def make(self):
+        return self.through
+
+    def through(self, x):
+        return self.last(x)
+
+
+class ByPartial(Held):
+    def make(self):
+        return partial(doubled, self.last)
+
+
+class ByTeacher(Held):
+    """A frozen module that is no part of the model may be held."""
+
+    def make(self):
+        teacher = nn.Linear(4, 4).requires_grad_(False)
+        return lambda x: x + teacher(x)
+
+    def forward(self, x):
+        return self.last(super().forward(x))
+
+
+@pytest.mark.parametrize("kind", [ByClosure, ByMethodInClosure, ByDefault, ByPartialOfClosure])
+def test_a_function_that_holds_a_part_of_the_model_is_refused_by_name(kind):
+    model = nn.Sequential(nn.Linear(4, 4), kind())
+    expected = r"the function in '1.call' holds '1\S*' of the model by itself.* Write a method"
+    with pytest.raises(CutError, match=expected):
+        split(model, "0")
+    with pytest.raises(CutError, match=expected):
+        split(model, "0", torch.randn(2, 4))
+    with pytest.raises(CutError, match=expected):
+        cuts(model, (4,))
+
+
+def test_a_cache_of_a_layer_is_refused():
+    with pytest.raises(CutError, match="the function in 'call' holds 'last' of the model"):
+        split(ByCache(), "first")
+
+
+@pytest.mark.parametrize("kind", [ByMethod, ByPartial, ByTeacher])
+def test_functions_that_are_copied_with_the_model_are_fine(kind):
+    assert_exact(kind(), "first", (torch.randn(2, 4),))
+
+
+@pytest.mark.parametrize(
+    ("register", "kind"),
+    [
+        ("register_forward_hook", "forward hook"),
+        ("register_forward_pre_hook", "forward pre-hook"),
+        ("register_full_backward_hook", "backward hook"),
+    ],
+)
+def test_a_hook_that_holds_the_model_is_refused_by_name(register, kind):
+    class Hooked(Between):
+        def __init__(self):
+            super().__init__()
+            getattr(self.last, register)(lambda *args: None if self.training else args[-1])
+
+    with pytest.raises(CutError, match=f"a {kind} of 'last' holds Hooked of the model"):
+        split(Hooked(), "first")
+
+
+def test_a_hook_may_be_a_method():
+    class Hooked(Between):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(4, 4)
+            self.last.register_forward_hook(self.add)
+
+        def add(self, module, args, output):
+            return output + self.extra(output)
+
+    assert_exact(Hooked(), "first", (torch.randn(2, 4),))
 
 
 @pytest.mark.parametrize("where", ["", "1"])
