@@ -11,6 +11,7 @@ from torch.nn import functional
 from flsplit.auxiliary import GIVEN, auxiliary_loss, build_auxiliary
 from flsplit.client.spec import ClientSpec
 from flsplit.client.state import AuxiliaryState, own_tensors, put_tensors
+from flsplit.client.tail import check_accumulated_hooks
 from flsplit.cut import Split
 from flsplit.errors import ConfigError, NonFiniteError, SegmentMismatchError
 from flsplit.finite import total_norm
@@ -60,6 +61,7 @@ class Auxiliary:
                 plan.kind, plan.shape, plan.num_classes, given=spec.auxiliary, parts=parts
             ).to(device)
         named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        check_accumulated_hooks("the auxiliary model", dict(named))
         self.parameters = [p for _, p in named]
         self.optimizer: UserOptimizer | None = None
         if plan.train:

@@ -11,13 +11,24 @@ from torch.nn import functional
 from flsplit.client.spec import ClientSpec
 from flsplit.cut import Crossing
 from flsplit.cut.halves import ClientHalf
+from flsplit.cut.private import gradient_hooks
 from flsplit.cut.smashed import Smashed
-from flsplit.errors import NonFiniteError, SegmentMismatchError
+from flsplit.errors import ConfigError, NonFiniteError, SegmentMismatchError
 from flsplit.losses import Count, Criterion
 from flsplit.nested import as_arguments, num_rows, to_device
 from flsplit.untrained import put
 
 _GRADIENT, _KEPT, _BUFFER, _DONE = "gradient:", "kept:", "buffer:", "done"
+
+
+def check_accumulated_hooks(what: str, named: Mapping[str, Tensor]) -> None:
+    """Refuse hooks that nobody would call: these gradients are computed and not accumulated."""
+    for name, parameter in named.items():
+        if (kind := "register_post_accumulate_grad_hook") in gradient_hooks(parameter):
+            raise ConfigError(
+                f"{what} has a hook of the parameter {name!r} ({kind}), which would not be called: "
+                "take register_hook"
+            )
 
 
 def withheld(labels: Any) -> Tensor:
@@ -33,6 +44,7 @@ class Tail:
         loss = functional.cross_entropy if spec.loss is None else spec.loss
         self._criterion = Criterion(loss, device)
         self._named = {n: p for n, p in segment.named_parameters() if p.requires_grad}
+        check_accumulated_hooks("the model, cut twice,", self._named)
 
     def loss(
         self, outputs: Tensor, head: Smashed, inputs: Any, labels: Any

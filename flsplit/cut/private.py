@@ -2,10 +2,10 @@
 
 A segment runs the model's own forward, of which only one stretch computes. For that, calls are
 watched (`TorchFunctionMode`, public) and tensors stand in for others (`swap_tensors`, public).
-Five things have no public name: a tensor without data that takes part in no dispatch, a block in
-which the watching rests, the stack of watchers, what `torch.vmap` has wrapped, and whether there
-are hooks for all modules. Tried with torch 2.6 to 2.13. Where one of them changes, this module is
-what has to.
+Six things have no public name: a tensor without data that takes part in no dispatch, a block in
+which the watching rests, the stack of watchers, what `torch.vmap` has wrapped, whether there are
+hooks for all modules, and whether a tensor has hooks. Tried with torch 2.6 to 2.13. Where one of
+them changes, this module is what has to.
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "Unseen",
     "bare",
+    "gradient_hooks",
     "has_any_global_hook",
     "is_innermost",
     "no_torch_function",
@@ -55,6 +56,15 @@ def bare(tensor: Tensor) -> Tensor:
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
+
+
+def gradient_hooks(tensor: Tensor) -> list[str]:
+    """Return by which of a tensor's methods somebody has registered hooks of its gradient."""
+    kinds = {
+        "register_hook": tensor._backward_hooks,
+        "register_post_accumulate_grad_hook": tensor._post_accumulate_grad_hooks,
+    }
+    return [name for name, hooks in kinds.items() if hooks]
 
 
 def is_innermost(mode: object) -> bool:

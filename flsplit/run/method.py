@@ -15,6 +15,7 @@ from flsplit.client.spec import pick_device
 from flsplit.client_parts import ClientPart
 from flsplit.cut import Split, split
 from flsplit.cut.client_cuts import all_cuts, cut_of, joined
+from flsplit.cut.private import gradient_hooks
 from flsplit.errors import OF_A_BATCH, ConfigError, FlsplitError, LostClientsError, at, located
 from flsplit.flower_internals import NORM_BIT
 from flsplit.message.arrays import check_like, from_record, to_record
@@ -316,6 +317,7 @@ class SplitMethod(SaysPhases):
 
     def begin(self, initial_arrays: ArrayRecord) -> None:
         """Take the initial arrays, and forget an earlier run."""
+        self._check_gradient_hooks()
         tensors = from_record(initial_arrays, field="initial_arrays")
         client, server = self.parts.divide(tensors)
         like = self.parts.client.state_dict()
@@ -326,6 +328,16 @@ class SplitMethod(SaysPhases):
         with located("initial_arrays"):
             self.server.load_arrays(server)
         self.begin_run()
+
+    def _check_gradient_hooks(self) -> None:
+        """Refuse hooks that nobody would call: copies have none, and nothing is accumulated."""
+        for name, parameter in self.parts.server.named_parameters():
+            for kind in gradient_hooks(parameter):
+                raise ConfigError(
+                    f"model: {name!r}, a parameter of the server segment, has a hook ({kind}), "
+                    "which the server would not call: hook the module (register_full_backward_hook)"
+                    ", or give a server_optimizer with a hook (register_step_pre_hook)"
+                )
 
     # --- a round -------------------------------------------------------------------------
 
