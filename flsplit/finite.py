@@ -17,6 +17,8 @@ def all_finite(tensor: Tensor) -> bool:
     One element that is not finite makes the sum NaN or infinite, and the sum takes a twentieth of
     the time; only where it overflows are the elements looked at one by one.
     """
+    if tensor.dtype.itemsize == 1:
+        tensor = countable(tensor)
     return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(dense_values(tensor)).all())
 
 
@@ -27,10 +29,18 @@ def can_be_squared(tensor: Tensor) -> bool:
     """
     if not tensor.numel():
         return True
+    if tensor.dtype.itemsize == 1:
+        tensor = countable(tensor)
     least, most = torch.aminmax(tensor.abs() if tensor.is_complex() else tensor)
     # float16 is added up in float32.
     largest = math.sqrt(torch.finfo(torch.promote_types(least.dtype, torch.float32)).max)
     return -largest < least.item() and most.item() < largest  # false of NaN
+
+
+def countable(tensor: Tensor) -> Tensor:
+    """Return a tensor that torch computes with: of float8, which it only stores, float32."""
+    eight = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+    return tensor.float() if eight else tensor
 
 
 def dense_values(tensor: Tensor) -> Tensor:

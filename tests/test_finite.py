@@ -25,6 +25,16 @@ def test_one_element_that_is_not_is_found(values):
         assert not all_finite(torch.tensor(values).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_what_is_only_stored_is_looked_at_too(dtype):
+    values = torch.tensor([200.0, -200.0, 1.0]).to(dtype)
+    assert all_finite(values)
+    assert can_be_squared(values)
+    values[1] = float("nan")
+    assert not all_finite(values)
+    assert not can_be_squared(values)
+
+
 def test_integers_are_finite():
     assert all_finite(torch.tensor([1, 2]))
 

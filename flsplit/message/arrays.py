@@ -2,7 +2,8 @@
 
 Weights travel in Flower's own serialisation, so that any Flower strategy or mod can read
 them. Smashed data, labels and gradients travel raw: they are sent once per mini-batch, and
-NumPy's NPY header and copies would cost as much as the transfer; NumPy has no bfloat16 either.
+NumPy's NPY header and copies would cost as much as the transfer; NumPy has no bfloat16 and no
+float8 either.
 """
 
 import math
@@ -15,7 +16,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flsplit.errors import ProtocolError, SegmentMismatchError
+from flsplit.errors import ProtocolError, SegmentMismatchError, located
 
 RAW = "flsplit.raw"
 """``Array.stype`` of raw tensors: ``data`` holds the elements in C order, little-endian.
@@ -33,9 +34,15 @@ _DTYPES = {
         torch.float64, torch.float32, torch.float16, torch.bfloat16,
         torch.complex128, torch.complex64,
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+        torch.uint16, torch.uint32, torch.uint64,
+        torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
     )
 }  # fmt: skip
 
+_AS_INTEGERS = {torch.bfloat16: torch.int16} | {
+    dtype: torch.uint8 for name, dtype in _DTYPES.items() if name.startswith("float8")
+}
+"""Dtypes that NumPy hasn't, with integers of the same size."""
 
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_SIZE = 2**40
@@ -66,9 +73,9 @@ class RawArray(Array):
         self.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=data)
 
     def numpy(self) -> NDArray[Any]:
-        """Return a copy as a NumPy array; of bfloat16, which NumPy lacks, as float32."""
+        """Return a copy as a NumPy array; of bfloat16 or float8, which NumPy lacks, as float32."""
         tensor = to_tensor(self, field="array")
-        return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+        return (tensor.float() if tensor.dtype in _AS_INTEGERS else tensor).numpy()
 
     def deflate(self) -> bytes:
         """Return what Flower's own carrier sends: a plain ``Array``, the only kind it knows."""
@@ -82,8 +89,8 @@ class RawArray(Array):
 def to_array(tensor: Tensor) -> RawArray:
     """Return a raw array with the tensor's elements, of any device and any dtype listed above."""
     dtype = _NAMES.get(tensor.dtype) or dtype_name(tensor.dtype)
-    # NumPy has no bfloat16, but integers of that size.
-    plain = tensor.detach().view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    integers = _AS_INTEGERS.get(tensor.dtype)
+    plain = tensor.detach().view(integers) if integers else tensor
     stype = RAW
     summed = tensor.is_floating_point() or tensor.is_complex()
     if summed and not plain.is_contiguous() and (order := _order(plain)):
@@ -171,12 +178,17 @@ def _from_npy(array: Array, field: str) -> Tensor:
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Return an ``ArrayRecord`` of a state dict's tensors, in Flower's own serialisation.
 
-    NumPy has no bfloat16: such tensors are raw arrays, of which ``Array.numpy()`` and Flower's
-    ``to_torch_state_dict()`` make float32, which holds the same numbers.
+    NumPy has no bfloat16 and no float8: such tensors are raw arrays, of which ``Array.numpy()`` and
+    Flower's ``to_torch_state_dict()`` make float32, which holds the same numbers.
+
+    ProtocolError if one is of a dtype that can't be sent.
     """
     record = ArrayRecord()
     for name, tensor in tensors.items():
-        raw = tensor.dtype is torch.bfloat16
+        if tensor.dtype not in _NAMES:
+            with located(repr(name)):
+                dtype_name(tensor.dtype)
+        raw = tensor.dtype in _AS_INTEGERS
         # A copy: a tensor whose memory NumPy has seen can never be resized again.
         record[name] = to_array(tensor) if raw else Array(tensor.detach().cpu().clone().numpy())
     return record

@@ -12,7 +12,7 @@ from flsplit.account.clock import Leg
 from flsplit.cut import Trace
 from flsplit.cut.smashed import CutGradient, Smashed, gradients_in, learning_in
 from flsplit.errors import NonFiniteError, ProtocolError
-from flsplit.finite import all_finite, can_be_squared
+from flsplit.finite import all_finite, can_be_squared, countable
 from flsplit.message.arrays import check_like, from_record, to_record
 from flsplit.message.crossings import FROZEN, TRACES, Unresolved, one_gradient, one_smashed
 from flsplit.message.fields import (
@@ -262,8 +262,9 @@ def check_handed_over(
         return
     for name, tensor in check_like(state, like, what=what, free=free).items():
         # A buffer may be infinite on purpose (a mask): only what became so is wrong.
-        before = torch.isfinite(like[name]) if tensor.shape == like[name].shape else True
-        if bool((~torch.isfinite(tensor) & before).any()):
+        old, new = countable(like[name]), countable(tensor)
+        before = torch.isfinite(old) if new.shape == old.shape else True
+        if bool((~torch.isfinite(new) & before).any()):
             raise NonFiniteError(f"{what}: {name!r} has values that are NaN or infinite")
 
 

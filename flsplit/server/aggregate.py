@@ -354,5 +354,7 @@ def average_buffers(buffers: list[dict[str, Tensor]], num_examples: list[int]) -
             weights = shares.view(-1, *[1] * (stacked.ndim - 1)).to(stacked.device)
             averaged[name] = (stacked.to(precise) * weights).sum(0).to(stacked.dtype)
         else:
-            averaged[name] = stacked.amax(0)
+            # On CPU, torch has no maximum of uint16 and wider ones.
+            largest = torch.from_numpy(np.asarray(stacked.cpu().numpy().max(0)))
+            averaged[name] = largest.to(stacked.device)
     return averaged

@@ -25,7 +25,12 @@ from flsplit.message.arrays import (
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    torch.uint64, torch.uint32, torch.uint16,
 ]  # fmt: skip
+FLOAT8 = [
+    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
+]  # fmt: skip
+DTYPES += FLOAT8
 
 
 @st.composite
@@ -180,7 +185,7 @@ def test_whatever_follows_numpys_magic_nothing_else_than_a_protocol_error_comes(
 # --- Flower's own serialisation --------------------------------------------------------------
 
 
-NUMPY_KNOWS = tuple(dtype for dtype in DTYPES if dtype is not torch.bfloat16)
+NUMPY_KNOWS = tuple(one for one in DTYPES if one not in (torch.bfloat16, *FLOAT8))
 
 
 @settings(deadline=None)

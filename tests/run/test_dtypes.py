@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from flsplit import LocalGrid, client_app
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, ProtocolError
 from flsplit.strategies import PSL, SplitFedV1, SplitFedV2
 
 LR = 0.1
@@ -234,6 +234,57 @@ def test_client_segments_of_bfloat16_come_back():
     own = result.client_segments["0"].to_torch_state_dict()
     assert own["0.weight"].dtype == torch.float32
     assert torch.equal(own["0.weight"], own["0.weight"].bfloat16().float())
+
+
+class Table(nn.Linear):
+    """Has a table in a dtype of its own, as quantised layers do, and looks up a scale in it."""
+
+    def __init__(self, inputs, outputs, dtype):
+        super().__init__(inputs, outputs)
+        self.register_buffer("table", torch.tensor([0.5, 1, 3]).mul(2).to(dtype))
+
+    def forward(self, x):
+        return super().forward(x) * self.table.float()[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("strategy", [SplitFedV1, PSL])
+def test_buffers_of_dtypes_that_torch_only_stores(dtype, strategy, tmp_path):
+    build = lambda: nn.Sequential(Table(6, 8, dtype), nn.Tanh(), Table(8, 2, dtype))  # noqa: E731
+    plain = lambda: nn.Sequential(  # noqa: E731
+        Table(6, 8, torch.float32), nn.Tanh(), Table(8, 2, torch.float32)
+    )
+    x, y = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 2
+    torch.manual_seed(0)
+    start, found = build().state_dict(), []
+    for kind, model in (("plain", plain), ("own", build)):
+        app = client_app(model=model, cut="1", data=lambda _: TensorDataset(x, y))
+        grid = LocalGrid(app, 2, cache=False, state_dir=tmp_path / kind)
+        for rounds in (1, 2):
+            method = strategy(
+                model=model(), cut="1", server_lr=LR, batch_size=4, fraction_evaluate=0.0,
+                checkpoint_dir=str(tmp_path / f"{kind}-server"), resume=rounds > 1,
+            )  # fmt: skip
+            result = method.start(grid, start, num_rounds=rounds)
+        found.append(result.arrays.to_torch_state_dict())
+    model = build()
+    model.load_state_dict(found[1], strict=strategy is SplitFedV1)
+    for name, tensor in found[0].items():
+        assert torch.equal(model.state_dict()[name].to(tensor.dtype), tensor), name
+    assert model[2].table.dtype == dtype
+
+
+def test_a_dtype_that_can_not_be_sent_is_refused_with_the_tensors_name():
+    class Exponents(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 8)
+            self.register_buffer("scales", torch.ones(2).to(torch.complex32))
+
+    build = lambda: nn.Sequential(Exponents(), nn.Tanh(), nn.Linear(8, 2))  # noqa: E731
+    app = client_app(model=build, cut="1", data=lambda context: None)
+    method = PSL(model=build(), cut="1", server_lr=LR)
+    with pytest.raises(ProtocolError, match=r"'0\.scales': a tensor of torch\.complex32 can't be"):
+        method.start(LocalGrid(app, 1), build().state_dict())
 
 
 def test_the_result_starts_another_run():

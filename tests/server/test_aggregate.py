@@ -212,6 +212,13 @@ def test_buffers_are_averaged_in_double_precision():
     assert (found.dtype, found.item()) == (torch.bfloat16, 1.75)
 
 
+def test_the_maximum_of_wide_unsigned_counts():
+    for dtype, most in ((torch.uint16, 2**16), (torch.uint32, 2**32), (torch.uint64, 2**64)):
+        parts = [{"n": torch.tensor(n, dtype=dtype)} for n in (most - 2, 3, most - 1)]
+        found = average_buffers(parts, [1, 1, 1])["n"]
+        assert (found.item(), found.dtype, found.shape) == (most - 1, dtype, ())
+
+
 def test_the_maximum_of_booleans_and_negative_counts():
     parts = [{"on": torch.tensor(False), "n": torch.tensor([-3, 4], dtype=torch.int32)}] * 2
     parts[1] = {"on": torch.tensor(True), "n": torch.tensor([-5, 9], dtype=torch.int32)}
