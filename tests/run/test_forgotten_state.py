@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import make_parts, plain_net, run_split
 
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.run import EarlyStopping, KeepBest, PrintMetrics
 from flsplit.strategies import PSL
 
@@ -56,6 +56,28 @@ def test_what_stays_is_no_state(kind, tmp_path):
 
     result = run_split(Fixed, plain_net, make_parts((4, 4)), checkpoint_dir=str(tmp_path))
     assert len(result.history) == 2
+
+
+@pytest.mark.parametrize("layer", ["front", "middle"])
+def test_a_buffer_that_changes_and_is_not_stored_is_refused(layer):
+    """No example is given: the first batch of a client shows it, also where it is the server's."""
+
+    class Steps(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            self.steps += 1
+            return x + self.steps
+
+    def build():
+        net = plain_net()
+        net.get_submodule(layer).append(Steps())
+        return net
+
+    with pytest.raises(NotEnoughClientsError, match=rf"changes '{layer}.2.steps'.*persistent"):
+        run_split(PSL, build, make_parts((4,)))
 
 
 @pytest.mark.parametrize("others", [[PrintMetrics()], [KeepBest("loss")]])
