@@ -6,7 +6,7 @@ import difflib
 import gc
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from flsplit.cut.cut_errors import (
     listed,
 )
 from flsplit.cut.partial_forward import instrument, place_of, places_of
-from flsplit.cut.private import Unseen
+from flsplit.cut.private import Unseen, has_saving_hooks
 from flsplit.cut.scripted import plain_copy
 from flsplit.cut.stretch import run_to_layer, tensor_at
 from flsplit.cut.survey import Call, Passage, State, Survey
@@ -209,8 +209,10 @@ def fresh(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ..
 def undisturbed(args: Any, kwargs: Any) -> Iterator[None]:
     """Leave all random generators as they are, and measurements of memory."""
     device = next((t.device for t in tensors_in((args, kwargs))), None)
-    # Whoever measures what autograd keeps is not to measure this.
-    unmeasured = torch.autograd.graph.saved_tensors_hooks(_with_version, _unchanged)
+    unmeasured: AbstractContextManager[object] = nullcontext()
+    if has_saving_hooks():  # whoever measures what autograd keeps is not to measure this
+        # Only then: no torch.func.grad runs among them.
+        unmeasured = torch.autograd.graph.saved_tensors_hooks(_with_version, _unchanged)
     with seeded(0, device), unmeasured:
         yield
 

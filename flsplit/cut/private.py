@@ -2,10 +2,10 @@
 
 A segment runs the model's own forward, of which only one stretch computes. For that, calls are
 watched (`TorchFunctionMode`, public) and tensors stand in for others (`swap_tensors`, public).
-Six things have no public name: a tensor without data that takes part in no dispatch, a block in
+Eight things have no public name: a tensor without data that takes part in no dispatch, a block in
 which the watching rests, the stack of watchers, what `torch.vmap` has wrapped, whether there are
-hooks for all modules, and whether a tensor has hooks. Tried with torch 2.6 to 2.13. Where one of
-them changes, this module is what has to.
+hooks for all modules, for what autograd saves, and of a tensor, and what `torch.cond` is. Tried
+with torch 2.6 to 2.13. Where one of them changes, this module is what has to.
 """
 
 from typing import Any
@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 from torch._C import DisableTorchFunction, _disabled_torch_function_impl
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "HigherOrderOperator",
     "Unseen",
     "bare",
     "gradient_hooks",
     "has_any_global_hook",
+    "has_saving_hooks",
     "is_innermost",
     "no_torch_function",
     "tree_leaves",
@@ -37,6 +40,11 @@ has_any_global_hook = _has_any_global_hook
 
 no_torch_function = _disabled_torch_function_impl
 """The ``__torch_function__`` of a class whose tensors are treated as plain ones."""
+
+
+def has_saving_hooks() -> bool:
+    """Tell whether anybody takes what autograd saves for the backward pass."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def wrapper(cls: type, spec: Any, device: torch.device) -> Any:

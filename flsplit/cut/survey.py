@@ -27,7 +27,7 @@ from flsplit.cut.call_names import (
 )
 from flsplit.cut.cut_errors import CrossingError, CutError
 from flsplit.cut.partial_forward import PartialForward, Stub, eager, instrument
-from flsplit.cut.private import Unseen, bare
+from flsplit.cut.private import HigherOrderOperator, Unseen, bare
 from flsplit.cut.python_state import KeptState
 from flsplit.cut.scripted import Scripted
 from flsplit.cut.trace import Number, Same, Spec, Trace, can_be_sent, map_tree, tensors_in
@@ -170,6 +170,8 @@ class _Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Which tensors one uses that is none of Python's (TorchScript's), and where sizes follow values.
     """
 
+    supports_higher_order_operators = True  # torch.cond and the like: to refuse them
+
     def __init__(self, survey: "Survey") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._survey = survey
@@ -178,6 +180,12 @@ class _Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Make a call."""
         if func.__name__.partition(".")[0] not in LIKES:
             self._survey._use((args, kwargs or {}))
+        if isinstance(func, HigherOrderOperator):
+            raise CutError(
+                f"forward calls torch's {func.__name__!r}, inside which nothing can be followed: "
+                "write it in Python (an if or a loop, which both sides follow), or choose with "
+                "torch.where"
+            )
         if is_sized_by_data(func, args):
             self._survey._sized.append(len(self._survey._written))
         elif reads_data(func):

@@ -20,6 +20,10 @@ from flsplit.cut.private import tree_leaves
 MAX_CALLS, MAX_DEPTH, MAX_TEXT, MAX_BYTES = 20_000, 12, 200, 4 * 2**20
 
 
+NESTED = (-1,)
+"""The shape of a nested tensor, whose sizes aren't numbers."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """A tensor without its values."""
@@ -35,7 +39,8 @@ class Spec:
         strided = tensor.layout is torch.strided and not tensor.is_nested
         odd = strided and not tensor.is_contiguous()
         stride = tuple(tensor.stride()) if odd else None
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad, stride)
+        shape = NESTED if tensor.is_nested else tuple(tensor.shape)
+        return cls(shape, tensor.dtype, tensor.requires_grad, stride)
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,12 @@ def _encode(tree: Any) -> Any:
             return ["f", tree.hex()]  # bit for bit, also inf and nan
         case complex():
             return ["c", tree.real.hex(), tree.imag.hex()]
+        case Spec(shape=shape) if shape == NESTED:
+            raise PathError(
+                "before the cut, forward makes a nested tensor, whose sizes can't be described to "
+                "the other side: let one module make it, compute with it and pad it, cut before "
+                "it, or pad the batch and give a mask"
+            )
         case Spec():
             stride = list(tree.stride) if tree.stride else None
             return ["t", list(tree.shape), _plain(tree.dtype), tree.grad, stride]

@@ -91,6 +91,12 @@ class SplitStrategy(SplitMethod, Strategy):
         of_kind("initial_arrays", initial_arrays, ArrayRecord | dict)
         if not isinstance(initial_arrays, ArrayRecord):
             for name, tensor in initial_arrays.items():
+                if str(name).endswith("_extra_state") and not isinstance(tensor, Tensor):
+                    raise ConfigError(
+                        f"initial_arrays[{name!r}], from a module's get_extra_state(), is of type "
+                        f"{type(tensor).__name__}, expected a tensor: segments travel as tensors, "
+                        "so let it return one, or keep its parts in buffers"
+                    )
                 of_kind(f"initial_arrays[{name!r}]", tensor, Tensor)
             initial_arrays = to_record(initial_arrays)
         of_kind("num_rounds", num_rounds, int)
