@@ -81,6 +81,10 @@ test: $(STAMP) ## Run the tests: the quick ones, then those that start Flower, s
 test-long: $(STAMP) ## Run the tests that "test" leaves out because they take long, but those of "chaos"
 	@$(BIN)/python -m pytest -m 'long and not chaos' --numprocesses 2 --dist worksteal $(ARGS)
 
+.PHONY: test-gpu
+test-gpu: $(STAMP) ## Compare what a GPU computes with what the processor does (a build of torch with CUDA)
+	@FLSPLIT_TEST_GPU=1 $(BIN)/python -m pytest $(ARGS) tests/strategies/test_devices.py
+
 .PHONY: chaos
 chaos: $(STAMP) ## Disturb runs in every way we know; ends with a table of the faults
 	@$(BIN)/python -m pytest -m chaos --chaos-table $(ARGS)

@@ -9,6 +9,10 @@ import torch
 pytest_plugins = ["tests.chaos.table"]
 
 os.environ.pop("RAY_ADDRESS", None)  # tests bring a cluster of their own
+if "FLSPLIT_TEST_GPU" not in os.environ:  # `make test-gpu` has it
+    # Bit-equality is asked for between what is computed here and what a test computes itself, on
+    # the processor.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 hypothesis.settings.register_profile("thorough", max_examples=1000)  # for `make fuzz`
 
 END_TO_END_TIMEOUT = 900  # seconds; a test takes one or two minutes unless the machine is slow

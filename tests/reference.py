@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from flsplit import LocalGrid, client_app
 from flsplit.carry.carrier import Carrier
+from flsplit.nested import to_device
 from flsplit.seeds import derive_seed, seeded
 
 CUT = "front"
@@ -244,13 +245,15 @@ def assert_close(
 
 
 @contextmanager
-def client_then_server_noise(model: nn.Module, client_seed: int, server_seed: int):
+def client_then_server_noise(
+    model: nn.Module, client_seed: int, server_seed: int, device: torch.device | None = None
+):
     """Let the layers up to the cut draw from one seed, those after it from another."""
     hook = model.get_submodule(CUT).register_forward_hook(
         lambda *_: torch.manual_seed(server_seed) and None
     )
     try:
-        with seeded(client_seed):
+        with seeded(client_seed, device):
             yield
     finally:
         hook.remove()
@@ -269,12 +272,14 @@ def whole_step(
 ) -> float:
     """Do one ordinary training step of the whole model and return the loss."""
     model.train()
+    device = next(model.parameters()).device
     with client_then_server_noise(
         model,
         derive_seed(seed, "client", name, server_round, step),
         derive_seed(seed, "server", server_round, step, name),
+        device,
     ):
-        inputs, labels = default_collate([data[index] for index in indices])
+        inputs, labels = to_device(default_collate([data[index] for index in indices]), device)
         if isinstance(inputs, dict):
             loss = functional.cross_entropy(model(**inputs), labels)
         else:
@@ -288,14 +293,21 @@ def whole_step(
 
 
 def train_in_turn(
-    build, parts: Sequence[Dataset], *, optimizer, rounds: int, batch_size: int = 4, lr=LR
+    build,
+    parts: Sequence[Dataset],
+    *,
+    optimizer,
+    rounds: int,
+    batch_size: int = 4,
+    lr=LR,
+    device: str = "cpu",
 ) -> tuple[dict[str, Tensor], list[list[float]]]:
     """Train one whole model on one client's epoch after the other's; with one client: as usual.
 
     ``lr`` is a number or a function of the round. Returns the state dict and the losses of each
     round's steps.
     """
-    model = fresh(build)
+    model = fresh(build).to(device)
     own = optimizer(model.parameters(), lr=0.0)
     streams = [epoch_batches(len(p), str(i), batch_size) for i, p in enumerate(parts)]
     losses = []
@@ -312,7 +324,7 @@ def train_in_turn(
                 for step, indices in enumerate(next(streams[client]))
             ]
         )  # fmt: skip
-    return {k: v.clone() for k, v in model.state_dict().items()}, losses
+    return {k: v.cpu().clone() for k, v in model.state_dict().items()}, losses
 
 
 def train_together(sizes: Sequence[int], rounds: int) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from flsplit.message.optimizer_state import OptimizerState, get_state, set_state
 from flsplit.message.packing import unpacked
 from flsplit.message.request import Batch, SegmentArrays
 from flsplit.message.round_plan import RoundPlan
+from flsplit.nested import to_device
 from flsplit.optimizers import NOMINAL_LR, UserOptimizer
 from flsplit.seeds import derive_seed, seeded
 from flsplit.untrained import load_state, names_of_buffers, names_of_frozen, put_all
@@ -130,6 +131,7 @@ class Client:
         """Go on from ``state``."""
         put_tensors(self.segment, state.segment, what="the stored client segment")
         set_state(self.optimizer, state.optimizer)
+        state.round_start = to_device(state.round_start, self.device)  # where parts expect it
         self.memory, self.pending = state, None
         if state.plan and state.num_examples:  # else the round could not begin
             self._count_examples(state.num_examples)

@@ -249,7 +249,7 @@ class ClientHalf(Half):
             key, args, kwargs
         )
         varies = any(passage.reads or passage.sized_by_data for passage in known)
-        before = self._kept() if varies else None
+        before = self._kept(args, kwargs) if varies else None
         with eager() if cut.compiled else nullcontext():
             trace, held = run_to_cut(self._watched(), cut.name, args, kwargs, known)
         passage = next((p for p in known if p.trace == trace), None)
@@ -268,12 +268,17 @@ class ClientHalf(Half):
         )
         return Crossing(values, trace, aliases(values), raw, kept)
 
-    def _kept(self) -> Any:
-        return [buffer.clone() for buffer in self.buffers()], torch.get_rng_state()
+    def _kept(self, args: Any, kwargs: Any) -> Any:
+        gpu = next((t.device for t in tensors_in((args, kwargs)) if t.is_cuda), None)
+        on_gpu = (gpu, torch.cuda.get_rng_state(gpu)) if gpu else None
+        return [buffer.clone() for buffer in self.buffers()], torch.get_rng_state(), on_gpu
 
     def _put_back(self, before: Any) -> None:
-        put_all(self.buffers(), before[0])
-        torch.set_rng_state(before[1])
+        buffers, state, on_gpu = before
+        put_all(self.buffers(), buffers)
+        torch.set_rng_state(state)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu[1], on_gpu[0])
 
     def _look(
         self, key: Any, args: Any, kwargs: Mapping[str, Any], way: str = ""

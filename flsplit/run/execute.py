@@ -59,6 +59,7 @@ class Run:
     result: SplitResult = field(default_factory=SplitResult)
     callbacks: list[Callback] = field(init=False)
     _client_scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    _beginning: Beginning | None = None
     _experiment: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
@@ -153,7 +154,10 @@ class Run:
         checkpoints: Checkpoints | None,
     ) -> None:
         started, first = time.perf_counter(), self._rounds_done + 1
-        self.result.arrays = self.strategy.arrays()
+        # All of a large model would be written once a round, to be read by nobody.
+        shows_arrays = bool(self.evaluate_fn or self.callbacks)
+        if shows_arrays:
+            self.result.arrays = self.strategy.arrays()
         if first == 1:
             self._evaluate_centrally(0)
         for server_round in range(first, self.num_rounds + 1):
@@ -164,7 +168,8 @@ class Run:
             for segment in self.strategy.server_segments():
                 segment.end_round()
             self._evaluate(round_)
-            self.result.arrays = self.strategy.arrays()
+            if shows_arrays:
+                self.result.arrays = self.strategy.arrays()
             self._keep_shared(finished)
             self._evaluate_centrally(server_round)
             self._keep(round_.close())
@@ -181,6 +186,7 @@ class Run:
             if server_round == first and clients.exchanges:  # now evaluation is known, too
                 mean = round_.entry.waiting_seconds / clients.exchanges
                 carrier.check_speed(mean, clients.exchanges * (self.num_rounds - server_round))
+        self.result.arrays = self.strategy.arrays()
 
     def _call_back(self, round_: Round) -> bool:
         """Let all callbacks see the round; tell whether one of them ends the run."""
@@ -218,7 +224,8 @@ class Run:
         self, server_round: int, clients: Clients, *, is_first: bool
     ) -> tuple[Round, dict[str, FinishReply]]:
         """Train a round; one that has lost its clients midway is done again, a few times."""
-        before, lost = Beginning(self.strategy, clients), list[LeftOut]()
+        before, lost = Beginning(self.strategy, clients, self._beginning), list[LeftOut]()
+        self._beginning = before
         for attempt in range(1, MOST_ATTEMPTS + 1):
             round_ = self._open(server_round, clients, lost)
             if is_first:

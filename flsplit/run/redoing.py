@@ -1,5 +1,9 @@
 """Rounds that are done again: where too few clients are left midway, as if it had not begun."""
 
+from weakref import ref
+
+from torch import Tensor
+
 from flsplit.nested import map_tensors
 from flsplit.run.method import SplitMethod
 from flsplit.server.clients import Clients
@@ -10,20 +14,44 @@ MOST_ATTEMPTS = 3
 
 
 class Beginning:
-    """The server as it is before a round, to go back to; a copy in main memory."""
+    """The server as it is before a round, to go back to; a copy in main memory.
 
-    def __init__(self, method: SplitMethod, clients: Clients) -> None:
+    ``earlier`` is that of the round before. What is frozen, most of a large model with adapters,
+    is copied from there while nobody has written to it.
+    """
+
+    def __init__(
+        self, method: SplitMethod, clients: Clients, earlier: "Beginning | None" = None
+    ) -> None:
         self._method, self._clients = method, clients
-        self._state = _copied(method.state_dict())
+        known = earlier._frozen if earlier else {}
+        frozen = {
+            p.data_ptr(): p
+            for segment in method.server_segments()
+            for p in segment.module.parameters()
+            if not p.requires_grad
+        }
+        self._frozen: dict[int, tuple[ref[Tensor], int, Tensor]] = {}
+
+        def copied(one: Tensor) -> Tensor:
+            place = one.data_ptr()
+            if place not in frozen:
+                return _copy(one)
+            owner, version, copy = known.get(place, (lambda: None, 0, one))
+            if owner() is not frozen[place] or version != one._version:
+                copy = _copy(one)
+            self._frozen[place] = ref(frozen[place]), one._version, copy
+            return copy
+
+        self._state: State = map_tensors(copied, method.state_dict())
         self._known = clients.state_dict()
 
     def restore(self) -> None:
         """Be as before the round. Clients do so by themselves when they are to begin it again."""
         self._method.begin_run()
-        self._method.load_state_dict(_copied(self._state))
+        self._method.load_state_dict(map_tensors(_copy, self._state))
         self._clients.load_state_dict(self._known)
 
 
-def _copied(state: State) -> State:
-    copy: State = map_tensors(lambda one: one.detach().to("cpu", copy=True), state)
-    return copy
+def _copy(one: Tensor) -> Tensor:
+    return one.detach().to("cpu", copy=True)

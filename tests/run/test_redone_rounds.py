@@ -14,6 +14,7 @@ from reference import (
     fresh,
     make_parts,
     noisy_net,
+    plain_net,
     split_app,
     weights_of,
 )
@@ -102,6 +103,31 @@ def test_a_redone_round_leaves_what_one_without_a_loss_leaves(strategy, tmp_path
     redone = [[(one.client, one.reason) for one in entry.redone] for entry in lost.history]
     assert redone == [[], [("1", "its host was lost")], []]
     assert caplog.text.count("round 2 is done again") == 1
+
+
+class Following(PSL):
+    """Moves what is frozen between rounds."""
+
+    def end_round(self, round_, finished):
+        super().end_round(round_, finished)
+        with torch.no_grad():
+            frozen = [p for p in self.server.module.parameters() if not p.requires_grad]
+            frozen[0].mul_(0.9)
+
+
+def frozen_head_net():
+    net = plain_net()
+    net.head.requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_what_is_frozen_is_set_back_too(at, tmp_path):
+    options = {"build": frozen_head_net, "min_available_nodes": 3, "local_steps": 2, "rounds": 4}
+    lost = run(Following, lambda count: count == at, folder=tmp_path / "lost", **options)
+    plain = run(Following, folder=tmp_path / "plain", **options)
+    assert_bit_equal(weights_of(lost.arrays), weights_of(plain.arrays))
+    assert sum(len(entry.redone) for entry in lost.history) == 1
 
 
 @pytest.mark.chaos(
