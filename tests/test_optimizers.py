@@ -347,7 +347,10 @@ class Draws(SGD):
     [
         (Grows, "Grows had 1 parameter group.* before a step and has 2 after it"),
         (Shares, r"Shares keeps None as state\['global'\], expected"),
-        (SharesNothingYet, r"SharesNothingYet keeps mappingproxy\({}\) as state\['global'\], expected"),
+        (
+            SharesNothingYet,
+            r"SharesNothingYet keeps mappingproxy\({}\) as state\['global'\], expected",
+        ),
         (Counts, "a step of Counts changes its attribute 'steps', expected all that it remembers"),
         (Averages, "a step of Averages changes its attribute 'means'"),
         (Wraps, "a step of Wraps changes its attribute 'inner'"),
