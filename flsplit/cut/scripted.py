@@ -12,8 +12,11 @@ from flsplit.untrained import copied
 
 
 def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a model, with TorchScript modules in the shells that watching needs."""
-    memo = memo if memo is not None else {}
+    """Copy a model, with TorchScript modules in the shells that watching needs.
+
+    With a ``memo``, as :func:`copy.deepcopy` takes it, the shells hold the model's own modules.
+    """
+    own, memo = memo is not None, memo if memo is not None else {}
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             if not name:
@@ -21,7 +24,8 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
                     f"{type(model).__name__} is compiled by TorchScript: cut the model that it was "
                     "made of"
                 )
-            memo.setdefault(id(module), Scripted(module, hold=True))
+            script = module if own else copy.deepcopy(module)
+            memo.setdefault(id(module), Scripted(script, hold=True))
     return copied(model, memo)
 
 
@@ -52,6 +56,10 @@ class Scripted(nn.Module):
         script = memo.get(id(vars(self)["script"])) or copy.deepcopy(vars(self)["script"], memo)
         other = Scripted(script, hold=bool(self._parameters or self._buffers or self._modules))
         memo[id(self)] = other
+        for mine, theirs in zip(self.modules(), other.modules(), strict=True):
+            for kind in ("_parameters", "_buffers"):  # of one side there are not all
+                for name in vars(theirs)[kind].keys() - vars(mine)[kind].keys():
+                    del vars(theirs)[kind][name]
         other._forward_hooks = copy.deepcopy(self._forward_hooks, memo)
         if isinstance(stub := vars(self).get("forward"), Stub):
             vars(other)["forward"] = Stub(other, stub.name)

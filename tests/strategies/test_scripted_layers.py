@@ -1,5 +1,7 @@
 """Layers that TorchScript has compiled are trained, whichever side they are on."""
 
+import copy
+
 import pytest
 import torch
 from reference import (
@@ -12,6 +14,7 @@ from reference import (
     whole_of,
 )
 
+from flsplit import split
 from flsplit.strategies import PSL, SplitFedV2
 
 
@@ -35,3 +38,16 @@ def test_they_learn_what_they_learn_uncompiled(strategy, name, cache):
     expected, _ = train_in_turn(plain_net, parts, optimizer=torch.optim.SGD, rounds=2)
     found = whole_of(result) if strategy is PSL else weights_of(result.arrays)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["front", "middle"])
+def test_segments_and_their_copies_have_one_side_each(name):
+    model = scripted(name)()
+    halves = split(model, "front", torch.randn(2, 8))
+    assert all(parameter.grad is None for parameter in model.parameters())  # was only looked at
+    of_copies = [
+        dict(copy.deepcopy(side).named_parameters()) for side in (halves.client, halves.server)
+    ]
+    of_halves = [dict(side.named_parameters()) for side in (halves.client, halves.server)]
+    assert list(map(set, of_copies)) == list(map(set, of_halves))
+    assert of_halves[0].keys() | of_halves[1].keys() == dict(model.named_parameters()).keys()
