@@ -100,7 +100,7 @@ def find_fleet(fleet: str | Path | Fleet) -> Fleet:
 
 def fleet_from(data: Mapping[str, Any]) -> Fleet:
     """Return the fleet that the tables of a TOML file describe; see `load_fleet`."""
-    _refuse_unknown("the fleet", data, ("seed", "server", "radio", "devices"))
+    _check_keys("the fleet", data, ("seed", "server", "radio", "devices"))
     seed = _read("seed", data.get("seed", 0), _whole(0))
     server = Server(**_table("server", data.get("server"), _SERVER, required=("compute",)))
     radio = None
@@ -121,11 +121,8 @@ def _devices(group: Any, first: int, on_radio: bool, rng: np.random.Generator) -
     where = f"[[devices]] from device {first}"
     if not isinstance(group, Mapping):
         raise ConfigError(f"{where} is {group!r}, not a table")
-    _refuse_unknown(where, group, ("name", "count", *_QUANTITIES))
     needed, useless = (_ON_RADIO, _ON_LINKS) if on_radio else (_ON_LINKS, _ON_RADIO)
-    for key in ("compute", *needed):
-        if key not in group:
-            raise ConfigError(f"{where} lacks {key!r}")
+    _check_keys(where, group, ("name", "count", *_QUANTITIES), required=("compute", *needed))
     for key in useless:
         if key in group:
             network = "with a [radio]" if on_radio else "without a [radio]"
@@ -156,15 +153,10 @@ def _draw(where: str, value: Any, parse: Reader, rng: np.random.Generator) -> fl
     return float(rng.uniform(low, high))
 
 
-def _table(
-    name: str, table: Any, known: Mapping[str, tuple[str, Reader]], required: tuple[str, ...]
-) -> dict[str, Any]:
+def _table(name: str, table: Any, known: _Known, required: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(table, Mapping):
         raise ConfigError(f"the fleet lacks the table [{name}]")
-    _refuse_unknown(f"[{name}]", table, tuple(known))
-    for key in required:
-        if key not in table:
-            raise ConfigError(f"[{name}] lacks {key!r}")
+    _check_keys(f"[{name}]", table, tuple(known), required)
     return {
         known[key][0]: _read(f"[{name}] {key}", value, known[key][1])
         for key, value in table.items()
@@ -176,8 +168,13 @@ def _read(where: str, value: Any, reader: Reader) -> Any:
         return reader(value)
 
 
-def _refuse_unknown(where: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def _check_keys(
+    where: str, table: Mapping[str, Any], known: tuple[str, ...], required: tuple[str, ...] = ()
+) -> None:
     for key in table:
         if key not in known:
             hint = did_you_mean(key, known)
             raise ConfigError(f"{where} has no key {key!r}{hint} (there are {', '.join(known)})")
+    for key in required:
+        if key not in table:
+            raise ConfigError(f"{where} lacks {key!r}")

@@ -1,6 +1,6 @@
 """Finds the model that a command line names."""
 
-import importlib
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,11 +94,10 @@ def find_function(name: str, what: str) -> Callable[..., Any]:
 
     ConfigError if there is none.
     """
-    module_name, _, function = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module_name), function)
+        found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{what} {name!r} can't be imported: {error}") from error
     if not callable(found):

@@ -78,11 +78,6 @@ class Place:
         """Bytes of the client segment's parameters."""
         return self.client_params * self.element_bytes
 
-    @property
-    def is_end(self) -> bool:
-        """Whether this is the model's end, which leaves the server nothing: no place to cut."""
-        return self.server_params == 0
-
     def client_memory_bytes(self, batch_size: int, optimizer_slots: int = 0) -> int:
         """Return the bytes that a client needs for training.
 

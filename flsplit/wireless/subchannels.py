@@ -18,6 +18,7 @@ Devices = NDArray[np.int64]
 
 _WORTHWHILE = 1.0 - 1e-5  # a change that shortens a round by less is not made
 _FEW_SUBCHANNELS = 40  # with more, not all exchanges are looked at
+_MOST_CHANGES = 200
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def greedy(cell: Cell, terms: RoundTerms) -> Owner:
     return owner
 
 
-def improved(cell: Cell, terms: RoundTerms, owner: Owner, most: int = 200) -> Owner:
-    """Move or swap subchannels as long as the round gets shorter, at most so often.
+def improved(cell: Cell, terms: RoundTerms, owner: Owner) -> Owner:
+    """Move or swap subchannels as long as the round gets shorter, 200 times at most.
 
     For each device that a phase waits for, two kinds of changes are looked at: it gets another's
     subchannel; or it gets one in exchange for one of its own. The best of all is made. Where there
@@ -116,7 +117,7 @@ def improved(cell: Cell, terms: RoundTerms, owner: Owner, most: int = 200) -> Ow
     owner = owner.copy()
     rates = cell.rates(owner)
     best = terms.seconds(rates)
-    for _ in range(most):
+    for _ in range(_MOST_CHANGES):
         found = _best_of(cell, terms, rates, owner, _changes(cell, terms, rates, owner))
         if found is None or found[0] >= best * _WORTHWHILE:
             return owner

@@ -84,7 +84,7 @@ def test_rows_say_which_places_they_stand_for(resnet18):
     every = [row.cut for row in resnet18.rows(every=True)]
     assert every[:4] == ["conv1", "bn1", "relu", "maxpool"]
     assert every[-2:] == ["avgpool", "fc"]
-    assert resnet18.end.is_end
+    assert resnet18.end.server_params == 0
 
 
 def test_backward_and_bytes_by_hand():
