@@ -1,12 +1,14 @@
 """flsplit logs where Flower logs, so that ``flwr run --stream`` shows both."""
 
 import logging
+import re
 import threading
 import time
 
 logger = logging.getLogger("flwr")
 
 _said: set[tuple[str, str]] = set()
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def warn_once(run: str, text: str) -> None:
@@ -22,6 +24,11 @@ def warn_once(run: str, text: str) -> None:
 def counted(number: int, what: str) -> str:
     """Return a number of things in words: ``1 host``, ``2 hosts``."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def without_colours(text: str) -> str:
+    """Return a text without a terminal's escape sequences."""
+    return _COLOUR.sub("", text)
 
 
 class RareLog:

@@ -9,7 +9,7 @@ from flwr.app import Error
 
 from flsplit.errors import NotEnoughClientsError
 from flsplit.flower_internals import APP_ERRORS, CLIENT_RAISED, NODE_AWAY
-from flsplit.log import logger
+from flsplit.log import logger, without_colours
 from flsplit.message.raised import shortened
 
 _FIRST_PAUSE = 1.0  # seconds; doubled at each refusal of the same node
@@ -19,7 +19,6 @@ _MOST_NAMED = 5
 
 # How Flower's runtime writes an exception that no handler has caught.
 _UNCAUGHT = re.compile(r"<class '([^']+)'>:<'(.*)'>", re.DOTALL)
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # Ray's
 _PLACE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -111,7 +110,7 @@ def brief(error: Error) -> str:
 
     Where Ray is in between, Flower hands on a whole traceback, whose end says what happened.
     """
-    reason = _COLOURS.sub("", error.reason or "no reason given").strip()
+    reason = without_colours(error.reason or "no reason given").strip()  # Ray's
     if error.code == NODE_AWAY or not (uncaught := _UNCAUGHT.fullmatch(reason)):
         return _one_line(reason)
     kind, text = uncaught.groups()

@@ -14,13 +14,14 @@ context is left, or the starter dies.
         assert run.finish(timeout=120).completed
 """
 
+from flsplit.log import without_colours
 from flsplit.processes.federation import Federation, deployment, simulation, simulation_config
 from flsplit.processes.flower_process import FlowerProcess
 from flsplit.processes.flower_run import FinishedRun, FlowerRun
 from flsplit.processes.home import FlowerHome
 from flsplit.processes.supernode import SuperNode
 from flsplit.processes.tree import ProcessTree
-from flsplit.processes.waiting import free_ports, wait_until, without_colours
+from flsplit.processes.waiting import free_ports, wait_until
 
 __all__ = [
     "Federation",

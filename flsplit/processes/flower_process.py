@@ -6,8 +6,9 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from flsplit.log import without_colours
 from flsplit.processes.tree import STOP_GRACE, ProcessTree
-from flsplit.processes.waiting import START_TIMEOUT, wait_until, without_colours
+from flsplit.processes.waiting import START_TIMEOUT, wait_until
 
 
 class FlowerProcess:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flsplit.log import without_colours
 from flsplit.processes.home import FlowerHome
-from flsplit.processes.waiting import START_TIMEOUT, wait_until, without_colours
+from flsplit.processes.waiting import START_TIMEOUT, wait_until
 
 RunConfig = Mapping[str, bool | int | float | str]
 

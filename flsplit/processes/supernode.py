@@ -22,7 +22,7 @@ class SuperNode(FlowerProcess):
         if wait:
             self.wait_online()
 
-    def wait_online(self, timeout: float = START_TIMEOUT) -> None:
+    def wait_online(self) -> None:
         """Wait until the SuperLink has taken it in.
 
         After a kill the SuperLink refuses the same key until it has noticed, which takes as long as
@@ -31,7 +31,7 @@ class SuperNode(FlowerProcess):
 
         def ask() -> bool:
             try:
-                online = self.wait_for_log(r"SuperNode ID: (\d+)", timeout)
+                online = self.wait_for_log(r"SuperNode ID: (\d+)")
             except RuntimeError as error:
                 refused = self._killed and "Failed to activate SuperNode" in str(error)
                 taken = "address already in use" in str(error)
@@ -45,26 +45,26 @@ class SuperNode(FlowerProcess):
             self._killed = False
             return True
 
-        wait_until(ask, f"{self.name} to be taken in by the SuperLink", timeout, poll=1.0)
+        wait_until(ask, f"{self.name} to be taken in by the SuperLink", START_TIMEOUT, poll=1.0)
 
     def client_apps(self) -> list[int]:
         """Return the ids of its living ClientApp processes."""
         return self.tree.find("flwr-clientapp")
 
-    def wait_for_client_app(self, timeout: float = START_TIMEOUT) -> int:
+    def wait_for_client_app(self) -> int:
         """Wait until it has a living ClientApp process, and return that one's id."""
-        return wait_until(self.client_apps, f"a ClientApp of {self.name}", timeout)[0]
+        return wait_until(self.client_apps, f"a ClientApp of {self.name}", START_TIMEOUT)[0]
 
-    def kill_client_app(self, timeout: float = START_TIMEOUT) -> int:
+    def kill_client_app(self) -> int:
         """End its ClientApp process with ``SIGKILL``, waiting for it if need be; return the id."""
-        pid = self.wait_for_client_app(timeout)
+        pid = self.wait_for_client_app()
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: pid not in self.client_apps(), f"the end of {pid}", 10)
         return pid
 
-    def pause_client_app(self, timeout: float = START_TIMEOUT) -> int:
+    def pause_client_app(self) -> int:
         """Halt its ClientApp process (``SIGSTOP``); return the id, for ``SIGCONT``."""
-        pid = self.wait_for_client_app(timeout)
+        pid = self.wait_for_client_app()
         os.kill(pid, signal.SIGSTOP)
         return pid
 

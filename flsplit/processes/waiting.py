@@ -1,7 +1,6 @@
-"""Free ports, waiting with a deadline, and text without colours."""
+"""Free ports, and waiting with a deadline."""
 
 import contextlib
-import re
 import socket
 import time
 from collections.abc import Callable
@@ -12,13 +11,6 @@ RUN_TIMEOUT = 600.0  # seconds after which a run is taken to hang, unless told o
 POLL = 0.05
 
 T = TypeVar("T")
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def without_colours(text: str) -> str:
-    """Return `text` without a terminal's escape sequences."""
-    return _ANSI.sub("", text)
 
 
 def free_ports(count: int) -> list[int]:

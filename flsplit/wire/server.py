@@ -82,7 +82,6 @@ class SessionServer:
     ) -> None:
         self.tokens = TokenBook()
         self._refused = RareLog(logger)
-        self.max_message_bytes = max_message_bytes
         self._max_hosts = max_hosts
         self._link_limits = (max_message_bytes, max_queued_bytes, unasked_messages)
         self._events: queue.SimpleQueue[tuple[HostLink, Event] | None] = queue.SimpleQueue()

@@ -1,11 +1,12 @@
 """Who hosts a session's clients: hosts that come and go, and the clients on them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from flsplit.carry.session.host import OWN_CLIENT, Hello
 from flsplit.flower_internals import SERVER_NODE_ID
 from flsplit.log import logger
+
+_FIRST_ID = SERVER_NODE_ID + 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Roster:
         for host in self._hosted.values():
             if host in load:
                 load[host] += 1
-        for node_id in self._partition_ids():
+        for node_id in range(_FIRST_ID, _FIRST_ID + self.num_partitions):
             if self._hosted.get(node_id) not in self.epochs:
                 host = min(load, key=lambda name: load[name])
                 if node_id in self._hosted:
@@ -72,9 +73,3 @@ class Roster:
         if host is None or host not in self.epochs:
             return None
         return Seat(host, str(node_id - _FIRST_ID) if self.simulated else OWN_CLIENT)
-
-    def _partition_ids(self) -> Iterable[int]:
-        return range(_FIRST_ID, _FIRST_ID + self.num_partitions)
-
-
-_FIRST_ID = SERVER_NODE_ID + 1

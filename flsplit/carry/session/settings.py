@@ -89,11 +89,8 @@ class SessionSettings:
         Keys are ``session-`` and a field's name with hyphens, e.g. ``session-address``;
         ``session-rounds`` is the field ``session_rounds``.
         """
-        given = {}
-        for one in fields(cls):
-            if _key(one.name) in run_config:
-                given[one.name] = run_config[_key(one.name)]
-        return cls(**given)
+        keys = {one.name: _key(one.name) for one in fields(cls)}
+        return cls(**{name: run_config[key] for name, key in keys.items() if key in run_config})
 
     @property
     def bind_address(self) -> str:
