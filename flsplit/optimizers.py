@@ -5,10 +5,7 @@ get at that rate. So groups keep the ratios that it gives them, and a rate that 
 """
 
 import inspect
-import pickle
-import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from flsplit.errors import TORCH_ERRORS, ConfigError, ProtocolError
 from flsplit.log import warn_once
 from flsplit.nested import leaves_of, map_tensors, to_device
+from flsplit.snapshots import snapshot
 
 NOMINAL_LR = 0.001
 """With which an optimizer is made before its rate is known; some refuse 0."""
@@ -217,7 +215,7 @@ class UserOptimizer:
         held = {id(one): one for one in (own.state, own.param_groups, *own.param_groups)}
         held |= {id(one): one for one in self._names.values()}
         others = {name: one for name, one in vars(own).items() if name not in _KEPT}
-        return {name: list(_told_by(one, held)) for name, one in others.items()}, held
+        return {name: list(snapshot(one, held, _in_place)) for name, one in others.items()}, held
 
     def _refuse_attributes(self, before: Mapping[str, list[Any]]) -> None:
         for name, now in self._attributes()[0].items():
@@ -284,39 +282,16 @@ def _needs_closure(optimizer: Optimizer) -> bool:
     return any(p.default is p.empty and p.kind not in variadic for p in parameters)
 
 
-def _told_by(value: Any, held: dict[int, Any]) -> Iterator[Any]:
-    """Yield what differs once anything in ``value`` has changed that isn't ``held``; hold it.
+def _in_place(value: Any) -> tuple[Any, ...] | None:
+    """Return what stands for a value of an attribute.
 
     Flags that something was done (a check, a table filled) may be set, and functions made.
     """
-    if value is None or isinstance(value, bool) or id(value) in held:
-        return
-    if isinstance(value, (int, float, complex, str, bytes)):
-        yield repr(value)
-        return
-    if callable(value) and not isinstance(value, nn.Module):
-        return
-    held[id(value)] = value
+    if value is None or isinstance(value, bool):
+        return ()
     if isinstance(value, Tensor):
-        yield id(value), value._version
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _told_by(key, held)
-            yield from _told_by(part, held)
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        for part in value:
-            yield from _told_by(part, held)
-    elif hasattr(value, "__dict__") and not _of_python(type(value)):
-        yield from _told_by(vars(value), held)
-    else:  # a generator of random numbers, an array
-        try:
-            yield pickle.dumps(value)
-        except Exception:  # what can't be written down: a lock, a file
-            return
-
-
-def _of_python(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in sys.stdlib_module_names
+        return id(value), value._version
+    return () if callable(value) and not isinstance(value, nn.Module) else None
 
 
 def _without(group: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ LAYERS = (
         "nested",
         "untrained",
         "seeds",
+        "snapshots",
         "flower_internals",
         "vision",
         "losses",

@@ -3,8 +3,6 @@
 None of that is in a state dict, so it would be neither handed on, nor averaged, nor resumed with.
 """
 
-import pickle
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from flsplit.cut.partial_forward import is_compiled
 from flsplit.cut.private import Unseen
+from flsplit.snapshots import snapshot
 
 _OF_TORCH = vars(nn.Module()).keys() - {"training"} | {"forward"}  # `instrument` puts that there
 
@@ -46,8 +45,8 @@ class KeptState:
     def changed(self, is_used: Callable[[Tensor], bool]) -> str:
         """Say what has changed since; nothing if nothing has.
 
-        A tensor in whose place there is another now counts if forward ``is_used`` it: what is only
-        written makes no difference.
+        Tensors in whose place there are others now, or more, count if forward ``is_used`` them:
+        what is only written makes no difference.
         """
         with Unseen():
             later = dict(_marks(self._model))
@@ -57,10 +56,12 @@ class KeptState:
                     kind = type(mark.value)
                     verb = "counts in" if kind in (bool, int, float, str) else "changes"
                     return f"{verb} {where!r} ({kind.__name__})"
-                for old, copy, new in zip(
-                    mark.tensors, self._copies[where], now.tensors, strict=True
-                ):
-                    if not _same(copy, new) and (old is new or is_used(old)):
+                old_ones, new_ones = mark.tensors, list[Tensor | None](now.tensors)
+                if len(new_ones) != len(old_ones):
+                    new_ones = [None] * len(old_ones)
+                for old, copy, new in zip(old_ones, self._copies[where], new_ones, strict=True):
+                    same = new is not None and _same(copy, new)
+                    if not same and (old is new or is_used(old)):
                         return f"changes {where!r}, which no state dict has"
         return ""
 
@@ -92,48 +93,18 @@ def _marks(model: nn.Module) -> Iterator[tuple[str, _Mark]]:
 
 
 def _mark(value: Any) -> _Mark:
-    if isinstance(value, bool | int | str | None):
-        return _Mark(value, value, [])
-    digest = _Digest()
-    pickler = _Pickler(digest, protocol=5)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pickler.dump(value)
-    except Exception:  # what can't be told stays unwatched
-        return _Mark(value, "", [])
-    return _Mark(value, digest.hash.digest(), pickler.tensors)
+    tensors: list[Tensor] = []
 
-
-class _Digest:
-    """A file of which there is only the digest: arrays may be large."""
-
-    def __init__(self) -> None:
-        self.hash = blake2b()
-
-    def write(self, data: Any) -> int:
-        """Add to it."""
-        self.hash.update(data)
-        return len(data)
-
-
-class _Pickler(pickle.Pickler):
-    """Writes down a value; of what it may hold of a model, only that it is there."""
-
-    def __init__(self, file: _Digest, protocol: int) -> None:
-        super().__init__(file, protocol)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, one: Any) -> Any:
-        """Return what is written in an object's place; None for the object itself."""
+    def in_place(one: Any) -> tuple[Any, ...] | None:
         if isinstance(one, Tensor):
             if not isinstance(one, nn.Parameter):
-                self.tensors.append(one)
-            return "tensor"
-        if isinstance(one, torch.Generator):
-            return one.get_state().numpy().tobytes()
-        if isinstance(one, type):
-            return id(one)
-        if isinstance(one, nn.Module | FunctionType | MethodType | BuiltinFunctionType):
+                tensors.append(one)
+            return ()
+        if isinstance(one, nn.Module | FunctionType | MethodType | BuiltinFunctionType | type):
             return type(one).__qualname__, getattr(one, "__qualname__", "")
         return None
+
+    text = blake2b()  # not the text itself: arrays may be large
+    for one in snapshot(value, {}, in_place):
+        text.update(repr(one).encode())
+    return _Mark(value, text.digest(), tensors)

@@ -24,15 +24,15 @@ def loss_of(output):
 
 def assert_exact(model: nn.Module, cut, args=(), kwargs=None, *, share=(), modes=(True, False)):
     """Compare a step of `model` with one of its halves; the crossing goes through JSON."""
-    kwargs = kwargs or {}
-    before = copy.deepcopy(model.state_dict())
+    kwargs, model = kwargs or {}, copy_of(model)
     for training in modes:
         model.train(training)
         example = dict(kwargs) if not args else tuple(args)
-        halves = split(model, cut, example, share=share)
+        halves = split(copy_of(model), cut, example, share=share)
         client, server = copy.deepcopy(halves.client), copy.deepcopy(halves.server)
+        whole = copy_of(model)
         torch.manual_seed(5)
-        expected = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        expected = whole(*copy.deepcopy(args), **copy.deepcopy(kwargs))
         loss_of(expected).backward()
         torch.manual_seed(5)
         mine = client.crossing(*copy.deepcopy(args), **copy.deepcopy(kwargs))
@@ -49,10 +49,17 @@ def assert_exact(model: nn.Module, cut, args=(), kwargs=None, *, share=(), modes
             sent.values[name].register_hook(partial(gradients.__setitem__, name))
         loss_of(output).backward()
         mine.backward({name: gradients.get(name) for name in mine.learning})
-        compare(model, client, server, expected, output)
-        # Not a copy: TorchScript's copies have no parameters.
-        model.load_state_dict(before)
-        model.zero_grad()
+        compare(whole, client, server, expected, output)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Copy a model; a copy that torch makes of TorchScript's modules has no parameters."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            if not isinstance(value, nn.Parameter):
+                setattr(module, name, nn.Parameter(value))
+    return model
 
 
 def compare(whole, client, server, expected, output):
