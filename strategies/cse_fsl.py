@@ -8,9 +8,8 @@ from torch import Tensor
 from flsplit.auxiliary import emulated_gradient
 from flsplit.message.steps import FinishReply
 from flsplit.run import DecoupledStrategy, Round
-from flsplit.run.arguments import number
 from flsplit.run.decoupled import AuxiliarySent
-from flsplit.run.options import LearningRate, at_round, of_kind
+from flsplit.run.options import LearningRate, at_round, check_rate, of_kind
 from flsplit.server.aggregate import average_buffers
 from flsplit.storage import State
 from flsplit.untrained import keeping_buffers
@@ -52,8 +51,8 @@ class CSEFSL(DecoupledStrategy):
         **options: Any,
     ) -> None:
         of_kind("average_auxiliary", average_auxiliary, bool)
-        if auxiliary_lr is not None and not callable(auxiliary_lr):
-            auxiliary_lr = number("auxiliary_lr", auxiliary_lr, 0.0)
+        if auxiliary_lr is not None:
+            check_rate("auxiliary_lr", auxiliary_lr)
         self.average_auxiliary = self.uploads_auxiliary = average_auxiliary
         self.auxiliary_lr = auxiliary_lr
         super().__init__(**options)

@@ -18,9 +18,9 @@ from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.nested import shapes_of
 from flsplit.optimizers import UserOptimizer
 from flsplit.run import DecoupledStrategy, Round
-from flsplit.run.arguments import number, one_of, whole
+from flsplit.run.arguments import one_of, whole
 from flsplit.run.decoupled import CLIENTS, AuxiliarySent
-from flsplit.run.options import LearningRate, at_round, of_kind
+from flsplit.run.options import LearningRate, at_round, check_callable, check_rate, of_kind
 from flsplit.seeds import derive_seed, seeded
 from flsplit.server.segment import ServerSegment
 from flsplit.storage import State
@@ -89,13 +89,9 @@ class FSLSAGE(DecoupledStrategy):
         self.align_guard = align_guard
         self.buffer_size = whole("buffer_size", buffer_size, 1)
         self.align = one_of("align", align, (BEFORE_ROUND, IN_ROUND))
-        if not callable(auxiliary_lr):
-            auxiliary_lr = number("auxiliary_lr", auxiliary_lr, 0.0)
+        check_rate("auxiliary_lr", auxiliary_lr)
         self.auxiliary_lr = auxiliary_lr
-        if not callable(auxiliary_optimizer):
-            raise ConfigError(
-                f"auxiliary_optimizer is {auxiliary_optimizer!r}, expected something to call"
-            )
+        check_callable("auxiliary_optimizer", auxiliary_optimizer)
         self.auxiliary_optimizer = auxiliary_optimizer
         super().__init__(**options)
         self._check_buffer(self.options.batch_size)

@@ -56,6 +56,15 @@ class Workload:
     strategy: Callable[[nn.Module, int], SplitStrategy]  # with so many steps a round
 
 
+def workloads(name: str, steps: int, device: str) -> list[Callable[[], Workload]]:
+    """Return what makes each of them."""
+    return [
+        partial(residual_network, steps, device),
+        partial(language_model, name, "float32", steps, device),
+        partial(language_model, name, "bf16", steps, device),
+    ]
+
+
 def language_model(name: str, precision: str, steps: int, device: str) -> Workload:
     """Return a causal model with adapters, as the app trains it."""
     defaults = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
@@ -191,11 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("| | precision | unsplit, ms/step | split | a round of a step | losses differ by | MiB |")
     print("|---|---|---|---|---|---|---|")
     failed = False
-    for make in (
-        partial(residual_network, steps, device),
-        partial(language_model, given.model, "float32", steps, device),
-        partial(language_model, given.model, "bf16", steps, device),
-    ):
+    for make in workloads(given.model, steps, device):
         work, peak = make(), ""
         expected, alone = unsplit(work, device)
         if device != "cpu":

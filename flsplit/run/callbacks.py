@@ -241,7 +241,9 @@ class PrintMetrics(Callback):
                 logger.info("\t└──> Aggregated MetricRecord (%s): %s", what, numbers)
 
 
-class _Stopping(Callback):
+class Stopping(Callback):
+    """``should_stop`` of ``Strategy.start`` as a callback."""
+
     def __init__(self, should_stop: Callable[..., bool], result: Result) -> None:
         self._should_stop, self._result = should_stop, result
         parameters = inspect.signature(should_stop).parameters.values()
@@ -249,10 +251,6 @@ class _Stopping(Callback):
         self._takes = sum(one.kind in kinds for one in parameters)
 
     def on_round_end(self, round_: FinishedRound) -> bool:
+        """Ask it."""
         known = (round_.entry.round, self._result)
         return bool(self._should_stop(*known[: self._takes]))
-
-
-def stopping(should_stop: Callable[..., bool], result: Result) -> Callback:
-    """Return ``should_stop`` of ``Strategy.start`` as a callback."""
-    return _Stopping(should_stop, result)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flsplit.account import History
@@ -18,7 +17,7 @@ from flsplit.log import logger
 from flsplit.run.callbacks import Callback
 from flsplit.run.history_file import HistoryFile
 from flsplit.run.method import SplitMethod
-from flsplit.run.run_identity import Plain, differences
+from flsplit.run.run_identity import Plain, differences, digest_of
 from flsplit.storage import (
     LOCK_FILE,
     RoundFolder,
@@ -86,7 +85,7 @@ class Checkpoints:
             )  # fmt: skip
         self._experiment = experiment
         text = json.dumps({"experiment": experiment, "identity": self._identity}, indent=1)
-        write_atomically(self._folder / RUN_FILE, lambda new: _write(new, text))
+        write_atomically(self._folder / RUN_FILE, lambda new: new.write_text(text))
 
     def save(self, clients: State, history: History) -> None:
         """Write down where the run is, after the last round of ``history``.
@@ -201,14 +200,9 @@ def _shown(value: object) -> str:
     if isinstance(value, np.ndarray) and value.dtype != object:
         return f"{value.dtype} {value.shape} {blake2b(value.tobytes()).hexdigest()}"
     if isinstance(value, Tensor):
-        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return f"{value.dtype} {tuple(value.shape)} {blake2b(raw.tobytes()).hexdigest()}"
+        return digest_of(value)
     if isinstance(value, Mapping):
         return str([(repr(key), _shown(one)) for key, one in value.items()])
     if isinstance(value, (list, tuple, deque)):
         return str([_shown(one) for one in value])
     return repr(value)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)

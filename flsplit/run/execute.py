@@ -15,7 +15,6 @@ from flwr.serverapp import Grid
 
 from flsplit.account import Clock, RoundEntry
 from flsplit.account.ledger import LeftOut
-from flsplit.carry.carrier import Carrier
 from flsplit.carry.choose import open_carrier
 from flsplit.client_parts import check_places, describe_parts, warn_of_second_cut
 from flsplit.errors import NotEnoughClientsError
@@ -96,7 +95,7 @@ class Run:
             clients.load_state_dict(known)
             clients.recall(self.result.history)
             clients.clock = self._make_clock(clients)
-            self._do_rounds(carrier, clients, checkpoints)
+            self._do_rounds(clients, checkpoints)
         return self.result
 
     def _begin(self, checkpoints: Checkpoints | None) -> State:
@@ -147,12 +146,7 @@ class Run:
         pooled = self.strategy.options.server_batchnorm == "pooled"
         return Fits(self.strategy.server_for, pools=pooled and self.strategy.pools)
 
-    def _do_rounds(
-        self,
-        carrier: Carrier,
-        clients: Clients,
-        checkpoints: Checkpoints | None,
-    ) -> None:
+    def _do_rounds(self, clients: Clients, checkpoints: Checkpoints | None) -> None:
         started, first = time.perf_counter(), self._rounds_done + 1
         # All of a large model would be written once a round, to be read by nobody.
         shows_arrays = bool(self.evaluate_fn or self.callbacks)
@@ -182,10 +176,11 @@ class Run:
             if stop:
                 break
             if server_round < self.num_rounds:
-                carrier.end_round(server_round, self.timeout)
+                clients.carrier.end_round(server_round, self.timeout)
             if server_round == first and clients.exchanges:  # now evaluation is known, too
                 mean = round_.entry.waiting_seconds / clients.exchanges
-                carrier.check_speed(mean, clients.exchanges * (self.num_rounds - server_round))
+                left = clients.exchanges * (self.num_rounds - server_round)
+                clients.carrier.check_speed(mean, left)
         self.result.arrays = self.strategy.arrays()
 
     def _call_back(self, round_: Round) -> bool:

@@ -1,11 +1,10 @@
 """What all strategies have in common to choose."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from flwr.serverapp.strategy import Strategy
@@ -22,7 +21,7 @@ from flsplit.cut.partial_forward import places_of
 from flsplit.errors import ConfigError, did_you_mean
 from flsplit.log import logger
 from flsplit.losses import Loss
-from flsplit.run.arguments import one_of, whole
+from flsplit.run.arguments import fraction, number, one_of, whole
 from flsplit.run.callbacks import Callback, refuse_misspelt
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.fleet_file import find_fleet
@@ -186,7 +185,7 @@ class SplitOptions:
             of_kind(name, getattr(self, name), kind)
         _check_metrics(self.metrics)
         for name in ("server_optimizer", "loss"):
-            _callable(name, getattr(self, name))
+            check_callable(name, getattr(self, name))
         if _reduction(self.loss) == "sum":
             logger.warning(
                 "loss has reduction='sum', where a mean is expected: it is trained as it is, but "
@@ -194,15 +193,15 @@ class SplitOptions:
                 "weight)"
             )
         if self.server_scheduler is not None:
-            _callable("server_scheduler", self.server_scheduler)
+            check_callable("server_scheduler", self.server_scheduler)
         for callback in self.callbacks:
             of_kind("callbacks: one of them", callback, Callback)
             refuse_misspelt(callback)
         describe_parts(self.client_parts)  # what can't be sent is said now
         check_places(self.client_parts, two_cuts=self.keeps_labels)
-        _rate("server_lr", self.server_lr)
+        check_rate("server_lr", self.server_lr)
         if self.client_lr is not None:
-            _rate("client_lr", self.client_lr)
+            check_rate("client_lr", self.client_lr)
         one_of("shares", self.shares, get_args(Shares))
         one_of("carrier", self.carrier, get_args(CarrierName))
         one_of("reduction", self.reduction, get_args(Reduction))
@@ -231,8 +230,7 @@ class SplitOptions:
         if self.resume and not self.checkpoint_dir:
             raise ConfigError("resume is True, but checkpoint_dir is empty: resume from where?")
         for name in ("fraction_train", "fraction_evaluate"):
-            if not (_is_number(value := getattr(self, name)) and 0.0 <= value <= 1.0):
-                raise ConfigError(f"{name} is {value!r}, expected a number from 0 to 1")
+            fraction(name, getattr(self, name))
         if self.local_steps and self.local_epochs != 1:
             logger.warning(
                 "local_epochs=%d is not used: a round has local_steps=%d",
@@ -301,8 +299,7 @@ def at_round(rate: LearningRate, server_round: int) -> float:
             f"server_lr or client_lr is {rate!r}, which can't be called with the round "
             f"{server_round}: {type(error).__name__}: {error}"
         ) from error
-    _rate(f"the learning rate of round {server_round}", found)
-    return float(found)
+    return number(f"the learning rate of round {server_round}", found, 0.0)
 
 
 def refuse_unknown(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -324,7 +321,8 @@ def of_kind(name: str, value: object, kind: type | UnionType) -> None:
         raise ConfigError(f"{name} is {found}, expected an object of type {expected}")
 
 
-def _callable(name: str, value: object) -> None:
+def check_callable(name: str, value: object) -> None:
+    """Raise ConfigError if the argument ``name`` is nothing to call."""
     if not callable(value):
         raise ConfigError(f"{name} is {value!r}, expected something to call")
     if isinstance(value, type) and issubclass(value, nn.Module):
@@ -336,14 +334,10 @@ def _reduction(loss: Loss) -> object:
     return getattr(loss, "reduction", getattr(loss, "keywords", {}).get("reduction"))
 
 
-def _rate(name: str, value: object) -> None:
-    usable = callable(value) or (_is_number(value) and 0.0 <= value < math.inf)
-    if not usable:
-        raise ConfigError(f"{name} is {value!r}, expected a finite number of at least 0")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def check_rate(name: str, value: object) -> None:
+    """Raise ConfigError if the argument ``name`` is no learning rate."""
+    if not callable(value):
+        number(name, value, 0.0)
 
 
 def _check_metrics(metrics: Mapping[str, Any]) -> None:

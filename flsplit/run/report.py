@@ -1,7 +1,6 @@
 """What a run logs: the strategy's options at the start, one line per round."""
 
 import datetime
-from collections.abc import Iterable
 from dataclasses import MISSING, fields
 
 from flwr.app import ArrayRecord
@@ -12,6 +11,7 @@ from flsplit.client_parts import ClientPart
 from flsplit.log import logger
 from flsplit.run.method import SplitMethod
 from flsplit.run.options import SplitOptions
+from flsplit.run.own_arguments import kept_arguments
 
 
 def log_start(strategy: SplitMethod, num_rounds: int, arrays: ArrayRecord) -> None:
@@ -30,7 +30,7 @@ def log_summary(strategy: SplitMethod, own_arguments: list[str]) -> None:
     logger.info("\t├──> Cut after %r%s:", where, kept)
     logger.info("\t│\t├── client segment: %s parameters", _count(strategy.parts.client))
     logger.info("\t│\t└── server segment: %s parameters", _count(strategy.parts.server))
-    if own := _kept_arguments(strategy, own_arguments):
+    if own := kept_arguments(strategy, own_arguments):
         logger.info("\t├──> %s:", type(strategy).__name__)
         for name, value in own.items():
             logger.info("\t│\t├── %s: %s", name, _show(value))
@@ -50,13 +50,6 @@ def _chosen(options: SplitOptions) -> dict[str, object]:
         if value != default and value != "":  # an app passes "" for what nobody gave
             chosen[one.name] = value
     return chosen
-
-
-def _kept_arguments(thing: object, names: Iterable[str]) -> dict[str, object]:
-    """Return what a thing was made with, as far as it keeps it under the argument's name."""
-    kept = vars(thing)
-    found = {name: kept.get(name, kept.get(f"_{name}", MISSING)) for name in names}
-    return {name: value for name, value in found.items() if value is not MISSING}
 
 
 def log_round(entry: RoundEntry, num_rounds: int, seconds_left: float) -> None:

@@ -277,7 +277,7 @@ class Round:
         lost = {one.client: one.reason for one in self.entry.left_out}
         left = set(self.clients.directory.node_of) - lost.keys()
         trains = bool(set(self.participants) - lost.keys())
-        if not lost or (len(left) >= self.min_clients and trains):
+        if len(left) >= self.min_clients and trains:
             return True
         problem = (
             f"round {self.plan.server_round}: {len(left)} of {len(left | lost.keys())} clients are "

@@ -1,7 +1,7 @@
 """What a run is, as plain values by name: two runs with the same ones compute the same numbers."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from hashlib import blake2b
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from flsplit.client_parts import describe_parts
 from flsplit.run.method import SplitMethod
-from flsplit.run.own_arguments import own_argument_names
+from flsplit.run.own_arguments import kept_arguments, own_argument_names
 
 Plain = bool | int | float | str | None
 Identity = dict[str, Plain]
@@ -57,7 +57,8 @@ def identity_of(method: SplitMethod) -> Identity:
     if aggregator:
         found |= describe("client_strategy", aggregator.strategy)
     own = [name for name in own_argument_names(type(method)) if name not in _NO_NUMBERS]
-    found |= describe_arguments(method, own)
+    for name, value in kept_arguments(method, own).items():
+        found |= describe(name, value)
     for one in fields(options):
         if one.name not in (*found, *_NO_NUMBERS):
             found |= describe(one.name, getattr(options, one.name))
@@ -73,7 +74,7 @@ def describe(name: str, value: Any, depth: int = 0, seen: frozenset[int] = froze
     if value is None or isinstance(value, (bool, int, float, str)):
         return {name: value}
     if isinstance(value, Tensor):
-        return {name: _digest_of(value)}
+        return {name: digest_of(value)}
     if isinstance(value, type):
         return {name: value.__name__}
     if isinstance(value, Path):
@@ -109,14 +110,6 @@ def describe_optimizer(name: str, optimizer: Optimizer) -> Identity:
     return found
 
 
-def describe_arguments(thing: object, names: Collection[str]) -> Identity:
-    """Return what an object keeps of its constructor's arguments under their names."""
-    found: Identity = {}
-    for name, value in _kept(thing, names):
-        found |= describe(name, value)
-    return found
-
-
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return in words what is not the same in two identities; empty if all is."""
     names = [name for name in [*now, *(one for one in stored if one not in now)]
@@ -138,7 +131,7 @@ def _said(identity: Mapping[str, Any], name: str) -> str:
 
 def _kind_of(value: Any) -> str:
     if isinstance(value, FunctionType):
-        code = "" if _is_known(value) else f" #{_digest_of(_code(value.__code__))}"
+        code = "" if _is_known(value) else f" #{digest_of(_code(value.__code__))}"
         return value.__qualname__ + code
     if isinstance(value, MethodType):
         return _kind_of(value.__func__)
@@ -197,16 +190,8 @@ def _arguments_of(value: object) -> Iterator[tuple[str, Any]]:
         names = list(signature(type(value).__init__).parameters)[1:]
     except (TypeError, ValueError):
         return
-    yield from ((f".{name}", one) for name, one in _kept(value, names))
-
-
-def _kept(thing: object, names: Collection[str]) -> Iterator[tuple[str, Any]]:
-    kept = getattr(thing, "__dict__", {})
-    for name in names:
-        for key in (name, f"_{name}"):
-            if key in kept and name not in _PATIENCE:
-                yield name, kept[key]
-                break
+    kept = kept_arguments(value, [name for name in names if name not in _PATIENCE])
+    yield from ((f".{name}", one) for name, one in kept.items())
 
 
 def _extra(module: nn.Module) -> str:
@@ -234,7 +219,8 @@ def _code(code: CodeType) -> str:
     return repr((code.co_code.hex(), code.co_names, constants))
 
 
-def _digest_of(value: Tensor | str) -> str:
+def digest_of(value: Tensor | str) -> str:
+    """Return in short what a tensor or a text holds."""
     if isinstance(value, str):
         return blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flsplit.errors import ConfigError
 from flsplit.message.arrays import to_record
-from flsplit.run.callbacks import stopping
+from flsplit.run.callbacks import Stopping
 from flsplit.run.execute import EvaluateFn, Run
 from flsplit.run.method import SplitMethod
 from flsplit.run.options import of_kind
@@ -107,7 +107,7 @@ class SplitStrategy(SplitMethod, Strategy):
         self.begin(initial_arrays)
         run = Run(self, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
         if should_stop:
-            run.callbacks.append(stopping(should_stop, run.result))
+            run.callbacks.append(Stopping(should_stop, run.result))
         return run.execute(grid)
 
     def summary(self) -> None:

@@ -78,7 +78,7 @@ def load_records(path: Path) -> RecordDict:
     return records
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` write a new file, and put it in the place of ``path`` when it is on the disk.
 
     StorageError if that fails; what was there before is still there.

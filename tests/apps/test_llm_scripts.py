@@ -22,7 +22,7 @@ def test_the_check_of_a_gpu_finds_equal_losses_on_the_cpu(tiny, precision):
 def test_the_check_of_a_gpu_fails_where_losses_differ(tiny, monkeypatch, capsys):
     check = script("gpu_check")
     work = check.language_model(tiny, "float32", 2, "cpu")
-    monkeypatch.setattr(check, "residual_network", lambda *_: work)
+    monkeypatch.setattr(check, "workloads", lambda *_: [lambda: work])
     arguments = ["--model", tiny, "--steps", "2", "--device", "cpu"]
     assert check.main(arguments) == 0
     right = check.unsplit

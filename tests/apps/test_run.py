@@ -292,7 +292,10 @@ def test_a_run_that_is_refused(script, app):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL],
+)
 def test_a_run_that_is_interrupted(script, app, number):
     process = script(app, "--run-config", "end='never'")
     for line in process.stdout:

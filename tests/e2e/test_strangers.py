@@ -11,7 +11,7 @@ def test_a_stranger_s_method_is_planned_by_its_own_phases(package):
     def planned(name, arguments="{}"):
         command = [
             sys.executable, "-c", "from flsplit.cli import app; app()", "plan",
-            str(REPOSITORY / "docs/fleet.toml"), "--model", "resnet18", "--input", "3x64x64",
+            str(REPOSITORY / "docs/fleet.toml"), "--model", "resnet18", "--input", "3x32x32",
             "--strategy", name, "--strategy-args", arguments, "--json",
         ]  # fmt: skip
         path = f"{package}:{REPOSITORY}"

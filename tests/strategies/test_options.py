@@ -65,7 +65,7 @@ def test_a_value_that_cannot_be_used_is_refused_by_name(name, value):
     ("name", "value", "said"),
     [
         ("batch_size", 0, "batch_size is 0, expected a whole number of at least 1"),
-        ("server_lr", "0.1", "server_lr is '0.1', expected a finite number of at least 0"),
+        ("server_lr", "0.1", "server_lr is '0.1', expected a finite number at least 0"),
         ("shares", "equally", "shares is 'equally', expected one of 'examples', 'batch', 'equal'"),
         (
             "client_strategy",
