@@ -18,7 +18,6 @@ from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatch
 from flsplit.losses import Criterion
 
 LINEAR, FIRST_STAGE, GIVEN = "linear", "first-stage", "given"
-KINDS = (LINEAR, FIRST_STAGE, GIVEN)
 
 BuildAuxiliary = Callable[[tuple[int, ...], int], nn.Module]
 """Takes the shape of one row of smashed data and the number of classes, returns a module that

@@ -14,7 +14,6 @@ from flsplit.auxiliary import CROSS_ENTROPY, cosine, emulated_gradient
 from flsplit.errors import ConfigError, MethodError, SegmentMismatchError
 from flsplit.log import logger
 from flsplit.losses import Criterion
-from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.nested import shapes_of
 from flsplit.optimizers import UserOptimizer
 from flsplit.run import DecoupledStrategy, Round
@@ -370,7 +369,7 @@ class AlignedAuxiliary:
         """Return model, optimizer and buffer."""
         return {
             "module": dict(self.module.state_dict()),
-            "optimizer": get_state(self.optimizer),
+            "optimizer": self.optimizer.state(),
             "version": self.version,
             "smashed-data": self.buffer.smashed,
             "labels": self.buffer.labels,
@@ -379,7 +378,7 @@ class AlignedAuxiliary:
     def load_state_dict(self, state: State) -> None:
         """Go on from a :meth:`state_dict`."""
         self.module.load_state_dict(state["module"])
-        set_state(self.optimizer, state["optimizer"])
+        self.optimizer.load(state["optimizer"])
         self.version = state["version"]
         smashed, labels = state["smashed-data"], state["labels"]
         if smashed is not None:

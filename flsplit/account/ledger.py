@@ -44,11 +44,6 @@ class Traffic:
         self.logical = dict.fromkeys(CATEGORIES, 0)
         self.wire = dict.fromkeys(CATEGORIES, 0)
 
-    def add(self, category: str, logical: int, wire: int) -> None:
-        """Count a tensor."""
-        self.logical[category] += logical
-        self.wire[category] += wire
-
     def include(self, other: "Traffic") -> None:
         """Count all that another has counted."""
         for category in CATEGORIES:  # no call for each: this runs for every client and step

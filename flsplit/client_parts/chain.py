@@ -240,31 +240,19 @@ def sent_down(
     labels: Any = None,
 ) -> CutGradient:
     """Return the cut-layer gradient that goes down to a client, edited by the parts' ``down``."""
-    if not any(overrides(part, "down") for part in parts):
+    editing = [(index, part) for index, part in enumerate(parts) if overrides(part, "down")]
+    if not editing:
         return gradient
-    if isinstance(gradient, Tensor):
-        return _edited_down(parts, seed, client, round_, step, gradient, labels)
-    return {
-        name: _edited_down(parts, seed, client, round_, step, one, labels)
-        for name, one in gradient.items()
-    }
 
-
-def _edited_down(
-    parts: Sequence[ClientPart],
-    seed: int,
-    client: str,
-    round_: int,
-    step: int,
-    gradient: Tensor,
-    labels: Any,
-) -> Tensor:
-    for index, part in enumerate(parts):
-        if overrides(part, "down"):
+    def edited(one: Tensor) -> Tensor:
+        for index, part in editing:
             own = seed_at(seed, client, round_, step, index, "down")
             where = PartWhere(client, round_, step, own, labels=labels)
-            gradient = _called(part, "down", where, gradient)
-    return gradient
+            one = _called(part, "down", where, one)
+        return one
+
+    found: CutGradient = map_tensors(edited, gradient)
+    return found
 
 
 def _called(part: ClientPart, hook: str, where: PartWhere, tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Compression: what crosses in fewer bytes, either way; what that loses, the model trains with."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from flsplit.client_parts.stock import (
     OUTPUT_GRADIENT,
     OUTPUTS,
     SMASHED,
+    check_count,
     check_place,
 )
 from flsplit.errors import ConfigError, ProtocolError
@@ -218,10 +220,6 @@ def expect(pieces: Pieces, name: str, shape: tuple[int, ...], dtype: torch.dtype
     return piece
 
 
-def _row_size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape[1:], dtype=np.int64))
-
-
 class Int8(Compression):
     """Send a byte for each number: 256 steps from a row's least number to its greatest.
 
@@ -248,7 +246,7 @@ class Int8(Compression):
 
     def decode(self, pieces: Pieces, shape: tuple[int, ...]) -> Tensor:
         """Return the nearest of the 256 numbers for each."""
-        b, n = shape[0], _row_size(shape)
+        b, n = shape[0], math.prod(shape[1:])
         steps = expect(pieces, "steps", (b, n), torch.uint8)
         low, step = (expect(pieces, name, (b, 1), torch.float32) for name in ("low", "step"))
         return (low + steps * step).reshape(shape)
@@ -327,7 +325,7 @@ class TopK(Compression):
 
     def decode(self, pieces: Pieces, shape: tuple[int, ...]) -> Tensor:
         """Return them, each at its place, and 0 elsewhere."""
-        b, n = shape[0], _row_size(shape)
+        b, n = shape[0], math.prod(shape[1:])
         k = self._count(n)
         numbers = expect(pieces, "numbers", (b, k), None)
         bits = expect(pieces, "bits", (b, -(-n // 8)), torch.uint8)
@@ -359,10 +357,7 @@ class LowRank(Compression):
 
     def __init__(self, rank: int = 4, place: str = SMASHED, feedback: bool | str = False) -> None:
         super().__init__(place, feedback)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ConfigError(
-                f"client part 'low-rank': rank is {rank!r}, expected an integer from 1"
-            )
+        check_count(self, "rank", rank)
         self.rank = rank
 
     def encode(self, tensor: Tensor) -> Pieces:
@@ -376,7 +371,7 @@ class LowRank(Compression):
 
     def decode(self, pieces: Pieces, shape: tuple[int, ...]) -> Tensor:
         """Return their product."""
-        b, n = shape[0], _row_size(shape)
+        b, n = shape[0], math.prod(shape[1:])
         rank = min(self.rank, b, n)
         left = expect(pieces, "left", (b, rank), torch.float32)
         return (left @ expect(pieces, "right", (rank, n), torch.float32)).reshape(shape)
@@ -401,11 +396,7 @@ class Difference(Int8):
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         super().__init__(SMASHED, feedback=False)
-        if isinstance(most_bytes, bool) or not isinstance(most_bytes, int) or most_bytes < 1:
-            raise ConfigError(
-                f"client part 'difference': most_bytes is {most_bytes!r}, expected an integer "
-                "from 1"
-            )
+        check_count(self, "most_bytes", most_bytes)
         self.most_bytes, self.uses_rows = most_bytes, True
 
     def nbytes(self, rows: int, numbers: int, dtype: torch.dtype) -> int:

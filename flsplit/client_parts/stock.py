@@ -32,6 +32,14 @@ def check_number(part: ClientPart, name: str, value: object, *, above_zero: bool
         raise ConfigError(f"client part {part.name!r}: {name} is {value!r}, expected {least}")
 
 
+def check_count(part: ClientPart, name: str, value: object) -> None:
+    """Raise ConfigError if an argument is no integer from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"client part {part.name!r}: {name} is {value!r}, expected an integer from 1"
+        )
+
+
 class Clip(ClientPart):
     """Scale down what is longer than ``norm`` (L2), by norm / its length; leave the rest.
 

@@ -46,6 +46,7 @@ _AS_INTEGERS = {torch.bfloat16: torch.int16} | {
 
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_SIZE = 2**40
+_NAMED = 4  # of the tensors that an error is about
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -228,11 +229,11 @@ def check_like(
     return {name: tensors[name].to(tensor) for name, tensor in like.items()}
 
 
-def _some(word: str, names: list[str], most: int = 4) -> str:
+def _some(word: str, names: list[str]) -> str:
     if not names:
         return ""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{word} {', '.join(names[:most])}{more}; "
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{word} {', '.join(names[:_NAMED])}{more}; "
 
 
 def nbytes(array: Array) -> int:

@@ -215,7 +215,7 @@ class Clients:
                 self.links.pack(name, request.packed, content)
             count(content, request.categories, own, sends=self._sends)
             if request.backward and request.backward.shared_rows:  # counted once for all
-                own.add("gradients-down-unicast", -request.backward.shared_bytes, 0)
+                own.logical["gradients-down-unicast"] -= request.backward.shared_bytes
             sent[name], traffic[name] = request, own
             group = str(request.server_round)
             messages.append(Message(content, node, request.kind, group_id=group))

@@ -135,7 +135,7 @@ def results(computations: Sequence[Computation], ask: AskTails | None) -> list[S
     if ask is None:
         return [one.result() for one in computations]
     passes = [list(one.passes) for one in computations]
-    asked = iter(with_tails(list(chain.from_iterable(passes)), ask))
+    asked = iter(with_tails(chain.from_iterable(passes), ask))
     return [
         one.finish(list(islice(asked, len(own))))
         for one, own in zip(computations, passes, strict=True)

@@ -16,7 +16,6 @@ from flsplit.cut.smashed import Smashed, smashed_in_words
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError, SegmentMismatchError
 from flsplit.losses import ClientsCriterion, Criterion, Loss
 from flsplit.message.arrays import check_like
-from flsplit.message.optimizer_state import get_state, set_state
 from flsplit.optimizers import UserOptimizer, make_scheduler
 from flsplit.seeds import seeded
 from flsplit.untrained import Buffers, keeping_buffers, load_state, names_of_buffers
@@ -167,14 +166,14 @@ class ServerSegment:
         """Return all that a checkpoint needs: arrays, the optimizer's state, the scheduler's."""
         return {
             "arrays": self.arrays(),
-            "optimizer": get_state(self.updates),
+            "optimizer": self.updates.state(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`."""
         self.load_arrays(state["arrays"])
-        set_state(self.updates, state["optimizer"])
+        self.updates.load(state["optimizer"])
         if self.scheduler and state["scheduler"]:
             self.scheduler.load_state_dict(state["scheduler"])
             rates = self.scheduler.get_last_lr()
