@@ -6,7 +6,15 @@ from functools import partial
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from reference import assert_bit_equal, assert_close, weights_of
+from reference import (
+    assert_bit_equal,
+    assert_close,
+    make_parts,
+    plain_net,
+    run_split,
+    weights_of,
+    whole_of,
+)
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -14,7 +22,7 @@ from torch.utils.data import TensorDataset
 from flsplit import LocalGrid, ModelLoss, client_app
 from flsplit.errors import ConfigError, DataError, NotEnoughClientsError
 from flsplit.losses import Criterion
-from flsplit.strategies import CSEFSL, EPSL, FSLSAGE, PSL, SplitFedV1, SplitFedV2
+from flsplit.strategies import CSEFSL, EPSL, FSLSAGE, GAPSL, PSL, SplitFedV1, SplitFedV2
 
 RNG = torch.Generator().manual_seed(0)
 INPUTS, IMAGES = torch.randn(12, 5, generator=RNG), torch.randn(12, 2, 4, 4, generator=RNG)
@@ -411,3 +419,22 @@ def test_a_client_without_that_loss_is_refused(strategy):
 def test_a_clients_loss_that_is_not_used_is_warned_about(caplog):
     decoupled(CSEFSL, nn.CrossEntropyLoss(), flat)
     assert "the loss of client_app is not used" in caplog.text
+
+
+def sharper_in_place(logits, labels):
+    return functional.cross_entropy(logits.mul_(2), labels)
+
+
+def sharper(logits, labels):
+    return functional.cross_entropy(logits * 2, labels)
+
+
+@pytest.mark.parametrize("strategy", [PSL, GAPSL])
+def test_a_loss_may_change_its_logits_in_place(strategy):
+    parts = make_parts([8, 8, 6])
+    found = [
+        run_split(strategy, plain_net, parts, loss=loss, share_client_segments=True)
+        for loss in (sharper_in_place, sharper)
+    ]
+    assert_bit_equal(*(whole_of(one) for one in found))
+    assert found[0].history.numbers() == found[1].history.numbers()
