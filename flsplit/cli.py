@@ -3,15 +3,12 @@
 import gc
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flsplit.bench.commands import bench
-from flsplit.errors import FlsplitError
+from flsplit.bench.commands import bench, errors_in_a_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,11 +17,6 @@ app = typer.Typer(
     help="Split learning for Flower: where to cut a model, and what a round costs.",
 )
 app.add_typer(bench, name="bench")
-
-
-@app.callback()
-def _group() -> None:
-    """Keep commands named, also if there were only one."""
 
 
 Model = Annotated[
@@ -73,7 +65,7 @@ def profile(
     from flsplit.wireless.profile import profile_model
     from flsplit.wireless.profile_table import format_profile, profile_to_json
 
-    with _errors():
+    with errors_in_a_line():
         network = load_model(model, classes)
         example = example_input(shape)
         found = profile_model(network, example, model, share=share or (), several=several)
@@ -129,7 +121,7 @@ def plan(
     from flsplit.wireless.problem import Problem
     from flsplit.wireless.profile import profile_model
 
-    with _errors():
+    with errors_in_a_line():
         training = Training(batch_size=batch_size, steps=steps, optimizer_slots=optimizer_slots)
         devices = load_fleet(fleet)
         network = load_model(model, classes)
@@ -169,7 +161,7 @@ def attack(
     """Attack what the server saw in RUN: labels from gradients, inputs from smashed data."""
     from flsplit.privacy.replay import attack_run, format_findings
 
-    with _errors():
+    with errors_in_a_line():
         found = {
             folder: attack_run(
                 folder, model=model, classes=classes, data=data, private=private, epochs=epochs
@@ -203,7 +195,7 @@ def clean(
 
     from flsplit.storage.cleaning import find_leftovers, remove
 
-    with _errors():
+    with errors_in_a_line():
         found = find_leftovers(folders or [], days, temporary_in=[Path(tempfile.gettempdir())])
         for one in found:
             if one.keep:
@@ -215,16 +207,6 @@ def clean(
             print(f"{'removed' if yes else 'may go'}: {one.folder} ({size})")
         if not yes and any(not one.keep for one in found):
             print("nothing was removed; --yes removes what may go")
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Say what is wrong in one line, and exit with 1."""
-    try:
-        yield
-    except FlsplitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
 
 
 def _drawn(path: Path, quietly: bool) -> None:

@@ -1,7 +1,7 @@
 """The commands ``flsplit bench carriers`` and ``flsplit bench train``."""
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -44,9 +44,9 @@ def carriers(
     from flsplit.bench.exchange_times import SETTINGS, measure_carriers
     from flsplit.bench.figures import carriers_json, carriers_table, write_json
 
-    settings = chosen(only, SETTINGS, "only")
-    with _reporting() as say:
-        figures = measure_carriers(clients, floats, steps, say, settings, flower)
+    settings = chosen(only, SETTINGS)
+    with errors_in_a_line(RuntimeError, TimeoutError):
+        figures = measure_carriers(clients, floats, steps, _say, settings, flower)
         Console().print(carriers_table(figures))
         write_json(json, carriers_json(figures))
 
@@ -64,13 +64,13 @@ def train(
     from flsplit.bench.figures import steps_json, steps_table, write_json
     from flsplit.bench.step_times import MEASURES, measure_training
 
-    counts = numbers(clients, "clients")
-    names = chosen(only, MEASURES, "only")
-    with _reporting() as say:
-        per_step, notes = measure_training(counts, steps, say, names)
+    counts = numbers(clients)
+    names = chosen(only, MEASURES)
+    with errors_in_a_line(RuntimeError, TimeoutError):
+        per_step, notes = measure_training(counts, steps, _say, names)
         Console().print(steps_table(per_step))
         for name, note in notes.items():
-            say(f"{name}: {note}")
+            _say(f"{name}: {note}")
         write_json(json, steps_json(per_step, notes))
 
 
@@ -84,38 +84,44 @@ def steady(
     from flsplit.bench.figures import write_json
     from flsplit.bench.steady import measure_steady, memory_table
 
-    with _reporting() as say:
-        measured = measure_steady(clients, steps, say)
+    with errors_in_a_line(RuntimeError, TimeoutError):
+        measured = measure_steady(clients, steps, _say)
         Console().print(memory_table(measured))
         write_json(json, measured)
 
 
-def numbers(text: str, option: str) -> list[int]:
-    """Return the numbers in ``text``, e.g. ``1,2,4``."""
+def numbers(text: str) -> list[int]:
+    """Return the numbers of clients in ``text``, e.g. ``1,2,4``."""
     try:
         found = [int(one) for one in text.split(",")]
     except ValueError:
         found = []
     if not found or min(found) < 1:
-        raise typer.BadParameter(f"--{option} is {text!r}, expected numbers as 1,2,4")
+        raise typer.BadParameter(f"--clients is {text!r}, expected numbers as 1,2,4")
     return found
 
 
-def chosen(text: str, known: Collection[str], option: str) -> list[str]:
+def chosen(text: str, known: Collection[str]) -> list[str]:
     """Return the names in ``text``, all known ones if it is empty."""
     names = text.split(",") if text else list(known)
     if unknown := set(names) - set(known):
         raise typer.BadParameter(
-            f"--{option}: there is no {sorted(unknown)[0]!r}; known: {', '.join(known)}"
+            f"--only: there is no {sorted(unknown)[0]!r}; known: {', '.join(known)}"
         )
     return names
 
 
+def _say(text: str) -> None:
+    """Tell the user what is going on."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def _reporting() -> Iterator[Callable[[str], None]]:
-    """Yield what tells the user what is going on; an error is one line and exit code 1."""
+def errors_in_a_line(*more: type[Exception]) -> Iterator[None]:
+    """Say what is wrong in one line, and exit with 1: errors of flsplit's, and of more kinds."""
+    kinds: tuple[type[Exception], ...] = (FlsplitError, *more)
     try:
-        yield lambda text: print(text, file=sys.stderr, flush=True)
-    except (FlsplitError, RuntimeError, TimeoutError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        yield
+    except kinds as error:
+        _say(f"error: {error}")
         raise typer.Exit(1) from error

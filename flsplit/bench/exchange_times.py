@@ -20,8 +20,8 @@ def measure_carriers(
     floats: int | None,
     steps: int,
     say: Callable[[str], object],
-    settings: Sequence[str] = SETTINGS,
-    flower: bool = True,
+    settings: Sequence[str],
+    flower: bool,
 ) -> dict[str, Exchanges]:
     """Return the seconds of exchanges by carrier, e.g. ``session-deployed``.
 

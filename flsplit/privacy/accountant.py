@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from flsplit.client_parts.client_part import ClientPart, overrides
 from flsplit.client_parts.stock import SMASHED, Clip, Noise
 from flsplit.errors import ConfigError
+from flsplit.run.arguments import whole
 
 ADJACENCIES = ("client", "example")
 
@@ -61,8 +62,8 @@ def epsilon(
     if adjacency not in ADJACENCIES:
         raise ConfigError(f"adjacency is {adjacency!r}, expected 'client' or 'example'")
     for name, number in (("releases", releases), ("values", values), ("batch_size", batch_size)):
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ConfigError(f"{name} is {number!r}, expected an integer from 1")
+        if number is not None:
+            whole(name, number, 1)
     if not 0 < delta < 1:
         raise ConfigError(f"delta is {delta!r}, expected a number above 0 and below 1")
     rows = 1

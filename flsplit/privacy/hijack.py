@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from flsplit.errors import ConfigError
 from flsplit.privacy.reconstruction import build_decoder
+from flsplit.run.arguments import whole
 from flsplit.run.parallel import ParallelStrategy
 from flsplit.run.step import Step
 from flsplit.seeds import derive_seed, generator, seeded
@@ -84,8 +85,7 @@ class Hijack(ParallelStrategy):
         if not (isinstance(public, Tensor) and public.is_floating_point() and len(public) > 1):
             raise ConfigError("Hijack: public is no tensor of two inputs or more, floating point")
         for name, number in (("warm_up", warm_up), ("critic_steps", critic_steps)):
-            if not isinstance(number, int) or number < 1:
-                raise ConfigError(f"Hijack: {name} is {number!r}, expected an integer from 1")
+            whole(f"Hijack: {name}", number, 1)
         self.public, self.pilot, self.decoder, self.critic = public, pilot, decoder, critic
         self.warm_up, self.attack_lr, self.critic_steps = warm_up, attack_lr, critic_steps
         self.gradient_penalty, self.attack_batch_size = gradient_penalty, attack_batch_size

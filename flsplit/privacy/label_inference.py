@@ -3,7 +3,7 @@
 import torch
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from flsplit.errors import ConfigError
@@ -26,14 +26,14 @@ def auc(scores: Tensor, positive: Tensor) -> float:
     ConfigError
         If there are only positive or only negative ones.
     """
-    chosen = positive.bool()
-    ones, zeros = int(chosen.sum()), int((~chosen).sum())
-    if not ones or not zeros:
+    values, chosen = scores.detach().cpu().double(), positive.bool().cpu()
+    ones, zeros = values[chosen].numpy(), values[~chosen].numpy()
+    if not len(ones) or not len(zeros):
         raise ConfigError(
-            f"AUC of {ones} positive and {zeros} negative rows: expected some of both"
+            f"AUC of {len(ones)} positive and {len(zeros)} negative rows: expected some of both"
         )
-    ranks = torch.from_numpy(rankdata(scores.detach().cpu().double().numpy()))
-    return float((ranks[chosen.cpu()].sum() - ones * (ones + 1) / 2) / (ones * zeros))
+    higher = mannwhitneyu(ones, zeros, method="asymptotic").statistic  # pairs; half of equal ones
+    return float(higher / (len(ones) * len(zeros)))
 
 
 def norm_attack(gradients: Tensor, positive: Tensor) -> float:

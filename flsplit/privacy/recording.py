@@ -18,6 +18,7 @@ from flsplit.message.request import Reply, Request
 from flsplit.message.steps import FinishReply
 from flsplit.message.u_shape import TailReply
 from flsplit.nested import leaves_of
+from flsplit.run.arguments import whole
 from flsplit.run.callbacks import Callback
 from flsplit.storage.record_file import StorageError, write_atomically
 
@@ -49,8 +50,7 @@ class Record(Callback):
         self, folder: str | Path, *, steps: int = 8, every: int = 1, most_bytes: int = 2**30
     ) -> None:
         for name, number in (("steps", steps), ("every", every), ("most_bytes", most_bytes)):
-            if not isinstance(number, int) or number < 1:
-                raise ConfigError(f"Record: {name} is {number!r}, expected an integer from 1")
+            whole(f"Record: {name}", number, 1)
         self.folder, self.steps, self.every = Path(folder).absolute(), steps, every
         self.most_bytes, self.nbytes = most_bytes, 0
         self._clients: list[str] = []

@@ -130,8 +130,8 @@ def test_a_critic_fits_any_shape(shape):
     ("options", "error"),
     [
         ({"public": torch.zeros(4, 8, dtype=torch.int64)}, "public is no tensor of two inputs"),
-        ({"warm_up": 0}, "warm_up is 0, expected an integer from 1"),
-        ({"critic_steps": 1.5}, "critic_steps is 1.5, expected an integer"),
+        ({"warm_up": 0}, "warm_up is 0, expected a whole number of at least 1"),
+        ({"critic_steps": 1.5}, "critic_steps is 1.5, expected a whole number"),
         ({"checkpoint_dir": "/tmp/never"}, "an attack keeps no checkpoints"),
         ({"cut": ("front", "middle")}, "can't do without them"),
     ],
