@@ -11,6 +11,7 @@
 * The codes of an ``Error`` that say "the ClientApp raised" and "the node is away" are not public
   either.
 * Nothing public tells a ServerApp whether its nodes are simulated.
+* Nor a ClientApp whether it is Flower that ends its process, whose node is to stop.
 """
 
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ __all__ = [
     "SERVER_NODE_ID",
     "Run",
     "content_of",
+    "ends_process",
     "ensure_task_identity",
     "made",
     "set_message_id",
@@ -55,6 +57,15 @@ def ensure_task_identity(run_id: int) -> None:
         _ = TaskIdentity.run_id
     except RuntimeError:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SERVER_NODE_ID, 0
+
+
+def ends_process(error: BaseException) -> bool:
+    """Tell whether Flower raised ``SystemExit``, from a signal handler, wherever that came in."""
+    where = error.__traceback__
+    while where and where.tb_next:
+        where = where.tb_next
+    raised_by = where.tb_frame.f_globals.get("__name__", "") if where else ""
+    return isinstance(error, SystemExit) and str(raised_by).startswith("flwr.")
 
 
 def simulates(grid: Grid) -> bool:

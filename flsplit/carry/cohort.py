@@ -58,8 +58,8 @@ class Cohort:
         try:
             reply = self._app(message, context)
         except CLIENTS_OWN as error:  # answered as an Error, as Flower's runtime does
-            logger.exception("client %r", name)
             reply = raised(message, error)
+            logger.exception("client %r", name)
         finally:
             live_clients.reset(token)
             if torch.is_grad_enabled() != learns or torch.get_default_dtype() != dtype:

@@ -8,7 +8,7 @@ from pathlib import Path
 from flwr.app import Error, Message
 
 from flsplit.errors import FlsplitError
-from flsplit.flower_internals import CLIENT_RAISED
+from flsplit.flower_internals import CLIENT_RAISED, ends_process
 
 CLIENTS_OWN = (Exception, SystemExit, CancelledError)
 """What a user's function may raise, and what then is that client's affair: not Ctrl-C."""
@@ -18,7 +18,12 @@ MAX_REASON = 2000
 
 
 def raised(message: Message, error: BaseException) -> Message:
-    """Answer a message with what an exception says, and the code that Flower gives it."""
+    """Answer a message with what an exception says, and the code that Flower gives it.
+
+    What ends the whole process goes on: its node is stopped, which is no client's affair.
+    """
+    if ends_process(error):
+        raise error
     return Message(Error(CLIENT_RAISED, reason_of(error)), reply_to=message)
 
 

@@ -155,6 +155,18 @@ def test_what_a_client_sets_for_all_of_torch_is_set_back(spoil, caplog):
     assert_bit_equal(weights_of(result.arrays), weights_of(without(PSL).arrays))
 
 
+def test_a_process_that_flower_ends_is_not_its_clients_affair():
+    """A signal may come at any time, also while a client's data are read."""
+    handler = {"__name__": "flwr.supercore.exit.exit"}
+    exec("def leave(*_): raise SystemExit(0)", handler)
+    model = build()
+    with pytest.raises(SystemExit):
+        PSL(model=model, cut="1", device="cpu").start(
+            LocalGrid(client_app(model=build, cut="1", data=handler["leave"], device="cpu"), 2),
+            ArrayRecord(model.state_dict()),
+        )
+
+
 def probabilities(inputs, labels):
     return inputs, functional.one_hot(labels, 2).float()
 
