@@ -162,13 +162,7 @@ def _rows(shape: Sequence[int], like: nn.Module) -> Tensor:
     return torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
 
 
-CROSS_ENTROPY = Criterion(functional.cross_entropy, torch.device("cpu"))
-"""The loss of an auxiliary model if nothing else is said; it has no tensors."""
-
-
-def auxiliary_loss(
-    module: nn.Module, smashed: Tensor, labels: Any, criterion: Criterion = CROSS_ENTROPY
-) -> Tensor:
+def auxiliary_loss(module: nn.Module, smashed: Tensor, labels: Any, criterion: Criterion) -> Tensor:
     """Return an auxiliary model's mean loss; errors say which shape didn't fit."""
     try:
         logits = module(smashed.clone())  # an in-place first operation fails on a leaf
@@ -189,7 +183,7 @@ def emulated_gradient(
     module: nn.Module,
     smashed: Tensor,
     labels: Any,
-    criterion: Criterion = CROSS_ENTROPY,
+    criterion: Criterion,
     *,
     create_graph: bool = False,
 ) -> Tensor:

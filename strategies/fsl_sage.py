@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flsplit.auxiliary import CROSS_ENTROPY, cosine, emulated_gradient
+from flsplit.auxiliary import cosine, emulated_gradient
 from flsplit.errors import ConfigError, MethodError, SegmentMismatchError
 from flsplit.log import logger
 from flsplit.losses import Criterion
@@ -306,7 +306,7 @@ class AlignedAuxiliary:
         optimizer: Callable[..., Optimizer],
         lr: float,
         buffer_size: int,
-        criterion: Criterion = CROSS_ENTROPY,
+        criterion: Criterion,
     ) -> None:
         self.criterion = criterion
         self.module = module

@@ -1,6 +1,7 @@
 """The clients that one process serves: their contexts, their cache, and their states on disk."""
 
 import re
+from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -14,21 +15,22 @@ from flsplit.log import logger
 from flsplit.message.raised import CLIENTS_OWN, raised
 from flsplit.message.storage_note import put_problem
 from flsplit.message.types import EVALUATE, FINISH, LOCAL, SHAPE, STEP
-from flsplit.storage import ClientStore, RoundFolder, StorageError
+from flsplit.storage import RoundFolder, StorageError, folder_name
 
 
 class Cohort:
     """Dispatches messages to a ClientApp on behalf of several clients.
 
-    In ``store`` a client's state is looked up when it first appears, and written at the end of each
-    of its rounds. With ``cache``, live clients are kept between messages.
+    In ``store``, a folder with one for each client, a client's state is looked up when it first
+    appears, and written at the end of each of its rounds. Flower's own carrier has
+    ``Context.state`` instead. With ``cache``, live clients are kept between messages.
     """
 
     def __init__(
         self,
         app: ClientApp,
         *,
-        store: ClientStore | None = None,
+        store: Path | None = None,
         cache: bool = True,
     ) -> None:
         self._app = app
@@ -41,13 +43,15 @@ class Cohort:
         """Return the ClientApp's reply to a message for the client of ``context``."""
         name = client_name(context)
         server_round = _round_of(message) if self._store else -1
-        store = self._store if server_round >= 0 else None
-        if store and self._needs_restoring(name, message, context):
+        folder = None
+        if self._store and server_round >= 0:
+            folder = RoundFolder(self._store / folder_name(name))
+        if folder and self._needs_restoring(name, message, context):
             # Before training in a round, the state is that after an earlier one: a run that was
             # resumed does again what it did after its checkpoint.
             begins = message.metadata.message_type in (STEP, LOCAL, SHAPE)
             try:
-                self._restore(name, store.of(name), server_round - begins, context)
+                self._restore(name, folder, server_round - begins, context)
             except StorageError as error:  # it may well be there: nothing else takes its place
                 logger.error("client %r: %s", name, error)
                 return raised(message, error)
@@ -72,8 +76,8 @@ class Cohort:
                 )  # fmt: skip
         if reply.has_error():
             return reply
-        if store and _changes_what_is_kept(message, reply):
-            self._save(name, store.of(name), server_round, context)
+        if folder and _changes_what_is_kept(message, reply):
+            self._save(name, folder, server_round, context)
         if name in self._problems:
             put_problem(reply.content, self._problems.pop(name))
         return reply

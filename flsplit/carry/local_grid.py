@@ -13,7 +13,7 @@ from flsplit.carry.carrier import Carrier
 from flsplit.carry.cohort import Cohort
 from flsplit.errors import ConfigError
 from flsplit.flower_internals import SERVER_NODE_ID, Run, ensure_task_identity, set_message_id
-from flsplit.storage import ClientStore, FolderLock
+from flsplit.storage import FolderLock
 
 
 class LocalGrid(Carrier):
@@ -62,8 +62,8 @@ class LocalGrid(Carrier):
             )
         if num_clients < 1:
             raise ConfigError(f"num_clients is {num_clients}, expected at least 1")
-        store = ClientStore(Path(state_dir)) if state_dir else None
-        self._lock = FolderLock(Path(state_dir)) if state_dir else None
+        store = Path(state_dir) if state_dir else None
+        self._lock = FolderLock(store) if store else None
         self._cohort = Cohort(client_app, store=store, cache=cache)
         self._run = Run.create_empty(run_id=1)
         self._contexts = {

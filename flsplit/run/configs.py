@@ -8,24 +8,24 @@ from flsplit.message.round_plan import RoundPlan
 from flsplit.run.options import SplitOptions, at_round, refuse_unknown
 
 _TRAIN_KEYS = ("lr", "batch-size", "local-epochs", "local-steps", "drop-last")
-_SET_BY_FLOWER = ("server-round",)
 
 
 def make_plan(
     options: SplitOptions,
     server_round: int,
     num_rounds: int,
-    config: ConfigRecord,
+    config: ConfigRecord | None,
     segment_version: int,
     experiment: str,
-    client_parts: str = "",
-    inputs: str = "",
+    client_parts: str,
+    inputs: str,
 ) -> RoundPlan:
     """Return a round's plan; ``config`` goes before ``options``.
 
     ConfigError if ``config`` has an unknown key or a value that can't be used.
     """
-    given = {key: value for key, value in config.items() if key not in _SET_BY_FLOWER}
+    given = dict(config or {})
+    given.pop("server-round", None)  # Flower sets it
     refuse_unknown("train_config", given, _TRAIN_KEYS)
     client_lr = options.server_lr if options.client_lr is None else options.client_lr
     fields: dict[str, ConfigRecordValues] = {

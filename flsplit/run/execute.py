@@ -245,7 +245,6 @@ class Run:
         if not options.server_scheduler:
             for segment in strategy.server_segments():
                 segment.set_lr(at_round(options.server_lr, server_round))
-        config = ConfigRecord({**(self.train_config or {})})
         parts = strategy.all_client_parts()
         clients.links.follow(parts)
         version = strategy.client_segment.version
@@ -256,7 +255,7 @@ class Run:
             options,
             server_round,
             self.num_rounds,
-            config,
+            self.train_config,
             version,
             self._experiment,
             describe_parts(parts),

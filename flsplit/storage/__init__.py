@@ -8,14 +8,13 @@ from flsplit.storage.record_file import (
     save_records,
     write_atomically,
 )
-from flsplit.storage.round_folder import MAX_ROUND, ClientStore, RoundFolder, folder_name
+from flsplit.storage.round_folder import MAX_ROUND, RoundFolder, folder_name
 from flsplit.storage.state_codec import State, from_records, to_records
 
 __all__ = [
     "LOCK_FILE",
     "MAX_ROUND",
     "BrokenFileError",
-    "ClientStore",
     "FolderLock",
     "RoundFolder",
     "State",

@@ -101,21 +101,6 @@ class RoundFolder:
         return self.folder / f"round-{server_round}.safetensors"
 
 
-class ClientStore:
-    """The states of one experiment's clients, a folder for each.
-
-    Carriers whose clients live in a process's memory write it at the end of each round;
-    Flower's own carrier has ``Context.state`` instead.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def of(self, client: str) -> RoundFolder:
-        """Return the folder of a client, whatever its name is made of."""
-        return RoundFolder(self.folder / folder_name(client))
-
-
 def folder_name(name: str) -> str:
     """Return what a folder is called for a name that came from elsewhere: for each its own.
 

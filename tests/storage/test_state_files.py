@@ -22,7 +22,6 @@ from flsplit.message.arrays import to_array, to_tensor
 from flsplit.storage import (
     LOCK_FILE,
     BrokenFileError,
-    ClientStore,
     FolderLock,
     RoundFolder,
     StorageError,
@@ -156,7 +155,7 @@ def test_no_name_leads_out_of_the_state_folder(experiment, client):
     context = Context(1, 7, node, RecordDict(), {})
     invitation = Invitation("s", experiment, "a:1", "t", b"", 0.0, 1, "/elsewhere")
     store = HostedClients(ClientApp(), context, invitation).cohort._store
-    folder = store.of(client).folder
+    folder = store / folder_name(client)
     assert Path(os.path.normpath(folder)) == folder
     assert folder.parent.parent == root
     assert all(0 < len(os.fsencode(part)) < 200 for part in folder.parts)
@@ -175,7 +174,7 @@ def test_no_round_leads_out_of_it_either(group, client, tmp_path):
     message = Message(RecordDict(), 7, "train.finish", group_id=group)
     set_message_id(message, "1")
     context = Context(1, 7, {"client-name": client}, RecordDict(), {})
-    cohort = Cohort(app, store=ClientStore(tmp_path / "states"), cache=False)
+    cohort = Cohort(app, store=tmp_path / "states", cache=False)
 
     assert not cohort.answer(message, context).has_error()
 
@@ -201,4 +200,4 @@ def test_a_process_that_is_killed_leaves_no_lock(tmp_path):
 
 
 def test_folders_of_plain_names_are_called_like_them():
-    assert ClientStore(Path("x")).of("hospital-a_7").folder == Path("x/hospital-a_7")
+    assert folder_name("hospital-a_7") == "hospital-a_7"

@@ -34,6 +34,7 @@ from flsplit import LocalGrid, SessionSettings
 from flsplit.auxiliary import emulated_gradient
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.log import logger
+from flsplit.losses import Criterion
 from flsplit.run.ahead import AHEAD
 from flsplit.seeds import seeded
 from flsplit.server.segment import ServerSegment
@@ -46,6 +47,7 @@ FLOAT = 4
 SEGMENT = (8 * 6 + 6) * FLOAT
 AUXILIARY = (6 * NUM_CLASSES + NUM_CLASSES) * FLOAT
 EPOCHS = 5
+CROSS_ENTROPY = Criterion(nn.functional.cross_entropy, torch.device("cpu"))
 TWO = {"upload_every": 2, "align_every": 2, "align_epochs": EPOCHS, "align": "before_round"}
 
 
@@ -162,7 +164,7 @@ def linear_case(b=5, d=4, c=3):
 def test_the_emulated_gradient_of_a_linear_auxiliary_is_the_hand_derivation():
     module, weight, bias, smashed, labels = linear_case()
 
-    found = emulated_gradient(module, smashed, labels)
+    found = emulated_gradient(module, smashed, labels, CROSS_ENTROPY)
 
     # L = mean NLL of softmax(W s + a), so dL/ds_j = Wᵀ (p_j - y_j) / b.
     p = torch.softmax(smashed @ weight.T + bias, 1)
@@ -177,7 +179,7 @@ def test_an_alignment_step_of_a_linear_auxiliary_is_the_hand_derivation():
     segment = ServerSegment(
         server, loss=nn.functional.cross_entropy, optimizer=SGD, lr=0.1, device=torch.device("cpu")
     )
-    own = AlignedAuxiliary(module, SGD, lr, buffer_size=b)
+    own = AlignedAuxiliary(module, SGD, lr, b, CROSS_ENTROPY)
     own.buffer.add(smashed, labels)
 
     own.align(segment, epochs=1, seed=0)
@@ -242,7 +244,7 @@ def test_targets_are_of_the_server_in_training_mode_and_nothing_of_it_changes():
 def aligned(lr=0.05, optimizer=SGD, epochs=3, module=None, **options):
     """Return the linear case's auxiliary model after an alignment, and its outcome."""
     own, _, _, smashed, labels = linear_case()
-    auxiliary = AlignedAuxiliary(module or own, optimizer, lr, buffer_size=len(labels))
+    auxiliary = AlignedAuxiliary(module or own, optimizer, lr, len(labels), CROSS_ENTROPY)
     auxiliary.buffer.add(smashed, labels)
     torch.manual_seed(1)
     outcome = auxiliary.align(segment_of(nn.Linear(4, 3).double()), epochs, 0, **options)

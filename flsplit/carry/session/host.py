@@ -19,7 +19,7 @@ from flsplit.errors import ConfigError, ProtocolError
 from flsplit.log import logger
 from flsplit.message.raised import raised
 from flsplit.seeds import set_aside
-from flsplit.storage import ClientStore, FolderLock, StorageError, folder_name
+from flsplit.storage import FolderLock, StorageError, folder_name
 from flsplit.wire import DialError, Envelope, HostStream, StreamEnded, WireError
 
 _DIAL_SECONDS = 5.0  # for all tries together; the server invites again later
@@ -124,13 +124,13 @@ class HostedClients:
             folder = invitation.state_dir
         if folder and not Path(folder).is_absolute():
             raise ConfigError(f"node config: state-dir is {folder!r}, expected an absolute path")
-        store = ClientStore(Path(folder) / folder_name(invitation.experiment)) if folder else None
+        store = Path(folder) / folder_name(invitation.experiment) if folder else None
         self.cohort = Cohort(app, store=store)
         self._contexts = {OWN_CLIENT: context}
         # For `flsplit clean`. In a simulation the server has locked what is around all of them.
         self._lock: FolderLock | None = None
         if store and not self._simulated:
-            self._lock = FolderLock(store.of(client_name(context)).folder)
+            self._lock = FolderLock(store / folder_name(client_name(context)))
 
     def __enter__(self) -> Self:
         """Say that the client's folder is in use; where that can't be, the first round tells."""
