@@ -98,11 +98,9 @@ class FlowerHome:
             process.wait()
         self._in_use.release()
 
-    def start(
-        self, name: str, command: list[str], env: Mapping[str, str] | None = None
-    ) -> FlowerProcess:
+    def start(self, name: str, command: list[str]) -> FlowerProcess:
         """Start a process in this home; its output goes to ``logs/<name>.log``."""
-        process = FlowerProcess(name, command, {**self.env, **(env or {})}, self.log_path(name))
+        process = FlowerProcess(name, command, self.env, self.log_path(name))
         process.start()
         self.started.append(process)
         return process

@@ -4,6 +4,8 @@ import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -301,9 +303,7 @@ class DecoupledStrategy(SplitStrategy):
             name: self._first_request(round_, name, upload_from=upload_from) for name in names
         }
         first = self._exchange(round_, requests)
-        further = FurtherParts(
-            round_, first, lambda *where: self._next_request(round_, upload_from, *where)
-        )
+        further = FurtherParts(round_, first, partial(self._next_request, round_, upload_from))
         for replies in itertools.chain([first], further):
             self.ended |= {n: r for n, r in replies.items() if r.steps_done == r.num_steps}
             self._step_on(round_, replies)
@@ -373,17 +373,12 @@ class DecoupledStrategy(SplitStrategy):
 
     def _step_on(self, round_: Round, replies: Mapping[str, LocalReply]) -> None:
         """Do a server step for every upload: batch by batch, then by client, or client first."""
-        order = [
-            (index, step) if self.order == CLIENTS else (step, index)
-            for index, reply in enumerate(replies.values())
-            for step in reply.uploads
-        ]
         self._memory.take(replies)
-        names = list(replies)
-        for pair in sorted(order):
-            index, step = pair if self.order == CLIENTS else reversed(pair)
-            name, reply = names[index], replies[names[index]]
-            batch = ClientBatch(name, *reply.uploads[step], reply.num_examples)
+        uploads = [(step, reply) for reply in replies.values() for step in reply.uploads]
+        if self.order == BATCHES:
+            uploads.sort(key=itemgetter(0))
+        for step, reply in uploads:
+            batch = ClientBatch(reply.client, *reply.uploads[step], reply.num_examples)
             self.take_step(round_, step, reply.num_steps, [batch], replies_expected=False)
 
     def step(self, step: Step) -> None:

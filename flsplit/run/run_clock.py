@@ -4,9 +4,6 @@ import threading
 from collections.abc import Callable
 from functools import cache
 
-import torch
-from torch import Tensor
-
 from flsplit.account.ledger import RoundEntry
 from flsplit.cut.partial_forward import places_of
 from flsplit.errors import ConfigError, located
@@ -60,11 +57,10 @@ def _profile(options: SplitOptions, clients: Clients, request: ShapeRequest) -> 
     for name in clients.directory.discover():
         reply = clients.exchange({name: request}, RoundEntry(request.server_round)).get(name)
         if isinstance(reply, ShapeReply):
-            example = map_tensors(_two_rows, reply.inputs)
+            example = map_tensors(
+                lambda no_rows: no_rows.new_empty(2, *no_rows.shape[1:], device="meta"),
+                reply.inputs,
+            )
             name = type(options.model).__name__
             return profile_model(options.model, example, name, share=options.share)
     raise ConfigError("no client said what its inputs look like, so FLOPs can't be counted")
-
-
-def _two_rows(no_rows: Tensor) -> Tensor:
-    return torch.empty((2, *no_rows.shape[1:]), dtype=no_rows.dtype, device="meta")
