@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from flsplit.bench.figures import BenchError
+from flsplit.carry.polling import polling
 from flsplit.carry.session import SessionGrid
 from flsplit.carry.session.host import serve_session
 
@@ -69,12 +70,10 @@ def server_app() -> ServerApp:
 
 
 def _wait_for_nodes(grid: Grid, count: int) -> list[int]:
-    deadline = time.monotonic() + _CONNECT_SECONDS
-    while len(nodes := sorted(grid.get_node_ids())) < count:
-        if time.monotonic() > deadline:
-            raise BenchError(f"{len(nodes)} of {count} clients came in {_CONNECT_SECONDS:g} s")
-        time.sleep(0.1)
-    return nodes
+    for _ in polling(_CONNECT_SECONDS, every=0.1):
+        if len(nodes := sorted(grid.get_node_ids())) >= count:
+            return nodes
+    raise BenchError(f"{len(nodes)} of {count} clients came in {_CONNECT_SECONDS:g} s")
 
 
 def _count_hosts(grid: Grid, nodes: list[int]) -> int:

@@ -102,14 +102,14 @@ def open_carrier(
     NotEnoughClientsError if no node has connected by then. NoHostError if ``name`` is ``session``
     and no node can dial back. BrokenAppError if no node can run the ClientApp.
     """
-    if isinstance(grid, Carrier) or name == "flower":
-        carrier = (
-            grid if isinstance(grid, Carrier) else FlowerCarrier(grid, simulated=simulates(grid))
-        )
+    if isinstance(grid, Carrier):
         try:
-            yield carrier
+            yield grid
         finally:
-            carrier.end_run()
+            grid.end_run()
+        return
+    if name == "flower":
+        yield FlowerCarrier(grid, simulated=simulates(grid))
         return
     _wait_for_a_node(grid, timeout)
     session = SessionGrid(

@@ -50,7 +50,7 @@ def norm_attack(gradients: Tensor, positive: Tensor) -> float:
     positive : torch.Tensor
         ``(n,)`` booleans: which rows are of the rare class.
     """
-    return auc(_flat(gradients).norm(dim=1), positive)
+    return auc(flat_rows(gradients).norm(dim=1), positive)
 
 
 def cosine_attack(gradients: Tensor, positive: Tensor, *, known: int = 1) -> float:
@@ -120,9 +120,10 @@ def cluster_attack(
     return float(table[linear_sum_assignment(table.numpy(), maximize=True)].sum()) / len(own)
 
 
-def _flat(rows: Tensor) -> Tensor:
+def flat_rows(rows: Tensor) -> Tensor:
+    """Return rows ``(n, ...)`` as ``(n, d)``, in float32 on the CPU."""
     return rows.detach().cpu().float().reshape(len(rows), -1)
 
 
 def _directions(gradients: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(_flat(gradients), dim=1)
+    return torch.nn.functional.normalize(flat_rows(gradients), dim=1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flsplit.privacy.label_inference import auc
+from flsplit.privacy.label_inference import auc, flat_rows
 
 
 def loss_membership(members: Tensor, others: Tensor) -> float:
@@ -36,9 +36,9 @@ def nearest_membership(members: Tensor, others: Tensor, recorded: Tensor) -> flo
     recorded : torch.Tensor
         ``(k, ...)``, as it was seen.
     """
-    flat = [one.detach().cpu().float().reshape(len(one), -1) for one in (members, others, recorded)]
-    nearest = [torch.cdist(one, flat[2]).min(1).values for one in flat[:2]]
-    return _auc_of(-nearest[0], -nearest[1])
+    seen = flat_rows(recorded)
+    near, far = (torch.cdist(flat_rows(one), seen).min(1).values for one in (members, others))
+    return _auc_of(-near, -far)
 
 
 def _auc_of(members: Tensor, others: Tensor) -> float:

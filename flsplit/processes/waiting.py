@@ -2,9 +2,10 @@
 
 import contextlib
 import socket
-import time
 from collections.abc import Callable
 from typing import TypeVar
+
+from flsplit.carry.polling import polling
 
 START_TIMEOUT = 180.0  # seconds for a SuperLink or SuperNode to come up, on a busy machine
 RUN_TIMEOUT = 600.0  # seconds after which a run is taken to hang, unless told otherwise
@@ -27,9 +28,7 @@ def wait_until(ask: Callable[[], T | None], what: str, timeout: float, poll: flo
 
     TimeoutError if that took longer than `timeout` seconds.
     """
-    deadline = time.monotonic() + timeout
-    while not (answer := ask()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout:g} s for {what}")
-        time.sleep(poll)
-    return answer
+    for _ in polling(timeout, every=poll):
+        if answer := ask():
+            return answer
+    raise TimeoutError(f"waited {timeout:g} s for {what}")

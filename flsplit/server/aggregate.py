@@ -5,7 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,6 +35,13 @@ class Upload:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+def _refuse_to_send(*arguments: Any, **options: Any) -> NoReturn:
+    raise ConfigError(
+        "a client_strategy that sends messages of its own can't aggregate segments; flsplit calls "
+        "its configure_train and aggregate_train only"
+    )
+
+
 class _ClientView(MessageGrid):
     """Shows a Flower strategy the clients as nodes 0, 1, 2, … in their fixed order.
 
@@ -50,27 +57,9 @@ class _ClientView(MessageGrid):
 
     @property
     def run(self) -> Run:
-        raise ConfigError(_ONLY_CONFIGURES)
+        _refuse_to_send()
 
-    def set_run(self, run: Run) -> None:
-        raise ConfigError(_ONLY_CONFIGURES)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise ConfigError(_ONLY_CONFIGURES)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise ConfigError(_ONLY_CONFIGURES)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        raise ConfigError(_ONLY_CONFIGURES)
-
-
-_ONLY_CONFIGURES = (
-    "a client_strategy that sends messages of its own can't aggregate segments; flsplit calls its "
-    "configure_train and aggregate_train only"
-)
+    set_run = push_messages = pull_messages = send_and_receive = _refuse_to_send
 
 
 CLIENT_SEGMENTS, COPIES, JOINED = "client segments", "server segment's copies", "joined models"
