@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from flsplit.errors import TORCH_ERRORS, ConfigError, DataError
+from flsplit.log import warn_once
 from flsplit.nested import described, num_rows, tensors_of, to_device
 
 Loss = Callable[[Any, Any], Any]
@@ -132,6 +133,12 @@ class Criterion:
                 break
         if weight is None:
             weight = call.weight() if call else None
+            if (
+                call
+                and call.options.get("reduction") == "sum"
+                and reduction_of(self._loss) != "sum"
+            ):
+                warn_once("", f"the loss has {SUMMED}")  # of one that says so it was said before
         right = call.right() if call else _right(logits_of(output), labels)
         return mean, Count(float(num_rows(labels)) if weight is None else weight, *right)
 
@@ -252,6 +259,17 @@ def _right(logits: Any, labels: Any) -> tuple[int, int]:
         return 0, 0
     counts = labels >= 0
     return int(((logits.argmax(1) == labels) & counts).sum()), int(counts.sum())
+
+
+SUMMED = (
+    "reduction='sum', where a mean is expected: it is trained as it is, but an evaluation's loss "
+    "depends on evaluate_batch_size; a loss may return (sum, weight)"
+)
+
+
+def reduction_of(loss: Loss) -> object:
+    """Return what one of torch's losses, or a `functools.partial` of one, does with its rows."""
+    return getattr(loss, "reduction", getattr(loss, "keywords", {}).get("reduction"))
 
 
 def is_plain_cross_entropy(loss: Loss) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flsplit.client_parts.client_part import (
+    HOOKS,
     Argument,
     ClientPart,
     ClientWhere,
@@ -21,8 +22,6 @@ from flsplit.client_parts.finding import build_parts
 from flsplit.cut.smashed import CutGradient, Smashed, differentiable
 from flsplit.errors import ConfigError, ProtocolError
 from flsplit.nested import map_tensors
-
-_HOOKS = ("smashed", "cut_gradient", "output_gradient", "loss", "gradients")
 
 _MEMORY = "memory:"
 
@@ -57,7 +56,7 @@ class PartChain:
         self._arguments: list[dict[str, Argument]] = [part.arguments() for part in self.parts]
         self._hooks = {
             hook: [(index, one) for index, one in enumerate(self.parts) if overrides(one, hook)]
-            for hook in _HOOKS
+            for hook in HOOKS
         }
         self.check_state()
 
@@ -260,6 +259,11 @@ def _called(part: ClientPart, hook: str, where: PartWhere, tensor: Tensor) -> Te
     if not (isinstance(found, Tensor) and found.shape == tensor.shape):
         expected = f"expected a tensor of shape {tuple(tensor.shape)}"
         raise ConfigError(f"{_told(part, hook)} {_kind(found)}, {expected}")
+    if hook == "smashed" and tensor.requires_grad and not found.requires_grad:
+        raise ConfigError(
+            f"{_told(part, hook)} a detached tensor, through which no gradient would come back to "
+            "the client segment; compute it without detach() and no_grad()"
+        )
     return found
 
 

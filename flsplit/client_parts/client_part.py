@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, did_you_mean
 from flsplit.seeds import derive_seed
 
 Argument = bool | int | float | str
@@ -59,6 +59,9 @@ class ClientWhere(PartWhere):
 
     segment: nn.Module
     round_start: Mapping[str, Tensor]
+
+
+HOOKS = ("smashed", "cut_gradient", "output_gradient", "loss", "gradients", "down")
 
 
 class ClientPart:
@@ -161,6 +164,19 @@ class ClientPart:
                 f"client part {self.name!r} keeps {', '.join(map(repr, changed))} beside its "
                 "arguments but has no state_dict: it would be lost wherever a client is built anew"
             )
+
+
+def refuse_without_hook(part: ClientPart) -> None:
+    """Raise ConfigError if a part does nothing, as one does whose hook is misspelt."""
+    cls = type(part)
+    if any(overrides(part, hook) for hook in HOOKS):
+        return
+    own = [name for name in vars(cls) if not name.startswith("_") and not hasattr(ClientPart, name)]
+    meant = next(filter(None, (did_you_mean(name, HOOKS) for name in own)), "")
+    raise ConfigError(
+        f"client part {part.name!r} ({cls.__qualname__}) has none of the hooks that are called: "
+        f"{', '.join(HOOKS)}{meant}"
+    )
 
 
 def overrides(part: ClientPart, hook: str) -> bool:

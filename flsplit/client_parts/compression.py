@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flsplit.client_parts.by_example import MOST_BYTES, Memory, keep, kept
-from flsplit.client_parts.client_part import ClientPart
+from flsplit.client_parts.client_part import Argument, ClientPart
 from flsplit.client_parts.stock import (
     CUT_GRADIENT,
     OUTPUT_GRADIENT,
@@ -87,6 +87,15 @@ class Compression(ClientPart):
             )
         self.place, self.feedback, self.uses_rows = place, feedback, feedback == BY_EXAMPLE
         self._memory: dict[str, Memory] = {}
+
+    def arguments(self) -> dict[str, Argument]:
+        """Return the constructor's arguments; ConfigError also if it left out this class's own."""
+        if not hasattr(self, "_memory"):
+            raise ConfigError(
+                f"client part {self.name!r}: {type(self).__qualname__}.__init__ doesn't call "
+                "super().__init__(place, feedback)"
+            )
+        return super().arguments()
 
     @abstractmethod
     def encode(self, tensor: Tensor) -> Pieces:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-from flsplit.client_parts.client_part import ClientPart
+from flsplit.client_parts.client_part import ClientPart, refuse_without_hook
 from flsplit.client_parts.compression import (
     PLACES,
+    Compression,
     Difference,
     HalfPrecision,
     Int8,
@@ -18,7 +19,7 @@ from flsplit.client_parts.compression import (
 )
 from flsplit.client_parts.defences import LabelNoise, NoPeek, Shuffle
 from flsplit.client_parts.stock import Clip, Noise, Proximal
-from flsplit.errors import ConfigError, ProtocolError
+from flsplit.errors import ConfigError, ProtocolError, did_you_mean
 
 GROUP = "flsplit.client_parts"
 
@@ -56,7 +57,11 @@ def make_part(described: object) -> ClientPart:
     name = table["name"]
     found = _find(name)
     if found is None:
-        raise ConfigError(f"there is no client part {name!r} (there are {', '.join(part_names())})")
+        known = part_names()
+        raise ConfigError(
+            f"there is no client part {name!r} (there are {', '.join(known)})"
+            f"{did_you_mean(name, known)}"
+        )
     arguments = {key.replace("-", "_"): one for key, one in table.items() if key != "name"}
     return _make(found, name, arguments)
 
@@ -75,6 +80,8 @@ def describe_parts(parts: Sequence[ClientPart]) -> str:
             raise ConfigError(f"client part {cls.__qualname__} has no name")
         arguments = part.arguments()
         part.check_state(arguments)
+        if not isinstance(part, Compression | Shuffle):  # which do their work outside autograd
+            refuse_without_hook(part)
         where = f"{cls.__module__}:{cls.__qualname__}"
         described.append({"name": cls.name, "class": where, "arguments": arguments})
     for record in PLACES:

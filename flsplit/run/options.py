@@ -20,7 +20,7 @@ from flsplit.cut.client_cuts import ClientCuts, all_cuts, check_cuts, default_cu
 from flsplit.cut.partial_forward import places_of
 from flsplit.errors import ConfigError, did_you_mean
 from flsplit.log import logger
-from flsplit.losses import Loss
+from flsplit.losses import SUMMED, Loss, reduction_of
 from flsplit.run.arguments import fraction, number, one_of, whole
 from flsplit.run.callbacks import Callback, refuse_misspelt
 from flsplit.wireless.fleet import Fleet
@@ -186,12 +186,8 @@ class SplitOptions:
         _check_metrics(self.metrics)
         for name in ("server_optimizer", "loss"):
             check_callable(name, getattr(self, name))
-        if _reduction(self.loss) == "sum":
-            logger.warning(
-                "loss has reduction='sum', where a mean is expected: it is trained as it is, but "
-                "an evaluation's loss depends on evaluate_batch_size; a loss may return (sum, "
-                "weight)"
-            )
+        if reduction_of(self.loss) == "sum":
+            logger.warning("loss has %s", SUMMED)
         if self.server_scheduler is not None:
             check_callable("server_scheduler", self.server_scheduler)
         for callback in self.callbacks:
@@ -327,11 +323,6 @@ def check_callable(name: str, value: object) -> None:
         raise ConfigError(f"{name} is {value!r}, expected something to call")
     if isinstance(value, type) and issubclass(value, nn.Module):
         raise ConfigError(f"{name} is the class {value.__name__} itself, expected an object of it")
-
-
-def _reduction(loss: Loss) -> object:
-    """Return what one of torch's losses, or a `functools.partial` of one, does with its rows."""
-    return getattr(loss, "reduction", getattr(loss, "keywords", {}).get("reduction"))
 
 
 def check_rate(name: str, value: object) -> None:

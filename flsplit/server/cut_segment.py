@@ -152,7 +152,7 @@ class _ComparedAtCuts(KeptGradients):
                 total += layer_gram([layer[row] for row in range(size)])
         return total
 
-    def combine(self, coefficients: Sequence[float]) -> ServerGradients:
+    def _combined(self, coefficients: Sequence[float]) -> ServerGradients:
         combined = []
         for layer in self._layers:
             scale = _scale(layer, coefficients) if self._means else 1.0

@@ -1,7 +1,7 @@
 """The clients' own gradients of the server segment: compared, combined, and kept small."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flsplit.errors import MethodError
 from flsplit.server.segment import ServerGradients
 
 BLOCK = 1 << 15
@@ -30,9 +31,27 @@ class ClientGradients(ABC):
     def gram(self) -> Tensor:
         """Return the float64 matrix ``(S, S)`` of inner products ⟨g_i, g_j⟩, on the CPU."""
 
+    def combine(self, coefficients: Sequence[float] | Mapping[str, float]) -> ServerGradients:
+        """Return Σ_i coefficients[i] · g_i, a gradient per parameter.
+
+        Coefficients are in the order of ``clients``, or by client.
+
+        MethodError if there is not one for each.
+        """
+        named = isinstance(coefficients, Mapping)
+        if len(coefficients) != len(self.clients) or (named and {*coefficients} != {*self.clients}):
+            given = list(coefficients) if named else f"{len(coefficients)}"
+            raise MethodError(
+                f"combine was given coefficients for {given} clients, expected one for each of "
+                f"{self.clients}"
+            )
+        if isinstance(coefficients, Mapping):
+            coefficients = [coefficients[client] for client in self.clients]
+        return self._combined(coefficients)
+
     @abstractmethod
-    def combine(self, coefficients: Sequence[float]) -> ServerGradients:
-        """Return Σ_i coefficients[i] · g_i, a gradient per parameter."""
+    def _combined(self, coefficients: Sequence[float]) -> ServerGradients:
+        """Return what :meth:`combine` does."""
 
 
 class KeptGradients(ClientGradients):
@@ -58,7 +77,7 @@ class KeptGradients(ClientGradients):
             total += layer_gram(layer)
         return total
 
-    def combine(self, coefficients: Sequence[float]) -> ServerGradients:
+    def _combined(self, coefficients: Sequence[float]) -> ServerGradients:
         """Combine layer by layer."""
         layers = zip(*self._gradients, strict=True)
         return [combine_layer(layer, coefficients) for layer in layers]
@@ -104,7 +123,7 @@ class TwiceComputedGradients(ClientGradients):
         """Return what was accumulated group by group."""
         return self._gram
 
-    def combine(self, coefficients: Sequence[float]) -> ServerGradients:
+    def _combined(self, coefficients: Sequence[float]) -> ServerGradients:
         """Combine by one backward pass; the graphs are gone then."""
         pairs = [(c, loss) for c, loss in zip(coefficients, self._losses, strict=True) if c]
         self._losses = []

@@ -22,7 +22,15 @@ from reference import (
 )
 
 from flsplit import LocalGrid, SessionSettings
-from flsplit.client_parts import ClientPart, Clip, Noise, Proximal, describe_parts, make_part
+from flsplit.client_parts import (
+    ClientPart,
+    Clip,
+    Compression,
+    Noise,
+    Proximal,
+    describe_parts,
+    make_part,
+)
 from flsplit.client_parts import finding as finding_module
 from flsplit.errors import ConfigError, NotEnoughClientsError
 from flsplit.run import make_strategy
@@ -104,6 +112,8 @@ class Wrong(ClientPart):
         self.hook = hook
 
     def smashed(self, where, smashed):
+        if self.hook == "detached":
+            return smashed.detach().clamp(-1, 1)
         return smashed[:1] if self.hook == "smashed" else smashed
 
     def cut_gradient(self, where, gradient):
@@ -320,12 +330,34 @@ class Nameless(ClientPart):
     pass
 
 
+class Misspelt(ClientPart):
+    name = "misspelt"
+
+    def smashed_data(self, where, smashed):
+        return smashed + 100
+
+
+class Sign(Compression):
+    name = "sign"
+
+    def __init__(self, place: str = "smashed") -> None:
+        self.place, self.feedback = place, False
+
+    def encode(self, tensor):
+        return {"sign": tensor > 0}
+
+    def decode(self, pieces, shape):
+        return pieces["sign"].float()
+
+
 @pytest.mark.parametrize(
     ("part", "said"),
     [
         (Counting(), "client part 'counting' keeps 'seen' beside its arguments but has no state_d"),
         (Shy(1.0), "client part 'shy': sigma is None, expected a number, .* of this name"),
         (Nameless(), "client part Nameless has no name"),
+        (Misspelt(), "'misspelt' .Misspelt. has none of the hooks .*; did you mean 'smashed'"),
+        (Sign(), r"'sign': Sign.__init__ doesn't call super\(\).__init__\(place, feedback\)"),
         (Noise, "client_parts: one of them is .*Noise.*, expected a ClientPart"),
         ("noise", "client_parts: one of them is 'noise', expected a ClientPart"),
     ],
@@ -345,6 +377,10 @@ def test_more_parts_than_anybody_needs():
     ("part", "said"),
     [
         (LateCounting(), "client part 'late-counting' keeps 'count' beside its arguments but has"),
+        (
+            Wrong("detached"),
+            "'wrong': smashed returned a detached tensor, through which no gradient would come",
+        ),
         (
             Wrong("smashed"),
             r"'wrong': smashed returned a Tensor of shape \(1, 6\), expected a tens",

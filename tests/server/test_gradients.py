@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from flsplit.cut import split
-from flsplit.errors import ConfigError
+from flsplit.errors import ConfigError, MethodError
 from flsplit.run.shares import client_shares
 from flsplit.server import gradients
 from flsplit.server.client_batch import ClientBatch
@@ -362,6 +362,11 @@ def test_a_client_that_counts_nothing_adds_nothing():
     (combined,) = kept.combine([0.0, 0.5])
     torch.testing.assert_close(combined, torch.ones(2, 3))
     assert kept.combine([0.0, 0.0]) == [None]
+    (named,) = kept.combine({"b": 0.5, "a": 0.0})
+    assert torch.equal(named, combined)
+    for wrong in ([0.5], {"a": 0.5}, {"a": 0.5, "c": 0.5}):
+        with pytest.raises(MethodError, match=r"expected one for each of \['a', 'b'\]"):
+            kept.combine(wrong)
 
 
 def test_layers_are_as_they_were_afterwards():

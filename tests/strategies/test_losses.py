@@ -438,3 +438,18 @@ def test_a_loss_may_change_its_logits_in_place(strategy):
     ]
     assert_bit_equal(*(whole_of(one) for one in found))
     assert found[0].history.numbers() == found[1].history.numbers()
+
+
+@pytest.mark.parametrize(
+    ("reduction", "times"),
+    [("mean", 0), ("sum", 1)],
+)
+def test_a_sum_is_warned_about_wherever_it_is_taken(reduction, times, caplog, monkeypatch):
+    monkeypatch.setattr("flsplit.log._said", set())
+    loss = Criterion(
+        lambda logits, labels: functional.cross_entropy(logits, labels, reduction=reduction),
+        torch.device("cpu"),
+    )
+    for _ in range(2):
+        loss(torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0]))
+    assert caplog.text.count("the loss has reduction='sum', where a mean is expected") == times
