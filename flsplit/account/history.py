@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flsplit.account.ledger import RoundEntry
+from flsplit.errors import ConfigError, did_you_mean
 
 
 class History(list[RoundEntry]):
@@ -30,9 +31,33 @@ class History(list[RoundEntry]):
         return cls(RoundEntry.from_json(json.loads(line)) for line in lines)
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
-        """Return the rounds that evaluated ``metric``, and its values."""
-        points = [(e.round, e.evaluation[metric]) for e in self if metric in e.evaluation]
+        """Return the rounds that have ``metric``, and its values; none if nothing was evaluated.
+
+        ``train-loss`` and ``train-accuracy`` are those of training; what the method recorded has
+        its own names.
+
+        Raises
+        ------
+        ConfigError
+            If rounds were evaluated and none has this metric; those that there are are named.
+        """
+        if any(entry.evaluation for entry in self):
+            self.check_metric(metric, self.metrics())
+        points = [(e.round, found[metric]) for e in self if metric in (found := e.named())]
         return [r for r, _ in points], [v for _, v in points]
+
+    def metrics(self) -> list[str]:
+        """Return the names that :meth:`series` takes."""
+        return sorted({name for entry in self for name in entry.named()})
+
+    @staticmethod
+    def check_metric(metric: str, known: list[str]) -> None:
+        """Refuse a metric that is not among those that there are."""
+        if metric not in known:
+            raise ConfigError(
+                f"no round has a metric {metric!r} (there are {', '.join(known)})"
+                + did_you_mean(metric, known)
+            )
 
     def bytes_so_far(self) -> list[int]:
         """Return the logical training bytes up to and including each round."""
@@ -56,5 +81,5 @@ class History(list[RoundEntry]):
         return times
 
     def best(self, metric: str) -> float:
-        """Return the largest value of ``metric``; NaN if no round evaluated it."""
+        """Return the largest value of ``metric``, see :meth:`series`; NaN if there is none."""
         return max(self.series(metric)[1], default=math.nan)

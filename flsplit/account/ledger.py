@@ -160,6 +160,15 @@ class RoundEntry:
             "simulated-seconds": self.simulated_seconds,
         }
 
+    def named(self) -> dict[str, float]:
+        """Return all that has a metric's name: of evaluation, of training, of the method.
+
+        ``train-loss`` and ``train-accuracy`` are those of the round's training.
+        """
+        trained = {"train-loss": self.loss, "train-accuracy": self.accuracy}
+        known = {name: value for name, value in trained.items() if value is not None}
+        return self.metrics | known | self.evaluation
+
     def to_json(self) -> dict[str, Any]:
         """Return the entry for the history file; JSON has no NaN and no infinity, but null."""
         return self.numbers() | {

@@ -5,10 +5,12 @@ import math
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 from reference import MOMENTUM, WrappedGrid, make_parts, plain_net, run_split
 
 from flsplit import History, draw_histories
 from flsplit.account import LeftOut, RoundEntry
+from flsplit.errors import ConfigError
 from flsplit.strategies import PSL, SplitFedV1
 
 
@@ -53,7 +55,7 @@ def test_series_totals_and_best(result):
     assert rounds == [1, 2, 3]
     assert values == [entry.evaluation["accuracy"] for entry in history]
     assert history.best("accuracy") == max(values)
-    assert math.isnan(history.best("no such metric"))
+    assert math.isnan(History([RoundEntry(1)]).best("accuracy"))
     # Per round 15 rows of 6 floats up and down and a label; segments of 54 floats at first.
     per_round = 15 * (6 * 4 * 2 + 8)
     segments = 2 * 54 * 4
@@ -141,3 +143,63 @@ def test_a_metric_is_drawn_against_rounds_and_bytes(result, tmp_path):
     svg = draw_histories({"PSL": result.history}, tmp_path / "loss.svg", metric="loss").read_text()
     for text in ("round", "test loss", "kB sent for training (logical)", "PSL"):
         assert f"<!-- {text} -->" in svg
+
+
+def test_training_has_series_and_pictures_too(result, tmp_path):
+    history = result.history
+    assert history.series("train-loss") == ([1, 2, 3], [entry.loss for entry in history])
+    draw_histories({"PSL": history}, tmp_path / "x.svg", metric="train-accuracy")
+    assert "<!-- train accuracy -->" in (tmp_path / "x.svg").read_text()
+
+
+def test_a_metric_that_no_round_has_is_refused_by_name(result, tmp_path):
+    history, path = result.history, tmp_path / "nothing.png"
+    there = r"no round has a metric 'acuracy' \(there are accuracy, loss, num-examples, train-acc"
+    for look in (history.series, history.best):
+        with pytest.raises(ConfigError, match=f"{there}.*did you mean 'accuracy'"):
+            look("acuracy")
+    with pytest.raises(ConfigError, match=there):
+        draw_histories({"PSL": history, "nothing yet": History()}, path, metric="acuracy")
+    with pytest.raises(ConfigError, match="histories is empty"):
+        draw_histories({}, path)
+    assert not path.exists()
+
+
+def test_a_metric_may_be_there_in_some_histories_only(result, tmp_path):
+    other = History([RoundEntry(1, loss=1.0, evaluation={"loss": 1.0})])
+    assert draw_histories({"PSL": result.history, "other": other}, tmp_path / "x.png").exists()
+
+
+def test_a_picture_of_runs_without_evaluation_says_so(tmp_path, caplog):
+    history = History([RoundEntry(1, loss=1.0)])
+    assert history.series("accuracy") == ([], [])
+    draw_histories({"PSL": history}, tmp_path / "x.png")
+    assert "no round was evaluated, so none has 'accuracy'" in caplog.text
+    assert "train-loss" in caplog.text
+    caplog.clear()
+    draw_histories({"PSL": history}, tmp_path / "x.png", metric="train-loss")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("many", [1, 11, 45])
+def test_curves_differ_and_the_legend_covers_none(many, tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: drawn.append(figure) or save(figure, *a, **k)
+    )
+    entries = [RoundEntry(r, evaluation={"accuracy": r / 9}) for r in (1, 2)]
+    names = [f"a method, variant {number}" for number in range(many)]
+    draw_histories(dict.fromkeys(names, History(entries)), tmp_path / "x.png")
+    (figure,) = drawn
+    looks = {
+        (line.get_color(), line.get_linestyle(), line.get_marker())
+        for line in figure.axes[0].get_lines()
+    }
+    assert len(looks) == many
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    place = legend.get_window_extent()
+    assert not [axes for axes in figure.axes if axes.get_tightbbox().overlaps(place)]
+    assert 0 <= place.x0 < place.x1 <= figure.bbox.width
+    assert 0 <= place.y0 < place.y1 <= figure.bbox.height
+    assert figure.axes[0].get_window_extent().height > 0.5 * 4 * figure.dpi
