@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from flsplit.account.ledger import RoundEntry
-from flsplit.errors import ConfigError, did_you_mean
+from flsplit.errors import ConfigError, FlsplitError, did_you_mean
+
+
+class BrokenHistoryError(FlsplitError, ValueError):
+    """A history file is not what was written: a line is cut short, or is no round's entry."""
 
 
 class History(list[RoundEntry]):
@@ -26,9 +30,23 @@ class History(list[RoundEntry]):
 
     @classmethod
     def load(cls, path: str | Path) -> "History":
-        """Read a history file."""
-        lines = Path(path).read_text().splitlines()
-        return cls(RoundEntry.from_json(json.loads(line)) for line in lines)
+        """Read a history file.
+
+        Raises
+        ------
+        BrokenHistoryError
+            If a line is no entry: cut short, or changed. File, line and what is wrong are named.
+        """
+        history = cls()
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+            try:
+                history.append(RoundEntry.from_json(json.loads(line)))
+            except json.JSONDecodeError as error:  # it calls every line the first
+                what = f"no JSON ({error.msg} at character {error.colno})"
+                raise BrokenHistoryError(f"{path} is broken: line {number}: {what}") from error
+            except (TypeError, ValueError) as error:
+                raise BrokenHistoryError(f"{path} is broken: line {number}: {error}") from error
+        return history
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Return the rounds that have ``metric``, and its values; none if nothing was evaluated.

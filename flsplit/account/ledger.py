@@ -182,7 +182,11 @@ class RoundEntry:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "RoundEntry":
-        """Return the entry in a line of a history file, which may lack what is newer than it."""
+        """Return the entry in a line of a history file, which may lack what is newer than it.
+
+        TypeError or ValueError if it is none.
+        """
+        _check(data)
         given = {name.replace("-", "_"): value for name, value in data.items()}
         traffic = Traffic()
         traffic.logical |= given.pop("logical_bytes")
@@ -221,6 +225,50 @@ class RoundEntry:
         for name, number in (times | self.metrics).items():
             record[name] = number
         return record
+
+
+_Number = (int, float, type(None))
+_TIMES = ("seconds", "server-seconds", "client-seconds", "waiting-seconds")
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("round", "steps", "rows"), (int,)),
+    **dict.fromkeys(("evaluation", "metrics", "logical-bytes", "wire-bytes"), (dict,)),
+    **dict.fromkeys(("participants", "left-out", "redone", "restarted", "notes"), (list,)),
+    **dict.fromkeys(("loss", "accuracy", "simulated-seconds"), _Number),
+    **dict.fromkeys(_TIMES, (int, float)),
+}
+"""What a line of the history file has, and of which types."""
+
+_NEEDED = ("round", "evaluation", "metrics", "logical-bytes", "wire-bytes")
+
+
+def _check(data: Any) -> None:
+    """Raise TypeError or ValueError if ``data`` is no entry, with what is wrong."""
+    if not isinstance(data, dict):
+        raise TypeError(f"it is a {type(data).__name__}, expected an object")
+    if missing := [name for name in _NEEDED if name not in data]:
+        raise ValueError(f"{', '.join(map(repr, missing))} missing")
+    for name, value in data.items():
+        if name not in _KINDS:
+            raise ValueError(f"{name!r} is nothing that a round has")
+        _refuse_other_types(name, value, _KINDS[name])
+        if name in ("evaluation", "metrics"):
+            for key, one in value.items():
+                _refuse_other_types(f"{name}: {key}", one, _Number)
+        if name.endswith("-bytes"):
+            for key, one in value.items():
+                _refuse_other_types(f"{name}: {key}", one, (int,))
+        if name in ("left-out", "redone"):
+            for one in value:
+                try:
+                    LeftOut(**one)
+                except TypeError as error:
+                    raise ValueError(f"{name!r} has {one!r}: {error}") from error
+
+
+def _refuse_other_types(name: str, value: object, expected: tuple[type, ...]) -> None:
+    if not isinstance(value, expected) or (isinstance(value, bool) and float not in expected):
+        kinds = " or ".join("null" if one is type(None) else one.__name__ for one in expected)
+        raise TypeError(f"{name!r} is {value!r}, expected {kinds}")
 
 
 def _nullable(number: float | None) -> float | None:

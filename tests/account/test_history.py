@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from reference import MOMENTUM, WrappedGrid, make_parts, plain_net, run_split
 
 from flsplit import History, draw_histories
-from flsplit.account import LeftOut, RoundEntry
-from flsplit.errors import ConfigError
+from flsplit.account import BrokenHistoryError, LeftOut, RoundEntry
+from flsplit.errors import ConfigError, FlsplitError
 from flsplit.strategies import PSL, SplitFedV1
 
 
@@ -203,3 +203,47 @@ def test_curves_differ_and_the_legend_covers_none(many, tmp_path, monkeypatch):
     assert 0 <= place.x0 < place.x1 <= figure.bbox.width
     assert 0 <= place.y0 < place.y1 <= figure.bbox.height
     assert figure.axes[0].get_window_extent().height > 0.5 * 4 * figure.dpi
+
+
+def test_a_history_that_is_cut_short_says_where(result, tmp_path):
+    path = result.history.save(tmp_path / "history.jsonl")
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(
+        FlsplitError, match=rf"{path} is broken: line 3: no JSON \(.* at character [0-9]+\)$"
+    ):
+        History.load(path)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(BrokenHistoryError, match="line 1: .*decode byte 0xff"):
+        History.load(path)
+    path.write_text("")
+    assert History.load(path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda line: line.clear(), "'round', 'evaluation', 'metrics', 'logical-bytes'.* missing"),
+        (lambda line: line.pop("wire-bytes"), "'wire-bytes' missing"),
+        (lambda line: line.update(metrics=[]), r"'metrics' is \[\], expected dict"),
+        (lambda line: line.update(evaluation={"loss": "x"}), "'evaluation: loss' is 'x', expected"),
+        (lambda line: line["logical-bytes"].update({"labels-up": None}), "'logical-bytes: labels-"),
+        (lambda line: line.update(round="2"), "'round' is '2', expected int"),
+        (lambda line: line.update(loss="x"), "'loss' is 'x', expected int or float or null"),
+        (lambda line: line.update(more=1), "'more' is nothing that a round has"),
+        (lambda line: line.update({"left-out": [{"client": "1"}]}), "'left-out' has .* missing"),
+        (lambda line: line.update(redone=[1]), "'redone' has 1"),
+    ],
+)
+def test_a_line_that_is_no_entry_says_what_is_wrong(result, tmp_path, change, said):
+    path = result.history.save(tmp_path / "history.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    change(lines[1])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(BrokenHistoryError, match=f"{path} is broken: line 2: {said}"):
+        History.load(path)
+
+
+def test_a_line_that_is_no_object_is_no_entry(tmp_path):
+    (tmp_path / "x").write_text("[1]\n")
+    with pytest.raises(BrokenHistoryError, match="line 1: it is a list, expected an object"):
+        History.load(tmp_path / "x")
