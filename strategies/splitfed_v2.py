@@ -6,6 +6,7 @@ import torch
 
 from flsplit.run import ParallelStrategy, Step
 from flsplit.run.arguments import one_of
+from flsplit.wireless.phases import Phase, Work, parallel_steps
 
 Order = Literal["random", "fixed"]
 
@@ -40,6 +41,15 @@ class SplitFedV2(ParallelStrategy):
     def __init__(self, *, order: Order = "random", **options: Any) -> None:
         self.order = one_of("order", order, get_args(Order))
         super().__init__(**options)
+
+    @classmethod
+    def phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
+        """Return what a round sends and computes: SplitFed V1's, but for the last layers.
+
+        Those of a U-shaped split are asked for in turn, as the server goes from client to client.
+        """
+        steps = parallel_steps(work, tails_in_turn=True)
+        return (*steps, *cls.aggregation_phases(work, **arguments))
 
     def step(self, step: Step) -> None:
         """Do a pass and an optimizer step for each client, in its turn."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flsplit.wireless.channel import Array
 from flsplit.wireless.fleet import Fleet
@@ -93,7 +94,8 @@ def spans(phases: Sequence[Phase], fleet: Fleet, rates: Rates) -> list[Span]:
 class RoundTerms:
     """A round, in the form that is quick to optimise.
 
-    ``sum_g weight_g max_i(fixed_gi + up_g / U_i + down_g / D_i + wide_g / W)``.
+    ``sum_g weight_g max_i(fixed_gi + up_g / U_i + down_g / D_i + wide_g / W)``; ``sum_i`` where
+    devices take turns.
     """
 
     weight: Array  # by phase, how often it happens
@@ -101,10 +103,11 @@ class RoundTerms:
     up_bits: Array  # by phase
     down_bits: Array
     wide_bits: Array  # broadcast
+    in_turn: NDArray[np.bool_]  # by phase, whether devices take turns
 
     @classmethod
     def of(cls, phases: Sequence[Phase], fleet: Fleet) -> "RoundTerms":
-        """Return the terms of phases that all devices share."""
+        """Return the terms of phases."""
 
         def amounts(where: Where) -> Array:
             return np.array(
@@ -119,6 +122,7 @@ class RoundTerms:
             up_bits=amounts(Where.UPLINK),
             down_bits=amounts(Where.DOWNLINK),
             wide_bits=amounts(Where.BROADCAST),
+            in_turn=np.array([phase.in_turn for phase in phases]),
         )
 
     def by_device(self, rates: Rates) -> Array:
@@ -132,7 +136,9 @@ class RoundTerms:
 
     def seconds(self, rates: Rates) -> float:
         """Return how long the round takes (s)."""
-        return float(self.weight @ self.by_device(rates).max(axis=1))
+        seconds = self.by_device(rates)
+        lengths = np.where(self.in_turn, seconds.sum(axis=1), seconds.max(axis=1))
+        return float(self.weight @ lengths)
 
     def chain_seconds(self, uplink_bps: Array, downlink_bps: Array) -> Array:
         """Return each device's own time (s) in a round, broadcasts and waiting left out.
@@ -150,14 +156,16 @@ class RoundTerms:
 
         Phases in which they send as much (a round's first step and the others) are taken for one,
         as the last of them is: with two deadlines the powers can be found exactly. If there are
-        more, all but the one in which most is sent are taken for one, their mean.
+        more, all but the one in which most is sent are taken for one, their mean. Turns are
+        taken for as many phases in which all devices send at once.
         """
+        turns = np.where(self.in_turn, self.fixed_s.shape[1], 1)
         fixed = self.by_device(rates) - self.up_bits[:, None] / rates.uplink_bps
         found: dict[float, Deadline] = {}
         for g in np.flatnonzero((self.up_bits > 0) & (self.weight > 0)):
             bits = float(self.up_bits[g])
             before = found[bits].weight if bits in found else 0.0
-            found[bits] = Deadline(before + float(self.weight[g]), fixed[g], bits)
+            found[bits] = Deadline(before + float(turns[g] * self.weight[g]), fixed[g], bits)
         deadlines = list(found.values())
         if len(deadlines) <= 2:
             return deadlines

@@ -80,11 +80,16 @@ class Phase:
         How often the phase happens in a round.
     in_turn : bool
         Whether one device does them after the other, or all at once.
+    waits : bool
+        Whether a device waits for the others before it begins. Otherwise its stages and those of
+        the phase before are one chain, if the device does those, too, by itself:
+        :meth:`Method.phases` joins the two.
     """
 
     stages: tuple[Stage, ...]
     repeat: int = 1
     in_turn: bool = False
+    waits: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +229,8 @@ class SaysPhases:
     def aggregation_phases(cls, work: Work, **arguments: Any) -> tuple[Phase, ...]:
         r"""Return the phases of the client segments' aggregation; none where there is none.
 
-        Each device sends :math:`|w_c|` (bits), and the mean, :math:`|w_c|` (bits), is broadcast.
+        Each device sends :math:`|w_c|` (bits) as soon as it has done its last backward pass, and
+        the mean, :math:`|w_c|` (bits), is broadcast.
         """
         aggregates = cls.aggregates or arguments.get("client_strategy") is not None
         return aggregation(work.client_bits) if aggregates else ()
@@ -260,7 +266,28 @@ class Method:
         found = self.kind.phases(replace(work, parts=self.parts), **self.arguments)
         if not (isinstance(found, tuple) and all(isinstance(one, Phase) for one in found)):
             raise ConfigError(f"phases of {self.name} are {found!r}, expected a tuple of Phase")
-        return found
+        return _chained(found)
+
+
+def _chained(phases: Iterable[Phase]) -> tuple[Phase, ...]:
+    """Join phases for which no device waits with those before them; `Phase.waits`."""
+    found: list[Phase] = []
+    for phase in phases:
+        before = found[-1] if found else None
+        if before is None or phase.waits or not (_is_own(before) and _is_own(phase)):
+            found.append(phase)
+            continue
+        found[-1:] = [replace(before, repeat=before.repeat - 1)] if before.repeat > 1 else []
+        found.append(Phase((*before.stages, *phase.stages), waits=before.waits))
+        if phase.repeat > 1:
+            found.append(replace(phase, repeat=phase.repeat - 1))
+    return tuple(found)
+
+
+def _is_own(phase: Phase) -> bool:
+    """Return whether each device does a phase by itself, at the same time as the others."""
+    together = (Where.SERVER, Where.BROADCAST)
+    return not phase.in_turn and all(stage.where not in together for stage in phase.stages)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,7 +295,11 @@ class Method:
 
 
 def parallel_steps(
-    work: Work, *, shared_rows: int = 0, server: Iterable[Phase] | None = None
+    work: Work,
+    *,
+    shared_rows: int = 0,
+    server: Iterable[Phase] | None = None,
+    tails_in_turn: bool = False,
 ) -> tuple[Phase, ...]:
     r"""Return the phases of a round's parallel steps.
 
@@ -292,6 +323,10 @@ def parallel_steps(
         How many rows of the cut-layer gradients are the same for all devices.
     server : iterable of Phase, optional
         What the server does in a step. Default: `server_passes`, each row forward and backward.
+    tails_in_turn : bool
+        Whether the server asks for the last layers of a U-shaped split one device after the
+        other, because it steps on each one's batch before it goes on to the next. Default: all at
+        once.
     """
     place, rows, steps = work.place, work.training.batch_size, work.training.steps
     bits = work.gradient_bits
@@ -306,7 +341,7 @@ def parallel_steps(
     )
     broadcast = Phase((Stage("broadcast", Where.BROADCAST, shared_rows * bits),))
     first, *others = server_passes(work) if server is None else server
-    last_layers = (Phase(tail),) if (tail := tail_stages(work)) else ()
+    last_layers = (Phase(tail, in_turn=tails_in_turn),) if (tail := tail_stages(work)) else ()
     in_each = (first, *last_layers, *others, broadcast)
     between = (Phase((*down, *up), steps - 1),) if steps > 1 else ()
     return (
@@ -371,8 +406,11 @@ def server_phase(name: str, flops: float) -> Phase:
 
 
 def aggregation(bits: float) -> tuple[Phase, Phase]:
-    """Return the phases of an average over devices: ``bits`` up from each, and broadcast."""
+    """Return the phases of an average over devices: ``bits`` up from each, and broadcast.
+
+    A device sends when it has done what comes before; it doesn't wait for the others.
+    """
     return (
-        Phase((Stage("aggregation up", Where.UPLINK, bits),)),
+        Phase((Stage("aggregation up", Where.UPLINK, bits),), waits=False),
         Phase((Stage("aggregation down", Where.BROADCAST, bits),)),
     )

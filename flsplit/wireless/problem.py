@@ -6,7 +6,7 @@ from typing import Any
 
 from flsplit.cut import CutError
 from flsplit.wireless.fleet import Fleet
-from flsplit.wireless.phases import Method, Phase, Training, Work
+from flsplit.wireless.phases import Method, Phase, Training, Where, Work
 from flsplit.wireless.profile import ModelProfile, Place
 
 
@@ -35,8 +35,11 @@ class Problem:
 
     @cached_property
     def in_turn(self) -> bool:
-        """Whether devices take turns, each with the whole band to itself."""
-        return any(phase.in_turn for phase in self.phases(self.all_places[0]))
+        """Whether devices always send in turn, each with the whole band to itself."""
+        links = (Where.UPLINK, Where.DOWNLINK)
+        phases = self.phases(self.all_places[0])
+        turns = [p.in_turn for p in phases if any(s.where in links for s in p.stages)]
+        return bool(turns) and all(turns)
 
     @property
     def all_places(self) -> tuple[Place, ...]:

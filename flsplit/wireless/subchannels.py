@@ -193,5 +193,5 @@ def _seconds_of_many(terms: RoundTerms, up: Array, down: Array, broadcast_bps: f
             seconds = seconds + terms.up_bits[g] / up
         if terms.down_bits[g]:
             seconds = seconds + terms.down_bits[g] / down
-        total += weight * seconds.max(axis=-1)
+        total += weight * (seconds.sum(axis=-1) if terms.in_turn[g] else seconds.max(axis=-1))
     return total

@@ -130,6 +130,43 @@ def test_devices_go_on_from_step_to_step_without_each_other(tiny_profile):
     )
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_segment_goes_up_while_another_device_still_computes(tiny_profile, steps):
+    """Device 0 has 4 s forward and 8 s backward; device 1 8 s up, 4 s down, its segment 5 s up."""
+    fleet = Fleet(
+        devices=(
+            Device(name="0", compute_flops=100.0, uplink_bps=1e12, downlink_bps=1e12),
+            Device(name="1", compute_flops=1e12, uplink_bps=64.0, downlink_bps=128.0),
+        ),
+        server=Server(compute_flops=1000.0),
+    )
+    problem = Problem(fleet, tiny_profile, planned(SplitFedV1), Training(batch_size=4, steps=steps))
+    phases, rates = problem.phases(tiny_profile.places[0]), link_rates(fleet)
+    expected = pytest.approx(8 + steps * (2.4 + 4.8) + (steps - 1) * 12 + (4 + 5) + 2.5)
+    assert round_seconds(phases, fleet, rates) == expected
+    assert RoundTerms.of(phases, fleet).seconds(rates) == expected
+    at = {(span.actor, span.stage): span.start_s for span in spans(phases, fleet, rates)}
+    assert at["1", "aggregation up"] < at["0", "aggregation up"]
+
+
+def test_phases_without_waiting_are_chained_where_devices_are_by_themselves():
+    think = Phase((Stage("think", Where.DEVICE, 1),), 3)
+    send = Phase((Stage("send", Where.UPLINK, 2),), 2, waits=False)
+    serve = Phase((Stage("serve", Where.SERVER, 3),))
+    turns = replace(think, in_turn=True)
+
+    class Stranger(PSL):
+        @classmethod
+        def phases(cls, work, **arguments):
+            return (think, send, serve, send, turns, send)
+
+    both = Phase((*think.stages, *send.stages))
+    found = planned(Stranger).phases(Work(None, None, 2, Training()))
+    assert found == (
+        replace(think, repeat=2), both, replace(send, repeat=1), serve, send, turns, send,
+    )  # fmt: skip
+
+
 def test_power_control_knows_at_most_two_deadlines(tiny_profile, linked_fleet):
     problem = Problem(
         linked_fleet, tiny_profile, planned(SplitFedV1), Training(batch_size=4, steps=3)
@@ -139,6 +176,7 @@ def test_power_control_knows_at_most_two_deadlines(tiny_profile, linked_fleet):
     # 512 bits three times, after 4 s down, 8 s backward and 4 s forward; 320 bits once
     assert (steps.weight, steps.bits, steps.fixed_s[0]) == (3.0, 512.0, 16.0)
     assert (segments.weight, segments.bits) == (1.0, 320.0)
+    assert segments.fixed_s == pytest.approx([4 + 8, 2 + 4])  # it follows a backward pass
 
 
 def test_more_deadlines_are_taken_for_two(linked_fleet):

@@ -1,13 +1,18 @@
 """The planner and the clock know U-shaped splits: numbers by hand."""
 
+import numpy as np
 import pytest
+from planned_methods import planned
 from reference import make_parts, plain_net
 
 from flsplit import LocalGrid, client_app
 from flsplit.cut import CutError
-from flsplit.strategies import PSL, SequentialSL
+from flsplit.strategies import PSL, SequentialSL, SplitFedV1, SplitFedV2
+from flsplit.wireless import Freedom, Optimiser, Problem, load_fleet, round_seconds
+from flsplit.wireless.latency import RoundTerms, spans, stage_breakdown
 from flsplit.wireless.phases import Training, Where, Work
 from flsplit.wireless.profile import profile_model
+from flsplit.wireless.rates import link_rates
 
 
 def work():
@@ -68,6 +73,61 @@ def test_the_clock_of_a_run_says_what_the_phases_say(tmp_path):
     server = 4 * 3 * 120 / 1000
     links = 2 * 4 * (6 + 10) * 32 / 1000
     assert result.history[1].simulated_seconds == pytest.approx(device + server + links)
+
+
+THREE = """
+[server]
+compute = "1 kFLOP/s"
+
+[[devices]]
+compute = "100 FLOP/s"
+uplink = "1 kbit/s"
+downlink = "2 kbit/s"
+
+[[devices]]
+count = 2
+compute = "300 FLOP/s"
+uplink = "500 bit/s"
+downlink = "1 kbit/s"
+"""
+
+
+@pytest.mark.parametrize("method", [SplitFedV1, SplitFedV2])
+def test_a_plan_is_the_clock_of_the_same_run(method, tmp_path):
+    """V2 asks for the last layers of one device after the other, V1 for all at once."""
+    (path := tmp_path / "fleet.toml").write_text(THREE)
+    parts = make_parts((8, 8, 8))
+    model = plain_net()
+    app = client_app(
+        model=plain_net, cut=("front", "middle"), device="cpu",
+        data=lambda context: parts[int(context.node_config["partition-id"])],
+    )  # fmt: skip
+    strategy = method(
+        model=model, cut=("front", "middle"), batch_size=4, local_steps=2, device="cpu",
+        fleet=path, fraction_evaluate=0.0,
+    )  # fmt: skip
+    result = strategy.start(LocalGrid(app, 3, progress=False), model.state_dict(), 2)
+    fleet = load_fleet(path)
+    problem = Problem(fleet, work().profile, planned(method), work().training)
+    phases, rates = problem.phases(work().place), link_rates(fleet)
+    clock = pytest.approx(result.history[1].simulated_seconds)
+    assert round_seconds(phases, fleet, rates) == clock
+    assert sum(stage_breakdown(phases, fleet, rates).values()) == clock
+    assert max(span.end_s for span in spans(phases, fleet, rates)) == clock
+    assert RoundTerms.of(phases, fleet).seconds(rates) == clock
+
+
+def test_subchannels_are_shared_where_only_the_last_layers_take_turns(drawn_fleet):
+    problem = Problem(drawn_fleet(4, 0), work().profile, planned(SplitFedV2), work().training)
+    assert problem.is_allocated
+    optimiser = Optimiser(problem)
+    best = optimiser.solve()
+    assert best.allocation is not None
+    phases = problem.phases(best.place)
+    assert round_seconds(phases, problem.fleet, best.rates) == pytest.approx(best.seconds)
+    assert (np.diff(best.history) <= 0).all()
+    for worse in (Freedom(power=False), Freedom(subchannels=False)):
+        assert best.seconds <= optimiser.solve(worse).seconds * (1 + 1e-9)
 
 
 def test_a_second_cut_has_places_before_it():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from exact_assignment import exact
@@ -27,14 +29,12 @@ def test_greedy_by_hand(drawn_fleet, resnet18):
     """Without compute and with equal gains, everybody gets as many."""
     _, terms = small(drawn_fleet, resnet18, 0, subchannels=6)
     equal = Cell(np.ones((3, 6)), np.ones((3, 6)), np.ones(3), 1.0, EVEN)
-    same = RoundTerms(
-        terms.weight, np.ones_like(terms.fixed_s), terms.up_bits, terms.down_bits, terms.wide_bits
-    )
+    same = replace(terms, fixed_s=np.ones_like(terms.fixed_s))
     assert sorted(np.bincount(greedy(equal, same))) == [2, 2, 2]
     # a device that computes much longer than anything else takes gets all that others don't need
     late = np.zeros_like(terms.fixed_s)
     late[0, 1] = 1e12
-    slow = RoundTerms(terms.weight, late, terms.up_bits, terms.down_bits, terms.wide_bits)
+    slow = replace(terms, fixed_s=late)
     assert np.bincount(greedy(equal, slow)).tolist() == [1, 4, 1]
 
 
