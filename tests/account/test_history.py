@@ -213,7 +213,7 @@ def test_a_history_that_is_cut_short_says_where(result, tmp_path):
     ):
         History.load(path)
     path.write_bytes(b"\xff\n")
-    with pytest.raises(BrokenHistoryError, match="line 1: .*decode byte 0xff"):
+    with pytest.raises(BrokenHistoryError, match=r"line 1: .*decode byte 0xff"):
         History.load(path)
     path.write_text("")
     assert History.load(path) == []

@@ -86,6 +86,29 @@ def test_mutual_information_of_gaussians(rho, dims):
     assert sum(found) / len(found) == pytest.approx(exact, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("rho", "mean", "off"),
+    [
+        (0.2, 0.029, 0.036),
+        (0.3, 0.059, 0.043),
+        (0.5, 0.158, 0.055),
+        (0.7, 0.358, 0.067),
+        (0.9, 0.861, 0.080),
+        (0.98, 1.641, 0.070),
+    ],
+)
+def test_how_far_off_single_estimates_are(rho, mean, off):
+    """The table in docs/leakage.md."""
+    exact, found = -0.5 * math.log(1 - rho**2), []
+    for seed in range(8):
+        rng = torch.Generator().manual_seed(seed)
+        x, noise = torch.randn(2000, 1, generator=rng), torch.randn(2000, 1, generator=rng)
+        found.append(mutual_information(x, rho * x + math.sqrt(1 - rho**2) * noise))
+    # Three digits are written down; another machine's sums may order a few neighbours otherwise.
+    assert sum(found) / 8 == pytest.approx(mean, abs=0.002)
+    assert max(abs(one - exact) for one in found) == pytest.approx(off, abs=0.002)
+
+
 def test_mutual_information_of_independent_rows():
     assert mutual_information(*gaussians(0.0, 2000)) == pytest.approx(0, abs=0.06)
 
