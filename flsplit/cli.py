@@ -102,8 +102,12 @@ def plan(
     second_cut: Annotated[
         str, typer.Option(help="Keep labels and the layers after this one at the devices.")
     ] = "",
-    batch_size: Annotated[int, typer.Option(help="Samples per device and mini-batch.")] = 64,
-    steps: Annotated[int, typer.Option(help="Mini-batches per device and round.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples per device and mini-batch.", show_default="64")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Mini-batches per device and round.", show_default="1")
+    ] = None,
     optimizer_slots: Annotated[
         int,
         typer.Option(help="Numbers an optimizer keeps per parameter: SGD 0, momentum 1, Adam 2."),
@@ -113,22 +117,36 @@ def plan(
 ) -> None:
     """Choose cut, subchannels and powers for FLEET, so that a round is as short as possible."""
     gc.disable()  # imports make a great many objects and no garbage: looking for it takes a while
-    from flsplit.run.registry import plan_method
+    from flsplit.errors import ConfigError
+    from flsplit.run.registry import arguments_table, plan_method
     from flsplit.wireless.fleet_file import load_fleet
     from flsplit.wireless.fleet_plan import format_plan, make_plan, plan_to_json
     from flsplit.wireless.models import example_input, load_model
     from flsplit.wireless.phases import Training
     from flsplit.wireless.problem import Problem
     from flsplit.wireless.profile import profile_model
+    from flsplit.wireless.unsplit import FEDAVG
 
     with errors_in_a_line():
-        training = Training(batch_size=batch_size, steps=steps, optimizer_slots=optimizer_slots)
+        if second_cut and strategy == FEDAVG.name:
+            raise ConfigError(f"--second-cut is {second_cut!r}, but {strategy} cuts nothing")
+        if "cut" in arguments_table(strategy_args):
+            raise ConfigError("strategy-args have a cut, but a plan chooses it: leave it out")
+        sizes = {"batch_size": batch_size, "steps": steps}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        training = Training(**given, optimizer_slots=optimizer_slots)
         devices = load_fleet(fleet)
         network = load_model(model, classes)
         found = profile_model(network, example_input(shape), model, share=share or ())
         if second_cut:
             found = found.cut_twice(second_cut)
         method, training = plan_method(strategy, strategy_args, network, found, training)
+        for name, size in given.items():
+            if size != (meant := getattr(training, name)):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {size}, but strategy-args say {meant}: leave "
+                    "one of them out"
+                )
         made = make_plan(Problem(devices, found, method, training))
         print(json.dumps(plan_to_json(made), indent=2) if as_json else format_plan(made))
         if picture is not None:

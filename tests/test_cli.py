@@ -102,6 +102,14 @@ def test_plan_says_which_cuts_are_excluded(flsplit, tmp_path):
     assert "excluded: layer2.0 needs" in output
 
 
+def test_plan_takes_sizes_from_either_place(flsplit):
+    arguments = "{batch-size = 3, local-steps = 2}"
+    for more in ((), ("--batch-size", 3, "--steps", 2)):
+        output = flsplit("plan", FLEET, *EPSL, "--strategy-args", arguments, *more, "--json").stdout
+        plan = json.loads(output)
+        assert (plan["batch_size"], plan["steps"]) == (3, 2)
+
+
 def test_plan_for_50_devices(flsplit, tmp_path):
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(
@@ -163,6 +171,22 @@ def test_inputs_may_be_several(flsplit, inputs):
             "strategy 'psl' has no argument 'phi'",
         ),
         (["plan", FLEET, *EPSL, "--batch-size", "0"], "batch_size is 0"),
+        (
+            ["plan", FLEET, *EPSL, "--batch-size", "10", "--strategy-args", "{batch-size = 3}"],
+            "--batch-size is 10, but strategy-args say 3",
+        ),
+        (
+            ["plan", FLEET, *EPSL, "--steps", "1", "--strategy-args", "{local_steps = 2}"],
+            "--steps is 1, but strategy-args say 2",
+        ),
+        (
+            ["plan", FLEET, *MODEL, "--strategy", "fedavg", "--second-cut", "layer4"],
+            "--second-cut is 'layer4', but fedavg cuts nothing",
+        ),
+        (
+            ["plan", FLEET, *EPSL, "--strategy-args", '{cut = "layer1"}'],
+            "strategy-args have a cut, but a plan chooses it",
+        ),
     ],
 )
 def test_bad_input(flsplit, arguments, message):
