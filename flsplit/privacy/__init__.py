@@ -10,6 +10,7 @@ from flsplit.privacy.membership import loss_membership, nearest_membership
 from flsplit.privacy.reconstruction import Reconstruction, reconstruct, ssim
 from flsplit.privacy.recording import Record, RecordedRun, RecordedStep, read_recording
 from flsplit.privacy.replay import Smashing, attack_inputs, attack_labels
+from flsplit.privacy.same_run import check_undefended
 from flsplit.privacy.simulation import Simulation, simulate
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "attack_inputs",
     "attack_labels",
     "auc",
+    "check_undefended",
     "cluster_attack",
     "cosine_attack",
     "dcor_unbiased",

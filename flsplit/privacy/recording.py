@@ -24,6 +24,9 @@ from flsplit.storage.record_file import StorageError, write_atomically
 
 _RUN, _SEGMENTS = "run.json", "segments"
 
+_TOLD = ("seed", "lr", "batch_size", "local_epochs", "local_steps", "drop_last")
+"""Of a plan, what tells runs apart."""
+
 
 class Record(Callback):
     """Writes what the server sees in training to a folder, for attacks on it.
@@ -64,7 +67,7 @@ class Record(Callback):
                 found |= _named("gradient", told.gradient)
                 self._write(client, request.server_round, told.step, found)
             if request.plan:
-                self._begin(request)
+                self._begin(request, len(requests))
         for client, reply in replies.items():
             self._take(client, requests[client], reply)
 
@@ -76,10 +79,14 @@ class Record(Callback):
         """Go on from a :meth:`state_dict`."""
         self._clients, self.nbytes = list(state["clients"]), state["nbytes"]
 
-    def _begin(self, request: Request) -> None:
+    def _begin(self, request: Request, at_once: int) -> None:
         assert request.plan is not None
         plan, path = request.plan, self.folder / _RUN
-        about = {"experiment": plan.experiment, "cut": plan.cut, "client-parts": plan.client_parts}
+        about: dict[str, Any] = {
+            "experiment": plan.experiment, "cut": plan.cut, "client-parts": plan.client_parts
+        }  # fmt: skip
+        about["told"] = {name.replace("_", "-"): getattr(plan, name) for name in _TOLD}
+        about["told"] |= {"request": type(request).__name__, "clients-at-once": at_once}
         if path.exists():
             if (there := _about(path)["experiment"]) != plan.experiment:
                 raise ConfigError(f"{self.folder} holds a recording of another run ({there!r})")
@@ -192,6 +199,8 @@ class RecordedRun:
         In their order.
     segments : dict of str to dict of str to torch.Tensor
         The client segments that were handed over last, by client.
+    told : dict
+        What clients were told at first: batch size, steps, rate, seed. Empty in older recordings.
     """
 
     folder: Path
@@ -199,6 +208,7 @@ class RecordedRun:
     client_parts: str
     steps: list[RecordedStep] = field(repr=False)
     segments: dict[str, dict[str, Tensor]] = field(repr=False)
+    told: dict[str, Any] = field(default_factory=dict)
 
     def of(self, client: str) -> list[RecordedStep]:
         """Return the steps of one client."""
@@ -233,7 +243,7 @@ def read_recording(folder: str | Path) -> RecordedRun:
         said["client"]: tensors
         for tensors, said in map(_read, sorted(place.glob(f"{_SEGMENTS}/*.safetensors")))
     }
-    return RecordedRun(place, about["cut"], about["client-parts"], steps, segments)
+    return RecordedRun(place, about["cut"], about["client-parts"], steps, segments, about["told"])
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -246,9 +256,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise StorageError(f"{path} can't be read: {type(error).__name__}: {error}") from error
 
 
-def _about(path: Path) -> dict[str, str]:
+def _about(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-        return {name: str(found[name]) for name in ("experiment", "cut", "client-parts")}
+        about = {name: str(found[name]) for name in ("experiment", "cut", "client-parts")}
+        return about | {"told": dict(found.get("told", {}))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{path} can't be read: {type(error).__name__}: {error}") from error

@@ -16,22 +16,31 @@ from reference import (
     weights_of,
 )
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
 from flsplit.cli import app
-from flsplit.client_parts import Noise
+from flsplit.client_parts import Clip, Noise
 from flsplit.errors import ConfigError
-from flsplit.privacy import Record, attack_inputs, attack_labels, read_recording
+from flsplit.privacy import (
+    Record,
+    attack_inputs,
+    attack_labels,
+    check_undefended,
+    read_recording,
+)
 from flsplit.storage import StorageError
-from flsplit.strategies import FSLSAGE, PSL, SplitFedV2
+from flsplit.strategies import FSLSAGE, PSL, SequentialSL, SplitFedV2
 
 PARTS = make_parts([12, 8])
 
 
-def recorded(folder, cls=SplitFedV2, parts=PARTS, rounds=2, record=None, **options):
+def recorded(
+    folder, cls=SplitFedV2, parts=PARTS, rounds=2, record=None, build=plain_net, **options
+):
     options = {"callbacks": [Record(folder, **(record or {}))]} | options
-    return run_split(cls, plain_net, parts, rounds=rounds, **options)
+    return run_split(cls, build, parts, rounds=rounds, **options)
 
 
 def test_what_is_recorded_is_what_crossed(tmp_path):
@@ -141,3 +150,53 @@ def test_a_broken_file_is_said(tmp_path):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(StorageError, match="can't be read"):
         read_recording(tmp_path)
+
+
+def test_the_same_run_without_its_defences_is_taken(tmp_path, caplog):
+    recorded(tmp_path / "noisy", client_parts=[Clip(5.0), Noise(0.5)])
+    recorded(tmp_path / "clipped", client_parts=[Clip(5.0)])
+    recorded(tmp_path / "plain")
+    for undefended in ("plain", "clipped"):
+        check_undefended(tmp_path / "noisy", tmp_path / undefended)
+    assert "have other rounds" not in caplog.text
+    recorded(tmp_path / "short", rounds=1)
+    check_undefended(tmp_path / "noisy", tmp_path / "short")
+    assert "have other rounds or steps (10 and 5 of clients)" in caplog.text
+    # One of before recordings said what clients were told.
+    path = tmp_path / "plain" / "run.json"
+    about = json.loads(path.read_text())
+    del about["told"]
+    path.write_text(json.dumps(about))
+    check_undefended(tmp_path / "noisy", tmp_path / "plain")
+
+
+def wider():
+    """A net of which no more crosses."""
+    net = plain_net()
+    net.front = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 6))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seed": 1}, r"seed is 1, here 2; labels are others: .*\(client '0', round 1, step 0\)"),
+        ({"batch_size": 2}, r"batch-size is 2, here 4; smashed has shape \[2, 6\], here \[4, 6\]"),
+        ({"cut": "middle", "app_options": {"cut": "middle"}}, "cut is 'middle', here 'front'"),
+        ({"local_steps": 1}, "local-steps is 1, here 0"),
+        ({"client_parts": [Clip(1.0)]}, r"client parts are clip .*'norm': 1.0.*, which are not"),
+        ({"parts": make_parts([12, 8, 4])}, "clients are .'0', '1', '2'., here .'0', '1'."),
+        ({"parts": make_parts([11, 8])}, "labels are others|smashed has shape"),
+        ({"cls": PSL}, "segments are handed over here alone: another method"),
+        ({"build": wider}, "the model's client segment has other tensors"),
+        ({"cls": SequentialSL}, "clients-at-once is 1, here 2"),
+        ({"cls": FSLSAGE, "upload_every": 1}, "request is 'LocalRequest', here"),
+    ],
+)
+def test_another_run_is_no_undefended_one(tmp_path, options, said):
+    recorded(tmp_path / "noisy", client_parts=[Noise(0.5)])
+    recorded(tmp_path / "other", **options)
+    with pytest.raises(
+        ConfigError, match=f"is not the run of .*noisy without its defences.*{said}"
+    ):
+        check_undefended(tmp_path / "noisy", tmp_path / "other")
