@@ -10,7 +10,9 @@ import numpy as np
 from flsplit.wireless.latency import round_seconds, stage_breakdown
 from flsplit.wireless.optimise import Freedom, Optimiser, Solution
 from flsplit.wireless.problem import Problem
+from flsplit.wireless.units import with_unit
 
+_LINKS = ("uplink_bps", "downlink_bps")
 DRAWS = 3  # how often what an ablation leaves to chance is drawn
 
 
@@ -93,12 +95,7 @@ def format_plan(plan: FleetPlan) -> str:
         if whole
         else f"cut after {solution.place.cut}"
     ]
-    for one in problem.excluded:
-        more = f" and {len(one.devices) - 3} more" if len(one.devices) > 3 else ""
-        cut.append(
-            f"excluded: {one.place.cut} needs {one.needed_bytes / 1e6:.1f} MB, more than device "
-            f"{', '.join(one.devices[:3])}{more} may use"
-        )
+    cut += [f"excluded: {one.place.cut} {one.text()}" for one in problem.excluded]
     stages = _in_columns({**plan.stages, "round": solution.seconds})
     if note := problem.note:
         stages.append(f"({note})")
@@ -130,8 +127,9 @@ def format_plan(plan: FleetPlan) -> str:
 
 
 def _in_columns(seconds: Mapping[str, float]) -> list[str]:
-    width = max(map(len, seconds))
-    return [f"{name:<{width}}  {value:10.4f} s" for name, value in seconds.items()]
+    width, longest = max(map(len, seconds)), max(seconds.values())
+    factor, unit = (1.0, "s") if longest >= 0.1 else (1e3, "ms") if longest >= 1e-4 else (1e6, "µs")
+    return [f"{name:<{width}}  {factor * value:10.4f} {unit}" for name, value in seconds.items()]
 
 
 def _device_lines(plan: FleetPlan) -> list[str]:
@@ -139,8 +137,8 @@ def _device_lines(plan: FleetPlan) -> list[str]:
     for device in _devices(plan):
         power, own = device["power_w"], device["subchannels"]
         lines.append(
-            f"{device['name']:<12}{device['uplink_bps'] / 1e6:>7.2f} Mbit/s"
-            f"{device['downlink_bps'] / 1e6:>7.2f} Mbit/s"
+            f"{device['name']:<12}"
+            + "".join(f"{with_unit(device[link], 'bit/s', '.2f'):>14}" for link in _LINKS)
             + (f"{1e3 * power:>9.4g} mW" if power is not None else f"{'-':>12}")
             + ("  " + ",".join(map(str, own)) if own is not None else "  -")
         )

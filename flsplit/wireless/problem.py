@@ -8,6 +8,9 @@ from flsplit.cut import CutError
 from flsplit.wireless.fleet import Fleet
 from flsplit.wireless.phases import Method, Phase, Training, Where, Work
 from flsplit.wireless.profile import ModelProfile, Place
+from flsplit.wireless.units import with_unit
+
+_MOST_SHOWN = 3  # devices that an error names
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,19 @@ class Excluded:
     place: Place
     devices: tuple[str, ...]  # who lacks it
     needed_bytes: int  # what training would take
+    memory_bytes: tuple[float, ...]  # what these devices have
+
+    def text(self) -> str:
+        """Say what is needed and who has less."""
+        needed = with_unit(self.needed_bytes, "B")
+        have = [with_unit(one, "B") for one in self.memory_bytes]
+        if needed in have:  # by rounding
+            needed, have = f"{self.needed_bytes} B", [f"{one:.0f} B" for one in self.memory_bytes]
+        pairs = zip(self.devices, have, strict=True)
+        shown = [f"{name} ({size})" for name, size in pairs][:_MOST_SHOWN]
+        rest = len(self.devices) - len(shown)
+        more = f" and {rest} more" if rest else ""
+        return f"needs {needed}, more than device {', '.join(shown)}{more} may use"
 
 
 @dataclass(frozen=True)
@@ -53,9 +69,9 @@ class Problem:
         for place in self.all_places:
             needed = place.client_memory_bytes(training.batch_size, training.optimizer_slots)
             needed += method.kind.device_memory_bytes(self._work(place), **method.arguments)
-            short = tuple(d.name for d in self.fleet.devices if d.memory_bytes < needed)
-            if short:
-                found.append(Excluded(place, short, needed))
+            if short := [one for one in self.fleet.devices if one.memory_bytes < needed]:
+                names, have = zip(*((one.name, one.memory_bytes) for one in short), strict=True)
+                found.append(Excluded(place, names, needed, have))
         return tuple(found)
 
     @cached_property
@@ -67,8 +83,7 @@ class Problem:
             least = min(out.values(), key=lambda one: one.needed_bytes)
             raise CutError(
                 f"no cut of {self.profile.model} fits into the devices' memory: even "
-                f"{least.place.cut!r} needs {least.needed_bytes / 1e6:.1f} MB, more than "
-                f"device {', '.join(least.devices[:5])} may use"
+                f"{least.place.cut!r} {least.text()}"
             )
         return places
 

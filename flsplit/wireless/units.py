@@ -24,6 +24,13 @@ Unit = float | Callable[[float], float]
 """What turns a number of a unit into SI units: a factor, or a function."""
 
 
+def with_unit(value: float, unit: str, digits: str = ".4g") -> str:
+    """Return a value of a unit (``B``, ``bit/s``) as people read it: ``2000``, ``B``: 2 kB."""
+    factors = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+    prefix = next((p for p in ("G", "M", "k") if value >= factors[p]), "")
+    return f"{value / factors[prefix]:{digits}} {prefix}{unit}"
+
+
 def _prefixed(unit: str, prefixes: str) -> dict[str, Unit]:
     factors = {"-": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
     return {p.strip("-") + unit: factors[p] for p in prefixes}

@@ -1,5 +1,6 @@
 """What a plan says, on the tiny model."""
 
+import re
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import nn
 from flsplit.errors import ConfigError
 from flsplit.run import make_strategy, strategy_names
 from flsplit.run.registry import plan_method
-from flsplit.wireless import Problem, Training, format_plan, make_plan
+from flsplit.wireless import Problem, Server, Training, format_plan, make_plan
 
 
 @pytest.fixture
@@ -111,3 +112,16 @@ def test_small_powers_are_not_printed_as_zero(plan_of, drawn_fleet):
     assert all(f"{power:.4g} mW" in text for power in share)
     assert " 0 mW" not in text
     assert " 0.0 mW" not in text
+
+
+def test_slow_links_and_short_rounds_can_be_read(plan_of, linked_fleet):
+    text = format_plan(plan_of("psl", batch_size=4))
+    assert "64.00 bit/s  128.00 bit/s" in text
+    quick = [
+        replace(one, compute_flops=1e9, uplink_bps=64e6, downlink_bps=64e6)
+        for one in linked_fleet.devices
+    ]
+    fleet = replace(linked_fleet, devices=tuple(quick), server=Server(compute_flops=1e9))
+    text = format_plan(plan_of("psl", fleet=fleet, batch_size=4))  # "second": 256 bits up, down
+    assert re.search(r"uplink +4\.0000 µs", text)
+    assert "64.00 Mbit/s" in text

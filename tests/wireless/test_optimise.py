@@ -8,6 +8,7 @@ from planned_methods import planned
 from flsplit.cut import CutError
 from flsplit.strategies import CSEFSL, EPSL, FSLSAGE, PSL, SequentialSL, SplitFedV1
 from flsplit.wireless import Freedom, Optimiser, Problem, Training, optimise, round_seconds
+from flsplit.wireless.problem import Excluded
 from flsplit.wireless.unsplit import FEDAVG
 
 ABLATIONS = [
@@ -75,6 +76,7 @@ def test_cuts_that_exceed_a_device_s_memory(drawn_fleet, resnet18):
         "layer1.0",
     ]
     assert {one.devices for one in problem.excluded} == {("2",)}
+    assert problem.excluded[0].text().endswith("MB, more than device 2 (70 MB) may use")
     assert optimise(problem).place in problem.places
     with pytest.raises(CutError, match=r"'layer2.0' exceeds a device's memory"):
         optimise(problem, Freedom(cut="layer2.0"))
@@ -82,7 +84,9 @@ def test_cuts_that_exceed_a_device_s_memory(drawn_fleet, resnet18):
         optimise(problem, Freedom(cut="layer9"))
     tiny = replace(small, memory_bytes=1e6)
     fleet = replace(fleet, devices=(tiny, *fleet.devices[3:]))
-    with pytest.raises(CutError, match=r"no cut of resnet18 fits .* than device 2 may use"):
+    with pytest.raises(
+        CutError, match=r"no cut of resnet18 fits .* than device 2 \(1 MB\) may use"
+    ):
         optimise(Problem(fleet, resnet18, planned(PSL), Training()))
 
 
@@ -99,8 +103,17 @@ def test_auxiliary_models_need_memory_too(linked_fleet, tiny_profile):
     )
     assert [one.place.cut for one in psl.excluded] == ["second"]
     assert [one.needed_bytes for one in sage.excluded] == [164, 2 * 120 + 4 * (3 + 4 * 2)]
+    assert sage.excluded[0].text() == "needs 164 B, more than device 0 (163 B), 1 (163 B) may use"
     # there it is trained, so it has gradients
     assert [one.needed_bytes for one in cse.excluded] == [184, 2 * 120 + 4 * (3 * 2 + 4 * 2)]
+
+
+def test_a_need_that_is_hardly_more_is_told_apart(tiny_profile):
+    names = ("0", "1", "2", "3", "4")
+    one = Excluded(tiny_profile.end, names, 20004, (20003.0,) * 5)
+    assert one.text() == (
+        "needs 20004 B, more than device 0 (20003 B), 1 (20003 B), 2 (20003 B) and 2 more may use"
+    )
 
 
 def test_one_optimiser_finds_what_new_ones_find(drawn_fleet, resnet18):

@@ -42,3 +42,11 @@ def test_what_is_no_quantity_is_refused(text, message):
 
 def test_decibels():
     assert units.from_decibels(13.0) == pytest.approx(10 * 1.9952623)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "999 B"), (5152, "5.152 kB"), (79.31e6, "79.31 MB"), (2e9, "2 GB")],
+)
+def test_values_are_written_with_a_unit_that_shows_them(value, text):
+    assert units.with_unit(value, "B") == text
