@@ -41,7 +41,8 @@ def draw_profile(profile: ModelProfile, path: str | Path) -> Path:
 def draw_round(plan: FleetPlan, path: str | Path) -> Path:
     """Draw who does what when in one step of a planned round, and in what follows the steps.
 
-    Of more than 20 devices the first 20 are drawn. Returns the path.
+    Of several steps the title says that it is one. Of more than 20 devices the first 20 are drawn.
+    Returns the path.
     """
     problem, solution = plan.problem, plan.solution
     height = 1.8 + 0.3 * min(_MOST_DEVICES, problem.fleet.num_devices)
@@ -62,7 +63,9 @@ def draw_round(plan: FleetPlan, path: str | Path) -> Path:
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     cut = "whole model" if problem.method.whole_model else f"cut after {solution.place.cut}"
-    axes.set_title(f"{problem.method.name} {plan.strategy_args}, {cut}", fontsize=10)
+    steps = problem.training.steps
+    drawn = f", one step of {steps}" if steps > 1 else ""
+    axes.set_title(f"{problem.method.name} {plan.strategy_args}, {cut}{drawn}", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(
         handles=[Patch(color=colours[stage], label=stage) for stage in stages],

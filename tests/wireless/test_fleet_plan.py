@@ -12,6 +12,7 @@ from flsplit.errors import ConfigError
 from flsplit.run import make_strategy, strategy_names
 from flsplit.run.registry import plan_method
 from flsplit.wireless import Problem, Server, Training, format_plan, make_plan
+from flsplit.wireless.pictures import draw_round
 
 
 @pytest.fixture
@@ -112,6 +113,12 @@ def test_small_powers_are_not_printed_as_zero(plan_of, drawn_fleet):
     assert all(f"{power:.4g} mW" in text for power in share)
     assert " 0 mW" not in text
     assert " 0.0 mW" not in text
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_picture_of_one_step_says_so(steps, plan_of, tmp_path):
+    path = draw_round(plan_of("splitfed-v1", batch_size=4, steps=steps), tmp_path / "round.svg")
+    assert ("one step of 2" in path.read_text()) is (steps == 2)
 
 
 def test_slow_links_and_short_rounds_can_be_read(plan_of, linked_fleet):
