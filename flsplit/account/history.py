@@ -42,7 +42,7 @@ class History(list[RoundEntry]):
             try:
                 history.append(RoundEntry.from_json(json.loads(line)))
             except json.JSONDecodeError as error:  # it calls every line the first
-                what = f"no JSON ({error.msg} at character {error.colno})"
+                what = f"no JSON ({error.msg.removesuffix(' at')} at character {error.colno})"
                 raise BrokenHistoryError(f"{path} is broken: line {number}: {what}") from error
             except (TypeError, ValueError) as error:
                 raise BrokenHistoryError(f"{path} is broken: line {number}: {error}") from error
