@@ -178,8 +178,11 @@ def attack(
 ) -> None:
     """Attack what the server saw in RUN: labels from gradients, inputs from smashed data."""
     from flsplit.privacy.replay import attack_run, format_findings
+    from flsplit.privacy.same_run import check_undefended
 
     with errors_in_a_line():
+        if undefended is not None:
+            check_undefended(run, undefended)
         found = {
             folder: attack_run(
                 folder, model=model, classes=classes, data=data, private=private, epochs=epochs

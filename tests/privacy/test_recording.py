@@ -139,6 +139,9 @@ def test_the_command(tmp_path):
     key = "reconstruction-explained"
     assert numbers["run"][key] < numbers["undefended"][key]
     assert "--undefended" in call(tmp_path / "plain")
+    recorded(tmp_path / "other", client_strategy=FedAvg(), seed=3)
+    refused = call(tmp_path / "noisy", "--undefended", tmp_path / "other", code=1)
+    assert "seed is 3, here 2" in " ".join(refused.split())
     assert "holds no recording" in call(tmp_path, code=1)
     assert "--data, --private missing" in call(tmp_path / "plain", "--model", "x:y", code=1)
 
