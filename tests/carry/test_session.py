@@ -670,8 +670,20 @@ def test_a_late_host_finds_the_session_over_at_once(monkeypatch):
     grid = ThreadedGrid(make_app(), 2, serve={1: wait_in_the_queue})
     start(make_strategy(session=SessionSettings(grace=0.2)), grid, num_rounds=1)
     reply = serve_session(grid.app, messages[0], grid.contexts[102])
+    assert reply.content["metrics"]["served"] == 0  # its process has seen the session end
+    monkeypatch.setattr(session_host, "_ended", set())
+    reply = serve_session(grid.app, messages[0], grid.contexts[102])
     assert reply.has_error()
     assert "DialError" in reply.error.reason
+
+
+def test_who_has_seen_a_session_end_does_not_dial_it_again_and_again(caplog):
+    grid = ThreadedGrid(make_app(), 1)
+    start(make_strategy(session=SessionSettings(grace=0.2)), grid, num_rounds=1)
+    caplog.clear()
+    reply = serve_session(grid.app, grid.pushed[0], grid.contexts[101])
+    assert reply.content["metrics"]["served"] == 0
+    assert "trying again" not in caplog.text
 
 
 @pytest.mark.chaos(

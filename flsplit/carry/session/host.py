@@ -25,6 +25,9 @@ from flsplit.wire import DialError, Envelope, HostStream, StreamEnded, WireError
 _DIAL_SECONDS = 5.0  # for all tries together; the server invites again later
 _FIRST_PAUSE = 0.5  # seconds, doubled each time
 
+_ended: set[str] = set()
+"""Sessions that their server has ended here; an actor finds invitations to them in its queue."""
+
 OWN_CLIENT = ""
 """How an envelope addresses the client of the node itself."""
 
@@ -66,10 +69,14 @@ def serve_session(app: ClientApp, message: Message, context: Context) -> Message
         clients = HostedClients(app, context, invitation)
         stream = _dial(invitation, describe_host(invitation).to_json())
     except (ConfigError, DialError) as error:
+        if _is_over(invitation, error):
+            return _reply(message, served=0)
         return raised(message, error)
     with stream, clients:
         served = _serve(stream, clients)
     ending = stream.ending
+    if ending and ending.orderly:
+        _ended.add(invitation.session)
     logger.info("session %s: %s", invitation.session, ending.reason if ending else "over")
     return _reply(message, served=served)
 
@@ -87,11 +94,18 @@ def _dial(invitation: Invitation, hello: dict[str, Any]) -> HostStream:
                 max_message_bytes=invitation.max_step_bytes,
             )
         except DialError as error:
-            if error.kind != "unreachable" or time.monotonic() + pause > deadline:
+            late = time.monotonic() + pause > deadline
+            if late or error.kind != "unreachable" or _is_over(invitation, error):
                 raise
             logger.info("trying again in %g s: %s", pause, error)
         time.sleep(pause)
         pause *= 2
+
+
+def _is_over(invitation: Invitation, error: Exception) -> bool:
+    """Tell whether nobody listens any more to what a session was."""
+    unreachable = isinstance(error, DialError) and error.kind == "unreachable"
+    return unreachable and invitation.session in _ended
 
 
 def describe_host(invitation: Invitation) -> Hello:
