@@ -28,7 +28,7 @@ from flsplit.run.configs import evaluate_amounts, make_plan
 from flsplit.run.evaluation import evaluate_clients
 from flsplit.run.method import SplitMethod
 from flsplit.run.options import at_round
-from flsplit.run.redoing import MOST_ATTEMPTS, Beginning
+from flsplit.run.redoing import MOST_ATTEMPTS, Beginning, Copies
 from flsplit.run.report import log_round
 from flsplit.run.result import SplitResult
 from flsplit.run.round import Round
@@ -58,7 +58,7 @@ class Run:
     result: SplitResult = field(default_factory=SplitResult)
     callbacks: list[Callback] = field(init=False)
     _client_scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    _beginning: Beginning | None = None
+    _frozen: Copies = field(default_factory=dict)
     _experiment: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
@@ -219,8 +219,8 @@ class Run:
         self, server_round: int, clients: Clients, *, is_first: bool
     ) -> tuple[Round, dict[str, FinishReply]]:
         """Train a round; one that has lost its clients midway is done again, a few times."""
-        before, lost = Beginning(self.strategy, clients, self._beginning), list[LeftOut]()
-        self._beginning = before
+        before, lost = Beginning(self.strategy, clients, self._frozen), list[LeftOut]()
+        self._frozen = before.frozen
         for attempt in range(1, MOST_ATTEMPTS + 1):
             round_ = self._open(server_round, clients, lost)
             if is_first:

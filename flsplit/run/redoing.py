@@ -12,26 +12,26 @@ from flsplit.storage import State
 MOST_ATTEMPTS = 3
 """How often a round is begun. Each may cost the time that clients are waited for."""
 
+Copies = dict[int, tuple[ref[Tensor], int, Tensor]]
+"""By a parameter's address: the parameter, its version, and its copy."""
+
 
 class Beginning:
     """The server as it is before a round, to go back to; a copy in main memory.
 
-    ``earlier`` is that of the round before. What is frozen, most of a large model with adapters,
-    is copied from there while nobody has written to it.
+    ``known`` are the ``frozen`` of the round before. What is frozen, most of a large model with
+    adapters, is taken from there while nobody has written to it. The rest isn't kept that long.
     """
 
-    def __init__(
-        self, method: SplitMethod, clients: Clients, earlier: "Beginning | None" = None
-    ) -> None:
+    def __init__(self, method: SplitMethod, clients: Clients, known: Copies) -> None:
         self._method, self._clients = method, clients
-        known = earlier._frozen if earlier else {}
         frozen = {
             p.data_ptr(): p
             for segment in method.server_segments()
             for p in segment.module.parameters()
             if not p.requires_grad
         }
-        self._frozen: dict[int, tuple[ref[Tensor], int, Tensor]] = {}
+        self.frozen: Copies = {}
 
         def copied(one: Tensor) -> Tensor:
             place = one.data_ptr()
@@ -40,7 +40,7 @@ class Beginning:
             owner, version, copy = known.get(place, (lambda: None, 0, one))
             if owner() is not frozen[place] or version != one._version:
                 copy = _copy(one)
-            self._frozen[place] = ref(frozen[place]), one._version, copy
+            self.frozen[place] = ref(frozen[place]), one._version, copy
             return copy
 
         self._state: State = map_tensors(copied, method.state_dict())
