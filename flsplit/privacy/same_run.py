@@ -74,7 +74,8 @@ def _step_difference(step: RecordedStep, other: RecordedStep) -> str:
             return f"the server sees {called} {'here' if two is None else 'there'} alone"
         if one is not None and one.shape != two.shape:
             return f"{called} has shape {[*two.shape]}, here {[*one.shape]}"
-    if step.labels is not None and not step.labels.equal(_tensor(other.labels)):
+    labels, others = step.labels, other.labels
+    if labels is not None and others is not None and not labels.equal(others):
         return "labels are others: another seed or other data"
     return ""
 
@@ -90,8 +91,3 @@ def _parts(run: RecordedRun) -> list[str]:
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     return {name: [*one.shape] for name, one in tensors.items()}
-
-
-def _tensor(found: Tensor | None) -> Tensor:
-    assert found is not None
-    return found

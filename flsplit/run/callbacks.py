@@ -51,13 +51,7 @@ class FinishedRound:
         ConfigError
             If the round has no such metric; those that it has are named.
         """
-        found: dict[str, Any] = {
-            **self.entry.metrics,
-            "train-loss": self.entry.loss,
-            "train-accuracy": self.entry.accuracy,
-            **self.entry.evaluation,
-            **self.central,
-        }
+        found: dict[str, Any] = {**self.entry.named(), **self.central}
         value = found.get(name)
         if not isinstance(value, (int, float)):
             there = sorted(key for key, one in found.items() if isinstance(one, (int, float)))
