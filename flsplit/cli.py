@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from flsplit.bench.commands import bench, errors_in_a_line
+from flsplit.bench.commands import bench
+from flsplit.command_errors import errors_in_a_line
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -14,6 +14,7 @@ from tests.flower_processes import REPOSITORY
 LAYERS = (
     *(
         "errors",
+        "command_errors",
         "log",
         "finite",
         "nested",

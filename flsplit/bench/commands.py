@@ -1,15 +1,13 @@
 """The commands ``flsplit bench carriers`` and ``flsplit bench train``."""
 
-import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from flsplit.errors import FlsplitError
+from flsplit.command_errors import errors_in_a_line, say
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -46,7 +44,7 @@ def carriers(
 
     settings = chosen(only, SETTINGS)
     with errors_in_a_line(RuntimeError, TimeoutError):
-        figures = measure_carriers(clients, floats, steps, _say, settings, flower)
+        figures = measure_carriers(clients, floats, steps, say, settings, flower)
         Console().print(carriers_table(figures))
         write_json(json, carriers_json(figures))
 
@@ -67,10 +65,10 @@ def train(
     counts = numbers(clients)
     names = chosen(only, MEASURES)
     with errors_in_a_line(RuntimeError, TimeoutError):
-        per_step, notes = measure_training(counts, steps, _say, names)
+        per_step, notes = measure_training(counts, steps, say, names)
         Console().print(steps_table(per_step))
         for name, note in notes.items():
-            _say(f"{name}: {note}")
+            say(f"{name}: {note}")
         write_json(json, steps_json(per_step, notes))
 
 
@@ -85,7 +83,7 @@ def steady(
     from flsplit.bench.steady import measure_steady, memory_table
 
     with errors_in_a_line(RuntimeError, TimeoutError):
-        measured = measure_steady(clients, steps, _say)
+        measured = measure_steady(clients, steps, say)
         Console().print(memory_table(measured))
         write_json(json, measured)
 
@@ -109,19 +107,3 @@ def chosen(text: str, known: Collection[str]) -> list[str]:
             f"--only: there is no {sorted(unknown)[0]!r}; known: {', '.join(known)}"
         )
     return names
-
-
-def _say(text: str) -> None:
-    """Tell the user what is going on."""
-    print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def errors_in_a_line(*more: type[Exception]) -> Iterator[None]:
-    """Say what is wrong in one line, and exit with 1: errors of flsplit's, and of more kinds."""
-    kinds: tuple[type[Exception], ...] = (FlsplitError, *more)
-    try:
-        yield
-    except kinds as error:
-        _say(f"error: {error}")
-        raise typer.Exit(1) from error
